@@ -1,0 +1,338 @@
+"""What the recipes share: their flags, the YAML configuration, the files of a run folder, the model and its supernet.
+
+One flat YAML file serves every recipe. A key goes to each recipe that has that flag; with the prefix `train_`, `search_`
+or `finetune_` it goes to that recipe alone, and wins over the plain key. The command line wins over the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_model, save_model
+from timm.data import resolve_data_config
+from timm.utils import ParseKwargs
+from torch import nn
+
+import timm_autoslim
+from timm_autoslim import registry
+from timm_autoslim.errors import ConfigError
+
+ON_OFF = argparse.BooleanOptionalAction
+
+
+# ---------------------------------------------------------------------------------------------------------- flags
+
+
+def general_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every recipe."""
+    group = parser.add_argument_group("general")
+    group.add_argument("-c", "--config", metavar="FILE", help="flat YAML file with values for these flags")
+    group.add_argument("--data-dir", metavar="DIR", help="folder with train and val|validation|test, each a folder of "
+                       "class folders or one .tar of them")
+    group.add_argument("-b", "--batch-size", type=int, default=128, help="images per process and step")
+    group.add_argument("-j", "--workers", type=int, default=0, help="processes that load images")
+    group.add_argument("--seed", type=int, default=42)
+    group.add_argument("--threads", type=int, default=0, help="CPU threads per process; 0: leave torch's choice")
+    group.add_argument("--amp", action=ON_OFF, default=False, help="mixed precision")
+    group.add_argument("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    group.add_argument("--channels-last", action=ON_OFF, default=False, help="NHWC memory layout")
+
+
+def model_flags(parser: argparse.ArgumentParser) -> None:
+    """What is slimmed, on which images: fixed by train.py and kept in the run folder's args.yaml."""
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", default="resnet18", help="a timm model, or torchvision/NAME")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    group.add_argument("--pretrained", action=ON_OFF, default=False, help="start from pretrained weights")
+    group.add_argument("--num-classes", type=int, help="taken from the data if not given")
+    group.add_argument("--in-chans", type=int, default=3)
+    group.add_argument("--img-size", type=int, help="side of the square input; the model's own if not given")
+    group.add_argument("--mean", type=float, nargs="+", help="per channel; the model's own if not given")
+    group.add_argument("--std", type=float, nargs="+", help="per channel; the model's own if not given")
+    group.add_argument("--interpolation", help="of resizing; the model's own if not given")
+    group.add_argument("--crop-pct", type=float, help="centre crop of evaluation; the model's own if not given")
+    group.add_argument("--freeze", nargs="*", default=[], metavar="GLOB", help="modules whose channels all stay")
+    group.add_argument("--min-width", type=float, help="narrowest share of every group's channels")
+    group.add_argument("--divisor", type=int, help="widths are multiples of this")
+    group.add_argument("--dataset", help="'digits' (scikit-learn's, the default without --data-dir) or a name that "
+                       "timm's create_dataset knows")
+    group.add_argument("--limit-train", type=float, default=1.0, help="share, or number, of the training images")
+    group.add_argument("--held-out", type=float, default=0.1, help="share, or number, of the training images that are "
+                       "kept for the search")
+
+
+def training_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the recipes that train; names and defaults are those of timm's train.py where it has them."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--epochs", type=int, default=300)
+    group.add_argument("--lr", type=float, help="learning rate; overrides --lr-base")
+    group.add_argument("--lr-base", type=float, default=0.1, help="learning rate for 256 images a step, scaled linearly")
+    group.add_argument("--opt", default="sgd", help="a timm optimizer")
+    group.add_argument("--momentum", type=float, default=0.9)
+    group.add_argument("--weight-decay", type=float, default=2e-5)
+    group.add_argument("--clip-grad", type=float, help="norm above which gradients are clipped")
+    group.add_argument("--sched", default="cosine", help="a timm scheduler")
+    group.add_argument("--warmup-epochs", type=float, default=0)
+    group.add_argument("--warmup-lr", type=float, default=1e-5)
+    group.add_argument("--min-lr", type=float, default=0.0)
+    group.add_argument("--decay-epochs", type=float, default=90, help="interval of the step schedule")
+    group.add_argument("--decay-rate", type=float, default=0.1, help="factor of step, exponent of poly")
+    group.add_argument("--model-ema", action=ON_OFF, default=False, help="keep the weights' moving average as the result")
+    group.add_argument("--model-ema-decay", type=float, default=0.9998)
+    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
+    group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect of the random crop")
+    group.add_argument("--hflip", type=float, default=0.5)
+    group.add_argument("--color-jitter", type=float, default=0.4)
+    group.add_argument("--aa", help="timm's AutoAugment policy, such as rand-m9-mstd0.5")
+    group.add_argument("--reprob", type=float, default=0.0, help="probability of random erasing")
+    group.add_argument("--mixup", type=float, default=0.0)
+    group.add_argument("--cutmix", type=float, default=0.0)
+    group = parser.add_argument_group("run")
+    group.add_argument("--resume", action=ON_OFF, default=False, help="go on after the last whole epoch")
+    group.add_argument("--log-interval", type=int, default=20, help="steps between updates of the progress bar's loss")
+    group.add_argument("--calibration-images", type=int, default=2048, help="training images that measure BatchNorms")
+
+
+def train_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of train.py alone."""
+    group = parser.add_argument_group("supernet")
+    group.add_argument("--sandwich", type=int, default=4, help="subnets a step: widest, narrowest and random ones")
+    group.add_argument("--output", default="runs", help="folder of runs")
+    group.add_argument("--experiment", help="name of the run's folder; the model's name if not given")
+
+
+def search_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of search.py alone."""
+    parser.add_argument("run", help="a run folder of train.py")
+    group = parser.add_argument_group("search")
+    group.add_argument("--budgets", nargs="+", default=["macs=50%"], metavar="UNIT=AMOUNT",
+                       help="such as macs=50%% (of the widest), macs=300M or params=2.5M")
+    group.add_argument("--rank", choices=("error", "per_cost"), default="per_cost", help="keep the candidate with the "
+                       "least error, or with the least error per unit of cost saved")
+    group.add_argument("--steps", type=int, default=10, help="steps from a group's full width to its narrowest")
+    group.add_argument("--images", type=int, default=0, help="held-out images that score a candidate; 0: all")
+
+
+def finetune_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of finetune.py alone."""
+    parser.add_argument("run", help="a run folder with a search.json")
+    group = parser.add_argument_group("network")
+    group.add_argument("--network", help="name of a network in search.json")
+    group.add_argument("--from-scratch", action=ON_OFF, default=False, help="fresh weights, not the supernet's")
+
+
+FLAGS = {
+    "train": (general_flags, model_flags, training_flags, train_flags),
+    "search": (general_flags, search_flags),
+    "finetune": (general_flags, training_flags, finetune_flags),
+}
+
+
+# ------------------------------------------------------------------------------------------------- configuration
+
+
+def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags of one recipe: defaults, then the YAML file of -c, then the command line.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, or a value is of the wrong type.
+    """
+    parser = _parser(recipe, doc)
+    config, _ = argparse.ArgumentParser(add_help=False, allow_abbrev=False, parents=[_config_parser()]).parse_known_args(argv)
+    if config.config:
+        parser.set_defaults(**values_for(recipe, read_config(config.config)))
+    return parser.parse_args(argv)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read one flat YAML file and check its keys; dashes and underscores mean the same."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"The configuration {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"The configuration {path} must be `key: value` lines, but holds a {type(content).__name__}.")
+    config = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for recipe in FLAGS:  # checks every key and value, not only those of the recipe that reads the file
+        values_for(recipe, config, where=str(path))
+    return config
+
+
+def values_for(recipe: str, config: Mapping[str, Any], where: str = "the configuration") -> dict[str, Any]:
+    """Pick what concerns one recipe, typed as its flags are."""
+    known = {name: {action.dest: action for action in _actions(name)} for name in FLAGS}
+    spellings = {key for name in FLAGS for dest in known[name] for key in (dest, f"{name}_{dest}")}
+    plain, prefixed = {}, {}
+    for key, value in config.items():
+        if key not in spellings:
+            near = difflib.get_close_matches(key, sorted(spellings), n=1, cutoff=0.0)
+            raise ConfigError(f"Unknown key {key!r} in {where}: no recipe has it. The nearest known key is {near[0]!r}.")
+        own = key.removeprefix(f"{recipe}_")
+        if key != own and own in known[recipe]:
+            prefixed[own] = _typed(known[recipe][own], key, value, where)
+        elif key in known[recipe]:
+            plain[key] = _typed(known[recipe][key], key, value, where)
+    return plain | prefixed
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("-c", "--config")
+    return parser
+
+
+def _parser(recipe: str, doc: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for add_flags in FLAGS[recipe]:
+        add_flags(parser)
+    return parser
+
+
+def _actions(recipe: str) -> list[argparse.Action]:
+    return [action for action in _parser(recipe)._actions if action.option_strings and action.dest not in ("help", "config")]
+
+
+def _typed(action: argparse.Action, key: str, value: object, where: str) -> object:
+    """Check and convert one YAML value as the command line would; `null` means the flag's default."""
+    needed = getattr(action.type, "__name__", "text")
+    try:
+        if value is None:
+            return action.default
+        if isinstance(action, ON_OFF):
+            needed = "true or false"
+            return _expect(value, bool)
+        if isinstance(action, ParseKwargs):
+            needed = "a mapping"
+            return _expect(value, dict)
+        convert = action.type or str
+        if action.nargs is not None:
+            needed = f"a list of {needed}"
+            items = value if isinstance(value, list) else [value]
+            if isinstance(action.nargs, int) and len(items) != action.nargs:
+                raise ValueError
+            return [convert(_expect(str(item) if not isinstance(item, (dict, list)) else item, str)) for item in items]
+        result = convert(_expect(value if isinstance(value, (dict, list, bool)) else str(value), str))
+        if action.choices and result not in action.choices:
+            needed = "one of " + ", ".join(map(repr, action.choices))
+            raise ValueError
+        return result
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {value!r} in {where} does not fit: it needs {needed}.") from error
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------- run folder
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a file whole or not at all: to a temporary name first, then renamed."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def write_weights(path: Path, model: nn.Module) -> None:
+    """Write a model's parameters and buffers as safetensors, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    save_model(model, str(part))
+    os.replace(part, path)
+
+
+def read_weights(path: Path, model: nn.Module) -> None:
+    """Load what `write_weights` wrote, strictly."""
+    load_model(model, str(path))
+
+
+def write_args(folder: Path, args: argparse.Namespace) -> None:
+    """Keep the flags that a run used beside its results."""
+    write_text(folder / "args.yaml", yaml.safe_dump(vars(args), sort_keys=False))
+
+
+def read_args(folder: Path, args: argparse.Namespace) -> argparse.Namespace:
+    """Flags of the run's train.py, with those of `args` that are set laid over them.
+
+    Raises:
+        ConfigError: the folder holds no training.
+    """
+    path = folder / "args.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is not a run folder: it holds no args.yaml. Train a supernet first: recipes/train.py.")
+    trained = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return argparse.Namespace(**trained | {key: value for key, value in vars(args).items() if value is not None})
+
+
+# ---------------------------------------------------------------------------------------------- model and supernet
+
+
+def base_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments that make the base model again, as they are kept in an exported folder."""
+    if not args.model.startswith("torchvision/"):
+        return {"num_classes": args.num_classes, "in_chans": args.in_chans, **args.model_kwargs}
+    if args.in_chans != 3:
+        raise ConfigError(f"--in-chans {args.in_chans}: {args.model} takes 3 channels only; use a timm model for others.")
+    return {"num_classes": args.num_classes, **args.model_kwargs}
+
+
+def make_model(args: argparse.Namespace, pretrained: bool = False) -> nn.Module:
+    """Create the base model."""
+    kwargs = base_args(args)
+    if pretrained and args.model.startswith("torchvision/"):
+        raise ConfigError(f"--pretrained: {args.model} cannot be had with other classes; use a timm model.")
+    return registry.create_base(args.model, **kwargs, **({"pretrained": True} if pretrained else {}))
+
+
+def resolve_input(args: argparse.Namespace, model: nn.Module) -> None:
+    """Fill in the flags about the input that were not given: from the model, with as many means as channels."""
+    data = resolve_data_config(vars(args), model=model)
+    args.img_size = data["input_size"][-1]
+    args.interpolation, args.crop_pct = data["interpolation"], data["crop_pct"]
+    for key in ("mean", "std"):
+        values = list(data[key])
+        setattr(args, key, values if len(values) == args.in_chans else [sum(values) / len(values)] * args.in_chans)
+
+
+def make_supernet(args: argparse.Namespace, pretrained: bool = False) -> timm_autoslim.Supernet:
+    """Create the base model and convert it."""
+    model = make_model(args, pretrained)
+    if args.img_size is None:
+        resolve_input(args, model)
+    example = torch.zeros(2, args.in_chans, args.img_size, args.img_size)  # (N, C, H, W)
+    return timm_autoslim.convert(
+        model, example, freeze=args.freeze, min=args.min_width, divisor=args.divisor, base=args.model, base_args=base_args(args)
+    )
+
+
+def load_supernet(run: Path, args: argparse.Namespace) -> timm_autoslim.Supernet:
+    """Make the run's supernet with its trained weights.
+
+    Raises:
+        ConfigError: the training has not finished.
+    """
+    path = run / "supernet.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"{run} holds no supernet.safetensors: finish its training first: recipes/train.py --resume.")
+    supernet = make_supernet(args)
+    read_weights(path, supernet.model)
+    return supernet

@@ -1,0 +1,1 @@
+"""Slim any timm or torchvision model."""

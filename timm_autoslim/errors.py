@@ -1,0 +1,47 @@
+"""Exception types: each one is an `AutoSlimError` and the builtin that fits, so either can be caught."""
+
+from __future__ import annotations
+
+
+class AutoSlimError(Exception):
+    """Base of every error that timm-autoslim raises on purpose."""
+
+
+class TraceError(AutoSlimError, ValueError):
+    """The model cannot be traced: its forward raised, or it holds a module that cannot be sliced."""
+
+
+class NothingToSlimError(AutoSlimError, ValueError):
+    """The model was traced, and no group of channels may shrink."""
+
+
+class WidthError(AutoSlimError, ValueError):
+    """Widths that are out of range, of another model, or in conflict with each other."""
+
+
+class BudgetError(AutoSlimError, ValueError):
+    """A budget that is malformed, of an unknown unit, or out of reach."""
+
+
+class StaleStatisticsError(AutoSlimError, RuntimeError):
+    """BatchNorm statistics that belong to another subnet would have been scored or exported."""
+
+
+class EvaluationError(AutoSlimError, RuntimeError):
+    """The evaluate callable raised, or returned something that is not a finite number."""
+
+
+class ArtifactError(AutoSlimError, ValueError):
+    """A model that cannot be exported, or a folder that does not describe a slimmed model."""
+
+
+class OutputExistsError(AutoSlimError, FileExistsError):
+    """The output folder exists already; nothing was written."""
+
+
+class ConfigError(AutoSlimError, ValueError):
+    """A recipe's configuration names an unknown key or holds a value of the wrong type."""
+
+
+class DataError(AutoSlimError, ValueError):
+    """The data are missing, empty, or do not fit the model."""

@@ -1,0 +1,243 @@
+"""The state of a trace: which labels each tensor carries, and the few moves that operator rules are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from timm_autoslim.tracing.labels import Atoms, AttributeUse, Constraints, Label, Vector
+from timm_autoslim.tracing.sizes import FromAttribute, FromDimension, Size, leaves
+
+Labels = list[Label]
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """One matrix product or convolution: its MACs are `constant` times the active count of every vector."""
+
+    path: str
+    constant: float
+    vectors: tuple[Vector, ...]
+
+
+@dataclass
+class Call:
+    """The torch function that is running, with the arguments as the model's code wrote them."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def sequences(self) -> list[list[int]]:
+        """Return every list of integers among the arguments, and the run of bare integers."""
+        found: list[list[int]] = []
+        bare: list[int] = []
+        for value in (*self.args, *self.kwargs.values()):
+            if isinstance(value, (tuple, list)) and value and all(isinstance(v, int) for v in value):
+                found.append(list(value))
+            elif isinstance(value, int) and not isinstance(value, bool):
+                bare.append(value)
+        return [*found, bare]
+
+
+class Flow:
+    """Labels by tensor, the constraints so far, and where in the model the trace is."""
+
+    def __init__(self) -> None:
+        self.atoms = Atoms()
+        self.constraints = Constraints()
+        self.contractions: list[Contraction] = []
+        self.call = Call("", (), {})
+        self.scope: list[str] = [""]
+        self.count_macs = False
+        self._labels: dict[int, tuple[Tensor, Labels]] = {}  # the tensor is kept alive: ids are reused otherwise
+
+    @property
+    def path(self) -> str:
+        """The module that is running."""
+        return self.scope[-1]
+
+    # -- labels -------------------------------------------------------------------------------------------------
+
+    def labels(self, tensor: Tensor) -> Labels:
+        """Return one label for each dimension of `tensor`."""
+        known = self._labels.get(id(tensor))
+        return list(known[1]) if known else [None] * tensor.dim()
+
+    def set_labels(self, tensor: Tensor, labels: Sequence[Label]) -> None:
+        """Record the labels of `tensor`; a dimension of length 1 never carries channels."""
+        shape = tensor.shape
+        assert len(labels) == len(shape), (self.call.name, len(labels), tuple(shape))
+        clean: Labels = []
+        for label, size in zip(labels, shape, strict=True):
+            assert label is None or len(label) == size, (self.call.name, len(label), size)
+            clean.append(None if size == 1 else label)
+        self._labels[id(tensor)] = (tensor, clean)
+
+    def fresh_labels(self, tensor: Tensor) -> Labels:
+        """Give every axis of a weight atoms of its own."""
+        labels: Labels = [self.atoms.fresh(n) if n > 1 else None for n in tensor.shape]
+        self.set_labels(tensor, labels)
+        return self.labels(tensor)
+
+    # -- moves --------------------------------------------------------------------------------------------------
+
+    def freeze(self, label: Label, reason: str) -> None:
+        """Keep these channels, and say why; the running module is named in front."""
+        self.constraints.freeze(label, f"{self.path or 'the model'}: {reason}")
+
+    def freeze_all(self, labels: Sequence[Label], reason: str) -> None:
+        """Keep the channels of all of `labels`."""
+        for label in labels:
+            self.freeze(label, reason)
+
+    def join(self, a: Label, b: Label, what: str) -> Label:
+        """Make two dimensions of equal length live and die together (a unit tie)."""
+        if a is None or b is None:
+            known = a if b is None else b
+            self.freeze(known, f"{what} meets a dimension of fixed length")
+            return known
+        self.atoms.join(a, b)
+        return a
+
+    def broadcast(self, tensors: Sequence[Tensor], out_shape: Sequence[int], what: str) -> Labels:
+        """Join the labels of `tensors` dimension by dimension, aligned at the right."""
+        out: Labels = []
+        for position in range(-len(out_shape), 0):
+            wide = [t for t in tensors if t.dim() >= -position and t.shape[position] != 1]
+            dims = [self.labels(t)[position] for t in wide]
+            label = dims[0] if dims else None
+            for other in dims[1:]:
+                if label is not None or other is not None:
+                    label = self.join(label, other, what)
+            out.append(label)
+        return out
+
+    def produce(self, label: Label) -> None:
+        """Record that the running module produces these channels."""
+        if label is not None:
+            self.constraints.producers.append((self.path, label))
+
+    def contract(self, constant: float, sizes: Sequence[tuple[int, Label]]) -> None:
+        """Count the MACs of a product over dimensions of these lengths."""
+        if not self.count_macs:
+            return
+        vectors = []
+        for length, label in sizes:
+            if label is None:
+                constant *= length
+            else:
+                vectors.append(label)
+        self.contractions.append(Contraction(self.path, constant, tuple(vectors)))
+
+    # -- sizes --------------------------------------------------------------------------------------------------
+
+    def written(self, sizes: Sequence[int]) -> Sequence[int] | None:
+        """Find the argument of the running torch function that these sizes came from (-1 matches anything)."""
+        for candidate in self.call.sequences():
+            if len(candidate) == len(sizes) and all(
+                a == b or a == -1 or b == -1 for a, b in zip(candidate, sizes, strict=True)
+            ):
+                return candidate
+        return None
+
+    def written_one(self, value: int) -> int:
+        """Find the single integer argument that equals `value`, with its origin if it has one."""
+        for candidate in self.call.sequences():
+            for size in candidate:
+                if size == value and isinstance(size, Size):
+                    return size
+        return value
+
+    def constrain(self, label: Label, size: int) -> None:
+        """Tie the active count of a dimension to the integer that the model's code gave for its length."""
+        if size == -1:
+            return
+        if not isinstance(size, Size):
+            self.freeze(label, f"{self.call.name} is given the literal size {int(size)}")
+            return
+        origins = [leaf.origin for leaf in leaves(size)]
+        dims = [o.vector for o in origins if isinstance(o, FromDimension)]
+        attributes = [leaf for leaf in leaves(size) if isinstance(leaf.origin, FromAttribute)]
+        if label is not None and dims:
+            self.constraints.tie_counts([label, *dims])
+        elif len(attributes) == 1 and not dims:
+            origin = attributes[0].origin
+            assert isinstance(origin, FromAttribute)
+            self.constraints.attributes.append(AttributeUse(origin.path, int(attributes[0]), label))
+
+    def sized(self, size: int, given: int) -> Label:
+        """Return the label of a new dimension whose length the model's code gave as `given`."""
+        if size == 1 or not isinstance(given, Size):
+            return None
+        if isinstance(given.origin, FromDimension):
+            return given.origin.vector
+        label = self.atoms.fresh(size)
+        self.constrain(label, given)
+        return label
+
+    # -- splitting one dimension into several -------------------------------------------------------------------
+
+    def split(self, vector: Vector, sizes: Sequence[int], given: Sequence[int] | None) -> Labels:
+        """Label the dimensions that one labelled dimension is split into; only one of them can shrink.
+
+        The channels at equal indices of that dimension live and die together, so that what is left stays rectangular.
+        """
+        grid = vector.reshape([int(s) for s in sizes])
+        roots = self.atoms.find(grid)
+        separable = self._separable(roots)
+        axis = separable if separable is not None else self._shrinking_axis(sizes, given)
+        out: Labels = [None] * len(sizes)
+        if axis is None:
+            self.freeze(vector, f"{self.call.name} splits it into literal sizes {[int(s) for s in sizes]}")
+            return out
+        rows = np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])
+        if separable is None and self._collapses(rows):
+            out[axis] = self._by_position(rows)
+        else:
+            for row in rows[1:]:
+                self.atoms.join(rows[0], row)
+            out[axis] = rows[0]
+        return out
+
+    @staticmethod
+    def _separable(roots: Vector) -> int | None:
+        """Return the only axis along which the grid varies, if there is one."""
+        for axis in range(roots.ndim):
+            lines = np.moveaxis(roots, axis, -1).reshape(-1, roots.shape[axis])
+            if (lines == lines[0]).all():
+                return axis
+        return None
+
+    @staticmethod
+    def _shrinking_axis(sizes: Sequence[int], given: Sequence[int] | None) -> int | None:
+        """Prefer the last dimension (head_dim), unless its size is a literal or no more than a pair."""
+        free = [i for i, s in enumerate(sizes) if given is None or isinstance(given[i], Size) or given[i] == -1]
+        free = [i for i in free if sizes[i] > 1]
+        if not free:
+            return None
+        return free[-1] if sizes[free[-1]] > 2 else max(free, key=lambda i: sizes[i])
+
+    def _collapses(self, rows: Vector) -> bool:
+        """Whether tying the rows would merge different channels of one row (a repeated channel shuffle does)."""
+        if len(rows) < 2:
+            return False
+        counts = [len(np.unique(self.atoms.find(row))) for row in rows]
+        trial = Atoms()
+        codes = np.unique(self.atoms.find(rows), return_inverse=True)[1].reshape(rows.shape)
+        trial.fresh(int(codes.max()) + 1)
+        for row in codes[1:]:
+            trial.join(codes[0], row)
+        return len(np.unique(trial.find(codes[0]))) < max(counts)
+
+    def _by_position(self, rows: Vector) -> Vector:
+        """Start fresh channels that are tied to the rows by count and position only."""
+        label = self.atoms.fresh(rows.shape[1])
+        for row in rows:
+            self.constraints.tie_counts([label, row])
+        self.constraints.ordered.extend([rows.ravel(), label])
+        return label

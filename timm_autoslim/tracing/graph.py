@@ -1,0 +1,305 @@
+"""Solve a trace's constraints: which channels form one width, and what each tensor keeps at given widths."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from timm_autoslim.tracing.flow import Contraction, Flow
+from timm_autoslim.tracing.labels import AttributeUse, Vector
+
+Place = tuple[str, int]  # a tensor's name and one of its axes
+
+
+@dataclass(frozen=True)
+class Strand:
+    """Channels that occur at the same places and can be permuted among each other.
+
+    Attributes:
+        size: number of units; a unit is the set of channels that live and die together.
+        group: index of the group whose width decides how many units are active.
+        ratio: active units for each step of the group's width.
+        ordered: the channels are also matched by position (a channel shuffle), so their order must stand.
+        producers: paths of the modules that produce these channels, in the order of execution.
+    """
+
+    size: int
+    group: int
+    ratio: int
+    ordered: bool
+    producers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Count:
+    """The active length of a vector as a function of the widths: `fixed + sum(factor * width[group])`."""
+
+    fixed: int
+    terms: tuple[tuple[int, int], ...]
+
+    def __call__(self, widths: Sequence[int]) -> int:
+        """Return the active length at these widths, one for each group."""
+        return self.fixed + sum(factor * widths[group] for group, factor in self.terms)
+
+
+@dataclass(frozen=True)
+class Product:
+    """MACs of one contraction for one image: `constant` times the product of the counts."""
+
+    path: str
+    constant: float
+    counts: tuple[Count, ...]
+
+
+@dataclass(frozen=True)
+class Place_:
+    """What is known about one axis of one tensor: strand and rank by index (strand -1 is fixed)."""
+
+    strand: Vector
+    rank: Vector
+    prefix: int | None  # the strand, where the whole axis is one strand in order and once
+
+
+class ChannelGraph:
+    """The solved channel-dependency graph of a model.
+
+    Attributes:
+        shapes: shape by tensor name (parameters, buffers and plain float tensors).
+        strands, group_sizes: the free channels; a group's size is the number of steps of its width.
+        names: one name for each group, the module that produces its channels first.
+        fixed: reason by place, for every axis of which no channel can be removed.
+    """
+
+    def __init__(self, flow: Flow, tensors: Mapping[str, Sequence[Any]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.shapes = dict(shapes)
+        self._flow = flow
+        self._vectors: dict[Place, Vector] = {
+            (name, axis): label for name, labels in tensors.items() for axis, label in enumerate(labels) if label is not None
+        }
+        self._solve()
+
+    # -- solving ------------------------------------------------------------------------------------------------
+
+    def _solve(self) -> None:
+        roots = self._flow.atoms.roots()
+        self._units, self._unit_of = np.unique(roots, return_inverse=True)  # unit by atom
+        constraints = self._flow.constraints
+        frozen: NDArray[np.bool_] = np.zeros(len(self._units), bool)
+        self._reason: dict[int, str] = {}
+        for vector, reason in constraints.frozen:
+            units = np.unique(self._unit_of[vector])
+            for unit in units[~frozen[units]]:
+                self._reason[int(unit)] = reason
+            frozen[units] = True
+        ties = [tuple(self._unit_of[v] for v in tie) for tie in [*constraints.proportional, *self._attribute_ties(frozen)]]
+        placed = self._placed()
+        while True:
+            self._spread(frozen, ties)
+            stuck = self._classify(frozen, ties, placed)
+            if not len(stuck):
+                break
+            self._freeze_units(frozen, stuck, "its number of channels cannot change in step with what it is tied to")
+        self._describe(frozen)
+
+    def _freeze_units(self, frozen: NDArray[np.bool_], units: Vector, reason: str) -> None:
+        for unit in units[~frozen[units]]:
+            self._reason[int(unit)] = reason
+        frozen[units] = True
+
+    def _attribute_ties(self, frozen: NDArray[np.bool_]) -> list[tuple[Vector, ...]]:
+        """All sizes that one attribute gives must change in proportion; with a fixed one among them, none can."""
+        uses: dict[str, list[AttributeUse]] = defaultdict(list)
+        for use in self._flow.constraints.attributes:
+            uses[use.path].append(use)
+        ties = []
+        for path, found in uses.items():
+            vectors = [u.vector for u in found if u.vector is not None]
+            if len(vectors) < len(found):
+                for vector in vectors:
+                    self._freeze_units(frozen, self._unit_of[vector], f"the attribute {path} also gives a fixed size")
+            elif len(vectors) > 1:
+                ties.append(tuple(vectors))
+        return ties
+
+    def _placed(self) -> NDArray[np.bool_]:
+        """Units that occur in a tensor of the model; the others only tie some of them together."""
+        placed = np.zeros(len(self._units), bool)
+        for vector in self._vectors.values():
+            placed[self._unit_of[vector]] = True
+        return placed
+
+    def _spread(self, frozen: NDArray[np.bool_], ties: Sequence[tuple[Vector, ...]]) -> None:
+        """Where one side of a count tie holds fixed channels, no side can change."""
+        changed = True
+        while changed:
+            changed = False
+            for tie in ties:
+                held = [frozen[v] for v in tie]
+                if not any(h.any() for h in held) or all(h.all() for h in held):
+                    continue
+                first = np.sort(tie[0])
+                if all(np.array_equal(first, np.sort(v)) for v in tie[1:]):
+                    continue  # the same channels on both sides: their counts agree by themselves
+                reason = next(self._reason[int(u)] for v in tie for u in v if frozen[u])
+                for v in tie:
+                    self._freeze_units(frozen, v, f"tied by count to fixed channels ({reason})")
+                changed = True
+
+    def _classify(
+        self, frozen: NDArray[np.bool_], ties: Sequence[tuple[Vector, ...]], placed: NDArray[np.bool_]
+    ) -> Vector:
+        """Form strands (equal signature) and groups (tied by count); return the units that turn out stuck."""
+        rng = np.random.default_rng(0)
+        signature = np.zeros(len(self._units), np.uint64)
+        live_ties = [tie for tie in ties if not frozen[tie[0]].any()]
+        marks = [*self._vectors.values(), *(v for c in self._flow.contractions for v in c.vectors)]
+        marks += [use.vector for use in self._flow.constraints.attributes if use.vector is not None]
+        for units in [*(self._unit_of[v] for v in marks), *(v for tie in live_ties for v in tie)]:
+            np.add.at(signature, units, rng.integers(1, 2**63, dtype=np.uint64))
+        free = np.flatnonzero(~frozen)
+        _, inverse = np.unique(signature[free], return_inverse=True)
+        strand_of = np.full(len(self._units), -1, np.int64)
+        strand_of[free] = inverse
+        sizes = np.bincount(inverse, minlength=0)
+        parent = list(range(len(sizes)))
+
+        def find(i: int) -> int:
+            while parent[i] != i:
+                i = parent[i]
+            return i
+
+        for tie in live_ties:
+            counts = [np.bincount(strand_of[v], minlength=len(sizes)) for v in tie]
+            if all(np.array_equal(counts[0], c) for c in counts[1:]):
+                continue
+            touched = np.flatnonzero(sum(counts))
+            for other in touched[1:]:
+                parent[find(int(other))] = find(int(touched[0]))
+        members: dict[int, list[int]] = defaultdict(list)
+        for strand in range(len(sizes)):
+            members[find(strand)].append(strand)
+        steps = {root: gcd(*(int(sizes[s]) for s in strands)) for root, strands in members.items()}
+        real = np.bincount(strand_of[free], placed[free], minlength=len(sizes)) > 0
+        stuck = [s for root, strands in members.items() if steps[root] < 2 or not real[strands].any() for s in strands]
+        self._strand_of, self._strand_sizes = strand_of, sizes
+        self._members, self._steps = members, steps
+        return np.flatnonzero(np.isin(strand_of, stuck))
+
+    def _describe(self, frozen: NDArray[np.bool_]) -> None:
+        """Name the groups in the order of execution, and lay out ranks, strands and fixed places."""
+        rank_of = np.full(len(self._units), -1, np.int64)
+        for strand in range(len(self._strand_sizes)):
+            units = np.flatnonzero(self._strand_of == strand)  # in order of their smallest atom
+            rank_of[units] = np.arange(len(units))
+        made_by: dict[int, list[str]] = defaultdict(list)
+        for path, vector in self._flow.constraints.producers:
+            for strand in np.unique(self._strand_of[self._unit_of[vector]]):
+                if strand >= 0 and path not in made_by[int(strand)]:
+                    made_by[int(strand)].append(path)
+        first = {path: i for i, (path, _) in reversed(list(enumerate(self._flow.constraints.producers)))}
+        last = len(first) + len(self._flow.constraints.producers)
+
+        def start(root: int) -> tuple[int, int]:
+            return min((first.get((made_by[s] or [""])[0], last), s) for s in self._members[root])
+
+        ordered_units = np.zeros(len(self._units), bool)
+        for vector in self._flow.constraints.ordered:
+            ordered_units[self._unit_of[vector]] = True
+        order = sorted(self._members, key=start)
+        strands: dict[int, Strand] = {}
+        self.names: list[str] = []
+        for group, root in enumerate(order):
+            self.names.append(self._name(root, made_by))
+            for s in self._members[root]:
+                size = int(self._strand_sizes[s])
+                is_ordered = bool(ordered_units[self._strand_of == s].any())
+                strands[s] = Strand(size, group, size // self._steps[root], is_ordered, tuple(made_by[s]))
+        self.strands = [strands[s] for s in range(len(self._strand_sizes))]
+        self.group_sizes = [self._steps[root] for root in order]
+        self._atom_strand = self._strand_of[self._unit_of]
+        self._atom_rank = rank_of[self._unit_of]
+        self.places = {place: self._place(vector) for place, vector in self._vectors.items()}
+        self.fixed = {
+            place: self._reason.get(int(self._unit_of[vector[0]]), "not used in forward")
+            for place, vector in self._vectors.items()
+            if (self._atom_strand[vector] < 0).all()
+        }
+
+    def _name(self, root: int, made_by: Mapping[int, list[str]]) -> str:
+        paths = [path for s in self._members[root] for path in made_by[s]]
+        if not paths:
+            holders = [n for (n, _), v in self._vectors.items() if np.isin(self._strand_of[self._unit_of[v]], self._members[root]).any()]
+            paths = [holders[0]]
+        for path in paths:
+            if path not in self.names:
+                return path
+        return next(f"{paths[0]}:{i}" for i in range(2, len(self.names) + 3) if f"{paths[0]}:{i}" not in self.names)
+
+    def _place(self, vector: Vector) -> Place_:
+        strand, rank = self._atom_strand[vector], self._atom_rank[vector]
+        whole = strand[0] >= 0 and (strand == strand[0]).all() and np.array_equal(rank, np.arange(len(rank)))
+        return Place_(strand, rank, int(strand[0]) if whole else None)
+
+    def freeze(self, vectors: Sequence[Vector | None], reason: str) -> None:
+        """Keep more channels than so far, and solve again."""
+        for vector in vectors:
+            self._flow.constraints.freeze(vector, reason)
+        for name in ("products", "lengths", "producers", "attributes"):
+            self.__dict__.pop(name, None)
+        self._solve()
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def count(self, vector: Vector) -> Count:
+        """Return the active length of `vector` as a function of the widths."""
+        strands = self._atom_strand[vector]
+        terms: dict[int, int] = defaultdict(int)
+        for strand, times in zip(*np.unique(strands[strands >= 0], return_counts=True), strict=True):
+            info = self.strands[int(strand)]
+            terms[info.group] += int(times) // info.size * info.ratio
+        return Count(int((strands < 0).sum()), tuple(sorted(terms.items())))
+
+    def active(self, widths: Sequence[int]) -> NDArray[np.bool_]:
+        """Return for every atom whether it is active at these widths."""
+        limits = np.array([s.ratio * widths[s.group] for s in self.strands] + [0], np.int64)  # strand -1 is fixed
+        return (self._atom_strand < 0) | (self._atom_rank < limits[self._atom_strand])
+
+    @cached_property
+    def products(self) -> tuple[Product, ...]:
+        """MACs of one image as a function of the widths."""
+        found: list[Contraction] = self._flow.contractions
+        return tuple(Product(c.path, c.constant, tuple(self.count(v) for v in c.vectors)) for c in found)
+
+    @cached_property
+    def lengths(self) -> dict[Place, Count]:
+        """The active length of every axis that can shrink."""
+        return {p: self.count(v) for p, v in self._vectors.items() if (self._atom_strand[v] >= 0).any()}
+
+    @cached_property
+    def producers(self) -> dict[str, Count]:
+        """The number of channels that each module produces."""
+        return {path: self.count(vector) for path, vector in reversed(self._flow.constraints.producers)}
+
+    @cached_property
+    def attributes(self) -> dict[str, tuple[int, int, Count]]:
+        """Attributes that change with the widths: (value, length, count); the value is `value * count / length`."""
+        found = {}
+        for use in self._flow.constraints.attributes:
+            if use.vector is not None and (self._atom_strand[use.vector] >= 0).any():
+                found.setdefault(use.path, (use.value, len(use.vector), self.count(use.vector)))
+        return found
+
+    def described(self, uses: Sequence[AttributeUse]) -> dict[str, tuple[int, int, Count]]:
+        """Return, in the form of `attributes`, those that describe the model without being read in its forward."""
+        found = {}
+        for use in uses:
+            if use.vector is not None and use.path not in self.attributes and (self._atom_strand[use.vector] >= 0).any():
+                found.setdefault(use.path, (use.value, len(use.vector), self.count(use.vector)))
+        return found
