@@ -72,13 +72,21 @@ class ChannelGraph:
 
     Attributes:
         shapes: shape by tensor name (parameters, buffers and plain float tensors).
+        parameters: names of the parameters among them.
         strands, group_sizes: the free channels; a group's size is the number of steps of its width.
         names: one name for each group, the module that produces its channels first.
         fixed: reason by place, for every axis of which no channel can be removed.
     """
 
-    def __init__(self, flow: Flow, tensors: Mapping[str, Sequence[Any]], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        flow: Flow,
+        tensors: Mapping[str, Sequence[Any]],
+        shapes: Mapping[str, tuple[int, ...]],
+        parameters: Sequence[str],
+    ) -> None:
         self.shapes = dict(shapes)
+        self.parameters = tuple(parameters)
         self._flow = flow
         self._vectors: dict[Place, Vector] = {
             (name, axis): label for name, labels in tensors.items() for axis, label in enumerate(labels) if label is not None
@@ -246,6 +254,15 @@ class ChannelGraph:
         strand, rank = self._atom_strand[vector], self._atom_rank[vector]
         whole = strand[0] >= 0 and (strand == strand[0]).all() and np.array_equal(rank, np.arange(len(rank)))
         return Place_(strand, rank, int(strand[0]) if whole else None)
+
+    def freeze_tensors(self, names: Sequence[str], reason: str) -> None:
+        """Keep all channels of these tensors, and solve again."""
+        self.freeze([self._vectors.get((name, axis)) for name in names for axis in range(len(self.shapes[name]))], reason)
+
+    def reason(self, path: str) -> str:
+        """Say why the channels that a module produces are fixed."""
+        vector = next(v for p, v in self._flow.constraints.producers if p == path)
+        return self._reason.get(int(self._unit_of[vector[0]]), "not used in forward")
 
     def freeze(self, vectors: Sequence[Vector | None], reason: str) -> None:
         """Keep more channels than so far, and solve again."""

@@ -131,7 +131,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = ops.execute(func, args, kwargs)
         tensors = ops._tensors([*args, *kwargs.values()])
         self.used.update(id(t) for t in tensors)
         entering = tuple(label for t in tensors for label in self.flow.labels(t) if label is not None)
@@ -163,7 +163,7 @@ class _Lockstep(TorchDispatchMode):
             raise Disagreement(f"runs {func} where the whole model runs {step.operator}", step)
         self.at += 1
         try:
-            out = func(*args, **(kwargs or {}))
+            out = ops.execute(func, args, kwargs or {})
         except Exception as error:
             raise Disagreement(f"{func} fails: {error}", step) from error
         for tensor, labels, shape in zip(ops._tensors(out), step.labels, step.shapes, strict=True):
@@ -297,7 +297,8 @@ class Tracer:
                 for label in self.labels.get(name, []):
                     self.flow.constraints.freeze(label, "not used in forward")
         shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
-        graph = ChannelGraph(self.flow, self.labels, shapes)
+        parameters = [n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)]
+        graph = ChannelGraph(self.flow, self.labels, shapes, parameters)
         operators = frozenset(step.operator for _, steps in self.runs for step in steps)
         trace = Trace(graph, self.watch.described, operators)
         self._prove(trace)

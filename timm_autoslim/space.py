@@ -1,0 +1,298 @@
+"""The search space: one width for each channel group, and the widths that a subnet has."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from timm_autoslim.errors import WidthError
+from timm_autoslim.tracing.graph import ChannelGraph
+
+# AutoSlim lets every layer go down to about 0.15 of its channels (arXiv 1903.11728, section 4).
+DEFAULT_MIN = 0.15
+# Widths are multiples of 8 channels as in the paper, or of fewer where a group would have less than this many steps.
+DEFAULT_STEPS = 8
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that share one width.
+
+    Attributes:
+        name: path of the module that produces the channels first.
+        size: the widest width; a width counts units, and a unit is nearly always one channel of that module (of a
+            grouped convolution it is one whole group).
+        min, divisor: shape what is sampled and searched.
+        choices: the widths that are sampled and searched, ascending; the last is `size`.
+        channels: channels that one unit has in the module that names the group.
+        producers: paths of all modules that produce channels of this group.
+    """
+
+    name: str
+    size: int
+    min: int
+    divisor: int
+    choices: tuple[int, ...]
+    channels: int
+    producers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Widths(Mapping[str, int]):
+    """The widths of one subnet: a read-only mapping from group name to width, tied to its search space."""
+
+    values_: tuple[int, ...]
+    names: tuple[str, ...]
+    space_id: str
+
+    def __getitem__(self, name: str) -> int:
+        try:
+            return self.values_[self.names.index(name)]
+        except ValueError:
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Any:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __hash__(self) -> int:
+        return hash((self.values_, self.space_id))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Widths) and (self.values_, self.space_id) == (other.values_, other.space_id)
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the widths as plain data, for JSON; `SearchSpace.from_dict` reads it back."""
+        return dict(zip(self.names, self.values_, strict=True))
+
+    def replaced(self, name: str, width: int) -> Widths:
+        """Return the same widths, but for one group."""
+        index = self.names.index(name)
+        return Widths((*self.values_[:index], width, *self.values_[index + 1 :]), self.names, self.space_id)
+
+
+Rule = Mapping[str, Any]
+
+
+class SearchSpace:
+    """All subnets of a supernet."""
+
+    def __init__(self, graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> None:
+        self._graph = graph
+        self.groups = tuple(groups)
+        self.names = tuple(g.name for g in self.groups)
+        self._index = {name: i for i, name in enumerate(self.names)}
+        text = json.dumps([(g.name, g.size) for g in self.groups])
+        self.id = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __getitem__(self, name: str) -> ChannelGroup:
+        try:
+            return self.groups[self._index[name]]
+        except KeyError:
+            raise WidthError(self._no_group(name)) from None
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _no_group(self, name: object) -> str:
+        import difflib
+
+        close = difflib.get_close_matches(str(name), self.names, 3)
+        hint = f"the closest are {close}" if close else f"the groups are {list(self.names[:8])}..."
+        return f"{name!r} is no group of this search space of {len(self.groups)} groups; {hint}"
+
+    def _make(self, values: Iterable[int]) -> Widths:
+        return Widths(tuple(values), self.names, self.id)
+
+    def check(self, widths: Widths) -> Widths:
+        """Return `widths`, or raise WidthError if they are of another search space."""
+        if not isinstance(widths, Widths):
+            raise WidthError(f"got widths of type {type(widths).__name__}; needed: Widths, from space.from_dict(...) or another method of the space")
+        if widths.space_id != self.id:
+            raise WidthError(
+                f"got widths of another model ({len(widths)} groups, space {widths.space_id}); "
+                f"needed: widths of this space ({len(self)} groups, {self.id}), made by its own methods"
+            )
+        return widths
+
+    def max(self) -> Widths:
+        """Return the widths of the whole model."""
+        return self._make(g.size for g in self.groups)
+
+    def min(self) -> Widths:
+        """Return the narrowest widths that are sampled and searched."""
+        return self._make(g.choices[0] for g in self.groups)
+
+    def uniform(self, ratio: float) -> Widths:
+        """Return one multiplier for all groups, each rounded to the nearest of its choices.
+
+        Raises:
+            WidthError: the ratio is not above 0 and at most 1.
+        """
+        if not 0 < ratio <= 1:
+            raise WidthError(f"got the ratio {ratio}; needed: above 0 and at most 1")
+        return self._make(min(g.choices, key=lambda c: (abs(c - ratio * g.size), -c)) for g in self.groups)
+
+    def sample(self, generator: torch.Generator | None = None) -> Widths:
+        """Return random widths, every group on its own (AutoSlim's non-uniform sampling)."""
+        draws = torch.rand(len(self.groups), generator=generator).tolist()
+        return self._make(g.choices[int(u * len(g.choices))] for u, g in zip(draws, self.groups, strict=True))
+
+    def from_dict(self, widths: Mapping[str, int]) -> Widths:
+        """Return the widths that a plain dict names; every group must be there, any integer from 1 to the size is valid.
+
+        Raises:
+            WidthError: a group is missing or unknown, or a width is out of range.
+        """
+        for name in widths:
+            if name not in self._index:
+                raise WidthError(self._no_group(name))
+        missing = [n for n in self.names if n not in widths]
+        if missing:
+            raise WidthError(f"{missing[0]}: no width is given for this group ({len(missing)} of {len(self)} are missing); give one for every group")
+        return self._make(self._valid(g, widths[g.name]) for g in self.groups)
+
+    @staticmethod
+    def _valid(group: ChannelGroup, width: int) -> int:
+        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= group.size:
+            raise WidthError(f"{group.name}: got the width {width!r}; needed: an integer from 1 to {group.size}")
+        return width
+
+    def from_channels(self, channels: Mapping[str, int]) -> Widths:
+        """Return widths from the number of channels of the modules that produce them; all other groups stay whole.
+
+        Raises:
+            WidthError: a module produces no channels that can change, a number is out of reach, or two modules that
+                share a group are given numbers that contradict each other.
+        """
+        values: dict[int, tuple[int, str]] = {}
+        for path, wanted in channels.items():
+            group, width = self._solve(path, wanted)
+            if values.get(group, (width, ""))[0] != width:
+                other = values[group][1]
+                raise WidthError(
+                    f"{path}: {wanted} channels contradict the {channels[other]} of {other}: both are the group "
+                    f"{self.names[group]!r}; give them numbers that agree"
+                )
+            values[group] = (width, path)
+        return self._make(values[i][0] if i in values else g.size for i, g in enumerate(self.groups))
+
+    def _solve(self, path: str, wanted: int) -> tuple[int, int]:
+        count = self._graph.producers.get(path)
+        if count is None:
+            raise WidthError(f"{path}: this module produces no channels; modules that do: {list(self._graph.producers)[:8]}...")
+        if not count.terms:
+            raise WidthError(f"{path}: its {count.fixed} channels are fixed: {self._graph.reason(path)}")
+        if len(count.terms) > 1:
+            raise WidthError(f"{path}: its channels belong to the groups {[self.names[g] for g, _ in count.terms]}; use from_dict")
+        (group, factor), size = count.terms[0], self.groups[count.terms[0][0]].size
+        width, rest = divmod(wanted - count.fixed, factor)
+        if rest or not 1 <= width <= size:
+            step = f" in steps of {factor}" if factor > 1 else ""
+            raise WidthError(f"{path}: got {wanted} channels; needed: from {count.fixed + factor} to {count.fixed + factor * size}{step}")
+        return group, width
+
+    def channels(self, widths: Widths) -> dict[str, int]:
+        """Return the number of channels of every module that produces some, at these widths."""
+        values = self.check(widths).values_
+        return {path: count(values) for path, count in self._graph.producers.items()}
+
+    def table(self) -> str:
+        """Return a table of the groups, with the MACs and parameters of the whole model at min, half and max."""
+        from timm_autoslim.costs import cost_of
+
+        rows = [("group", "size", "min", "divisor", "choices", "modules")]
+        for g in self.groups:
+            rows.append((g.name, str(g.size), str(g.choices[0]), str(g.divisor), str(len(g.choices)), str(len(g.producers))))
+        wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True))) for row in rows]
+        lines.insert(1, "-" * len(lines[0]))
+        lines.append("-" * len(lines[0]))
+        whole = cost_of(self._graph, self.max().values_)
+        for name, widths in (("min", self.min()), ("half", self.uniform(0.5)), ("max", self.max())):
+            c = cost_of(self._graph, widths.values_)
+            lines.append(
+                f"{name:<5} {c.macs / 1e6:>10.1f}M MACs ({c.macs / whole.macs:6.1%})  {c.params / 1e6:>8.2f}M params ({c.params / whole.params:6.1%})"
+            )
+        return "\n".join(lines)
+
+
+def _match(rules: Rule, name: str, producers: Iterable[str], used: set[str]) -> Any:
+    """Return the value of the last glob that matches the group's name or one of its modules."""
+    found = None
+    for glob, value in rules.items():
+        if any(fnmatch.fnmatchcase(path, glob) for path in (name, *producers)):
+            used.add(glob)
+            found = value
+    return found
+
+
+def default_divisor(size: int, channels: int) -> int:
+    """Return 8 channels in units, or less where the group would have fewer than eight steps."""
+    return next((d for d in (8, 4, 2) if d % channels == 0 and size // (d // channels) >= DEFAULT_STEPS), channels) // channels or 1
+
+
+def build_space(
+    graph: ChannelGraph,
+    min: int | float | Rule | None = None,
+    divisor: int | Rule | None = None,
+    choices: Rule | None = None,
+) -> SearchSpace:
+    """Make the search space of a graph; `min`, `divisor` and `choices` are one value for all, or values by glob.
+
+    Raises:
+        WidthError: a value is out of range, or a glob matches no group.
+    """
+    rules: dict[str, Rule] = {
+        "min": min if isinstance(min, Mapping) else {} if min is None else {"*": min},
+        "divisor": divisor if isinstance(divisor, Mapping) else {} if divisor is None else {"*": divisor},
+        "choices": choices or {},
+    }
+    used: dict[str, set[str]] = {key: set() for key in rules}
+    groups = []
+    for index, (name, size) in enumerate(zip(graph.names, graph.group_sizes, strict=True)):
+        producers = tuple(dict.fromkeys(p for s in graph.strands if s.group == index for p in s.producers))
+        count = graph.producers.get(name)
+        channels = next((f for g, f in count.terms if g == index), 1) if count else 1
+        given = {key: _match(rules[key], name, producers, used[key]) for key in rules}
+        groups.append(_group(name, size, channels, producers, given))
+    for key, rule in rules.items():
+        for glob in rule:
+            if glob not in used[key]:
+                raise WidthError(f"{key}={{{glob!r}: ...}}: the glob matches no group; the groups are {graph.names[:8]}...")
+    return SearchSpace(graph, groups)
+
+
+def _group(name: str, size: int, channels: int, producers: tuple[str, ...], given: Mapping[str, Any]) -> ChannelGroup:
+    divisor = given["divisor"] if given["divisor"] is not None else default_divisor(size, channels)
+    if not isinstance(divisor, int) or divisor < 1:
+        raise WidthError(f"{name}: got the divisor {divisor!r}; needed: an integer of at least 1")
+    lowest = given["min"] if given["min"] is not None else DEFAULT_MIN
+    if isinstance(lowest, float):
+        lowest = round(lowest * size) or 1 if 0 < lowest <= 1 else -1
+    if not 1 <= lowest <= size:
+        raise WidthError(f"{name}: got min={given['min']!r}; needed: an integer from 1 to {size}, or a share above 0 and at most 1")
+    steps = given["choices"]
+    if steps is None:
+        first = -(-lowest // divisor) * divisor
+        steps = [*range(first, size, divisor), size]
+    steps = sorted(set(steps))
+    for width in steps:
+        SearchSpace._valid(ChannelGroup(name, size, lowest, divisor, (), channels, producers), width)
+    if not steps or steps[-1] != size:
+        steps.append(size)  # the widest is always a subnet
+    return ChannelGroup(name, size, lowest, divisor, tuple(steps), channels, producers)
+
+
+Evaluate = Callable[[Callable[[torch.Tensor], torch.Tensor]], float]

@@ -1,0 +1,232 @@
+"""The slimmable supernet: one model, every subnet of it, shared weights."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_autoslim import slicing
+from timm_autoslim.errors import TraceError, WidthError
+from timm_autoslim.space import SearchSpace, Widths, build_space
+from timm_autoslim.tracing.graph import ChannelGraph
+from timm_autoslim.tracing.trace import Trace, slices_of, tied_names
+from timm_autoslim.tracing.trace import trace as trace_model
+
+RECIPE_FORMAT = 1
+# Tried in turn where neither the user nor the model says what images it takes.
+_USUAL_SIZES = (224, 299, 256, 32)
+_CACHED_SLICES = 64
+
+
+class Supernet(nn.Module):
+    """A model whose every forward takes the widths of a subnet; made by `convert`.
+
+    Attributes:
+        model: the model itself, whole; its parameters are the shared weights.
+        space: the search space.
+        graph: the channel-dependency graph.
+    """
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module, found: Trace, space: SearchSpace, base: str | None, base_args: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.space = space
+        self.graph: ChannelGraph = found.graph
+        self._trace = found
+        self._base, self._base_args = base, dict(base_args)
+        self._tied = tied_names(model)
+        self._cache: OrderedDict[tuple[int, ...], slicing.Slices] = OrderedDict()
+        self._held: Widths | None = None  # the widths of the `at` block that is open
+
+    def forward(self, x: Tensor, widths: Widths | None = None) -> Any:
+        """Run the subnet of these widths on `x` (N, C, H, W); without widths the widest, or that of the open `at` block.
+
+        Raises:
+            WidthError: the widths are of another model, or differ from those of the open block.
+        """
+        if self._held is not None:
+            if widths is not None and widths != self._held:
+                raise WidthError("other widths than those of the open `with supernet.at(...)` block; leave the block first")
+            return self.model(x)
+        if widths is None:
+            return self.model(x)
+        with self.at(widths):
+            return self.model(x)
+
+    @contextlib.contextmanager
+    def at(self, widths: Widths) -> Iterator[Supernet]:
+        """Hold the subnet of these widths for the length of the block, around forward and backward.
+
+        Gradients reach the shared weights. Only at the widest do BatchNorm's running statistics move.
+
+        Raises:
+            WidthError: the widths are of another model, or a block is open already.
+        """
+        self.space.check(widths)
+        if self._held is not None:
+            raise WidthError("a `with supernet.at(...)` block is open already; leave it first")
+        self._held = widths
+        try:
+            if widths == self.space.max():
+                yield self
+            else:
+                with slicing.applied(self.model, self._slices(widths)):
+                    yield self
+        finally:
+            self._held = None
+
+    def _slices(self, widths: Widths) -> slicing.Slices:
+        key = widths.values_
+        if key not in self._cache:
+            found = slices_of(self.graph, key)
+            tensors = {**_statistics(self.model), **found.tensors}
+            tensors |= {name: tensors[first] for name, first in self._tied.items() if first in tensors}
+            self._cache[key] = slicing.Slices(tensors, found.attributes)
+            if len(self._cache) > _CACHED_SLICES:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def extract(self, widths: Widths | None = None) -> nn.Module:
+        """Return the subnet as an ordinary model of the same type, with weights of its own.
+
+        `plain.autoslim` is its recipe as plain data: base, arguments, sizes, attributes and widths. A narrower subnet
+        has the widest's BatchNorm statistics, which are not its own: they are marked by `num_batches_tracked == 0`
+        until `calibrate` or training renews them, and `export` refuses them until then.
+
+        Raises:
+            WidthError: the widths are of another model.
+        """
+        widths = self.space.check(widths if widths is not None else self.space.max())
+        whole = widths == self.space.max()
+        found = slices_of(self.graph, widths.values_, self.graph.described(self._trace.described))
+        tensors = {} if whole else {**_statistics(self.model), **found.tensors}
+        plain = slicing.extract(self.model, slicing.Slices(tensors, found.attributes))
+        if not whole:
+            for module in plain.modules():
+                tracked = getattr(module, "num_batches_tracked", None)
+                if isinstance(tracked, Tensor):
+                    tracked.zero_()
+        plain.autoslim = self._recipe(plain, found, widths)  # type: ignore[assignment]
+        return plain
+
+    def _recipe(self, plain: nn.Module, found: slicing.Slices, widths: Widths) -> dict[str, Any]:
+        sizes = {}
+        for name, axes in found.tensors.items():
+            if any(axis is not None for axis in axes):
+                sizes[name] = [None if runs is None else sum(n for _, n in runs) for runs in axes]
+        sizes |= {name: sizes[first] for name, first in self._tied.items() if first in sizes}
+        return {
+            "format": RECIPE_FORMAT,
+            "base": self._base,
+            "base_args": dict(self._base_args),
+            "sizes": sizes,
+            "attributes": {p: list(v) if isinstance(v, tuple) else v for p, v in found.attributes.items()},
+            "widths": widths.to_dict(),
+        }
+
+
+def _statistics(model: nn.Module) -> dict[str, tuple[slicing.Axis, ...]]:
+    """Name every running statistic, so that a narrower subnet gets copies even of those that are not narrowed."""
+    names: dict[str, tuple[slicing.Axis, ...]] = {}
+    for path, module in model.named_modules():
+        for leaf in ("running_mean", "running_var", "num_batches_tracked"):
+            buffer = module._buffers.get(leaf)
+            if buffer is not None:
+                names[f"{path}.{leaf}" if path else leaf] = (None,) * buffer.dim()
+    return names
+
+
+def _example(model: nn.Module) -> list[Any]:
+    """Return the inputs to try: what the model's configuration says, or the usual sizes of images."""
+    config = getattr(model, "pretrained_cfg", None)
+    if isinstance(config, Mapping) and config.get("input_size"):
+        channels, height, width = config["input_size"]
+        channels = getattr(model, "in_chans", None) or _stem_channels(model) or channels
+        return [torch.empty((1, channels, height, width), device="meta")]
+    channels = _stem_channels(model) or 3
+    return [torch.empty((1, channels, s, s), device="meta") for s in _USUAL_SIZES]
+
+
+def _stem_channels(model: nn.Module) -> int | None:
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return None if first is None else first.in_channels
+
+
+def _trace(model: nn.Module, example_input: Any) -> Trace:
+    examples = _example(model) if example_input is None else [example_input]
+    for i, example in enumerate(examples):
+        try:
+            return trace_model(model, example)
+        except TraceError:
+            if i == len(examples) - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _freeze(found: Trace, globs: Sequence[str]) -> None:
+    """Fix the channels of every module that a glob matches."""
+    for glob in globs:
+        names = [n for n in found.graph.shapes if fnmatch.fnmatchcase(n.rpartition(".")[0], glob)]
+        if not names:
+            raise WidthError(f"freeze={glob!r}: the glob matches no module with weights; globs are matched against module paths")
+        found.graph.freeze_tensors(names, f"frozen by the user ({glob})")
+
+
+def convert(
+    model: nn.Module,
+    example_input: Any = None,
+    order: str | None = None,
+    *,
+    freeze: str | Sequence[str] = (),
+    min: int | float | Mapping[str, int | float] | None = None,
+    divisor: int | Mapping[str, int] | None = None,
+    choices: Mapping[str, Sequence[int]] | None = None,
+    base: str | None = None,
+    base_args: Mapping[str, Any] | None = None,
+) -> Supernet:
+    """Return the slimmable supernet of any model.
+
+    The supernet wraps `model` and shares its weights, as `DistributedDataParallel` does; converting changes nothing in
+    it. With an `order` the supernet wraps a reordered copy instead.
+
+    Args:
+        model: a timm or torchvision model, or any `nn.Module`.
+        example_input: a tensor (N, C, H, W), or a tuple or dict of inputs; only shapes and types are read. By default
+            the shape in the model's `pretrained_cfg`, else the usual sizes of images are tried.
+        order: sort the channels of every group by importance, so that the narrow subnets have the best ones: "l1",
+            "l2", "bn_scale", "fpgm", "lamp" or "random". None leaves them as they stand, and then the widest subnet is
+            bit-equal to the model.
+        freeze: globs of module paths whose channels must stay.
+        min: the least width of a group: a share of its size (float) or a number (int), for all or by glob.
+        divisor: widths that are sampled and searched are multiples of it, for all or by glob.
+        choices: the widths that are sampled and searched, by glob.
+        base, base_args: the timm name ("resnet18") or "torchvision/NAME", and its arguments, that build the model
+            again; an exported model needs them. For a timm model made by its name they are known already.
+
+    Raises:
+        TraceError: the model's forward cannot be traced.
+        NothingToSlimError: no channel can be removed.
+        WidthError: a glob matches nothing, or a value is out of range.
+    """
+    if isinstance(model, Supernet):
+        raise TraceError("the model: got a Supernet; needed: the plain model; convert supernet.model, or use the supernet as it is")
+    found = _trace(model, example_input)
+    _freeze(found, [freeze] if isinstance(freeze, str) else freeze)
+    space = build_space(found.graph, min, divisor, choices)
+    if order is not None:
+        from timm_autoslim.importance import reordered
+
+        model = reordered(model, found.graph, order)
+    if base is None:
+        config = getattr(model, "pretrained_cfg", None)
+        base = config.get("architecture") if isinstance(config, Mapping) else None
+    return Supernet(model, found, space, base, base_args or {})
