@@ -1,10 +1,33 @@
 """Slim any timm or torchvision model: one slimmable supernet, a greedy channel search, an ordinary smaller model."""
 
+from timm_autoslim.artifact import export
+from timm_autoslim.calibration import batch_statistics, calibrate
 from timm_autoslim.costs import Cost, cost, uniform_at
 from timm_autoslim.errors import AutoSlimError
+from timm_autoslim.sandwich import SandwichStep, sandwich_step
+from timm_autoslim.slimming import Found, SearchResult, Step, search
 from timm_autoslim.space import ChannelGroup, SearchSpace, Widths
 from timm_autoslim.supernet import Supernet, convert
 
 __version__ = "0.1.0"
 
-__all__ = ["AutoSlimError", "ChannelGroup", "Cost", "SearchSpace", "Supernet", "Widths", "convert", "cost", "uniform_at"]
+__all__ = [
+    "AutoSlimError",
+    "ChannelGroup",
+    "Cost",
+    "Found",
+    "SandwichStep",
+    "SearchResult",
+    "SearchSpace",
+    "Step",
+    "Supernet",
+    "Widths",
+    "batch_statistics",
+    "calibrate",
+    "convert",
+    "cost",
+    "export",
+    "sandwich_step",
+    "search",
+    "uniform_at",
+]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_autoslim.errors import DataError
+from timm_autoslim.errors import DataError, StaleStatisticsError, StaleStatisticsError
 
 
 def calibrate(plain: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -79,6 +79,34 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
+def check_batch_statistics(model: nn.Module) -> None:
+    """Raise if something inside a `batch_statistics` block has put a BatchNorm back to its running statistics.
+
+    Raises:
+        StaleStatisticsError: a BatchNorm is in evaluation mode; its running statistics are those of another subnet.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and not module.training:
+            raise StaleStatisticsError(
+                f"{path}: got a BatchNorm in evaluation mode while a subnet was scored; its running statistics are not this "
+                "subnet's. Leave the modes alone there: do not call .eval() or .train() on the subnet."
+            )
+
+
+def check_batch_statistics(model: nn.Module) -> None:
+    """Make sure, at the end of a `batch_statistics` block, that nothing switched BatchNorm back meanwhile.
+
+    Raises:
+        StaleStatisticsError: a BatchNorm is in evaluation mode, so what was scored used another subnet's statistics.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and not module.training:
+            raise StaleStatisticsError(
+                f"{path}: evaluate put this BatchNorm in evaluation mode, so the subnet was scored with the running statistics "
+                "of another one; needed: batch statistics; do not call eval() or train() in evaluate"
+            )
+
+
 def _norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
@@ -88,12 +116,14 @@ def _modes(model: nn.Module, training: set[_BatchNorm]) -> Iterator[None]:
     """Put `training` in training mode and all other modules in evaluation mode; restore every flag on leaving."""
     before = {module: module.training for module in model.modules()}
     try:
+        # Through train(): modules that override it (LeViT's attention) drop what they cached at other widths there.
+        model.train()
         model.eval()
         for norm in training:
             norm.training = True
         yield
     finally:
-        # Through train() first: modules that override it (LeViT's attention) drop their caches there.
+        model.train()
         model.train(before[model])
         for module, flag in before.items():
             module.training = flag

@@ -110,7 +110,9 @@ def check_reach(space: SearchSpace, graph: ChannelGraph, unit: str, budget: floa
 
 
 def uniform_at(supernet: Supernet, unit: str, budget: float | str) -> Widths:
-    """Return the widest uniform multiplier's widths whose cost is at most the budget.
+    """Return the widths of the widest uniform multiplier whose cost is at most the budget, rounded to single units.
+
+    The divisor is left out of account, so that uniform slimming, the baseline of every search, uses its budget up.
 
     Raises:
         BudgetError: the budget is malformed, of an unknown unit, or not even the narrowest meets it.
@@ -124,8 +126,8 @@ def uniform_at(supernet: Supernet, unit: str, budget: float | str) -> Widths:
         return space.max()
     for _ in range(40):  # the cost is monotone in the multiplier
         middle = (low + high) / 2
-        if getattr(cost_of(graph, space.uniform(middle).values_), unit) <= number:
+        if getattr(cost_of(graph, space.uniform(middle, exact=True).values_), unit) <= number:
             low = middle
         else:
             high = middle
-    return space.uniform(low) if low > 0 else space.min()
+    return space.uniform(low, exact=True) if low > 0 else space.min()

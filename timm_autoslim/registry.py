@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -12,24 +11,24 @@ from typing import Any
 
 import timm
 import torch
-import torchvision
 from timm.models import FeatureInfo, PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, register_model
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from timm_autoslim.bases import ARCHITECTURE, TORCHVISION, construct, create_base, cut_heads, describe_features, is_int
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.slicing import Axis, Slices, shrink_
 
 __all__ = ["apply_recipe", "autoslim", "build_slimmed", "check_recipe", "create_base"]
 
-ARCHITECTURE = "autoslim"
 FORMAT = 1
-TORCHVISION = "torchvision/"
 RECIPE_KEYS = ("format", "base", "base_args", "sizes", "attributes", "widths")
 # A recipe may come from a stranger: it may say how the base is built, never where weights or settings come from.
 FORBIDDEN_ARGS = frozenset(
-    "pretrained pretrained_cfg pretrained_cfg_overlay pretrained_model_args checkpoint_path cache_dir weights progress "
-    "features_only out_indices feature_cls feature_cfg recipe device dtype".split()
+    (
+        *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path"),
+        *("cache_dir", "weights", "progress", "recipe", "device", "dtype"),
+        *("features_only", "out_indices", "feature_cls", "feature_cfg"),
+    )
 )
 # Far above anything timm's or torchvision's constructors are called with, far below what exhausts memory by itself.
 MAX_ARG = 1_000_000
@@ -37,186 +36,13 @@ MAX_ITEMS = 1_000
 MAX_DEPTH = 8
 
 
-# ------------------------------------------------------------------------------------------------ the base
-
-
-def create_base(name: str, **kwargs: Any) -> nn.Module:
-    """Create the model that a recipe starts from, with random weights.
-
-    Args:
-        name: a timm model name (`resnet50`, `resnet50.a1_in1k`), or `torchvision/NAME` with a torchvision
-            classification builder (`torchvision/resnet18`) or class (`torchvision/MNASNet`).
-        **kwargs: arguments of its constructor. `num_classes` (0 for no head) and `in_chans` work for both. Weights
-            are loaded only if these arguments say so (`pretrained=True`, or torchvision's `weights=`).
-
-    Returns:
-        The model. A torchvision model also carries what timm expects of one: `num_classes`, `num_features`,
-        `head_hidden_size`, `feature_info` and `pretrained_cfg`.
-
-    Raises:
-        ArtifactError: the name is unknown, or the constructor refuses the arguments.
-    """
-    if name.startswith(TORCHVISION):
-        return _create_torchvision(name.removeprefix(TORCHVISION), kwargs)
-    arch = name.partition(".")[0]
-    if arch == ARCHITECTURE or not arch.isidentifier() or not timm.is_model(arch):
-        raise ArtifactError(
-            f"base {reprlib.repr(name)} is unknown: needed a name of timm.list_models(), or 'torchvision/NAME' with a "
-            "torchvision builder or class; pass base= with such a name, or update timm"
-        )
-    model: nn.Module = _construct(timm.create_model, name, name, **kwargs)
-    return model
-
-
-def _construct(function: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-    try:
-        return function(*args, **kwargs)
-    except Exception as error:  # a constructor may raise anything at all on arguments that it does not expect
-        raise ArtifactError(
-            f"base {name!r} cannot be created with {reprlib.repr(kwargs)}: {type(error).__name__}: {error}; "
-            "change base_args= or the keyword arguments of create_model"
-        ) from error
-
-
-def _create_torchvision(name: str, kwargs: dict[str, Any]) -> nn.Module:
-    in_chans, num_classes = kwargs.pop("in_chans", 3), kwargs.pop("num_classes", 1000)
-    kwargs["num_classes"] = num_classes or 1  # torchvision has no headless models: the head is cut off below
-    cls = getattr(torchvision.models, name, None)
-    if name in torchvision.models.list_models(module=torchvision.models):
-        kwargs.setdefault("weights", None)
-        model = _construct(torchvision.models.get_model, TORCHVISION + name, name, **kwargs)
-    elif inspect.isclass(cls) and issubclass(cls, nn.Module):
-        model = _construct(cls, TORCHVISION + name, **kwargs)
-    else:
-        raise ArtifactError(
-            f"base {reprlib.repr(TORCHVISION + name)} is unknown: needed a name of "
-            "torchvision.models.list_models(module=torchvision.models), or a model class of torchvision.models"
-        )
-    stem, heads = _stem(model), _heads(model)
-    cfg = _torchvision_cfg(name, model, stem)
-    if in_chans != 3:
-        _adapt_stem(model, name, stem, in_chans)
-    model.pretrained_cfg = {
-        **cfg,
-        "input_size": (in_chans, *cfg["input_size"][1:]),
-        "num_classes": num_classes,
-        "classifier": heads[0] if len(heads) == 1 else heads,
-    }
-    model.default_cfg = model.pretrained_cfg
-    model.num_classes = num_classes
-    _describe_features(model)
-    if num_classes == 0:
-        _cut_heads(model)
-    assert isinstance(model, nn.Module)
-    return model
-
-
-def _stem(model: nn.Module) -> str | None:
-    """The first convolution, if it reads three-channel images."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            return name if module.in_channels == 3 and module.groups == 1 else None
-    return None
-
-
-def _heads(model: nn.Module) -> tuple[str, ...]:
-    """The layers that produce logits: the last one of the model, and the last one of each auxiliary classifier."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    last = {name.partition(".")[0]: name for name in layers}
-    auxiliary = [name for child, name in last.items() if child.lower().startswith("aux") and name != layers[-1]]
-    return (layers[-1], *auxiliary)
-
-
-def _adapt_stem(model: nn.Module, name: str, stem: str | None, in_chans: int) -> None:
-    if stem is None or not _is_int(in_chans) or in_chans < 1:
-        raise ArtifactError(
-            f"in_chans={reprlib.repr(in_chans)}: {TORCHVISION}{name} cannot take it: needed a positive integer and a "
-            "first convolution of three input channels without groups; leave in_chans out"
-        )
-    old = model.get_submodule(stem)
-    assert isinstance(old, nn.Conv2d) and isinstance(old.padding, tuple)
-    new = nn.Conv2d(
-        in_chans, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, bias=old.bias is not None
-    )  # type: ignore[arg-type]
-    model.set_submodule(stem, new)
-
-
-def _torchvision_cfg(name: str, model: nn.Module, stem: str | None) -> dict[str, Any]:
-    """Data settings in timm's terms, from torchvision's default weights where there are some (the presets)."""
-    cfg: dict[str, Any] = PretrainedCfg(interpolation="bilinear", first_conv=stem).to_dict()
-    cfg.pop("architecture", None)
-    size = getattr(model, "image_size", None)
-    try:
-        preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
-    except (ValueError, AttributeError):  # a class, or a builder without weights
-        preset = None
-    if preset is not None:
-        size = size or preset.crop_size[0]
-        cfg.update(mean=tuple(preset.mean), std=tuple(preset.std), interpolation=preset.interpolation.value)
-        cfg["crop_pct"] = round(min(1.0, preset.crop_size[0] / preset.resize_size[0]), 4)
-    size = size or 224
-    cfg["input_size"] = (3, size, size)
-    return cfg
-
-
-def _describe_features(model: nn.Module) -> None:
-    """Set `feature_info`, `num_features` and `head_hidden_size` of a torchvision model as it stands, slimmed or not.
-
-    The taps are the last stage at each resolution, as in timm; a stage is a child of the model or of one of its
-    Sequentials. They are measured by a forward on the meta device, which costs no arithmetic.
-    """
-    cfg: Any = model.pretrained_cfg
-    heads = cfg["classifier"] if isinstance(cfg["classifier"], tuple) else (cfg["classifier"],)
-    stages = {child: module for child, module in model.named_children()}
-    for child, module in model.named_children():
-        if isinstance(module, nn.Sequential):
-            stages.update({f"{child}.{leaf}": inner for leaf, inner in module.named_children()})
-    stages = {k: v for k, v in stages.items() if k.partition(".")[0] not in {h.partition(".")[0] for h in heads}}
-    channels, height, width = cfg["input_size"]
-    taps: dict[int, tuple[str, int]] = {}
-
-    def record(name: str, out: object) -> None:
-        # (N, C, H, W); one pixel is a pooled vector, and Swin's (N, H, W, C) is no square
-        if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2] == out.shape[3] > 1:
-            taps[2 ** round(math.log2(height / out.shape[2]))] = (name, int(out.shape[1]))
-
-    handles = [m.register_forward_hook(lambda _m, _i, out, name=k: record(name, out)) for k, m in stages.items()]
-    tensors = {k: v.detach().to("meta") for k, v in (*model.named_parameters(), *model.named_buffers())}
-    try:
-        # two images, because BatchNorm refuses to train on one value per channel
-        with torch.no_grad():
-            functional_call(model, tensors, (torch.empty(2, channels, height, width, device="meta"),))
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):
-        taps.clear()  # no feature taps: only features_only= needs them, and says so
-    finally:
-        for handle in handles:
-            handle.remove()
-    info = [{"num_chs": chs, "reduction": step, "module": name} for step, (name, chs) in sorted(taps.items())]
-    model.feature_info = info  # type: ignore[assignment]
-    head: Any = model.get_submodule(heads[0])
-    hidden = head.in_features if isinstance(head, nn.Linear) else getattr(head, "in_channels", 0)
-    model.head_hidden_size = hidden or getattr(model, "head_hidden_size", 0)
-    model.num_features = taps[max(taps)][1] if taps else model.head_hidden_size
-
-
-def _cut_heads(model: nn.Module) -> None:
-    cfg: Any = model.pretrained_cfg
-    for name in cfg["classifier"] if isinstance(cfg["classifier"], tuple) else (cfg["classifier"],):
-        model.set_submodule(name, nn.Identity())
-    model.num_classes = 0  # type: ignore[assignment]
-
-
 # ------------------------------------------------------------------------------------------------ the recipe
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _fail(where: str, got: object, needed: str) -> ArtifactError:
-    text = got if isinstance(got, str) and got.startswith("shape ") else reprlib.repr(got)
+    where = where if len(where) <= 200 else f"{where[:200]}..."
     return ArtifactError(
-        f"recipe {reprlib.repr(where)}: got {text}, needed {needed}; "
+        f"recipe {where!r}: got {reprlib.repr(got)}, needed {needed}; "
         "export the model again, with the base= and base_args= that it was created with"
     )
 
@@ -233,7 +59,7 @@ def check_recipe(recipe: object) -> dict[str, Any]:
     if not isinstance(recipe, Mapping) or set(recipe) != set(RECIPE_KEYS):
         got = sorted(map(str, recipe)) if isinstance(recipe, Mapping) else recipe
         raise _fail("keys", got, f"a mapping with exactly {', '.join(RECIPE_KEYS)}")
-    if not _is_int(recipe["format"]) or recipe["format"] != FORMAT:
+    if not is_int(recipe["format"]) or recipe["format"] != FORMAT:
         raise _fail("format", recipe["format"], f"{FORMAT} (a newer one needs a newer timm-autoslim)")
     if recipe["base"] is not None and not isinstance(recipe["base"], str):
         raise _fail("base", recipe["base"], "a name, or None")
@@ -241,7 +67,7 @@ def check_recipe(recipe: object) -> dict[str, Any]:
         if not isinstance(recipe[part], Mapping) or not all(isinstance(key, str) for key in recipe[part]):
             raise _fail(part, recipe[part], "a mapping from names")
     for name, size in recipe["widths"].items():
-        if not _is_int(size) or size < 1:
+        if not is_int(size) or size < 1:
             raise _fail(f"widths.{name}", size, "a positive integer")
     refused = sorted(FORBIDDEN_ARGS & set(recipe["base_args"]))
     if refused:
@@ -306,7 +132,7 @@ def _tensor(model: nn.Module, name: str) -> Tensor | None:
     module, parts = _walk(model, name)
     if len(parts) == 1:
         for store in (module._parameters, module._buffers, module.__dict__):
-            found = store.get(parts[0])  # type: ignore[attr-defined]
+            found = store.get(parts[0])
             if isinstance(found, Tensor):
                 return found
     return None
@@ -320,7 +146,7 @@ def _axes(model: nn.Module, name: str, sizes: object) -> tuple[Axis, ...]:
     if not isinstance(sizes, list | tuple) or len(sizes) != tensor.ndim:
         raise _fail(where, sizes, f"a list of {tensor.ndim} sizes for the shape {tuple(tensor.shape)}")
     for size, full in zip(sizes, tensor.shape, strict=True):
-        if size is not None and not (_is_int(size) and 1 <= size <= full):
+        if size is not None and not (is_int(size) and 1 <= size <= full):
             raise _fail(where, sizes, f"for each axis None or an integer from 1 to the size in {tuple(tensor.shape)}")
     return tuple(None if size is None else ((0, size),) for size in sizes)
 
@@ -346,8 +172,8 @@ def _current(model: nn.Module, path: str) -> object:
 def _value(model: nn.Module, path: str, value: object) -> Any:
     where = f"attributes.{path}"
     now = _current(model, path)
-    if _is_int(now):
-        if not (_is_int(value) and 1 <= value <= now):  # type: ignore[operator]
+    if is_int(now):
+        if not (is_int(value) and 1 <= value <= now):
             raise _fail(where, value, f"an integer from 1 to {now}")
         return value
     if isinstance(now, float):
@@ -355,11 +181,11 @@ def _value(model: nn.Module, path: str, value: object) -> Any:
         if not (isinstance(value, float) and math.isfinite(value) and value * now > 0):
             raise _fail(where, value, f"a finite number of the sign of {now}")
         return value
-    if isinstance(now, Sequence) and not isinstance(now, str) and now and all(map(_is_int, now)):
-        fits = isinstance(value, list | tuple) and len(value) == len(now)
-        if not fits or not all(_is_int(v) and 1 <= v <= n for v, n in zip(value, now, strict=True)):  # type: ignore
+    if isinstance(now, Sequence) and not isinstance(now, str) and now and all(map(is_int, now)):
+        given = value if isinstance(value, list | tuple) and len(value) == len(now) else [0] * len(now)
+        if not all(is_int(v) and 1 <= v <= n for v, n in zip(given, now, strict=True)):
             raise _fail(where, value, f"{len(now)} positive integers, none above {tuple(now)}")
-        return list(value) if isinstance(now, list) else tuple(value)  # type: ignore[call-overload]
+        return list(given) if isinstance(now, list) else tuple(given)
     raise _fail(where, value, f"a number or integers of {type(model).__name__}, which has none under this path")
 
 
@@ -386,20 +212,22 @@ def build_slimmed(
         raise ArtifactError("recipe 'base': got None, needed the name that creates the base; export with base=")
     args = {**checked["base_args"], **kwargs}
     native = checked["base_args"].get("num_classes", _base_cfg(base).num_classes)
+    if not is_int(native) or native < 0:
+        raise _fail("base_args.num_classes", native, "an integer, 0 for no head")
     wanted = native if num_classes is None else num_classes
     # The recipe holds the head's tensors if its base had a head: such a base is built, and the head changed afterwards.
     args["num_classes"] = wanted if bool(wanted) == bool(native) else native
     model = apply_recipe(create_base(base, **args), checked)
     if base.startswith(TORCHVISION):
-        _describe_features(model)
+        describe_features(model)
         if global_pool is not None or (wanted and not native):
             what = f"global_pool={global_pool!r}" if global_pool is not None else f"num_classes={wanted} without a head"
             raise ArtifactError(f"base {base!r} cannot take {what}: torchvision models have fixed heads; leave it out")
         if native and not wanted:
-            _cut_heads(model)
+            cut_heads(model)
     elif args["num_classes"] != wanted or global_pool not in (None, pool_type(model)):
         head = (wanted,) if global_pool is None else (wanted, global_pool)
-        _construct(model.reset_classifier, base, *head)
+        construct(model.reset_classifier, base, *head)
     return model
 
 
@@ -416,7 +244,7 @@ def pool_type(model: nn.Module) -> str | None:
 
 def _base_cfg(base: str) -> Any:
     """timm's data settings of a base, without a place to load weights from: its weights do not fit a slimmed model."""
-    found = None if base.startswith(TORCHVISION) else get_pretrained_cfg(base, allow_unregistered=True)
+    found = None if base.startswith(TORCHVISION) else construct(get_pretrained_cfg, base, base)
     cfg = (found or PretrainedCfg()).to_dict(remove_source=True)
     return PretrainedCfg(**{k: v for k, v in cfg.items() if k not in ("architecture", "custom_load", "label_offset")})
 
@@ -469,29 +297,26 @@ def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
             "timm_autoslim.export"
         )
     recipe = check_recipe(kwargs.pop("recipe"))
-    base = recipe["base"] or ""
-    cfg = _source_cfg(base, kwargs.pop("pretrained_cfg", None))
-    channels = (cfg.get("input_size") or (3,))[0]
-    first_conv = cfg.get("first_conv")
-    if kwargs.get("in_chans", channels) == channels:
-        cfg["first_conv"] = None  # nothing to adapt; older timm would adapt anything but three channels, or drop it
-    explicit = frozenset(kwargs)
+    cfg = _source_cfg(recipe["base"] or "", kwargs.pop("pretrained_cfg", None))
+    channels, first_conv = (cfg.get("input_size") or (3,))[0], cfg.get("first_conv")
+    if channels != 3 and kwargs.get("in_chans", channels) == channels:
+        cfg["first_conv"] = None  # nothing to adapt, but older timm takes every checkpoint for one of three channels
+    # what timm derives from the data settings yields to base_args, and these to what the user said
+    yields = {"img_size"} & set(recipe["base_args"]) - set(kwargs)
     # timm keeps a dict that is not empty, so the builder can still fill it in once there is a model to look at
     features: dict[str, Any] = {"out_indices": (0, 1, 2, 3, 4)}
 
     def build(**args: Any) -> nn.Module:
-        # what the user said wins over base_args, and these over what timm derives from the data settings
-        derived = {k: v for k, v in args.items() if k == "img_size" and k not in explicit and k in recipe["base_args"]}
-        model = build_slimmed(recipe, **{k: v for k, v in args.items() if k not in derived})
+        model = build_slimmed(recipe, **{key: value for key, value in args.items() if key not in yields})
         if kwargs.get("features_only"):
-            features.update({k: v for k, v in _feature_cfg(model, recipe).items() if k not in explicit})
+            features.update({k: v for k, v in _feature_cfg(model, recipe).items() if k not in kwargs})
         return model
 
-    model: Any = build_model_with_cfg(build, ARCHITECTURE, pretrained, pretrained_cfg=cfg, feature_cfg=features, **kwargs)
-    for owner in (model, getattr(model, "model", None)):
-        if isinstance(getattr(owner, "pretrained_cfg", None), dict):
-            owner.pretrained_cfg["first_conv"] = first_conv
-    assert isinstance(model, nn.Module)
+    model: nn.Module = build_model_with_cfg(
+        build, ARCHITECTURE, pretrained, pretrained_cfg=cfg, feature_cfg=features, **kwargs
+    )
+    source: Any = model.pretrained_cfg
+    source["first_conv"] = first_conv
     return model
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,14 +134,16 @@ class SearchSpace:
         """Return the narrowest widths that are sampled and searched."""
         return self._make(g.choices[0] for g in self.groups)
 
-    def uniform(self, ratio: float) -> Widths:
-        """Return one multiplier for all groups, each rounded to the nearest of its choices.
+    def uniform(self, ratio: float, exact: bool = False) -> Widths:
+        """Return one multiplier for all groups, each rounded to the nearest of its choices (or, if exact, to a unit).
 
         Raises:
             WidthError: the ratio is not above 0 and at most 1.
         """
         if not 0 < ratio <= 1:
             raise WidthError(f"got the ratio {ratio}; needed: above 0 and at most 1")
+        if exact:
+            return self._make(max(g.choices[0], round(ratio * g.size)) for g in self.groups)
         return self._make(min(g.choices, key=lambda c: (abs(c - ratio * g.size), -c)) for g in self.groups)
 
     def sample(self, generator: torch.Generator | None = None) -> Widths:
@@ -294,5 +296,3 @@ def _group(name: str, size: int, channels: int, producers: tuple[str, ...], give
         steps.append(size)  # the widest is always a subnet
     return ChannelGroup(name, size, lowest, divisor, tuple(steps), channels, producers)
 
-
-Evaluate = Callable[[Callable[[torch.Tensor], torch.Tensor]], float]

@@ -25,6 +25,8 @@ from timm_autoslim.tracing.sizes import FromDimension, Size, wrap_attributes
 _DESCRIBES_INPUT = ("in_channels", "in_features", "in_chs", "in_dim", "num_features")
 _DESCRIBES_OUTPUT = ("out_channels", "out_features", "out_chs", "out_dim", "num_features", "num_channels")
 MAX_REPAIRS = 40
+# Aliases that torch inserts or leaves out as it likes: labels pass, but they are no steps of the record.
+_ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,8 @@ class _Recorder(TorchDispatchMode):
         self.used.update(id(t) for t in tensors)
         entering = tuple(label for t in tensors for label in self.flow.labels(t) if label is not None)
         ops.run(self.flow, func, args, kwargs, out)
+        if func in _ALIASES:
+            return out
         outs = ops._tensors(out)
         labels = tuple(tuple(self.flow.labels(t)) for t in outs)
         self.steps.append(Step(str(func), self.flow.path, tuple(tuple(t.shape) for t in outs), labels, entering))
@@ -158,6 +162,8 @@ class _Lockstep(TorchDispatchMode):
         self.steps, self.active, self.at = steps, active, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _ALIASES:
+            return func(*args, **(kwargs or {}))
         step = self.steps[min(self.at, len(self.steps) - 1)]
         if self.at >= len(self.steps) or step.operator != str(func):
             raise Disagreement(f"runs {func} where the whole model runs {step.operator}", step)

@@ -1,0 +1,318 @@
+"""Plain model -> folder (model.safetensors, config.json, README.md) that `timm.create_model` loads."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import reprlib
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.models import PretrainedCfg
+from timm.models._pretrained import filter_pretrained_cfg
+from torch import Tensor, nn
+
+from timm_autoslim.bases import ARCHITECTURE
+from timm_autoslim.errors import ArtifactError, OutputExistsError, StaleStatisticsError
+from timm_autoslim.registry import build_slimmed, check_recipe, pool_type
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+CARD = "README.md"
+
+
+def export(
+    plain: nn.Module,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    base_args: Mapping[str, object] | None = None,
+    card: Mapping[str, object] | None = None,
+) -> Path:
+    """Write a slimmed model to a new folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
+
+    The model's base is rebuilt, shrunk and compared with `plain` before anything is written, so a folder that exists
+    also loads. It appears at once or not at all. Loading needs `import timm_autoslim` and `timm.create_model`.
+
+    Args:
+        plain: a model from `supernet.extract`, fine-tuned or calibrated; its head and its input channels may have
+            been changed since.
+        out: the folder to create.
+        base: the name that creates the base (`resnet50`, `torchvision/resnet18`), where the recipe has none.
+        base_args: the arguments that the base was created with; they replace the recipe's.
+        card: figures for the model card, by label, such as `{"MACs": "300M", "params": 2_000_000, "top-1": 71.9}`.
+
+    Returns:
+        The folder's path.
+
+    Raises:
+        OutputExistsError: `out` exists.
+        StaleStatisticsError: BatchNorm statistics of a narrowed model are not its own.
+        ArtifactError: the model has no recipe or no base, or what the recipe builds differs from it.
+    """
+    folder = Path(out)
+    _refuse_existing(folder)
+    figures = _figures(card)
+    recipe = _recipe(plain, base, base_args)
+    _refuse_stale(plain, recipe)
+    rebuilt, settings = _prove(plain, recipe)
+    config = _config(plain, rebuilt, recipe, settings)
+    # clones: safetensors refuses tensors that share memory, and tied parameters need both of their names
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in plain.state_dict().items()}
+    with _created(folder) as draft:
+        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
+        (draft / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (draft / CARD).write_text(_card(folder.name, config, figures), encoding="utf-8")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def _refuse_existing(folder: Path) -> None:
+    if os.path.lexists(folder):
+        raise OutputExistsError(
+            f"{folder}: exists already, nothing was written; choose a new folder or remove this one"
+        )
+
+
+def _recipe(plain: nn.Module, base: str | None, base_args: Mapping[str, object] | None) -> dict[str, Any]:
+    """The model's recipe with its base, checked."""
+    kind = type(plain).__name__
+    found = getattr(plain, "autoslim", None)
+    if found is None:
+        raise ArtifactError(
+            f"{kind} has no recipe: got a model without an `autoslim` attribute, needed one from supernet.extract(); "
+            "use supernet.extract(widths) and unwrap DistributedDataParallel or a compiled model first"
+        )
+    recipe = check_recipe(found)
+    if base is not None:
+        recipe["base"] = base
+    if base_args is not None:
+        recipe["base_args"] = copy.deepcopy(dict(base_args))
+    if recipe["base"] is None:
+        raise ArtifactError(
+            f"{kind} has a recipe without a base: needed the name that creates the model before slimming; pass base= "
+            "(a timm name or 'torchvision/NAME') and base_args= to export() or convert()"
+        )
+    recipe = check_recipe(recipe)
+    try:
+        same = json.loads(json.dumps(recipe, allow_nan=False)) == recipe
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        part = next((key for key, value in recipe.items() if not _is_json(value)), "")
+        raise ArtifactError(
+            f"recipe {part!r}: got {reprlib.repr(recipe.get(part))}, which JSON does not return as it was; needed "
+            "text, numbers, lists and mappings from text (lists, not tuples, in base_args=)"
+        )
+    return recipe
+
+
+def _is_json(value: object) -> bool:
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError):
+        return False
+
+
+def _refuse_stale(plain: nn.Module, recipe: Mapping[str, Any]) -> None:
+    if not recipe["sizes"]:
+        return
+    for name, module in plain.named_modules():
+        batches = module.num_batches_tracked if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
+        if batches is not None and int(batches) == 0:
+            raise StaleStatisticsError(
+                f"{name}: got BatchNorm statistics over 0 batches, needed statistics of this narrower model; call "
+                "timm_autoslim.calibrate(model, batches) or fine-tune it before export"
+            )
+
+
+def _prove(plain: nn.Module, recipe: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild the model as the loader will and compare; return what was built, and the settings that it took."""
+    rebuilt = _rebuild(recipe)
+    settings = _settings(plain, rebuilt)
+    if settings:
+        rebuilt = _rebuild(recipe, **settings)
+    advice = f"pass base_args= with the arguments that {recipe['base']!r} was created with, and base= if it was another"
+    if type(rebuilt) is not type(plain):
+        raise ArtifactError(f"model: got {type(plain).__name__}, needed {type(rebuilt).__name__}; {advice}")
+    got, needed = plain.state_dict(), rebuilt.state_dict()
+    for name in (*needed, *got):
+        shapes = [
+            "a tensor" if not isinstance(state[name], Tensor) else f"shape {tuple(state[name].shape)}"
+            for state in (got, needed)
+            if name in state
+        ]
+        if name not in got or name not in needed or shapes[0] != shapes[1] or shapes[0] == "a tensor":
+            have = shapes[0] if name in got else "no such tensor"
+            want = shapes[-1] if name in needed else "no such tensor"
+            raise ArtifactError(f"{name}: got {have}, needed {want} as the base and the recipe build it; {advice}")
+    return rebuilt, settings
+
+
+def _rebuild(recipe: dict[str, Any], **settings: Any) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            return build_slimmed(recipe, **settings)
+    except ArtifactError:
+        # Some constructors read values, which meta tensors do not have: a real model tells those from real faults.
+        return build_slimmed(recipe, **settings)
+
+
+def _settings(plain: nn.Module, rebuilt: nn.Module) -> dict[str, Any]:
+    """What a user may have changed since the base was created: classes, input channels and pooling."""
+    cfg: Any = rebuilt.pretrained_cfg
+    settings: dict[str, Any] = {}
+    classes, usual = _outputs(plain, cfg.get("classifier")), cfg.get("num_classes")
+    if classes is None:
+        classes = getattr(plain, "num_classes", usual)
+    if classes != getattr(rebuilt, "num_classes", usual):
+        settings["num_classes"] = classes
+    mine, theirs = _inputs(plain, cfg.get("first_conv")), _inputs(rebuilt, cfg.get("first_conv"))
+    if mine and theirs and mine != theirs:
+        # a ratio, because some stems fold pixels into channels before their first convolution
+        channels = getattr(rebuilt, "in_chans", None) or cfg["input_size"][0]
+        settings["in_chans"] = max(1, channels * mine // theirs)
+    pool = pool_type(plain)
+    if pool is not None and pool != pool_type(rebuilt):
+        settings["global_pool"] = pool
+    return settings
+
+
+def _first(model: nn.Module, names: Any) -> nn.Module | None:
+    """The module under a name of timm's data settings, which may hold none, one or several."""
+    name = names[0] if isinstance(names, list | tuple) and names else names
+    return dict(model.named_modules()).get(name) if isinstance(name, str) else None
+
+
+def _outputs(model: nn.Module, names: Any) -> int | None:
+    layer = _first(model, names)
+    if isinstance(layer, nn.Identity):
+        return 0
+    weight = getattr(layer, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) else None
+
+
+def _inputs(model: nn.Module, names: Any) -> int | None:
+    layer = _first(model, names)
+    weight = getattr(layer, "weight", None)
+    return int(weight.shape[1]) * int(getattr(layer, "groups", 1)) if isinstance(weight, Tensor) else None
+
+
+# ------------------------------------------------------------------------------------------------ what is written
+
+
+def _config(
+    plain: nn.Module, rebuilt: nn.Module, recipe: dict[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The folder's config.json, in the form of timm's `save_for_hf`."""
+    known = {field.name for field in fields(PretrainedCfg)}
+    theirs: Any = rebuilt.pretrained_cfg
+    mine: Any = getattr(plain, "pretrained_cfg", None)
+    merged = {**theirs, **(mine if isinstance(mine, Mapping) else {})}
+    merged.update(first_conv=theirs.get("first_conv"), classifier=theirs.get("classifier"), custom_load=False)
+    classes = settings.get("num_classes", getattr(rebuilt, "num_classes", theirs["num_classes"]))
+    dropped = {"state_dict", "architecture", "label_offset"}  # loaded weights have had their label offset applied
+    if classes != merged.get("num_classes"):
+        dropped |= {"label_names", "label_descriptions"}
+    channels = settings.get("in_chans", recipe["base_args"].get("in_chans", theirs["input_size"][0]))
+    size = recipe["base_args"].get("img_size")
+    if size is not None:
+        merged["input_size"] = (channels, *(size if isinstance(size, list) else (size, size)))
+    for key in ("input_size", "test_input_size", "min_input_size"):
+        if merged.get(key):
+            merged[key] = (channels, *merged[key][1:])
+    merged["num_classes"] = classes
+    cfg = {key: value for key, value in merged.items() if key in known - dropped}
+    config: dict[str, Any] = {"architecture": ARCHITECTURE, "num_classes": classes}
+    config["num_features"] = getattr(plain, "num_features", None) or getattr(rebuilt, "num_features", 0)
+    pool = pool_type(plain)
+    if pool:
+        config["global_pool"] = pool
+    config["model_args"] = {"recipe": recipe, **{k: v for k, v in settings.items() if k == "global_pool"}}
+    config["pretrained_cfg"] = filter_pretrained_cfg(cfg, remove_source=True, remove_null=True)
+    return config
+
+
+def _figures(card: Mapping[str, object] | None) -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for label, value in (card or {}).items():
+        if not isinstance(label, str) or not (isinstance(value, str | int | float) or value is None):
+            raise ArtifactError(
+                f"card {label!r}: got {reprlib.repr(value)}, needed a number or text under a text label; flatten it"
+            )
+        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+        rows[label] = " ".join(text.split()).replace("|", "\\|")
+    return rows
+
+
+def _card(name: str, config: Mapping[str, Any], figures: Mapping[str, str]) -> str:
+    recipe, cfg = config["model_args"]["recipe"], config["pretrained_cfg"]
+    head = ["---", "library_name: timm", "pipeline_tag: image-classification", "tags:", "- timm", "- timm-autoslim"]
+    if cfg.get("license"):
+        head.append(f"license: {cfg['license']}")
+    table = ["| Figure | Value |", "| --- | --- |", *(f"| {label} | {value} |" for label, value in figures.items())]
+    size = " x ".join(map(str, cfg["input_size"]))
+    lines = [
+        *head,
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"`{recipe['base']}`, slimmed by timm-autoslim. Channel groups that are narrower than in the base: "
+        f"{len(recipe['widths'])}. Input: {size}. Classes: {config['num_classes']}. The recipe is in `{CONFIG}`.",
+        "",
+        *([*table, ""] if figures else []),
+        "## Load it",
+        "",
+        "```python",
+        "import timm, timm_autoslim",
+        f'model = timm.create_model("local-dir:{name}", pretrained=True)',
+        "```",
+        "",
+        "`num_classes=`, `in_chans=`, `features_only=True` and timm's other arguments work as on the base.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _created(folder: Path) -> Iterator[Path]:
+    """A folder that appears under its name when the block ends well, and leaves no trace when it does not."""
+    folder = Path(os.path.abspath(folder))
+    made = [parent for parent in folder.parents if not parent.exists()]  # nearest first
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        for path in (*draft.iterdir(), draft):
+            _sync(path)
+        _refuse_existing(folder)  # a rename would silently replace an empty folder
+        os.rename(draft, folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Force a file or a folder to the disk. Windows cannot open folders, and needs no such thing."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,194 @@
+"""The models that recipes start from: timm's by name, torchvision's dressed as timm models."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import reprlib
+from typing import Any, TypeGuard
+
+import timm
+import torch
+import torchvision
+from timm.models import PretrainedCfg
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from timm_autoslim.errors import ArtifactError
+
+ARCHITECTURE = "autoslim"
+TORCHVISION = "torchvision/"
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def create_base(name: str, **kwargs: Any) -> nn.Module:
+    """Create the model that a recipe starts from, with random weights.
+
+    Args:
+        name: a timm model name (`resnet50`, `resnet50.a1_in1k`), or `torchvision/NAME` with a torchvision
+            classification builder (`torchvision/resnet18`) or class (`torchvision/MNASNet`).
+        **kwargs: arguments of its constructor. `num_classes` (0 for no head) and `in_chans` work for both. Weights
+            are loaded only if these arguments say so (`pretrained=True`, or torchvision's `weights=`).
+
+    Returns:
+        The model. A torchvision model also carries what timm expects of one: `num_classes`, `num_features`,
+        `head_hidden_size`, `feature_info` and `pretrained_cfg`.
+
+    Raises:
+        ArtifactError: the name is unknown, or the constructor refuses the arguments.
+    """
+    if name.startswith(TORCHVISION):
+        return _create_torchvision(name.removeprefix(TORCHVISION), kwargs)
+    arch = name.partition(".")[0]
+    if arch == ARCHITECTURE or not arch.isidentifier() or not timm.is_model(arch):
+        raise ArtifactError(
+            f"base {reprlib.repr(name)} is unknown: needed a name of timm.list_models(), or 'torchvision/NAME' with a "
+            "torchvision builder or class; pass base= with such a name, or update timm"
+        )
+    model: nn.Module = construct(timm.create_model, name, name, **kwargs)
+    return model
+
+
+def construct(function: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a constructor or a method of the base `name`; whatever it raises becomes an `ArtifactError`."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:  # a constructor may raise anything at all on arguments that it does not expect
+        raise ArtifactError(
+            f"base {name!r} cannot be created with {reprlib.repr(kwargs)}: {type(error).__name__}: {error}; "
+            "change base_args= or the keyword arguments of create_model"
+        ) from error
+
+
+def _create_torchvision(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    in_chans, num_classes = kwargs.pop("in_chans", 3), kwargs.pop("num_classes", 1000)
+    if not is_int(num_classes) or num_classes < 0:
+        raise ArtifactError(f"num_classes={reprlib.repr(num_classes)}: needed an integer, 0 for no head")
+    kwargs["num_classes"] = num_classes or 1  # torchvision has no headless models: the head is cut off below
+    cls = getattr(torchvision.models, name, None)
+    if name in torchvision.models.list_models(module=torchvision.models):
+        kwargs.setdefault("weights", None)
+        model = construct(torchvision.models.get_model, TORCHVISION + name, name, **kwargs)
+    elif inspect.isclass(cls) and issubclass(cls, nn.Module):
+        model = construct(cls, TORCHVISION + name, **kwargs)
+    else:
+        raise ArtifactError(
+            f"base {reprlib.repr(TORCHVISION + name)} is unknown: needed a name of "
+            "torchvision.models.list_models(module=torchvision.models), or a model class of torchvision.models"
+        )
+    stem, heads = _stem(model), _heads(model)
+    cfg = _torchvision_cfg(name, model, stem)
+    if in_chans != 3:
+        _adapt_stem(model, name, stem, in_chans)
+    model.pretrained_cfg = {
+        **cfg,
+        "input_size": (in_chans, *cfg["input_size"][1:]),
+        "num_classes": num_classes,
+        "classifier": heads[0] if len(heads) == 1 else heads,
+    }
+    model.default_cfg = model.pretrained_cfg
+    model.num_classes = num_classes
+    describe_features(model)
+    if num_classes == 0:
+        cut_heads(model)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def _stem(model: nn.Module) -> str | None:
+    """The first convolution, if it reads three-channel images."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            return name if module.in_channels == 3 and module.groups == 1 else None
+    return None
+
+
+def _heads(model: nn.Module) -> tuple[str, ...]:
+    """The layers that produce logits: the last one of the model, and the last one of each auxiliary classifier."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    last = {name.partition(".")[0]: name for name in layers}
+    auxiliary = [name for child, name in last.items() if child.lower().startswith("aux") and name != layers[-1]]
+    return (layers[-1], *auxiliary)
+
+
+def _adapt_stem(model: nn.Module, name: str, stem: str | None, in_chans: int) -> None:
+    if stem is None or not is_int(in_chans) or in_chans < 1:
+        raise ArtifactError(
+            f"in_chans={reprlib.repr(in_chans)}: {TORCHVISION}{name} cannot take it: needed a positive integer and a "
+            "first convolution of three input channels without groups; leave in_chans out"
+        )
+    old: Any = model.get_submodule(stem)
+    new = nn.Conv2d(
+        in_chans, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation, bias=old.bias is not None
+    )
+    model.set_submodule(stem, new)
+
+
+def _torchvision_cfg(name: str, model: nn.Module, stem: str | None) -> dict[str, Any]:
+    """Data settings in timm's terms, from torchvision's default weights where there are some (the presets)."""
+    cfg: dict[str, Any] = PretrainedCfg(interpolation="bilinear", first_conv=stem).to_dict()
+    cfg.pop("architecture", None)
+    size = getattr(model, "image_size", None)
+    try:
+        preset = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    except (ValueError, AttributeError):  # a class, or a builder without weights
+        preset = None
+    if preset is not None:
+        size = size or preset.crop_size[0]
+        cfg.update(mean=tuple(preset.mean), std=tuple(preset.std), interpolation=preset.interpolation.value)
+        cfg["crop_pct"] = round(min(1.0, preset.crop_size[0] / preset.resize_size[0]), 4)
+    size = size or 224
+    cfg["input_size"] = (3, size, size)
+    return cfg
+
+
+def describe_features(model: Any) -> None:
+    """Set `feature_info`, `num_features` and `head_hidden_size` of a torchvision model as it stands, slimmed or not.
+
+    The taps are the last stage at each resolution, as in timm; a stage is a child of the model or of one of its
+    Sequentials or ModuleLists. They are measured by a forward on the meta device, which costs no arithmetic.
+    """
+    cfg = model.pretrained_cfg
+    heads = cfg["classifier"] if isinstance(cfg["classifier"], tuple) else (cfg["classifier"],)
+    stages = dict(model.named_children())
+    for child, module in model.named_children():
+        if isinstance(module, nn.Sequential | nn.ModuleList):
+            stages.update({f"{child}.{leaf}": inner for leaf, inner in module.named_children()})
+    stages = {k: v for k, v in stages.items() if k.partition(".")[0] not in {h.partition(".")[0] for h in heads}}
+    channels, height, width = cfg["input_size"]
+    taps: dict[int, tuple[str, int]] = {}
+
+    def record(name: str, out: object) -> None:
+        # (N, C, H, W); one pixel is a pooled vector, and Swin's (N, H, W, C) is no square
+        if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2] == out.shape[3] > 1:
+            taps[2 ** round(math.log2(height / out.shape[2]))] = (name, int(out.shape[1]))
+
+    handles = [m.register_forward_hook(lambda _m, _i, out, name=k: record(name, out)) for k, m in stages.items()]
+    tensors = {k: v.detach().to("meta") for k, v in (*model.named_parameters(), *model.named_buffers())}
+    try:
+        # two images, because BatchNorm refuses to train on one value per channel
+        with torch.no_grad():
+            functional_call(model, tensors, (torch.empty(2, channels, height, width, device="meta"),))
+    except (RuntimeError, ValueError, TypeError, NotImplementedError):
+        taps.clear()  # no feature taps: only features_only= needs them, and says so
+    finally:
+        for handle in handles:
+            handle.remove()
+    info = [{"num_chs": chs, "reduction": step, "module": name} for step, (name, chs) in sorted(taps.items())]
+    model.feature_info = info
+    head: Any = model.get_submodule(heads[0])
+    hidden = head.in_features if isinstance(head, nn.Linear) else getattr(head, "in_channels", 0)
+    model.head_hidden_size = hidden or getattr(model, "head_hidden_size", 0)
+    model.num_features = taps[max(taps)][1] if taps else model.head_hidden_size
+
+
+def cut_heads(model: Any) -> None:
+    """Replace the classifiers of a torchvision model by nothing, as `num_classes=0` means in timm."""
+    cfg = model.pretrained_cfg
+    for name in cfg["classifier"] if isinstance(cfg["classifier"], tuple) else (cfg["classifier"],):
+        model.set_submodule(name, nn.Identity())
+    model.num_classes = 0
