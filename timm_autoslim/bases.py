@@ -18,6 +18,8 @@ from timm_autoslim.errors import ArtifactError
 
 ARCHITECTURE = "autoslim"
 TORCHVISION = "torchvision/"
+# pixels; at 128 the last of five halvings still has four
+PROBE = 128
 
 
 def is_int(value: object) -> TypeGuard[int]:
@@ -25,7 +27,7 @@ def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def create_base(name: str, **kwargs: Any) -> nn.Module:
+def create_base(name: str, /, **kwargs: Any) -> nn.Module:
     """Create the model that a recipe starts from, with random weights.
 
     Args:
@@ -41,6 +43,14 @@ def create_base(name: str, **kwargs: Any) -> nn.Module:
     Raises:
         ArtifactError: the name is unknown, or the constructor refuses the arguments.
     """
+    model = create_raw(name, **kwargs)
+    if name.startswith(TORCHVISION):
+        describe_features(model)
+    return model
+
+
+def create_raw(name: str, /, **kwargs: Any) -> nn.Module:
+    """As `create_base`, but leaves it to the caller to `describe_features` of a torchvision model."""
     if name.startswith(TORCHVISION):
         return _create_torchvision(name.removeprefix(TORCHVISION), kwargs)
     arch = name.partition(".")[0]
@@ -53,7 +63,7 @@ def create_base(name: str, **kwargs: Any) -> nn.Module:
     return model
 
 
-def construct(function: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+def construct(function: Any, name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Call a constructor or a method of the base `name`; whatever it raises becomes an `ArtifactError`."""
     try:
         return function(*args, **kwargs)
@@ -92,7 +102,6 @@ def _create_torchvision(name: str, kwargs: dict[str, Any]) -> nn.Module:
     }
     model.default_cfg = model.pretrained_cfg
     model.num_classes = num_classes
-    describe_features(model)
     if num_classes == 0:
         cut_heads(model)
     assert isinstance(model, nn.Module)
@@ -150,45 +159,71 @@ def describe_features(model: Any) -> None:
     """Set `feature_info`, `num_features` and `head_hidden_size` of a torchvision model as it stands, slimmed or not.
 
     The taps are the last stage at each resolution, as in timm; a stage is a child of the model or of one of its
-    Sequentials or ModuleLists. They are measured by a forward on the meta device, which costs no arithmetic.
+    Sequentials or ModuleLists. They are measured by one small forward.
     """
-    cfg = model.pretrained_cfg
-    heads = cfg["classifier"] if isinstance(cfg["classifier"], tuple) else (cfg["classifier"],)
+    names = _head_names(model)
     stages = dict(model.named_children())
     for child, module in model.named_children():
         if isinstance(module, nn.Sequential | nn.ModuleList):
             stages.update({f"{child}.{leaf}": inner for leaf, inner in module.named_children()})
-    stages = {k: v for k, v in stages.items() if k.partition(".")[0] not in {h.partition(".")[0] for h in heads}}
-    channels, height, width = cfg["input_size"]
+    outside = {name.partition(".")[0] for name in names}
+    stages = {
+        name: module
+        for name, module in stages.items()
+        if name.partition(".")[0] not in outside and not isinstance(module, nn.AdaptiveAvgPool2d)
+    }
+    training = model.training
+    try:
+        taps = _measure(model.eval(), stages)
+    finally:
+        model.train(training)
+    model.feature_info = [{"num_chs": n, "reduction": step, "module": k} for step, (k, n) in sorted(taps.items())]
+    head: Any = model.get_submodule(names[0])
+    hidden = getattr(head, "in_features", None) or getattr(head, "in_channels", None)
+    model.num_features = taps[max(taps)][1] if taps else hidden or 0
+    model.head_hidden_size = hidden or model.num_features
+
+
+def _measure(model: Any, stages: dict[str, nn.Module]) -> dict[int, tuple[str, int]]:
+    """By reduction of the image, the last stage that produces it and its channels."""
+    channels, height, width = model.pretrained_cfg["input_size"]
     taps: dict[int, tuple[str, int]] = {}
+    size = height
 
     def record(name: str, out: object) -> None:
         # (N, C, H, W); one pixel is a pooled vector, and Swin's (N, H, W, C) is no square
         if isinstance(out, Tensor) and out.ndim == 4 and out.shape[2] == out.shape[3] > 1:
-            taps[2 ** round(math.log2(height / out.shape[2]))] = (name, int(out.shape[1]))
+            taps[2 ** round(math.log2(size / out.shape[2]))] = (name, int(out.shape[1]))
 
     handles = [m.register_forward_hook(lambda _m, _i, out, name=k: record(name, out)) for k, m in stages.items()]
-    tensors = {k: v.detach().to("meta") for k, v in (*model.named_parameters(), *model.named_buffers())}
+    tensors = {k: v.detach() for k, v in (*model.named_parameters(), *model.named_buffers())}
+    # A small image is far quicker than the meta device; a model of a fixed image size needs its own, on meta.
+    real = not any(tensor.is_meta for tensor in tensors.values())
     try:
-        # two images, because BatchNorm refuses to train on one value per channel
-        with torch.no_grad():
-            functional_call(model, tensors, (torch.empty(2, channels, height, width, device="meta"),))
-    except (RuntimeError, ValueError, TypeError, NotImplementedError):
-        taps.clear()  # no feature taps: only features_only= needs them, and says so
+        for size in (PROBE, height) if real else (height,):
+            small = real and size == PROBE
+            used = tensors if small else {k: v.to("meta") for k, v in tensors.items()}
+            image = torch.zeros(1, channels, size, width if size == height else size)
+            taps.clear()
+            try:
+                with torch.no_grad():
+                    functional_call(model, used, (image.to(next(iter(used.values()))),))
+                break
+            except Exception:  # whatever a model raises: without taps only features_only= fails, and says why
+                taps.clear()
     finally:
         for handle in handles:
             handle.remove()
-    info = [{"num_chs": chs, "reduction": step, "module": name} for step, (name, chs) in sorted(taps.items())]
-    model.feature_info = info
-    head: Any = model.get_submodule(heads[0])
-    hidden = head.in_features if isinstance(head, nn.Linear) else getattr(head, "in_channels", 0)
-    model.head_hidden_size = hidden or getattr(model, "head_hidden_size", 0)
-    model.num_features = taps[max(taps)][1] if taps else model.head_hidden_size
+    return taps
+
+
+def _head_names(model: Any) -> tuple[str, ...]:
+    names = model.pretrained_cfg["classifier"]
+    return names if isinstance(names, tuple) else (names,)
 
 
 def cut_heads(model: Any) -> None:
     """Replace the classifiers of a torchvision model by nothing, as `num_classes=0` means in timm."""
-    cfg = model.pretrained_cfg
-    for name in cfg["classifier"] if isinstance(cfg["classifier"], tuple) else (cfg["classifier"],):
+    for name in _head_names(model):
         model.set_submodule(name, nn.Identity())
     model.num_classes = 0

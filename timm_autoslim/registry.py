@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import reprlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ import torch
 from timm.models import FeatureInfo, PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, register_model
 from torch import Tensor, nn
 
-from timm_autoslim.bases import ARCHITECTURE, TORCHVISION, construct, create_base, cut_heads, describe_features, is_int
+from timm_autoslim.bases import (
+    ARCHITECTURE,
+    TORCHVISION,
+    construct,
+    create_base,
+    create_raw,
+    cut_heads,
+    describe_features,
+    is_int,
+)
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.slicing import Axis, Slices, shrink_
 
@@ -217,7 +227,7 @@ def build_slimmed(
     wanted = native if num_classes is None else num_classes
     # The recipe holds the head's tensors if its base had a head: such a base is built, and the head changed afterwards.
     args["num_classes"] = wanted if bool(wanted) == bool(native) else native
-    model = apply_recipe(create_base(base, **args), checked)
+    model = apply_recipe(create_raw(base, **args), checked)
     if base.startswith(TORCHVISION):
         describe_features(model)
         if global_pool is not None or (wanted and not native):
@@ -260,6 +270,13 @@ def _source_cfg(base: str, given: Any) -> dict[str, Any]:
         # timm 1.0.16 reads a folder's weights with torch.load; as a file, every version reads safetensors
         cfg.update(source=None, file=str(weights))
     return cfg
+
+
+def _with_versions(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
+    """Give weights the version numbers that safetensors does not keep; torchvision's MNASNet refuses to load without."""
+    versioned = OrderedDict(state)
+    versioned._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
+    return versioned
 
 
 def _feature_cfg(model: nn.Module, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -313,7 +330,13 @@ def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return model
 
     model: nn.Module = build_model_with_cfg(
-        build, ARCHITECTURE, pretrained, pretrained_cfg=cfg, feature_cfg=features, **kwargs
+        build,
+        ARCHITECTURE,
+        pretrained,
+        pretrained_cfg=cfg,
+        pretrained_filter_fn=_with_versions,
+        feature_cfg=features,
+        **kwargs,
     )
     source: Any = model.pretrained_cfg
     source["first_conv"] = first_conv

@@ -147,13 +147,14 @@ def _statistics(model: nn.Module) -> dict[str, tuple[slicing.Axis, ...]]:
 
 def _example(model: nn.Module) -> list[Any]:
     """Return the inputs to try: what the model's configuration says, or the usual sizes of images."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     config = getattr(model, "pretrained_cfg", None)
     if isinstance(config, Mapping) and config.get("input_size"):
         channels, height, width = config["input_size"]
-        channels = getattr(model, "in_chans", None) or _stem_channels(model) or channels
-        return [torch.empty((1, channels, height, width), device="meta")]
+        channels = _stem_channels(model) or channels
+        return [torch.empty((1, channels, height, width), dtype=dtype, device="meta")]
     channels = _stem_channels(model) or 3
-    return [torch.empty((1, channels, s, s), device="meta") for s in _USUAL_SIZES]
+    return [torch.empty((1, channels, s, s), dtype=dtype, device="meta") for s in _USUAL_SIZES]
 
 
 def _stem_channels(model: nn.Module) -> int | None:

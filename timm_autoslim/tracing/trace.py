@@ -187,6 +187,7 @@ class _Watch:
 
     def __init__(self, flow: Flow, twin: nn.Module) -> None:
         self.flow, self.twin = flow, twin
+        self.entered = ""  # the module that ran last, for error texts
         self.described: list[AttributeUse] = []
         self.outputs: dict[str, tuple[Tensor, list[Label]]] = {}
         self.inputs: dict[str, tuple[Tensor, list[Label]]] = {}
@@ -197,6 +198,7 @@ class _Watch:
     def _enter(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             self.flow.scope.append(path)
+            self.entered = path
             for tensor in ops._tensors(args)[:1]:
                 self.inputs[path] = (tensor, self.flow.labels(tensor))
                 self._note(path, module, _DESCRIBES_INPUT, self.flow.labels(tensor))
@@ -333,7 +335,7 @@ class Tracer:
         except Exception as error:
             mode = "train" if training else "eval"
             raise TraceError(
-                f"{self.flow.path or 'the model'}: its forward raised {type(error).__name__} in {mode}() mode on the meta device "
+                f"{self.watch.entered or 'the model'}: its forward raised {type(error).__name__} in {mode}() mode on the meta device "
                 f"({error}); needed: a forward that runs on example_input without reading data values"
             ) from error
         for tensor in ops._tensors(list(out.values()) if isinstance(out, dict) else out):

@@ -1,0 +1,128 @@
+"""Order the channels of every strand by importance, so that the first ones, which every subnet keeps, are the best."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from numpy.typing import NDArray
+from torch import nn
+
+from timm_autoslim.errors import WidthError
+from timm_autoslim.tracing.graph import ChannelGraph, Place_
+from timm_autoslim.tracing.trace import named_tensors
+
+M = TypeVar("M", bound=nn.Module)
+
+# torch-pruning's criteria by name; "mean" adds the scores of all layers that a channel runs through.
+CRITERIA: dict[str, Callable[[], Any]] = {
+    "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
+    "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+    "bn_scale": tp.importance.BNScaleImportance,
+    "fpgm": tp.importance.FPGMImportance,
+    "lamp": tp.importance.LAMPImportance,
+    "taylor": tp.importance.GroupTaylorImportance,
+    "random": tp.importance.RandomImportance,
+}
+
+
+def _pruning_function(module: nn.Module, axis: int) -> Any:
+    """Return torch-pruning's name for removing channels along this axis of the module's weight, or None."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        out_axis = 1 if module.transposed else 0
+        return {out_axis: tp.prune_conv_out_channels, 1 - out_axis: tp.prune_conv_in_channels}.get(axis)
+    if isinstance(module, nn.Linear):
+        return (tp.prune_linear_out_channels, tp.prune_linear_in_channels)[axis]
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return tp.prune_batchnorm_out_channels
+    if isinstance(module, nn.LayerNorm):
+        return tp.prune_layernorm_out_channels
+    return None
+
+
+def strand_group(model: nn.Module, graph: ChannelGraph, strand: int) -> Any | None:
+    """Return the `tp.Group` of all layers that hold the channels of one strand; None if torch-pruning knows none of them.
+
+    The root index of a channel is its unit's rank, so torch-pruning's scores come out one for each unit.
+    """
+    group = tp.dependency.Group()
+    first: Any = None
+    for (name, axis), place in graph.places.items():
+        path, _, leaf = name.rpartition(".")
+        here = np.flatnonzero(place.strand == strand)
+        if leaf != "weight" or not len(here):
+            continue
+        module = model.get_submodule(path)
+        function = _pruning_function(module, axis)
+        if function is None:
+            continue
+        node = tp.dependency.Node(module, None, path)
+        first = first or (node, function)
+        dependency = tp.dependency.Dependency(first[1], function, first[0], node)
+        group.add_dep(dependency, here.tolist())
+        group[len(group) - 1].root_idxs = place.rank[here].tolist()
+    return group if first else None
+
+
+def _scores(model: nn.Module, graph: ChannelGraph, order: str) -> list[NDArray[np.float64] | None]:
+    criterion = CRITERIA[order]()
+    scores: list[NDArray[np.float64] | None] = []
+    for index, strand in enumerate(graph.strands):
+        group = None if strand.ordered else strand_group(model, graph, index)
+        found = criterion(group) if group is not None else None
+        scores.append(None if found is None else found[: strand.size].double().cpu().numpy())
+    return scores
+
+
+def _permuted(place: Place_, orders: dict[int, NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return the index that moves the channels of one axis into their strands' new order."""
+    index = np.arange(len(place.strand))
+    for strand, order in orders.items():
+        here = np.flatnonzero(place.strand == strand)
+        if len(here):
+            grid = here[np.argsort(place.rank[here], kind="stable")].reshape(len(order), -1)  # unit x occurrence
+            index[grid.ravel()] = grid[order].ravel()
+    return index
+
+
+def permute(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.int64]]) -> M:
+    """Return a copy of `model` with the units of each strand in a new order (best first); its function is the same."""
+    memo: dict[int, object] = {}
+    for name, tensor in named_tensors(model).items():
+        moved = tensor.detach()
+        for axis in range(tensor.dim()):
+            place = graph.places.get((name, axis))
+            index = None if place is None else _permuted(place, orders)
+            if index is not None and not np.array_equal(index, np.arange(len(index))):
+                moved = moved.index_select(axis, torch.from_numpy(index).to(moved.device))
+        moved = moved.clone()
+        memo[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
+    return copy.deepcopy(model, memo)
+
+
+def reordered(model: M, graph: ChannelGraph, order: str) -> M:
+    """Return a copy of `model` whose channels are sorted by importance, the best first, in every strand.
+
+    The copy computes the same function to float rounding. Channels that a channel shuffle matches by position keep their order.
+
+    Args:
+        model: the traced model.
+        graph: its channel graph.
+        order: a name in `CRITERIA`; "taylor" needs gradients, so run backward on some batches first.
+
+    Raises:
+        WidthError: the order is unknown, or "taylor" is asked for without gradients.
+    """
+    if order not in CRITERIA:
+        raise WidthError(f"got order={order!r}; needed: None or one of {sorted(CRITERIA)}")
+    if order == "taylor":
+        bare = next((n for n, p in model.named_parameters() if p.requires_grad and p.grad is None), None)
+        if bare is not None:
+            raise WidthError(f'{bare}: order="taylor" got no gradient here; run backward of the loss on some batches before convert()')
+    scores = _scores(model, graph, order)
+    orders = {i: np.argsort(-s, kind="stable") for i, s in enumerate(scores) if s is not None}
+    return permute(model, graph, orders)
