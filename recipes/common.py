@@ -1,7 +1,7 @@
 """What the recipes share: their flags, the YAML configuration, the files of a run folder, the model and its supernet.
 
-One flat YAML file serves every recipe. A key goes to each recipe that has that flag; with the prefix `train_`, `search_`
-or `finetune_` it goes to that recipe alone, and wins over the plain key. The command line wins over the file.
+One flat YAML file serves every recipe. A key goes to each recipe that has that flag; with the prefix `train_`,
+`search_` or `finetune_` it goes to that recipe alone, and wins over the plain key. The command line wins over the file.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import argparse
 import difflib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import nn
 
 import timm_autoslim
 from timm_autoslim import registry
-from timm_autoslim.errors import ConfigError
+from timm_autoslim.errors import AutoSlimError, ConfigError
 
 ON_OFF = argparse.BooleanOptionalAction
 
@@ -74,7 +75,7 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, default=300)
     group.add_argument("--lr", type=float, help="learning rate; overrides --lr-base")
-    group.add_argument("--lr-base", type=float, default=0.1, help="learning rate for 256 images a step, scaled linearly")
+    group.add_argument("--lr-base", type=float, default=0.1, help="learning rate at 256 images a step; scales")
     group.add_argument("--opt", default="sgd", help="a timm optimizer")
     group.add_argument("--momentum", type=float, default=0.9)
     group.add_argument("--weight-decay", type=float, default=2e-5)
@@ -85,7 +86,7 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-lr", type=float, default=0.0)
     group.add_argument("--decay-epochs", type=float, default=90, help="interval of the step schedule")
     group.add_argument("--decay-rate", type=float, default=0.1, help="factor of step, exponent of poly")
-    group.add_argument("--model-ema", action=ON_OFF, default=False, help="keep the weights' moving average as the result")
+    group.add_argument("--model-ema", action=ON_OFF, default=False, help="the result is the weights' moving average")
     group.add_argument("--model-ema-decay", type=float, default=0.9998)
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     group = parser.add_argument_group("augmentation")
@@ -148,10 +149,20 @@ def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) 
         ConfigError: the file cannot be read, a key is unknown, or a value is of the wrong type.
     """
     parser = _parser(recipe, doc)
-    config, _ = argparse.ArgumentParser(add_help=False, allow_abbrev=False, parents=[_config_parser()]).parse_known_args(argv)
-    if config.config:
-        parser.set_defaults(**values_for(recipe, read_config(config.config)))
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("-c", "--config")
+    path = early.parse_known_args(argv)[0].config
+    if path:
+        parser.set_defaults(**values_for(recipe, read_config(path)))
     return parser.parse_args(argv)
+
+
+def command(main: Callable[[], None]) -> None:
+    """Run a recipe from the shell: what the user can mend is a message, not a traceback."""
+    try:
+        main()
+    except AutoSlimError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -176,19 +187,13 @@ def values_for(recipe: str, config: Mapping[str, Any], where: str = "the configu
     for key, value in config.items():
         if key not in spellings:
             near = difflib.get_close_matches(key, sorted(spellings), n=1, cutoff=0.0)
-            raise ConfigError(f"Unknown key {key!r} in {where}: no recipe has it. The nearest known key is {near[0]!r}.")
+            raise ConfigError(f"Unknown key {key!r} in {where}: no recipe has it. The nearest is {near[0]!r}.")
         own = key.removeprefix(f"{recipe}_")
         if key != own and own in known[recipe]:
             prefixed[own] = _typed(known[recipe][own], key, value, where)
         elif key in known[recipe]:
             plain[key] = _typed(known[recipe][key], key, value, where)
     return plain | prefixed
-
-
-def _config_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("-c", "--config")
-    return parser
 
 
 def _parser(recipe: str, doc: str | None = None) -> argparse.ArgumentParser:
@@ -201,7 +206,8 @@ def _parser(recipe: str, doc: str | None = None) -> argparse.ArgumentParser:
 
 
 def _actions(recipe: str) -> list[argparse.Action]:
-    return [action for action in _parser(recipe)._actions if action.option_strings and action.dest not in ("help", "config")]
+    flags = (action for action in _parser(recipe)._actions if action.option_strings)
+    return [action for action in flags if action.dest not in ("help", "config")]
 
 
 def _typed(action: argparse.Action, key: str, value: object, where: str) -> object:
@@ -271,16 +277,16 @@ def write_args(folder: Path, args: argparse.Namespace) -> None:
 
 
 def read_args(folder: Path, args: argparse.Namespace) -> argparse.Namespace:
-    """Flags of the run's train.py, with those of `args` that are set laid over them.
+    """Model and data flags of the run's train.py, with the recipe's own flags laid over them.
 
     Raises:
         ConfigError: the folder holds no training.
     """
     path = folder / "args.yaml"
     if not path.is_file():
-        raise ConfigError(f"{folder} is not a run folder: it holds no args.yaml. Train a supernet first: recipes/train.py.")
+        raise ConfigError(f"{folder} is not a run folder: it holds no args.yaml. Train first: recipes/train.py.")
     trained = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return argparse.Namespace(**trained | {key: value for key, value in vars(args).items() if value is not None})
+    return argparse.Namespace(**trained | vars(args) | {"data_dir": args.data_dir or trained["data_dir"]})
 
 
 # ---------------------------------------------------------------------------------------------- model and supernet
@@ -288,19 +294,15 @@ def read_args(folder: Path, args: argparse.Namespace) -> argparse.Namespace:
 
 def base_args(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments that make the base model again, as they are kept in an exported folder."""
-    if not args.model.startswith("torchvision/"):
-        return {"num_classes": args.num_classes, "in_chans": args.in_chans, **args.model_kwargs}
-    if args.in_chans != 3:
-        raise ConfigError(f"--in-chans {args.in_chans}: {args.model} takes 3 channels only; use a timm model for others.")
-    return {"num_classes": args.num_classes, **args.model_kwargs}
+    return {"num_classes": args.num_classes, "in_chans": args.in_chans, **args.model_kwargs}
 
 
 def make_model(args: argparse.Namespace, pretrained: bool = False) -> nn.Module:
-    """Create the base model."""
-    kwargs = base_args(args)
-    if pretrained and args.model.startswith("torchvision/"):
-        raise ConfigError(f"--pretrained: {args.model} cannot be had with other classes; use a timm model.")
-    return registry.create_base(args.model, **kwargs, **({"pretrained": True} if pretrained else {}))
+    """Create the base model, on whatever device is the default one."""
+    weights: dict[str, Any] = {}
+    if pretrained:
+        weights = {"weights": "DEFAULT"} if args.model.startswith("torchvision/") else {"pretrained": True}
+    return registry.create_base(args.model, **base_args(args), **weights)
 
 
 def resolve_input(args: argparse.Namespace, model: nn.Module) -> None:
@@ -316,12 +318,12 @@ def resolve_input(args: argparse.Namespace, model: nn.Module) -> None:
 def make_supernet(args: argparse.Namespace, pretrained: bool = False) -> timm_autoslim.Supernet:
     """Create the base model and convert it."""
     model = make_model(args, pretrained)
-    if args.img_size is None:
-        resolve_input(args, model)
+    resolve_input(args, model)
     example = torch.zeros(2, args.in_chans, args.img_size, args.img_size)  # (N, C, H, W)
     return timm_autoslim.convert(
-        model, example, freeze=args.freeze, min=args.min_width, divisor=args.divisor, base=args.model, base_args=base_args(args)
-    )
+        model, example, freeze=args.freeze, min=args.min_width, divisor=args.divisor,
+        base=args.model, base_args=base_args(args),
+    )  # fmt: skip
 
 
 def load_supernet(run: Path, args: argparse.Namespace) -> timm_autoslim.Supernet:

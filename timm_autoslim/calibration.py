@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_autoslim.errors import DataError, StaleStatisticsError, StaleStatisticsError
+from timm_autoslim.errors import DataError, StaleStatisticsError
 
 
 def calibrate(plain: nn.Module, batches: Iterable[Tensor]) -> None:
     """Measure the running statistics of every BatchNorm anew, as the average over `batches`.
 
     A subnet's statistics are not those of the network that it was cut from, and with foreign ones its accuracy is near
-    chance. The average is cumulative (each batch counts the same), after Yu and Huang, "Universally Slimmable
-    Networks", arXiv 1903.05134 ("Post-Statistics of Batch Normalization"). Only the BatchNorms run in training mode: dropout and
+    chance. The average is cumulative, each batch counting the same (Yu and Huang, "Universally Slimmable Networks",
+    arXiv 1903.05134, "Post-Statistics of Batch Normalization"). Only the BatchNorms run in training mode: dropout and
     drop-path stay off. If anything fails on the way, the model is left with the statistics that it had.
 
     Args:
@@ -80,30 +80,16 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def check_batch_statistics(model: nn.Module) -> None:
-    """Raise if something inside a `batch_statistics` block has put a BatchNorm back to its running statistics.
-
-    Raises:
-        StaleStatisticsError: a BatchNorm is in evaluation mode; its running statistics are those of another subnet.
-    """
-    for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and not module.training:
-            raise StaleStatisticsError(
-                f"{path}: got a BatchNorm in evaluation mode while a subnet was scored; its running statistics are not this "
-                "subnet's. Leave the modes alone there: do not call .eval() or .train() on the subnet."
-            )
-
-
-def check_batch_statistics(model: nn.Module) -> None:
-    """Make sure, at the end of a `batch_statistics` block, that nothing switched BatchNorm back meanwhile.
+    """Make sure, at the end of a `batch_statistics` block, that nothing switched a BatchNorm back meanwhile.
 
     Raises:
         StaleStatisticsError: a BatchNorm is in evaluation mode, so what was scored used another subnet's statistics.
     """
     for path, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and not module.training:
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and not module.training:
             raise StaleStatisticsError(
-                f"{path}: evaluate put this BatchNorm in evaluation mode, so the subnet was scored with the running statistics "
-                "of another one; needed: batch statistics; do not call eval() or train() in evaluate"
+                f"{path}: evaluate put this BatchNorm in evaluation mode, so the subnet was scored with the running "
+                "statistics of another one; needed: batch statistics; do not call eval() or train() in evaluate"
             )
 
 

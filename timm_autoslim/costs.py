@@ -9,10 +9,10 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from timm_autoslim.errors import BudgetError
-from timm_autoslim.space import SearchSpace, Widths
 from timm_autoslim.tracing.graph import ChannelGraph
 
 if TYPE_CHECKING:
+    from timm_autoslim.space import SearchSpace, Widths
     from timm_autoslim.supernet import Supernet
 
 

@@ -273,7 +273,7 @@ def _source_cfg(base: str, given: Any) -> dict[str, Any]:
 
 
 def _with_versions(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
-    """Give weights the version numbers that safetensors does not keep; torchvision's MNASNet refuses to load without."""
+    """Give weights the version numbers that safetensors does not keep; torchvision's MNASNet needs them."""
     versioned = OrderedDict(state)
     versioned._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
     return versioned
@@ -287,14 +287,16 @@ def _feature_cfg(model: nn.Module, recipe: Mapping[str, Any]) -> dict[str, Any]:
         raise ArtifactError(f"features_only=True: base {base!r} has no feature_info; use forward hooks instead")
     if base.startswith(TORCHVISION):
         return {"feature_cls": "fx", "out_indices": tuple(range(len(info)))}
-    kind = "getter" if hasattr(model, "forward_intermediates") else "hook"
-    try:
-        with torch.device("meta"):
-            probe: Any = timm.create_model(base, features_only=True, **recipe["base_args"])
-        indices = tuple(probe.feature_info.out_indices)
-    except Exception:  # some bases cannot stand on the meta device, or have no extractor of their own
-        indices = tuple(range(len(info)))
-    return {"feature_cls": kind, "out_indices": indices}
+    indices = tuple(range(len(info)))
+    for device in ("meta", "cpu"):  # some bases cannot stand on the meta device
+        try:
+            with torch.device(device):
+                probe: Any = timm.create_model(base, features_only=True, **recipe["base_args"])
+            indices = tuple(probe.feature_info.out_indices)
+            break
+        except Exception:  # some bases have no extractor of their own
+            continue
+    return {"feature_cls": "getter" if hasattr(model, "forward_intermediates") else "hook", "out_indices": indices}
 
 
 def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from timm_autoslim.costs import cost_of
 from timm_autoslim.errors import WidthError
 from timm_autoslim.tracing.graph import ChannelGraph
 
@@ -212,8 +213,6 @@ class SearchSpace:
 
     def table(self) -> str:
         """Return a table of the groups, with the MACs and parameters of the whole model at min, half and max."""
-        from timm_autoslim.costs import cost_of
-
         rows = [("group", "size", "min", "divisor", "choices", "modules")]
         for g in self.groups:
             rows.append((g.name, str(g.size), str(g.choices[0]), str(g.divisor), str(len(g.choices)), str(len(g.producers))))

@@ -1,0 +1,130 @@
+"""The house plan: every room of the package imports only from rooms above it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import timm_autoslim
+
+PACKAGE = Path(timm_autoslim.__file__).parent
+
+# From top to bottom. Slicing knows nothing but tensors, so tracing may stand on it (to prove its graph); costs are read
+# off the graph alone, so the space may stand on them (to print its table).
+ROOMS = [
+    "errors",
+    "slicing",
+    "tracing.labels",
+    "tracing.sizes",
+    "tracing.flow",
+    "tracing.ops",
+    "tracing.graph",
+    "tracing.trace",
+    "costs",
+    "space",
+    "importance",
+    "supernet",
+    "calibration",
+    "sandwich",
+    "slimming",
+    "bases",
+    "registry",
+    "artifact",
+]
+# what the rooms above are for: it imports from all of them, and none of them from it
+FRONT_DOORS = ["__init__", "__main__"]
+
+
+def files():
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+
+
+def _is_for_types_only(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def _statements(node):
+    """Walk the tree, function bodies included, but leave out what only a type checker reads."""
+    for child in ast.iter_child_nodes(node):
+        if not _is_for_types_only(child):
+            yield child
+            yield from _statements(child)
+
+
+def imported(source, rooms, package=()):
+    """Return the names of the rooms that a file imports; relative imports are seen from `package`."""
+    found = set()
+    for node in _statements(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = ["timm_autoslim", *package][: len(package) + 2 - node.level] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{base}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "timm_autoslim":
+                # the longest beginning that is a file; the rest is a name in it
+                ends = range(len(parts), 0, -1)
+                found.add(next((".".join(parts[1:e]) for e in ends if ".".join(parts[1:e]) in rooms), "__init__"))
+    return found
+
+
+def rooms_of(name, path, every):
+    return imported(path.read_text(), every, name.split(".")[:-1])
+
+
+def test_the_plan_names_every_room():
+    assert sorted(set(files()) - set(FRONT_DOORS) - {"tracing"}) == sorted(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_from_rooms_above_it(room):
+    every = files()
+    wrong = rooms_of(room, every[room], every) - set(ROOMS[: ROOMS.index(room)])
+    assert not wrong, f"{room} imports {sorted(wrong)}, which do not stand above it"
+
+
+def test_loading_a_searched_model_needs_neither_tracing_nor_a_supernet():
+    every = files()
+    reached, waiting = set(), ["registry"]
+    while waiting:
+        room = waiting.pop()
+        reached.add(room)
+        waiting.extend(rooms_of(room, every[room], every) - reached)
+    assert reached <= {"registry", "bases", "slicing", "errors"}
+
+
+def test_the_library_knows_neither_recipes_nor_their_tools():
+    for name, path in files().items():
+        tops = {
+            (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0)
+            for alias in node.names
+        }
+        assert not tops & {"accelerate", "argparse", "recipes", "yaml", "sklearn", "matplotlib"}, name
+
+
+def test_the_reader_of_imports_sees_every_kind():
+    rooms = {"slicing": 0, "tracing.labels": 0, "space": 0, "costs": 0, "errors": 0}
+    source = """
+from __future__ import annotations
+import numpy, timm_autoslim.tracing.labels
+from timm_autoslim import slicing
+from timm_autoslim.space import Widths
+from typing import TYPE_CHECKING
+if TYPE_CHECKING:
+    from timm_autoslim.registry import build_slimmed
+def late():
+    from ..costs import cost
+    from ..errors import WidthError as error
+"""
+    assert imported(source, rooms, ["tracing"]) == set(rooms)
+    assert imported("from timm_autoslim import convert", rooms) == {"__init__"}
+    assert imported("from . import slicing\nfrom .costs import cost", rooms) == {"slicing", "costs"}

@@ -1,0 +1,195 @@
+"""The one slicing code: what is kept, for the length of a block or for good."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from zoo import Plain, assert_same, randomise, snapshot
+
+from timm_autoslim.slicing import MAX_RUNS, Slices, applied, extract, set_attribute, shrink_, take
+from timm_autoslim.tracing.trace import _runs
+
+
+class Tied(nn.Module):
+    """Two linear layers that share a weight, a plain tensor attribute, and integers in every kind of container."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+        self.scale = torch.rand(6)
+        self.width, self.shape, self.parts = 6, (6, 2), [6, 6]
+        self.info = [{"num_chs": 6, "sizes": (1, 6)}]
+
+    def forward(self, x):
+        return self.second(self.first(x) * self.scale)
+
+
+HALF = ((0, 3),)
+TIED = Slices(
+    {
+        "first.weight": (HALF, HALF),
+        "second.weight": (HALF, HALF),
+        "first.bias": (HALF,),
+        "second.bias": (HALF,),
+        "scale": (HALF,),
+    },
+    {"width": 3, "shape.0": 3, "parts.1": 3, "info.0.num_chs": 3, "info.0.sizes.1": 3, "first.in_features": 3},
+)
+AFTER = {"width": 3, "shape": (3, 2), "parts": [6, 3], "info": [{"num_chs": 3, "sizes": (1, 3)}]}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=40).filter(any), st.lists(st.booleans(), min_size=5, max_size=5))
+def test_take_keeps_what_a_mask_keeps_and_in_any_number_of_runs(rows, columns):
+    tensor = torch.rand(len(rows), 5)
+    axes = (_runs(np.array(rows)), _runs(np.array(columns)) if any(columns) else None)
+    expected = tensor[torch.tensor(rows)]
+    if any(columns):
+        expected = expected[:, torch.tensor(columns)]
+    assert torch.equal(take(tensor, axes), expected)
+
+
+@pytest.mark.parametrize("runs", [((2, 3),), ((0, 1), (4, 2)), tuple((2 * i, 1) for i in range(MAX_RUNS + 1))])
+def test_take_is_contiguous_and_sends_gradients_back_to_the_kept_places(runs):
+    tensor = torch.rand(4, 20, requires_grad=True)
+    piece = take(tensor, (None, runs))
+    assert piece.is_contiguous()
+    assert piece.shape == (4, sum(n for _, n in runs))
+    piece.sum().backward()
+    kept = torch.zeros(20)
+    for start, length in runs:
+        kept[start : start + length] = 1
+    assert torch.equal(tensor.grad, kept.expand(4, 20))
+
+
+def test_take_of_everything_is_the_tensor_itself():
+    tensor = torch.rand(4, 5)
+    assert take(tensor, (None, None)) is tensor
+
+
+def test_attributes_are_set_in_modules_lists_tuples_and_dicts():
+    model = nn.Sequential(Tied())
+    old = {path: set_attribute(model, f"0.{path}", value) for path, value in TIED.attributes.items()}
+    assert old == dict.fromkeys(TIED.attributes, 6)
+    assert {name: vars(model[0])[name] for name in AFTER} == AFTER
+    assert model[0].first.in_features == 3
+    for path, value in old.items():
+        set_attribute(model, f"0.{path}", value)
+    assert model[0].shape == (6, 2)
+    assert model[0].info == [{"num_chs": 6, "sizes": (1, 6)}]
+
+
+def test_an_attribute_that_is_not_there_is_not_made_up():
+    model = Tied()
+    with pytest.raises(KeyError, match="height"):
+        set_attribute(model, "height", 3)
+    assert "height" not in vars(model)
+
+
+def test_a_block_slices_and_puts_everything_back():
+    model = Tied()
+    before = snapshot(model)
+    x = torch.rand(2, 3)
+    with applied(model, TIED):
+        assert model.first.weight.shape == (3, 3)
+        assert model.second.weight is model.first.weight
+        assert {name: vars(model)[name] for name in AFTER} == AFTER
+        inside = model(x)
+    assert_same(before, snapshot(model))
+    assert torch.equal(inside, extract(model, TIED)(x))
+
+
+def test_a_block_puts_everything_back_when_its_body_raises():
+    model = Tied()
+    before = snapshot(model)
+    with pytest.raises(ZeroDivisionError), applied(model, TIED):
+        raise ZeroDivisionError
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize(
+    ("slices", "error"),
+    [
+        (Slices({**TIED.tensors, "third.weight": (HALF,)}, {}), AttributeError),
+        (Slices({**TIED.tensors, "first.gain": (HALF,)}, {}), KeyError),
+        (Slices({**TIED.tensors, "scale": (((0, 7),),)}, {}), RuntimeError),
+        (Slices(TIED.tensors, {"width": 3, "height": 3}), KeyError),
+    ],
+)
+def test_slices_that_do_not_fit_leave_nothing_half_done(slices, error):
+    model = Tied()
+    before = snapshot(model)
+    with pytest.raises(error), applied(model, slices):
+        pytest.fail("the block must not be entered")
+    assert_same(before, snapshot(model))
+    with pytest.raises(error):
+        extract(model, slices)
+    assert_same(before, snapshot(model))
+
+
+def test_gradients_of_a_block_reach_the_whole_parameters():
+    model = Tied()
+    with applied(model, TIED):
+        model(torch.rand(2, 3)).sum().backward()
+    assert model.first.weight.grad.shape == (6, 6)
+    assert model.first.weight.grad[:3, :3].count_nonzero() == 9
+    assert model.first.weight.grad.count_nonzero() == 9
+    assert model.first.bias.grad[3:].tolist() == [0, 0, 0]
+
+
+def test_buffers_of_a_block_are_copies():
+    model = randomise(Plain()).train()
+    slices = Slices({"bn.running_mean": (None,), "bn.running_var": (None,), "bn.num_batches_tracked": ()}, {})
+    before = snapshot(model)
+    with applied(model, slices):
+        model.bn(torch.rand(2, 8, 4, 4))
+        assert not torch.equal(model.bn.running_mean, before[0]["bn.running_mean"])
+        assert model.bn.num_batches_tracked == 8
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("cut", [extract, lambda model, slices: shrink_(model, slices) or model])
+def test_what_is_cut_for_good_has_weights_of_its_own_and_keeps_ties_and_kinds(cut):
+    model = Tied()
+    model.second.bias.requires_grad_(False)
+    whole = {name: p.detach().clone() for name, p in model.named_parameters()}
+    storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    plain = cut(model, TIED)
+    assert type(plain) is Tied
+    assert plain.second.weight is plain.first.weight
+    assert type(plain.first.weight) is nn.Parameter
+    assert [p.requires_grad for p in (plain.first.bias, plain.second.bias)] == [True, False]
+    assert not storages & {p.untyped_storage().data_ptr() for p in plain.parameters()}
+    assert plain.first.weight.untyped_storage().nbytes() == 9 * 4
+    assert torch.equal(plain.first.weight, whole["first.weight"][:3, :3])
+    assert {name: vars(plain)[name] for name in AFTER} == AFTER
+
+
+def test_cutting_for_good_in_place_and_in_a_copy_agree():
+    model = randomise(Plain()).eval()
+    slices = Slices(
+        {"inner.weight": (((0, 5),), None, None, None), "outer.weight": (None, ((0, 5),), None, None)}
+        | {f"bn_inner.{leaf}": (((0, 5),),) for leaf in ("weight", "bias", "running_mean", "running_var")},
+        {"inner.out_channels": 5, "outer.in_channels": 5, "bn_inner.num_features": 5},
+    )
+    plain, shrunk = extract(model, slices), copy.deepcopy(model)
+    shrink_(shrunk, slices)
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.equal(plain(x), shrunk(x))
+    assert str(plain) == str(shrunk)
+    assert plain.state_dict().keys() == shrunk.state_dict().keys() == model.state_dict().keys()
+    with applied(model, slices):
+        assert torch.equal(model(x), plain(x))
+
+
+def test_extracting_makes_no_full_copy_of_what_is_cut(monkeypatch):
+    model = Tied()
+    copied = []
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(self.shape) or self)
+    extract(model, TIED)
+    assert copied == []
