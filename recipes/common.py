@@ -186,8 +186,9 @@ def values_for(recipe: str, config: Mapping[str, Any], where: str = "the configu
     plain, prefixed = {}, {}
     for key, value in config.items():
         if key not in spellings:
-            near = difflib.get_close_matches(key, sorted(spellings), n=1, cutoff=0.0)
-            raise ConfigError(f"Unknown key {key!r} in {where}: no recipe has it. The nearest is {near[0]!r}.")
+            rest = key.partition("_")[2]  # a known key with the prefix of a recipe that lacks it
+            near = rest if rest in spellings else difflib.get_close_matches(key, sorted(spellings), n=1, cutoff=0.0)[0]
+            raise ConfigError(f"Unknown key {key!r} in {where}: no recipe has it. The nearest is {near!r}.")
         own = key.removeprefix(f"{recipe}_")
         if key != own and own in known[recipe]:
             prefixed[own] = _typed(known[recipe][own], key, value, where)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_autoslim import slicing
-from timm_autoslim.errors import TraceError, WidthError
+from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.space import SearchSpace, Widths, build_space
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace, slices_of, tied_names
@@ -51,6 +51,7 @@ class Supernet(nn.Module):
 
         Raises:
             WidthError: the widths are of another model, or differ from those of the open block.
+            TraceError: the model uses reentrant gradient checkpointing, which would run the whole model in backward.
         """
         if self._held is not None:
             if widths is not None and widths != self._held:
@@ -59,7 +60,10 @@ class Supernet(nn.Module):
         if widths is None:
             return self.model(x)
         with self.at(widths):
-            return self.model(x)
+            out = self.model(x)
+        if widths != self.space.max():
+            _refuse_reentrant_checkpoints(out)
+        return out
 
     @contextlib.contextmanager
     def at(self, widths: Widths) -> Iterator[Supernet]:
@@ -103,9 +107,11 @@ class Supernet(nn.Module):
         until `calibrate` or training renews them, and `export` refuses them until then.
 
         Raises:
-            WidthError: the widths are of another model.
+            WidthError: the widths are of another model, or an `at` block is open.
         """
         widths = self.space.check(widths if widths is not None else self.space.max())
+        if self._held is not None:
+            raise WidthError("a `with supernet.at(...)` block is open, and its weights are sliced; leave it before extract()")
         whole = widths == self.space.max()
         found = slices_of(self.graph, widths.values_, self.graph.described(self._trace.described))
         tensors = {} if whole else {**_statistics(self.model), **found.tensors}
@@ -132,6 +138,30 @@ class Supernet(nn.Module):
             "attributes": {p: list(v) if isinstance(v, tuple) else v for p, v in found.attributes.items()},
             "widths": widths.to_dict(),
         }
+
+
+def _refuse_reentrant_checkpoints(out: Any) -> None:
+    """Raise if backward would run parts of the model again: by then the slices are gone, and nothing would notice."""
+    waiting = [t.grad_fn for t in _outputs(out)]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise TraceError(
+                "the model: got reentrant gradient checkpointing, which runs the forward again in backward, without the slices "
+                "of this call; needed: `with supernet.at(widths):` around forward and backward, or use_reentrant=False there"
+            )
+        waiting.extend(following for following, _ in node.next_functions)
+
+
+def _outputs(out: Any) -> list[Tensor]:
+    if isinstance(out, Tensor):
+        return [out]
+    values = out.values() if isinstance(out, Mapping) else out if isinstance(out, (tuple, list)) else ()
+    return [t for value in values for t in _outputs(value)]
 
 
 def _statistics(model: nn.Module) -> dict[str, tuple[slicing.Axis, ...]]:
@@ -180,6 +210,8 @@ def _freeze(found: Trace, globs: Sequence[str]) -> None:
         if not names:
             raise WidthError(f"freeze={glob!r}: the glob matches no module with weights; globs are matched against module paths")
         found.graph.freeze_tensors(names, f"frozen by the user ({glob})")
+    if globs and not found.graph.group_sizes:
+        raise NothingToSlimError(f"freeze={list(globs)} leaves no channel that can be removed; freeze fewer modules")
 
 
 def convert(
@@ -220,6 +252,8 @@ def convert(
     """
     if isinstance(model, Supernet):
         raise TraceError("the model: got a Supernet; needed: the plain model; convert supernet.model, or use the supernet as it is")
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"the model: got a {type(model).__name__}; needed: an nn.Module, such as timm.create_model('resnet18')")
     found = _trace(model, example_input)
     _freeze(found, [freeze] if isinstance(freeze, str) else freeze)
     space = build_space(found.graph, min, divisor, choices)

@@ -52,6 +52,7 @@ class Flow:
         self.constraints = Constraints()
         self.contractions: list[Contraction] = []
         self.call = Call("", (), {})
+        self.operator = ""  # the ATen operator whose rule runs
         self.scope: list[str] = [""]
         self.count_macs = False
         self._labels: dict[int, tuple[Tensor, Labels]] = {}  # the tensor is kept alive: ids are reused otherwise
@@ -135,6 +136,11 @@ class Flow:
         self.contractions.append(Contraction(self.path, constant, tuple(vectors)))
 
     # -- sizes --------------------------------------------------------------------------------------------------
+
+    def sizes(self, tensor: Tensor) -> list[int]:
+        """Return the shape of `tensor` as sizes that remember their dimensions."""
+        labels = self.labels(tensor)
+        return [n if v is None else Size(n, FromDimension(v)) for n, v in zip(tensor.shape, labels, strict=True)]
 
     def written(self, sizes: Sequence[int]) -> Sequence[int] | None:
         """Find the argument of the running torch function that these sizes came from (-1 matches anything)."""

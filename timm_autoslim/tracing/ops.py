@@ -176,7 +176,9 @@ def _view_rule(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: A
     implicit = flow.call.name in ("flatten", "unflatten", "linear", "matmul", "__matmul__", "bmm", "einsum", "baddbmm",
                                   "scaled_dot_product_attention", "group_norm", "layer_norm")  # fmt: skip
     given = None if implicit else flow.written(args[1])
-    if given is None and not implicit and flow.call.name in ("view", "reshape", "view_as", "reshape_as"):
+    if flow.call.name in ("view_as", "reshape_as"):
+        given = flow.sizes(flow.call.args[1])
+    if given is None and not implicit and flow.call.name in ("view", "reshape"):
         given = list(args[1])
     _view(flow, args[0], out, given)
 
@@ -208,6 +210,8 @@ def _squeeze(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 @rule("expand")
 def _expand(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     x, given = args[0], flow.written(args[1]) or args[1]
+    if flow.call.name == "expand_as":
+        given = flow.sizes(flow.call.args[1])
     labels = [None] * (out.dim() - x.dim()) + flow.labels(x)
     old = [1] * (out.dim() - x.dim()) + list(x.shape)
     for d, (before, after) in enumerate(zip(old, out.shape, strict=True)):
@@ -302,10 +306,15 @@ def _roll(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -
 
 def _written_bound(flow: Flow, start: int, end: int) -> tuple[int, int] | None:
     """Find the slice of the running `__getitem__` (or the arguments of `narrow`) that gave these bounds."""
+    if flow.call.name == "narrow":
+        size = flow.written_one(end - start)
+        return (start, size) if start == 0 else None
     index = flow.call.args[1] if flow.call.name in ("__getitem__", "__setitem__") else None
     for item in index if isinstance(index, tuple) else (index,):
-        if isinstance(item, slice) and (item.start or 0, item.stop if item.stop is not None else end) == (start, end):
-            return item.start or 0, item.stop if item.stop is not None else end
+        if isinstance(item, slice) and not (item.start is None and item.stop is None):
+            first, last = item.start or 0, end if item.stop is None else item.stop
+            if (first, last) == (start, end):
+                return first, last
     return None
 
 
@@ -518,7 +527,7 @@ def _group_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
 )  # fmt: skip
 def _spatial(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     labels = flow.labels(args[0])
-    keep = args[0].dim() - (1 if "1d" in flow.call.name else 3 if "3d" in flow.call.name else 2)
+    keep = args[0].dim() - (1 if "1d" in flow.operator else 3 if "3d" in flow.operator else 2)
     for result in _tensors(out):
         flow.set_labels(result, labels[:keep] + [None] * (result.dim() - keep))
     flow.freeze_all(labels[keep:], "pooling or resizing runs along it")
@@ -530,7 +539,7 @@ def _reduce(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     x, results = args[0], _tensors(out)
     if len([a for a in args if isinstance(a, Tensor)]) > 1:
         return _pointwise(flow, args, kwargs, out)
-    position = 2 if flow.call.name in ("norm", "vector_norm") and len(args) > 2 else 1
+    position = 2 if flow.operator in ("linalg_vector_norm", "norm") else 1
     dims = args[position] if len(args) > position else kwargs.get("dim")
     if dims is None or dims == []:
         dims = range(x.dim())
@@ -538,7 +547,7 @@ def _reduce(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
         dims = [dims]
     gone = {d % x.dim() for d in dims} if x.dim() else set()
     labels = flow.labels(x)
-    if flow.call.name in ("argmax", "argmin", "max", "min"):
+    if flow.operator in ("argmax", "argmin", "max", "min"):
         flow.freeze_all([labels[d] for d in gone], "an index of channels leaves it")
     for result in results:
         if result.dim() == x.dim():
@@ -565,6 +574,7 @@ def run(flow: Flow, operator: torch._ops.OpOverload, args: tuple[Any, ...], kwar
     packet = operator._schema.name.split("::")[1]
     namespace = operator.namespace
     found = RULES.get(packet) if namespace == "aten" else None
+    flow.operator = packet
     if found is None:
         unknown(flow, packet if namespace == "aten" else operator._schema.name, args, kwargs, out)
     else:

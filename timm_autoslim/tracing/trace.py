@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,25 +20,38 @@ from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.flow import Call, Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label
-from timm_autoslim.tracing.sizes import FromDimension, Size, wrap_attributes
+from timm_autoslim.tracing.sizes import wrap_attributes
 
 # Attributes that only describe a module: they are not read in forward, but users and timm read them.
 _DESCRIBES_INPUT = ("in_channels", "in_features", "in_chs", "in_dim", "num_features")
 _DESCRIBES_OUTPUT = ("out_channels", "out_features", "out_chs", "out_dim", "num_features", "num_channels")
 MAX_REPAIRS = 40
-# Aliases that torch inserts or leaves out as it likes: labels pass, but they are no steps of the record.
-_ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+
+@dataclass(frozen=True)
+class Operation:
+    """One operator of the recorded run, with every label that it saw."""
+
+    name: str
+    path: str
+    labels: tuple[Label, ...]
 
 
 @dataclass(frozen=True)
-class Step:
-    """One operator of the recorded run."""
+class Exit:
+    """What left one module in the recorded run."""
 
-    operator: str
     path: str
     shapes: tuple[tuple[int, ...], ...]
-    labels: tuple[tuple[Label, ...], ...]  # of every output
-    entering: tuple[Label, ...]
+    labels: tuple[tuple[Label, ...], ...]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One recorded run of the whole model."""
+
+    training: bool
+    operations: tuple[Operation, ...]
+    exits: tuple[Exit, ...]
 
 
 @dataclass
@@ -115,20 +129,17 @@ class _Sizes(TorchFunctionMode):
             self.flow.call = before
 
     def _sizes(self, plain: Any, tensor: Tensor, *dim: int) -> Any:
-        labels = self.flow.labels(tensor)
-        if isinstance(plain, int):
-            label = labels[dim[0]]
-            return plain if label is None else Size(plain, FromDimension(label))
-        return torch.Size([s if v is None else Size(s, FromDimension(v)) for s, v in zip(plain, labels, strict=True)])
+        sizes = self.flow.sizes(tensor)
+        return sizes[dim[0]] if isinstance(plain, int) else torch.Size(sizes)
 
 
 class _Recorder(TorchDispatchMode):
-    """Run the rule of every operator, and record what it gave."""
+    """Run the rule of every operator, and record which labels it saw."""
 
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
-        self.steps: list[Step] = []
+        self.operations: list[Operation] = []
         self.used: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -136,47 +147,65 @@ class _Recorder(TorchDispatchMode):
         out = ops.execute(func, args, kwargs)
         tensors = ops._tensors([*args, *kwargs.values()])
         self.used.update(id(t) for t in tensors)
-        entering = tuple(label for t in tensors for label in self.flow.labels(t) if label is not None)
+        entering = [label for t in tensors for label in self.flow.labels(t)]
         ops.run(self.flow, func, args, kwargs, out)
-        if func in _ALIASES:
-            return out
-        outs = ops._tensors(out)
-        labels = tuple(tuple(self.flow.labels(t)) for t in outs)
-        self.steps.append(Step(str(func), self.flow.path, tuple(tuple(t.shape) for t in outs), labels, entering))
+        leaving = [label for t in ops._tensors(out) for label in self.flow.labels(t)]
+        seen = {id(v): v for v in [*entering, *leaving] if v is not None}
+        self.operations.append(Operation(str(func), self.flow.path, tuple(seen.values())))
         return out
 
 
 class Disagreement(Exception):
-    """A subnet did not do what the graph says; `step` is the operator, if it is known."""
+    """A subnet did not do what the graph says: the module, and the operator if one failed."""
 
-    def __init__(self, message: str, step: Step | None) -> None:
+    def __init__(self, message: str, path: str, operator: str | None = None, labels: Sequence[Label] = ()) -> None:
         super().__init__(message)
-        self.step = step
+        self.path, self.operator, self.labels = path, operator, labels
 
 
 class _Lockstep(TorchDispatchMode):
-    """Run a subnet beside the record: the same operators, and every dimension as long as the graph says."""
+    """Run a subnet beside the record: the same modules, and every output as long as the graph says.
 
-    def __init__(self, steps: Sequence[Step], active: np.ndarray[Any, np.dtype[np.bool_]]) -> None:
+    Modules are compared and not operators, because torch inserts and leaves out operators as strides allow.
+    """
+
+    def __init__(self, plain: nn.Module) -> None:
         super().__init__()
-        self.steps, self.active, self.at = steps, active, 0
+        self.scope: list[str] = []
+        self.exits: tuple[Exit, ...] = ()
+        self.active: np.ndarray[Any, np.dtype[np.bool_]] = np.zeros(0, bool)
+        self.at = 0
+        for path, module in plain.named_modules():
+            module.register_forward_pre_hook(self._enter(path))
+            module.register_forward_hook(self._leave(path))
+
+    def start(self, record: Record, active: np.ndarray[Any, np.dtype[np.bool_]]) -> _Lockstep:
+        """Compare the next run with this record."""
+        self.exits, self.active, self.at, self.scope = record.exits, active, 0, [""]
+        return self
+
+    def _enter(self, path: str) -> Callable[..., None]:
+        return lambda module, args: self.scope.append(path)
+
+    def _leave(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            self.scope.pop()
+            due = self.exits[min(self.at, len(self.exits) - 1)]
+            self.at += 1
+            if due.path != path:
+                raise Disagreement(f"runs this module where the whole model runs {due.path}", path)
+            for tensor, labels, shape in zip(ops._tensors(out), due.labels, due.shapes, strict=True):
+                want = tuple(n if v is None else int(self.active[v].sum()) for n, v in zip(shape, labels, strict=True))
+                if tuple(tensor.shape) != want:
+                    raise Disagreement(f"gives the shape {tuple(tensor.shape)} where {want} was due", path, None, labels)
+
+        return hook
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _ALIASES:
-            return func(*args, **(kwargs or {}))
-        step = self.steps[min(self.at, len(self.steps) - 1)]
-        if self.at >= len(self.steps) or step.operator != str(func):
-            raise Disagreement(f"runs {func} where the whole model runs {step.operator}", step)
-        self.at += 1
         try:
-            out = ops.execute(func, args, kwargs or {})
+            return ops.execute(func, args, kwargs or {})
         except Exception as error:
-            raise Disagreement(f"{func} fails: {error}", step) from error
-        for tensor, labels, shape in zip(ops._tensors(out), step.labels, step.shapes, strict=True):
-            want = tuple(n if v is None else int(self.active[v].sum()) for n, v in zip(shape, labels, strict=True))
-            if tuple(tensor.shape) != want:
-                raise Disagreement(f"{func} gives the shape {tuple(tensor.shape)} where {want} was due", step)
-        return out
+            raise Disagreement(f"{func} fails: {error}", self.scope[-1], str(func)) from error
 
 
 # -- tracing --------------------------------------------------------------------------------------------------------
@@ -189,6 +218,7 @@ class _Watch:
         self.flow, self.twin = flow, twin
         self.entered = ""  # the module that ran last, for error texts
         self.described: list[AttributeUse] = []
+        self.exits: list[Exit] = []
         self.outputs: dict[str, tuple[Tensor, list[Label]]] = {}
         self.inputs: dict[str, tuple[Tensor, list[Label]]] = {}
         for path, module in twin.named_modules():
@@ -208,7 +238,10 @@ class _Watch:
     def _leave(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             self.flow.scope.pop()
-            for tensor in ops._tensors(out)[:1]:
+            found = ops._tensors(out)
+            labels = tuple(tuple(self.flow.labels(t)) for t in found)
+            self.exits.append(Exit(path, tuple(tuple(t.shape) for t in found), labels))
+            for tensor in found[:1]:
                 self.outputs[path] = (tensor, self.flow.labels(tensor))
                 self._note(path, module, _DESCRIBES_OUTPUT, self.flow.labels(tensor))
 
@@ -292,7 +325,8 @@ class Tracer:
         self.tensors = named_tensors(self.twin)
         self.labels = {n: self.flow.fresh_labels(t) for n, t in self.tensors.items() if t.is_floating_point()}
         self.watch = _Watch(self.flow, self.twin)
-        self.runs: list[tuple[bool, list[Step]]] = []
+        self.runs: list[Record] = []
+        self.lockstep = _Lockstep(self.plain)
         self.used: set[int] = set()
 
     def run(self) -> Trace:
@@ -307,7 +341,7 @@ class Tracer:
         shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
         parameters = [n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)]
         graph = ChannelGraph(self.flow, self.labels, shapes, parameters)
-        operators = frozenset(step.operator for _, steps in self.runs for step in steps)
+        operators = frozenset(o.name for run in self.runs for o in run.operations)
         trace = Trace(graph, self.watch.described, operators)
         self._prove(trace)
         if not graph.group_sizes:
@@ -319,6 +353,7 @@ class Tracer:
         self.twin.train(training)
         self.flow.count_macs = not training
         recorder = _Recorder(self.flow)
+        self.watch.exits.clear()
         example = _sized(self.example, 2 if training else 1)
         for tensor in ops._tensors(list(example.values()) if isinstance(example, dict) else example):
             labels = self.flow.fresh_labels(tensor)
@@ -328,9 +363,10 @@ class Tracer:
             with torch.no_grad(), _Sizes(self.flow), recorder:
                 out = _call(self.twin, example)
                 macs, self.flow.count_macs = self.flow.count_macs, False
-                steps = len(recorder.steps)
+                record = Record(training, tuple(recorder.operations), tuple(self.watch.exits))
                 if not training:
-                    self.watch.describe_model()
+                    with contextlib.suppress(Exception):  # not every model keeps timm's contract; it is not the trace's business
+                        self.watch.describe_model()
                 self.flow.count_macs = macs
         except Exception as error:
             mode = "train" if training else "eval"
@@ -341,7 +377,7 @@ class Tracer:
         for tensor in ops._tensors(list(out.values()) if isinstance(out, dict) else out):
             for label in self.flow.labels(tensor):
                 self.flow.constraints.freeze(label, "an output of the model")
-        self.runs.append((training, recorder.steps[:steps]))
+        self.runs.append(record)
         self.used |= recorder.used
 
     # -- proving ----------------------------------------------------------------------------------------------------
@@ -354,20 +390,30 @@ class Tracer:
             fault = next(self._faults(trace.graph), None)
             if fault is None:
                 return
-            step = fault.step
-            if step is None:
-                raise TraceError(f"a subnet of the model cannot run: {fault}")
-            reason = f"{step.path or 'the model'}: as a subnet it {fault}"
+            reason = f"{fault.path or 'the model'}: as a subnet it {fault}"
             trace.repairs.append(reason)
-            labels = [*step.entering, *(label for out in step.labels for label in out)]
-            before = len(trace.graph.strands), sum(trace.graph.group_sizes)
-            trace.graph.freeze(labels, reason)
-            if before == (len(trace.graph.strands), sum(trace.graph.group_sizes)):  # nothing there was free: widen
-                at = [i for _, steps in self.runs for i, s in enumerate(steps) if s is step][0]
-                run = next(steps for _, steps in self.runs if any(s is step for s in steps))
-                near = [v for s in run[max(0, at - 8) : at + 1] for v in s.entering]
-                trace.graph.freeze(near, reason)
+            before = sum(trace.graph.group_sizes)
+            for labels in self._suspects(fault):
+                trace.graph.freeze(labels, reason)
+                if sum(trace.graph.group_sizes) < before:
+                    break
+            else:
+                raise TraceError(f"a subnet of the model cannot run, whatever stays: {reason}")
         raise TraceError(f"the model cannot be proven sliceable after {MAX_REPAIRS} repairs; the last: {trace.repairs[-1]}")
+
+    def _suspects(self, fault: Disagreement) -> Iterator[list[Label]]:
+        """Yield ever wider sets of labels that may be at fault: the operator's, the module's, its parents'."""
+        seen = [o for run in self.runs for o in run.operations]
+        yield [v for o in seen if o.path == fault.path and o.name == fault.operator for v in o.labels]
+        yield list(fault.labels)
+        path = fault.path
+        while True:
+            yield [v for o in seen if o.path == path for v in o.labels]
+            inside = [v for o in seen if o.path == path or o.path.startswith(path + ".") or not path for v in o.labels]
+            yield inside
+            if not path:
+                return
+            path = path.rpartition(".")[0]
 
     def _faults(self, graph: ChannelGraph) -> Iterator[Disagreement]:
         rng = np.random.default_rng(0)
@@ -375,24 +421,23 @@ class Tracer:
         trials = [[max(1, n // 2) for n in sizes], [1] * len(sizes)]
         trials += [[int(rng.integers(1, n + 1)) for n in sizes] for _ in range(2)]
         for widths in trials:
-            for training, steps in self.runs:
+            for record in self.runs:
                 try:
-                    self._try(graph, widths, training, steps)
+                    self._try(graph, widths, record)
                 except Disagreement as fault:
                     yield fault
 
-    def _try(self, graph: ChannelGraph, widths: Sequence[int], training: bool, steps: Sequence[Step]) -> None:
-        lockstep = _Lockstep(steps, graph.active(widths))
-        self.plain.train(training)
-        example = _sized(self.example, 2 if training else 1)
+    def _try(self, graph: ChannelGraph, widths: Sequence[int], record: Record) -> None:
+        self.plain.train(record.training)
+        example = _sized(self.example, 2 if record.training else 1)
+        lockstep = self.lockstep.start(record, graph.active(widths))
         try:
             with torch.no_grad(), slicing.applied(self.plain, slices_of(graph, widths)), lockstep:
                 _call(self.plain, example)
         except Disagreement:
             raise
         except Exception as error:
-            step = steps[min(lockstep.at, len(steps) - 1)]
-            raise Disagreement(f"raises {type(error).__name__}: {error}", step) from error
+            raise Disagreement(f"raises {type(error).__name__}: {error}", lockstep.scope[-1]) from error
 
 
 def slices_of(graph: ChannelGraph, widths: Sequence[int], described: Mapping[str, tuple[int, int, Any]] | None = None) -> slicing.Slices:

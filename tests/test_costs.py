@@ -1,0 +1,219 @@
+"""Costs are exact: the published networks cost what was published. Budgets are read, and refused, by name."""
+
+import re
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.models.efficientnet import _gen_mobilenet_v2
+from torch import nn
+from zoo import Plain
+
+from timm_autoslim import convert, cost, uniform_at
+from timm_autoslim.costs import Cost, check_reach, check_unit, cost_by_module, parse_budget
+from timm_autoslim.errors import BudgetError, WidthError
+
+# AutoSlim (arXiv 1903.11728), the authors' published channel lists. MobileNet-v2: stem, out of block 0, then (expanded,
+# out) of the other 16 blocks, tail, classes; made from a network that is 1.5 times as wide.
+MOBILENET_V2_207M = """8 8 96 16 96 16 96 24 144 24 144 24 144 48 288 48 288 48 288 48 288 64 432 64 432 64 648 176 720
+    176 720 176 1440 280 1920 1000"""
+MOBILENET_V2_305M = """8 8 96 16 96 16 96 24 144 24 144 24 144 56 288 56 288 56 288 56 288 96 432 96 432 96 864 240
+    1440 240 960 240 1440 480 1920 1000"""
+# ResNet-50: stem, then for every stage the shortcut and (mid, mid, out) of each block, classes.
+RESNET50_570M = """24 72 8 16 72 16 16 72 8 8 72 240 16 24 240 16 24 240 16 16 240 16 24 240 704 72 72 704 48 72 704
+    48 72 704 72 72 704 48 48 704 48 48 704 1680 280 240 1680 120 200 1680 280 280 1680 1000"""
+RESNET50_2G = """40 120 16 16 120 24 24 120 16 24 120 440 48 72 440 32 48 440 40 56 440 64 72 440 1024 168 168 1024 96
+    144 1024 120 168 1024 120 144 1024 120 144 1024 256 256 1024 2016 512 512 2016 480 480 2016 512 512 2016 1000"""
+POOLED = 7 * 7  # the authors add one operation for each value that the last pool reads, and we do not
+
+WIDE = {  # with the number of convolutions in the whole network's last layer but one
+    "timm": lambda: _gen_mobilenet_v2("mobilenetv2_150", 1.5),
+    "torchvision": lambda: torchvision.models.mobilenet_v2(width_mult=1.5),
+}
+RESNET50 = {"timm": lambda: timm.create_model("resnet50"), "torchvision": lambda: torchvision.models.resnet50()}
+
+
+def on_meta(build):
+    with torch.device("meta"):
+        return build()
+
+
+def mobilenet_v2_modules(model):
+    """The dense convolutions and the classifier in the order of the published lists: depthwise ones repeat a number."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    ]
+
+
+def resnet50_modules(model):
+    """As above; the shortcut's convolution is defined at the end of a stage's first block, and listed first."""
+    paths = ["conv1"]
+    for stage in range(1, 5):
+        blocks = len(model.get_submodule(f"layer{stage}"))
+        paths += [f"layer{stage}.0.downsample.0"]
+        paths += [f"layer{stage}.{block}.conv{i}" for block in range(blocks) for i in (1, 2, 3)]
+    return [*paths, "fc"]
+
+
+def assert_published(model, modules, channels, published):
+    channels = [int(n) for n in channels.split()]
+    supernet = convert(model)
+    wanted = dict(zip(modules, channels, strict=True))
+    classifier = modules[-1]
+    assert wanted.pop(classifier) == 1000
+    widths = supernet.space.from_channels(wanted)
+    found = supernet.space.channels(widths)
+    assert {path: found[path] for path in modules} == {**wanted, classifier: 1000}
+    assert cost(supernet, widths).macs == published - channels[-2] * POOLED
+    assert sum(cost_by_module(supernet, widths).values()) == published - channels[-2] * POOLED
+
+
+@pytest.mark.parametrize("library", WIDE)
+@pytest.mark.parametrize(
+    ("channels", "published"), [(MOBILENET_V2_207M, 206_861_128), (MOBILENET_V2_305M, 305_166_496)], ids=["207M", "305M"]
+)
+def test_published_mobilenet_v2(library, channels, published):
+    model = on_meta(WIDE[library])
+    assert_published(model, mobilenet_v2_modules(model), channels, published)
+
+
+@pytest.mark.parametrize("library", RESNET50)
+@pytest.mark.parametrize(
+    ("channels", "published"), [(RESNET50_570M, 570_087_056), (RESNET50_2G, 2_006_144_224)], ids=["570M", "2G"]
+)
+def test_published_resnet50(library, channels, published):
+    model = on_meta(RESNET50[library])
+    assert_published(model, resnet50_modules(model), channels, published)
+
+
+@pytest.mark.parametrize(
+    ("build", "macs", "params"),
+    [
+        (torchvision.models.mobilenet_v2, 300_774_272, 3_504_872),
+        (lambda: timm.create_model("mobilenetv2_100"), 300_774_272, 3_504_872),
+        (torchvision.models.resnet50, 4_089_184_256, 25_557_032),
+        (lambda: timm.create_model("resnet50"), 4_089_184_256, 25_557_032),
+    ],
+    ids=["torchvision/mobilenet_v2", "timm/mobilenetv2_100", "torchvision/resnet50", "timm/resnet50"],
+)
+def test_whole_networks(build, macs, params):
+    assert cost(convert(on_meta(build))) == Cost(macs, params)
+
+
+# -- a network small enough to count by hand --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def supernet():
+    return convert(Plain(32), torch.zeros(1, 3, 8, 8))
+
+
+def by_hand(stem, inner, pixels=64):
+    macs = {
+        "stem": 27 * stem * pixels, "inner": 9 * stem * inner * pixels, "outer": inner * stem * pixels,
+        "head": 10 * stem,
+    }  # fmt: skip
+    norms = 2 * (2 * stem + inner)
+    return macs, 27 * stem + 9 * stem * inner + inner * stem + norms + 10 * stem + 10
+
+
+@pytest.mark.parametrize(("stem", "inner"), [(32, 64), (5, 7), (1, 1)])
+def test_macs_and_params_by_hand(supernet, stem, inner):
+    widths = supernet.space.from_dict({"stem": stem, "inner": inner})
+    macs, params = by_hand(stem, inner)
+    assert cost(supernet, widths) == Cost(sum(macs.values()), params)
+    assert cost_by_module(supernet, widths) == macs
+    assert list(cost_by_module(supernet)) == ["stem", "inner", "outer", "head"]
+
+
+def test_without_widths_the_cost_is_that_of_the_whole(supernet):
+    assert cost(supernet) == cost(supernet, supernet.space.max())
+    assert cost_by_module(supernet) == cost_by_module(supernet, supernet.space.max())
+
+
+def test_the_cost_is_for_one_image_whatever_the_batch_of_the_example():
+    assert cost(convert(Plain(32), torch.zeros(7, 3, 8, 8))) == cost(convert(Plain(32), torch.zeros(1, 3, 8, 8)))
+
+
+def test_frozen_parameters_count_as_well():
+    model = Plain(32)
+    model.stem.weight.requires_grad_(False)
+    assert cost(convert(model, torch.zeros(1, 3, 8, 8))).params == sum(p.numel() for p in model.parameters())
+
+
+def test_widths_of_another_model_are_refused(supernet):
+    other = convert(Plain(16), torch.zeros(1, 3, 8, 8)).space.max()
+    for function in (cost, cost_by_module):
+        with pytest.raises(WidthError, match="got widths of another model"):
+            function(supernet, other)
+
+
+# -- budgets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [(300e6, 300e6), (5, 5), ("300M", 300e6), ("1.2G", 1.2e9), ("12k", 12e3), ("2B", 2e9), ("60%", 600), (" 7 ", 7),
+     ("12.5%", 125), ("3e5", 3e5)],
+)  # fmt: skip
+def test_budgets_are_read(text, number):
+    assert parse_budget(text, 1000) == pytest.approx(number, rel=1e-12)
+
+
+@pytest.mark.parametrize("text", ["", "M", "%", "three", "300MB", "3 000", None, [3]])
+def test_a_budget_that_is_no_number_is_refused(text):
+    with pytest.raises(BudgetError, match=re.escape(f'got the budget {text!r}; needed: a number, "300M", "1.2G" or "60%"')):
+        parse_budget(text, 1000)
+
+
+@pytest.mark.parametrize("text", [0, -3, "0%", "-3M", "inf", float("nan")])
+def test_a_budget_must_be_positive(text):
+    with pytest.raises(BudgetError, match=re.escape(f"got the budget {text!r}; needed: a positive number")):
+        parse_budget(text, 1000)
+
+
+def test_units_are_macs_and_params():
+    assert [check_unit(unit) for unit in ("macs", "params")] == ["macs", "params"]
+    with pytest.raises(BudgetError, match=r"got a budget in 'flops'; needed: one of \['macs', 'params'\]"):
+        check_unit("flops")
+
+
+def test_a_budget_out_of_reach_is_refused_with_what_the_narrowest_reaches(supernet):
+    narrowest = cost(supernet, supernet.space.min())
+    check_reach(supernet.space, supernet.graph, "macs", narrowest.macs)
+    message = (
+        rf"the budget of {narrowest.params - 1:,} params is out of reach: the narrowest subnet of the search space has "
+        rf"{narrowest.params:,} \(\d+\.\d% of the whole\); raise the budget, or lower `min` in convert\(\)"
+    )
+    with pytest.raises(BudgetError, match=message):
+        check_reach(supernet.space, supernet.graph, "params", narrowest.params - 1)
+    with pytest.raises(BudgetError, match="out of reach"):
+        uniform_at(supernet, "params", narrowest.params - 1)
+
+
+@pytest.mark.parametrize("unit", ["macs", "params"])
+@pytest.mark.parametrize("budget", ["95%", "50%", "25%", "12%"])
+def test_uniform_at_is_the_widest_uniform_network_within_the_budget(supernet, unit, budget):
+    space, whole = supernet.space, cost(supernet)
+    number = parse_budget(budget, getattr(whole, unit))
+    widths = uniform_at(supernet, unit, budget)
+    assert getattr(cost(supernet, widths), unit) <= number
+    ratios = [i / 640 for i in range(1, 641)]
+    within = [w for w in (space.uniform(r, exact=True) for r in ratios) if getattr(cost(supernet, w), unit) <= number]
+    assert cost(supernet, widths).macs == max(cost(supernet, w).macs for w in within)
+    assert abs(widths["stem"] / 32 - widths["inner"] / 64) <= 1 / 32
+
+
+def test_uniform_at_of_the_whole_and_of_more_is_the_whole(supernet):
+    assert uniform_at(supernet, "macs", "100%") == supernet.space.max()
+    assert uniform_at(supernet, "params", 1e12) == supernet.space.max()
+
+
+def test_uniform_at_refuses_malformed_budgets(supernet):
+    with pytest.raises(BudgetError, match="got a budget in 'latency'"):
+        uniform_at(supernet, "latency", "50%")
+    with pytest.raises(BudgetError, match="got the budget 'half'"):
+        uniform_at(supernet, "macs", "half")
