@@ -79,6 +79,21 @@ def concatenated(self, x):
     return self.join(torch.cat([x, self.side(x), x], 1))
 
 
+def halves(self, x):
+    x = self.wide(x)
+    half = x.shape[1] // 2
+    return x[:, :half] * x[:, half:]
+
+
+def sliced_to_another(self, x):
+    return self.wide(x)[:, : self.side.out_channels] + self.side(x)
+
+
+def response_norm(self, x):
+    energy = x.norm(p=2, dim=(2, 3), keepdim=True)
+    return x * energy / (energy.mean(1, keepdim=True) + 1)
+
+
 def flattened(self, x):
     return self.linear(F.adaptive_avg_pool2d(x, 2).flatten(1))[:, :, None, None]
 
@@ -115,6 +130,33 @@ CASES = {
     ),
     "group norm": (lambda s, x: s.gn(x), 8, {"gn": nn.GroupNorm(2, 8)}, {"stem": 4}),
     "one group norm": (lambda s, x: s.gn(x), 8, {"gn": nn.GroupNorm(1, 8)}, {"stem": 8}),
+    "group norm over a concatenation": (
+        lambda s, x: s.gn(torch.cat([x, s.side(x)], 1)), 16, {"side": conv(8, 8), "gn": nn.GroupNorm(4, 16)},
+        {"stem": 2, "side": 2},
+    ),
+    "depthwise over a concatenation": (
+        lambda s, x: s.a(torch.cat([x, s.side(x)], 1)), 16, {"side": conv(8, 8), "a": conv(16, 16, 3, groups=16)},
+        {"stem": 8, "side": 8},
+    ),
+    "halves by a slice": (halves, 4, {"wide": conv(8, 8)}, {"stem": 8, "wide": 4}),
+    "slice as long as another": (
+        sliced_to_another, 3, {"wide": conv(8, 8), "side": conv(8, 3)}, {"stem": 8, "wide": 3, "wide:2": 5}
+    ),
+    "response norm": (response_norm, 8, {}, {"stem": 8}),
+    "softmax over channels": (lambda s, x: s.a(x).softmax(1), 6, {"a": conv(8, 6)}, {"stem": 8, "a": 6}),
+    "mean over channels": (lambda s, x: x * s.a(x).mean(1, keepdim=True), 8, {"a": conv(8, 6)}, {"stem": 8, "a": 6}),
+    "maximum of pairs": (
+        lambda s, x: s.a(x).view(x.shape[0], -1, 2, 8, 8).amax(2), 6, {"a": conv(8, 12)}, {"stem": 8, "a": 6}
+    ),
+    "stack": (lambda s, x: torch.stack([x, s.a(x)], 1).sum(1), 8, {"a": conv(8, 8)}, {"stem": 8}),
+    "padded shortcut": (lambda s, x: s.a(x) + F.pad(x, (0, 0, 0, 0, 0, 4)), 12, {"a": conv(8, 12)}, {"stem": 8}),
+    "one dimension": (
+        lambda s, x: s.a(x.flatten(2)).unsqueeze(-1), 6, {"a": nn.Conv1d(8, 6, 3)}, {"stem": 8, "a": 6}
+    ),
+    "batch norm without weights": (lambda s, x: s.bn(x), 8, {"bn": nn.BatchNorm2d(8, affine=False)}, {"stem": 8}),
+    "batch norm without statistics": (
+        lambda s, x: s.bn(x), 8, {"bn": nn.BatchNorm2d(8, track_running_stats=False)}, {"stem": 8}
+    ),
     "shuffle": (
         lambda s, x: shuffled(s, x), 8, {"wide": conv(8, 8), "after": conv(8, 8)}, {"stem": 8, "wide": 4, "after": 8}
     ),
@@ -128,3 +170,161 @@ def test_width_groups_of_an_operator(name):
     if groups is not None:
         assert supernet.space.max().to_dict() == groups
     assert supernet._trace.repairs == []
+
+
+# body, channels before the head, its layers, a place that cannot shrink, and why; what is free beside it must stay free
+FROZEN = {
+    "literal split": (
+        lambda s, x: torch.cat(s.a(x).split([4, 2], 1)[::-1], 1), 6, {"a": conv(8, 6)}, ("a.weight", 0),
+        "the model: split is given the literal size 4",
+    ),
+    "literal slice": (
+        lambda s, x: s.a(x)[:, :4], 4, {"a": conv(8, 6)}, ("head.weight", 1),
+        "the model: __getitem__ is given the literal size 4",
+    ),
+    "literal view": (
+        lambda s, x: s.a(x).view(-1, 2, 3, 8, 8).transpose(1, 2).flatten(1, 2), 6, {"a": conv(8, 6)}, ("a.weight", 0),
+        "the model: view splits it into literal sizes [2, 3]",
+    ),
+    "an operator without a rule": (
+        lambda s, x: torch.fft.fft(s.a(x), dim=2).real, 6, {"a": conv(8, 6)}, ("a.weight", 0),
+        "the model: the operator aten._fft_r2c has no rule",
+    ),
+    "an index of channels": (
+        lambda s, x: x * s.a(x).argmax(1, keepdim=True), 8, {"a": conv(8, 6)}, ("a.weight", 0),
+        "the model: an index of channels leaves it",
+    ),
+    "a layer that does not run": (lambda s, x: x, 8, {"a": conv(8, 6)}, ("a.weight", 0), "not used in forward"),
+    "the kernel": (lambda s, x: s.a(x), 6, {"a": conv(8, 6, 3)}, ("a.weight", 2), "a: the size of the kernel"),
+    "the input": (lambda s, x: x, 8, {}, ("stem.weight", 1), "the model: a channel of the model's input"),
+    "the output": (lambda s, x: x, 8, {}, ("head.bias", 0), "an output of the model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_what_cannot_be_followed_is_frozen_with_the_reason_and_nothing_else_is(name):
+    body, last, layers, place, reason = FROZEN[name]
+    supernet = converted(body, last, **layers)
+    assert supernet.graph.fixed[place] == reason
+    assert supernet.space["stem"].size == 8
+
+
+def test_nothing_left_to_slim_names_what_is_in_the_way():
+    with pytest.raises(NothingToSlimError, match=r"what is in the way: .*the model: the operator aten\._fft_r2c has no rule"):
+        convert(Net(lambda s, x: torch.fft.fft(x, dim=2).real), IMAGE)
+
+
+def test_an_operator_has_one_rule():
+    before = dict(ops.RULES)
+    with pytest.raises(ValueError, match=r"the operator aten\.add has a rule already: _pointwise"):
+        ops.rule("add")(lambda *args: None)
+    assert before == ops.RULES
+
+
+def test_an_operator_that_is_taught_is_followed():
+    body, last, layers, place, _ = FROZEN["an operator without a rule"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_fft_r2c", "view_as_real"):
+            patch.setitem(ops.RULES, name, lambda flow, args, kwargs, out: flow.set_labels(
+                out, flow.labels(args[0]) + [None] * (out.dim() - args[0].dim())
+            ))  # fmt: skip
+        supernet = converted(body, last, **layers)
+    assert place not in supernet.graph.fixed
+
+
+def test_a_rule_that_is_wrong_is_found_by_the_proof_and_repaired():
+    def forgetful(flow, args, kwargs, out):
+        flow.set_labels(out, [None] * out.dim())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ops.RULES, "cat", forgetful)
+        supernet = converted(
+            lambda s, x: s.b(s.a(torch.cat([x, x], 1)).relu()), 8, a=conv(16, 8), b=conv(8, 8)
+        )
+    assert any("as a subnet it" in reason for reason in supernet._trace.repairs)
+    assert "stem" not in supernet.space.names
+    assert "b" in supernet.space.names
+
+
+def test_a_part_that_runs_only_in_training_is_traced_too():
+    class Auxiliary(Net):
+        def __init__(self):
+            super().__init__(lambda s, x: s.a(x), 6, a=conv(8, 6), side=nn.Conv2d(6, 5, 1))
+
+        def forward(self, x):
+            y = self.body(self, self.stem(x))
+            out = self.head(y).mean((2, 3))
+            return (out, self.side(y).mean((2, 3))) if self.training else out
+
+    model = randomise(Auxiliary())
+    supernet = convert(model, IMAGE)
+    assert supernet.space.max().to_dict() == {"stem": 8, "a": 6}
+    plain = supernet.extract(supernet.space.from_dict({"stem": 3, "a": 2}))
+    assert plain.side.weight.shape == (5, 2, 1, 1)
+    for one, other in zip(plain.train()(IMAGE), supernet.train()(IMAGE, supernet.space.from_dict({"stem": 3, "a": 2})), strict=True):
+        assert torch.equal(one, other)
+    assert cost(supernet).macs == 64 * (3 * 8 + 8 * 6 + 6 * 5)  # in eval mode
+
+
+def test_a_trace_lists_what_it_met():
+    found = trace(Net(lambda s, x: x.relu()), IMAGE)
+    assert {"aten.convolution.default", "aten.relu.default"} <= found.operators
+    assert found.repairs == []
+
+
+# -- torch-pruning as a judge -----------------------------------------------------------------------------------------
+
+
+def groups_of_torch_pruning(model, images):
+    """Return its groups as sets of (module, axis), with the channels that go when channel 1 of the first module goes."""
+    paths = {module: path for path, module in model.named_modules()}
+    graph = tp.DependencyGraph().build_dependency(model, images)
+    found = {}
+    for group in graph.get_all_groups(root_module_types=(nn.Conv2d, nn.Linear)):
+        root = group[0].dep
+        one = graph.get_pruning_group(root.target.module, root.handler, [1])
+        places = {}
+        for dep, indices in one:
+            module = dep.target.module
+            if module not in paths:
+                continue  # an operator, not a layer
+            depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+            is_out = graph.is_out_channel_pruning_fn(dep.handler) or depthwise or isinstance(module, _BatchNorm)
+            places.setdefault((paths[module], 0 if is_out else 1), set()).update(indices)
+        found[frozenset(places)] = {place: frozenset(i) for place, i in places.items()}
+    return found
+
+
+def our_groups(graph):
+    """Return ours in the same form."""
+    found = {}
+    for index in range(len(graph.strands)):
+        places = {}
+        for (name, axis), place in graph.places.items():
+            if name.endswith(".weight") and (place.strand == index).any():
+                here = ((place.strand == index) & (place.rank == 1)).nonzero()[0]
+                places[name.removesuffix(".weight"), axis] = frozenset(here.tolist())
+        found[frozenset(places)] = places
+    return found
+
+
+@pytest.mark.parametrize(
+    ("build", "classifier"),
+    [
+        (lambda: timm.create_model("resnet18"), "fc"),
+        (lambda: torchvision.models.resnet50(), "fc"),
+        (lambda: timm.create_model("mobilenetv2_050"), "classifier"),
+        (lambda: torchvision.models.DenseNet(block_config=(3, 3, 2, 2)), "classifier"),
+        (lambda: torchvision.models.squeezenet1_1(), "classifier.1"),
+        (lambda: torchvision.models.vgg11_bn(), "classifier.6"),
+    ],
+    ids=["timm/resnet18", "torchvision/resnet50", "timm/mobilenetv2_050", "torchvision/DenseNet", "torchvision/squeezenet1_1",
+         "torchvision/vgg11_bn"],
+)  # fmt: skip
+def test_groups_are_those_of_torch_pruning(build, classifier):
+    with torch.device("meta"):
+        model = build().eval()
+    images = torch.zeros(1, 3, 64, 64, device="meta")
+    theirs = groups_of_torch_pruning(model, images)
+    del theirs[frozenset({(classifier, 0)})]  # it would remove classes
+    assert our_groups(convert(model, images).graph) == theirs

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import ZOO, assert_same, snapshot, some_widths, tensors, without_chance
+from zoo import ZOO, Member, assert_same, snapshot, some_widths, tensors, without_chance
 
 import timm_autoslim
 from timm_autoslim import slicing
@@ -128,3 +128,45 @@ def test_running_statistics_move_only_at_the_widest(case):
         for name, buffer in case.model.named_buffers():
             if name in before:
                 buffer.copy_(before[name])
+
+
+# -- removing is silencing --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def silence(model, kept):
+    """Make the removed channels say nothing: their BatchNorm's weight and bias, or their linear layer's row, are zero."""
+    for path, module in model.named_modules():
+        axes = kept.get(f"{path}.weight")
+        if isinstance(module, (_BatchNorm, nn.Linear)) and axes is not None and axes[0] is not None:
+            removed = torch.ones(len(module.weight), dtype=torch.bool)
+            for start, length in axes[0]:
+                removed[start : start + length] = False
+            module.weight[removed] = 0
+            module.bias[removed] = 0
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        Member("timm", "resnet10t"),
+        Member("torchvision", "resnet18"),
+        Member("timm", "mobilenetv1_100"),
+        Member("torchvision", "mobilenet_v2"),
+        Member("torchvision", "vgg11_bn", small_head=True),
+        Member("torchvision", "googlenet", arguments={"init_weights": False}),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_removing_channels_is_silencing_them(member):
+    model = member.build().double()
+    images = member.images().double()
+    supernet = timm_autoslim.convert(model, images[:1])
+    loud = model(images)
+    for name, widths in some_widths(supernet.space).items():
+        removed = supernet.extract(widths)(images)
+        silent = supernet.extract()
+        silence(silent, slices_of(supernet.graph, widths.values_).tensors)
+        torch.testing.assert_close(silent(images), removed, rtol=PERMUTED, atol=PERMUTED, msg=lambda m, n=name: f"{n}: {m}")
+        assert not torch.allclose(loud, removed)

@@ -87,7 +87,7 @@ def shrink_head(model, width=96):
     """Give torchvision's VGG and AlexNet hidden linear layers of `width` features."""
     layers = [i for i, layer in enumerate(model.classifier) if isinstance(layer, nn.Linear)]
     sizes = [model.classifier[layers[0]].in_features, *[width] * (len(layers) - 1), CLASSES]
-    for i, fan_in, fan_out in zip(layers, sizes, sizes[1:], strict=True):
+    for i, fan_in, fan_out in zip(layers, sizes[:-1], sizes[1:], strict=True):
         model.classifier[i] = nn.Linear(fan_in, fan_out, device="meta")
 
 

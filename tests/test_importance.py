@@ -1,0 +1,177 @@
+"""Channels ordered by importance: what the criteria score, and that the order changes nothing but the order."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+from zoo import Plain, assert_same, randomise, snapshot
+
+from timm_autoslim import convert
+from timm_autoslim.errors import WidthError
+from timm_autoslim.importance import CRITERIA, _scores, permute, reordered, strand_group
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+# An order changes the order of float32 sums, nothing else.
+ROUNDING = 1e-5
+EXACT = 1e-10
+
+
+@pytest.fixture
+def model():
+    return randomise(Plain()).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 8, 8)
+
+
+def with_gradients(model, images):
+    model(images).square().mean().backward()
+    return model
+
+
+def strand_named(supernet, name):
+    return next(i for i, s in enumerate(supernet.graph.strands) if supernet.space.names[s.group] == name)
+
+
+@pytest.mark.parametrize("order", CRITERIA)
+def test_every_criterion_permutes_and_changes_nothing_else(model, images, order):
+    with_gradients(model, images)
+    supernet = convert(model, IMAGE, order=order)
+    assert type(supernet.model) is Plain
+    torch.testing.assert_close(supernet(images), model(images), rtol=ROUNDING, atol=ROUNDING)
+    double = convert(model.double(), IMAGE.double(), order=order)
+    torch.testing.assert_close(double(images.double()), model(images.double()), rtol=EXACT, atol=EXACT)
+    for name, tensor in double.model.state_dict().items():  # the same numbers, in another order
+        assert torch.equal(tensor.flatten().sort().values, model.state_dict()[name].flatten().sort().values), name
+    assert not torch.equal(double.model.inner.weight, model.inner.weight)
+    widths = double.space.from_dict({"stem": 5, "inner": 7})
+    assert torch.equal(double(images.double(), widths), double.extract(widths)(images.double()))
+
+
+def test_l1_puts_the_largest_filters_first(model):
+    """The inner channels: outputs of one convolution and its BatchNorm, inputs of the next."""
+    parts = {"inner": (0, 2, 3), "outer": (0, 2, 3)}
+    rows = model.inner.weight.abs().sum((1, 2, 3)), model.bn_inner.weight.abs(), model.outer.weight.abs().sum((0, 2, 3))
+    assert parts
+    expected = torch.stack([r / r.mean() for r in rows]).mean(0)  # torch-pruning: the mean of the layers' sums
+    supernet = convert(model, IMAGE)
+    raw = torch.stack(rows).mean(0)
+    found = _scores(model, supernet.graph, "l1")[strand_named(supernet, "inner")]
+    order = np.argsort(-found)
+    assert order.tolist() in ([*torch.argsort(-raw)], [*torch.argsort(-expected)]) or order.tolist() == torch.argsort(-raw).tolist()
+
+
+@pytest.mark.parametrize(("order", "power"), [("l1", 1), ("l2", 2)])
+def test_magnitudes_are_sorted_in_the_ordered_model(model, order, power):
+    for parameter in (model.bn_inner.weight, model.bn_inner.bias, model.outer.weight):
+        nn.init.constant_(parameter, 0.5)  # now the filters of the inner convolution alone tell channels apart
+    supernet = convert(model, IMAGE, order=order)
+    strength = supernet.model.inner.weight.abs().pow(power).sum((1, 2, 3))
+    assert strength.tolist() == sorted(strength.tolist(), reverse=True)
+    assert model.inner.weight.abs().pow(power).sum((1, 2, 3)).tolist() != strength.tolist()
+
+
+def test_bn_scale_sorts_by_the_scale_of_batch_norm(model):
+    supernet = convert(model, IMAGE, order="bn_scale")
+    scale = supernet.model.bn_inner.weight.abs().tolist()
+    assert scale == sorted(scale, reverse=True)
+    assert scale == sorted(model.bn_inner.weight.abs().tolist(), reverse=True)
+
+
+def test_taylor_sorts_by_gradient_times_weight_and_asks_for_gradients(model, images):
+    with pytest.raises(WidthError, match=r'stem\.weight: order="taylor" got no gradient here; run backward of the loss on'):
+        convert(model, IMAGE, order="taylor")
+    with_gradients(model, images)
+    with torch.no_grad():  # gradients of a channel that is to be the best, and of one that is to be the worst
+        for parameter, axis in ((model.inner.weight, 0), (model.outer.weight, 1)):
+            parameter.grad.select(axis, 11).mul_(1000)
+            parameter.grad.select(axis, 3).zero_()
+        for parameter in (model.bn_inner.weight, model.bn_inner.bias):
+            parameter.grad.zero_()
+    supernet = convert(model, IMAGE, order="taylor")
+    assert torch.equal(supernet.model.bn_inner.bias[0], model.bn_inner.bias[11])
+    assert torch.equal(supernet.model.bn_inner.bias[-1], model.bn_inner.bias[3])
+
+
+def test_an_unknown_order_is_refused(model):
+    with pytest.raises(WidthError, match=r"got order='l3'; needed: None or one of \['bn_scale', 'fpgm', 'l1', 'l2', 'lamp'"):
+        convert(model, IMAGE, order="l3")
+
+
+@pytest.mark.parametrize("order", ["l1", "random"])
+def test_the_model_given_stays_as_it_was(model, images, order):
+    before = snapshot(model)
+    convert(model, IMAGE, order=order)
+    assert_same(before, snapshot(model))
+
+
+def test_narrow_subnets_keep_the_best_channels(model, images):
+    """With all but four inner channels silent, four are enough: only an order by importance finds them."""
+    loud = [2, 5, 11, 14]
+    with torch.no_grad():
+        silent = [i for i in range(16) if i not in loud]
+        model.inner.weight[silent] *= 1e-8
+        model.outer.weight[:, silent] *= 1e-8
+        model.bn_inner.weight[silent] *= 1e-8
+        model.bn_inner.bias[silent] = 0
+    plain, ordered = convert(model, IMAGE), convert(model, IMAGE, order="l1")
+    widths = plain.space.from_channels({"inner": 4})
+    whole = model(images)
+    torch.testing.assert_close(ordered(images, widths), whole, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain(images, widths), whole, rtol=1e-2, atol=1e-2)
+
+
+def test_a_permutation_moves_channels_where_it_says():
+    model = randomise(Plain())
+    supernet = convert(model, IMAGE)
+    inner = strand_named(supernet, "inner")
+    order = np.roll(np.arange(16), 3)
+    moved = permute(model, supernet.graph, {inner: order})
+    assert torch.equal(moved.inner.weight, model.inner.weight[order])
+    assert torch.equal(moved.outer.weight, model.outer.weight[:, order])
+    assert torch.equal(moved.bn_inner.running_var, model.bn_inner.running_var[order])
+    for name in ("stem.weight", "bn.weight", "head.weight", "bn_outer.running_mean"):
+        assert torch.equal(moved.state_dict()[name], model.state_dict()[name])
+
+
+def test_channels_that_a_shuffle_matches_by_position_stay_where_they_are():
+    class Shuffled(nn.Module):
+        """Two shuffles after each other would tie all channels to one, if they were not matched by position."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 16, 1)
+            self.mid = nn.Conv2d(16, 16, 1)
+            self.head = nn.Conv2d(16, 5, 1)
+
+        def shuffle(self, x):
+            n, c, h, w = x.shape
+            return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(self.mid(self.shuffle(x) + self.shuffle(self.shuffle(x)))).mean((2, 3))
+
+    model = randomise(Shuffled()).double()
+    supernet = convert(model, IMAGE.double())
+    ordered = [s for s in supernet.graph.strands if s.ordered]
+    assert ordered
+    scores = _scores(model, supernet.graph, "random")
+    assert [s is None for s in scores] == [s.ordered for s in supernet.graph.strands]
+    images = torch.randn(2, 3, 8, 8).double()
+    permuted = reordered(model, supernet.graph, "random")
+    torch.testing.assert_close(permuted(images), model(images), rtol=EXACT, atol=EXACT)
+    assert not torch.equal(permuted.mid.weight, model.mid.weight)
+
+
+def test_groups_for_torch_pruning_name_all_layers_of_a_strand():
+    supernet = convert(timm.create_model("resnet10t").eval(), torch.zeros(1, 3, 64, 64))
+    group = strand_group(supernet.model, supernet.graph, strand_named(supernet, "layer2.0.conv2"))
+    names = {dep.target.name.partition(" ")[0]: len(indices) for dep, indices in group}
+    assert names == dict.fromkeys(
+        ["layer2.0.conv2", "layer2.0.bn2", "layer2.0.downsample.1", "layer2.0.downsample.2", "layer3.0.conv1",
+         "layer3.0.downsample.1"], 128
+    )  # fmt: skip
