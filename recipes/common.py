@@ -36,8 +36,11 @@ def general_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every recipe."""
     group = parser.add_argument_group("general")
     group.add_argument("-c", "--config", metavar="FILE", help="flat YAML file with values for these flags")
-    group.add_argument("--data-dir", metavar="DIR", help="folder with train and val|validation|test, each a folder of "
-                       "class folders or one .tar of them")
+    group.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="folder with train and val|validation|test, each a folder of class folders or one .tar of them",
+    )
     group.add_argument("-b", "--batch-size", type=int, default=128, help="images per process and step")
     group.add_argument("-j", "--workers", type=int, default=0, help="processes that load images")
     group.add_argument("--seed", type=int, default=42)
@@ -63,11 +66,17 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--freeze", nargs="*", default=[], metavar="GLOB", help="modules whose channels all stay")
     group.add_argument("--min-width", type=float, help="narrowest share of every group's channels")
     group.add_argument("--divisor", type=int, help="widths are multiples of this")
-    group.add_argument("--dataset", help="'digits' (scikit-learn's, the default without --data-dir) or a name that "
-                       "timm's create_dataset knows")
+    group.add_argument(
+        "--dataset",
+        help="'digits' (scikit-learn's, the default without --data-dir) or a name that timm's create_dataset knows",
+    )
     group.add_argument("--limit-train", type=float, default=1.0, help="share, or number, of the training images")
-    group.add_argument("--held-out", type=float, default=0.1, help="share, or number, of the training images that are "
-                       "kept for the search")
+    group.add_argument(
+        "--held-out",
+        type=float,
+        default=0.1,
+        help="share, or number, of the training images that are kept for the search",
+    )
 
 
 def training_flags(parser: argparse.ArgumentParser) -> None:
@@ -116,10 +125,19 @@ def search_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of search.py alone."""
     parser.add_argument("run", help="a run folder of train.py")
     group = parser.add_argument_group("search")
-    group.add_argument("--budgets", nargs="+", default=["macs=50%"], metavar="UNIT=AMOUNT",
-                       help="such as macs=50%% (of the widest), macs=300M or params=2.5M")
-    group.add_argument("--rank", choices=("error", "per_cost"), default="per_cost", help="keep the candidate with the "
-                       "least error, or with the least error per unit of cost saved")
+    group.add_argument(
+        "--budgets",
+        nargs="+",
+        default=["macs=50%"],
+        metavar="UNIT=AMOUNT",
+        help="such as macs=50%% (of the widest), macs=300M or params=2.5M",
+    )
+    group.add_argument(
+        "--rank",
+        choices=("error", "per_cost"),
+        default="per_cost",
+        help="keep the candidate with the least error, or with the least error per unit of cost saved",
+    )
     group.add_argument("--steps", type=int, default=10, help="steps from a group's full width to its narrowest")
     group.add_argument("--images", type=int, default=0, help="held-out images that score a candidate; 0: all")
 

@@ -106,6 +106,8 @@ def fit(
         validate: metrics after an epoch; called on every process, on averaged weights if --model-ema is on.
         folder: holds summary.csv and checkpoints/.
     """
+    if not args.epochs:
+        return {}
     rate = args.lr or args.lr_base * args.batch_size * accelerator.num_processes / 256
     optimizer = create_optimizer_v2(
         plain, opt=args.opt, lr=rate, weight_decay=args.weight_decay, momentum=args.momentum

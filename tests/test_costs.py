@@ -73,7 +73,9 @@ def assert_published(model, modules, channels, published):
 
 @pytest.mark.parametrize("library", WIDE)
 @pytest.mark.parametrize(
-    ("channels", "published"), [(MOBILENET_V2_207M, 206_861_128), (MOBILENET_V2_305M, 305_166_496)], ids=["207M", "305M"]
+    ("channels", "published"),
+    [(MOBILENET_V2_207M, 206_861_128), (MOBILENET_V2_305M, 305_166_496)],
+    ids=["207M", "305M"],
 )
 def test_published_mobilenet_v2(library, channels, published):
     model = on_meta(WIDE[library])
@@ -165,7 +167,9 @@ def test_budgets_are_read(text, number):
 
 @pytest.mark.parametrize("text", ["", "M", "%", "three", "300MB", "3 000", None, [3]])
 def test_a_budget_that_is_no_number_is_refused(text):
-    with pytest.raises(BudgetError, match=re.escape(f'got the budget {text!r}; needed: a number, "300M", "1.2G" or "60%"')):
+    with pytest.raises(
+        BudgetError, match=re.escape(f'got the budget {text!r}; needed: a number, "300M", "1.2G" or "60%"')
+    ):
         parse_budget(text, 1000)
 
 

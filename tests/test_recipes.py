@@ -314,8 +314,21 @@ def test_errors_reach_the_shell_as_messages(tmp_path):
 
 
 def test_two_processes_train_together(tmp_path):
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
     recipe = [str(RECIPES / "train.py"), "-c", write_config(tmp_path), "--output", str(tmp_path), "--experiment", "two"]
     done = launch(*launcher, *recipe, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr

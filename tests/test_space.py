@@ -158,7 +158,10 @@ def test_from_channels_takes_any_producer_and_leaves_the_rest_whole(space):
 @pytest.mark.parametrize(
     ("channels", "message"),
     [
-        ({"stem": 8, "outer": 9}, r"outer: 9 channels contradict the 8 of stem: both are the group 'stem'; give them nu"),
+        (
+            {"stem": 8, "outer": 9},
+            r"outer: 9 channels contradict the 8 of stem: both are the group 'stem'; give them nu",
+        ),
         ({"bn": 8}, r"bn: this module produces no channels; modules that do: \[.*'stem'"),
         ({"head": 8}, r"head: its 10 channels are fixed: .*an output of the model"),
         ({"inner": 65}, r"inner: got 65 channels; needed: from 1 to 64"),
@@ -182,7 +185,18 @@ def test_a_grouped_convolution_counts_channels_in_steps():
 
 @pytest.mark.parametrize(
     ("size", "channels", "divisor"),
-    [(64, 1, 8), (1280, 1, 8), (63, 1, 4), (32, 1, 4), (16, 1, 2), (15, 1, 1), (2, 1, 1), (32, 4, 2), (8, 4, 1), (9, 16, 1)],
+    [
+        (64, 1, 8),
+        (1280, 1, 8),
+        (63, 1, 4),
+        (32, 1, 4),
+        (16, 1, 2),
+        (15, 1, 1),
+        (2, 1, 1),
+        (32, 4, 2),
+        (8, 4, 1),
+        (9, 16, 1),
+    ],
 )
 def test_the_default_divisor_is_eight_channels_or_leaves_eight_steps(size, channels, divisor):
     assert default_divisor(size, channels) == divisor
@@ -210,7 +224,10 @@ def test_rules_for_all_and_by_glob():
         ({"divisor": 0}, r"stem: got the divisor 0; needed: an integer of at least 1"),
         ({"divisor": 0.5}, r"stem: got the divisor 0\.5; needed: an integer"),
         ({"choices": {"inner": [8, 65]}}, r"inner: got the width 65; needed: an integer from 1 to 64"),
-        ({"min": {"layer*": 8}}, r"min=\{'layer\*': \.\.\.\}: the glob matches no group; the groups are \['stem', 'inner'\]"),
+        (
+            {"min": {"layer*": 8}},
+            r"min=\{'layer\*': \.\.\.\}: the glob matches no group; the groups are \['stem', 'inner'\]",
+        ),
         ({"divisor": {"layer*": 8}}, r"divisor=\{'layer\*': \.\.\.\}: the glob matches no group"),
         ({"choices": {"layer*": [8]}}, r"choices=\{'layer\*': \.\.\.\}: the glob matches no group"),
     ],
@@ -222,7 +239,9 @@ def test_rules_that_cannot_be_kept_are_refused(rules, message):
 
 def test_widths_of_another_model_are_refused(space):
     other = convert(Plain(16), IMAGE).space
-    with pytest.raises(WidthError, match=r"got widths of another model \(2 groups, space \w+\); needed: widths of this space"):
+    with pytest.raises(
+        WidthError, match=r"got widths of another model \(2 groups, space \w+\); needed: widths of this space"
+    ):
         space.check(other.max())
     with pytest.raises(WidthError, match="got widths of type dict; needed: Widths, from space.from_dict"):
         space.check({"stem": 8, "inner": 8})
@@ -230,7 +249,9 @@ def test_widths_of_another_model_are_refused(space):
 
 
 def test_an_unknown_group_is_named(space):
-    with pytest.raises(WidthError, match=r"'stam' is no group of this search space of 2 groups; the closest are \['stem'\]"):
+    with pytest.raises(
+        WidthError, match=r"'stam' is no group of this search space of 2 groups; the closest are \['stem'\]"
+    ):
         space["stam"]
 
 

@@ -147,7 +147,9 @@ def test_gradient_checkpointing_is_right_inside_a_block_and_refused_outside(reen
     for whole, piece in zip(reference.parameters(), supernet.parameters(), strict=True):
         assert torch.equal(whole.grad, piece.grad)
     if reentrant:  # the other kind is noticed by torch
-        with pytest.raises(TraceError, match=r"the model: got reentrant gradient checkpointing.*needed: `with supernet.at"):
+        with pytest.raises(
+            TraceError, match=r"the model: got reentrant gradient checkpointing.*needed: `with supernet.at"
+        ):
             supernet(images, widths)
         with torch.no_grad():
             supernet(images, widths)
@@ -345,14 +347,30 @@ def scripted():
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (Wrong, TraceError, r"^deep\.1: its forward raised RuntimeError in train\(\) mode on the meta device.*needed: a forw"),
+        (
+            Wrong,
+            TraceError,
+            r"^deep\.1: its forward raised RuntimeError in train\(\) mode on the meta device.*needed: a forw",
+        ),
         (Reads, TraceError, r"^the model: its forward raised RuntimeError.*without reading data values"),
         (Halfway, TraceError, r"^stem: its forward raised KeyError in train\(\) mode on the meta device \('mask'\)"),
-        (lambda: torch.jit.script(Plain()), TraceError, "^the model: got a scripted module; convert the model before scripting"),
+        (
+            lambda: torch.jit.script(Plain()),
+            TraceError,
+            "^the model: got a scripted module; convert the model before scripting",
+        ),
         (scripted, TraceError, "^1: got a scripted module; convert the model before scripting"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), TraceError, "^0: got a lazy module; run the model once on data"),
-        (lambda: nn.Conv2d(3, 8, 3), NothingToSlimError, "^no channel of the model can be removed; what is in the way: an out"),
-        (lambda: convert(Plain(), IMAGE), TraceError, r"^the model: got a Supernet; needed: the plain model; convert supernet\."),
+        (
+            lambda: nn.Conv2d(3, 8, 3),
+            NothingToSlimError,
+            "^no channel of the model can be removed; what is in the way: an out",
+        ),
+        (
+            lambda: convert(Plain(), IMAGE),
+            TraceError,
+            r"^the model: got a Supernet; needed: the plain model; convert supernet\.",
+        ),
     ],
     ids=["wrong", "reads", "halfway", "scripted", "part scripted", "lazy", "nothing", "supernet"],
 )
@@ -367,5 +385,7 @@ def test_a_model_that_cannot_be_converted_is_refused_and_left_alone(build, error
 
 
 def test_what_is_no_module_is_refused():
-    with pytest.raises(TraceError, match=r"the model: got a str; needed: an nn.Module, such as timm.create_model\('resnet18'\)"):
+    with pytest.raises(
+        TraceError, match=r"the model: got a str; needed: an nn.Module, such as timm.create_model\('resnet18'\)"
+    ):
         convert("resnet18")

@@ -210,7 +210,9 @@ def test_what_cannot_be_followed_is_frozen_with_the_reason_and_nothing_else_is(n
 
 
 def test_nothing_left_to_slim_names_what_is_in_the_way():
-    with pytest.raises(NothingToSlimError, match=r"what is in the way: .*the model: the operator aten\._fft_r2c has no rule"):
+    with pytest.raises(
+        NothingToSlimError, match=r"what is in the way: .*the model: the operator aten\._fft_r2c has no rule"
+    ):
         convert(Net(lambda s, x: torch.fft.fft(x, dim=2).real), IMAGE)
 
 
@@ -238,9 +240,7 @@ def test_a_rule_that_is_wrong_is_found_by_the_proof_and_repaired():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ops.RULES, "cat", forgetful)
-        supernet = converted(
-            lambda s, x: s.b(s.a(torch.cat([x, x], 1)).relu()), 8, a=conv(16, 8), b=conv(8, 8)
-        )
+        supernet = converted(lambda s, x: s.b(s.a(torch.cat([x, x], 1)).relu()), 8, a=conv(16, 8), b=conv(8, 8))
     assert any("as a subnet it" in reason for reason in supernet._trace.repairs)
     assert "stem" not in supernet.space.names
     assert "b" in supernet.space.names
@@ -261,7 +261,9 @@ def test_a_part_that_runs_only_in_training_is_traced_too():
     assert supernet.space.max().to_dict() == {"stem": 8, "a": 6}
     plain = supernet.extract(supernet.space.from_dict({"stem": 3, "a": 2}))
     assert plain.side.weight.shape == (5, 2, 1, 1)
-    for one, other in zip(plain.train()(IMAGE), supernet.train()(IMAGE, supernet.space.from_dict({"stem": 3, "a": 2})), strict=True):
+    for one, other in zip(
+        plain.train()(IMAGE), supernet.train()(IMAGE, supernet.space.from_dict({"stem": 3, "a": 2})), strict=True
+    ):
         assert torch.equal(one, other)
     assert cost(supernet).macs == 64 * (3 * 8 + 8 * 6 + 6 * 5)  # in eval mode
 

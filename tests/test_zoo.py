@@ -168,5 +168,7 @@ def test_removing_channels_is_silencing_them(member):
         removed = supernet.extract(widths)(images)
         silent = supernet.extract()
         silence(silent, slices_of(supernet.graph, widths.values_).tensors)
-        torch.testing.assert_close(silent(images), removed, rtol=PERMUTED, atol=PERMUTED, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            silent(images), removed, rtol=PERMUTED, atol=PERMUTED, msg=lambda m, n=name: f"{n}: {m}"
+        )
         assert not torch.allclose(loud, removed)

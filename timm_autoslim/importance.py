@@ -14,7 +14,7 @@ from torch import nn
 
 from timm_autoslim.errors import WidthError
 from timm_autoslim.tracing.graph import ChannelGraph, Place_
-from timm_autoslim.tracing.trace import named_tensors
+from timm_autoslim.tracing.twin import named_tensors
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,7 +45,7 @@ def _pruning_function(module: nn.Module, axis: int) -> Any:
 
 
 def strand_group(model: nn.Module, graph: ChannelGraph, strand: int) -> Any | None:
-    """Return the `tp.Group` of all layers that hold the channels of one strand; None if torch-pruning knows none of them.
+    """Return the `tp.Group` of the layers that hold the channels of one strand; None if torch-pruning knows none.
 
     The root index of a channel is its unit's rank, so torch-pruning's scores come out one for each unit.
     """
@@ -107,7 +107,7 @@ def permute(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.int64]])
 def reordered(model: M, graph: ChannelGraph, order: str) -> M:
     """Return a copy of `model` whose channels are sorted by importance, the best first, in every strand.
 
-    The copy computes the same function to float rounding. Channels that a channel shuffle matches by position keep their order.
+    The copy computes the same function to float rounding. Channels that a shuffle matches by position keep their order.
 
     Args:
         model: the traced model.
@@ -122,7 +122,9 @@ def reordered(model: M, graph: ChannelGraph, order: str) -> M:
     if order == "taylor":
         bare = next((n for n, p in model.named_parameters() if p.requires_grad and p.grad is None), None)
         if bare is not None:
-            raise WidthError(f'{bare}: order="taylor" got no gradient here; run backward of the loss on some batches before convert()')
+            raise WidthError(
+                f'{bare}: order="taylor" got no gradient here; run the loss backward on some batches before convert()'
+            )
     scores = _scores(model, graph, order)
     orders = {i: np.argsort(-s, kind="stable") for i, s in enumerate(scores) if s is not None}
     return permute(model, graph, orders)

@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -53,38 +53,36 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), leaf
 
 
-def _store(module: nn.Module, leaf: str) -> dict[str, object]:
+def _store(module: nn.Module, leaf: str) -> dict[str, Any]:
     for store in (module._parameters, module._buffers, module.__dict__):
         if leaf in store:
-            return store  # type: ignore[return-value]
+            return store
     raise KeyError(leaf)
 
 
 def set_attribute(model: nn.Module, path: str, value: Value) -> Value:
     """Set `model.<path>` and return what it was; parts of the path may be indexes of lists, tuples and dicts."""
-    target: object = model
+    target: Any = model
     *parents, leaf = path.split(".")
-    trail = [target]
     for part in parents:
         target = _child(target, part)
-        trail.append(target)
     if isinstance(target, tuple):  # a tuple is replaced whole, in its own parent
         index = int(leaf)
-        old = target[index]
+        old: Value = target[index]
         whole = (*target[:index], value, *target[index + 1 :])
         set_attribute(model, ".".join(parents), whole)
-        return old  # type: ignore[no-any-return]
-    old = _child(target, leaf)
+        return old
+    before: Value = _child(target, leaf)
     if isinstance(target, list):
         target[int(leaf)] = value
     elif isinstance(target, dict):
         target[leaf] = value
     else:
         target.__dict__[leaf] = value  # nn.Module.__setattr__ is slow, and there is nothing here for it to register
-    return old  # type: ignore[no-any-return]
+    return before
 
 
-def _child(target: object, part: str) -> object:
+def _child(target: Any, part: str) -> Any:
     if isinstance(target, nn.Module) and part in target._modules:
         return target._modules[part]
     if isinstance(target, (list, tuple)):
@@ -101,7 +99,7 @@ def applied(model: nn.Module, slices: Slices) -> Iterator[None]:
     Parameters stay connected: gradients of the slices reach the whole parameters. Buffers are copies, so that a
     narrower subnet never moves the running statistics of the widest.
     """
-    swapped: list[tuple[dict[str, object], str, object]] = []
+    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
     restored: list[tuple[str, Value]] = []
     done: dict[int, Tensor] = {}
     try:
@@ -151,7 +149,7 @@ def extract(model: M, slices: Slices) -> M:
 def shrink_(model: nn.Module, slices: Slices) -> None:
     """Keep of `model`, in place and for good, only what `slices` keeps; tied parameters stay tied."""
     pieces: dict[int, Tensor] = {}
-    places: list[tuple[dict[str, object], str, int]] = []
+    places: list[tuple[dict[str, Any], str, int]] = []
     keep = []  # the ids are only unique while the tensors live
     for name, axes in slices.tensors.items():
         module, leaf = _owner(model, name)

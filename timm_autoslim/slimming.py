@@ -51,7 +51,13 @@ class Found:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
-        return {**asdict(self.cost), "unit": self.unit, "budget": self.budget, "error": self.error, "widths": self.widths.to_dict()}
+        return {
+            **asdict(self.cost),
+            "unit": self.unit,
+            "budget": self.budget,
+            "error": self.error,
+            "widths": self.widths.to_dict(),
+        }
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ class SearchResult:
 def _budgets(supernet: Supernet, budgets: Budgets) -> list[tuple[str, float]]:
     """Validate all budgets before anything is evaluated, and order them as the descent meets them."""
     if not isinstance(budgets, Mapping) or not budgets:
-        raise BudgetError(f'got the budgets {budgets!r}; needed: a dict such as {{"macs": ["60%", "300M"]}}, units {list(UNITS)}')
+        raise BudgetError(
+            f'got the budgets {budgets!r}; needed: a dict such as {{"macs": ["60%", "300M"]}}, units {list(UNITS)}'
+        )
     whole = cost(supernet)
     found = []
     for unit, values in budgets.items():
@@ -117,9 +125,13 @@ class _Scorer:
         except AutoSlimError:
             raise
         except Exception as cause:  # whatever the user's callable raises, the widths must be named
-            raise EvaluationError(f"evaluate raised {type(cause).__name__}: {cause}; at the widths {widths.to_dict()}") from cause
+            raise EvaluationError(
+                f"evaluate raised {type(cause).__name__}: {cause}; at the widths {widths.to_dict()}"
+            ) from cause
         if not math.isfinite(error):
-            raise EvaluationError(f"evaluate returned {error}; needed: a finite error or loss; at the widths {widths.to_dict()}")
+            raise EvaluationError(
+                f"evaluate returned {error}; needed: a finite error or loss; at the widths {widths.to_dict()}"
+            )
         self.evaluations += 1
         self.macs += cost(self.supernet, widths).macs
         self._known[widths] = error
@@ -174,7 +186,9 @@ class _Descent:
             if best is None or (key, -saved) < best[:2]:
                 best = (key, -saved, name, widths)
         if best is None:
-            raise BudgetError(f"no group can be slimmed further, and {now:,} {unit} are above the budget of {budget:,.0f}")
+            raise BudgetError(
+                f"no group can be slimmed further, and {now:,} {unit} are above the budget of {budget:,.0f}"
+            )
         self.widths = best[3]
         self.error = self.score(self.widths)
         return best[2]
@@ -200,15 +214,18 @@ def search(
 ) -> SearchResult:
     """Slim the supernet greedily down through every budget.
 
-    Each step tries every group a little narrower, scores each candidate, and keeps the one whose error rises least (AutoSlim, arXiv
-    1903.11728, algorithm 1). Candidates are scored with batch-statistics BatchNorm, so stale running statistics never enter.
+    Each step tries every group a little narrower, scores each candidate, and keeps the one whose error rises least
+    (AutoSlim, arXiv 1903.11728, algorithm 1). Candidates are scored with batch-statistics BatchNorm, so stale running
+    statistics never enter.
 
     Args:
         supernet: a trained supernet.
-        budgets: by unit ("macs", "params"), a number, a text such as "300M" or "60%" (of the widest), or a list of them.
-        evaluate: called with a callable subnet (images (N, C, H, W) -> logits (N, K)); returns its error or loss on held-out images,
-            lower is better. It must use the same images at every call.
-        rank: "error" ranks candidates by error alone, as published; "per_cost" by the rise of the error for each unit of the budget saved.
+        budgets: by unit ("macs", "params"), a number, a text such as "300M" or "60%" (of the widest), or a list of
+            them.
+        evaluate: called with a callable subnet (images (N, C, H, W) -> logits (N, K)); returns its error or loss on
+            held-out images, lower is better. It must use the same images at every call.
+        rank: "error" ranks candidates by error alone, as published; "per_cost" by the rise of the error for each
+            unit of the budget saved.
         steps: the range of each group is walked in about this many steps.
         on_step: called after every step.
 
@@ -230,7 +247,17 @@ def search(
         while getattr(cost(supernet, descent.widths), unit) > budget:
             name = descent.step(unit, budget)
             now = cost(supernet, descent.widths)
-            made = Step(len(trail), name, descent.widths[name], descent.error, now.macs, now.params, unit, budget, score.evaluations)
+            made = Step(
+                len(trail),
+                name,
+                descent.widths[name],
+                descent.error,
+                now.macs,
+                now.params,
+                unit,
+                budget,
+                score.evaluations,
+            )
             trail.append(made)
             if on_step is not None:
                 on_step(made)

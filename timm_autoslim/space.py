@@ -119,7 +119,9 @@ class SearchSpace:
     def check(self, widths: Widths) -> Widths:
         """Return `widths`, or raise WidthError if they are of another search space."""
         if not isinstance(widths, Widths):
-            raise WidthError(f"got widths of type {type(widths).__name__}; needed: Widths, from space.from_dict(...) or another method of the space")
+            raise WidthError(
+                f"got widths of type {type(widths).__name__}; needed: Widths, which methods of the space make"
+            )
         if widths.space_id != self.id:
             raise WidthError(
                 f"got widths of another model ({len(widths)} groups, space {widths.space_id}); "
@@ -153,7 +155,7 @@ class SearchSpace:
         return self._make(g.choices[int(u * len(g.choices))] for u, g in zip(draws, self.groups, strict=True))
 
     def from_dict(self, widths: Mapping[str, int]) -> Widths:
-        """Return the widths that a plain dict names; every group must be there, any integer from 1 to the size is valid.
+        """Return the widths that a plain dict names: for every group an integer from 1 to its size.
 
         Raises:
             WidthError: a group is missing or unknown, or a width is out of range.
@@ -163,7 +165,9 @@ class SearchSpace:
                 raise WidthError(self._no_group(name))
         missing = [n for n in self.names if n not in widths]
         if missing:
-            raise WidthError(f"{missing[0]}: no width is given for this group ({len(missing)} of {len(self)} are missing); give one for every group")
+            raise WidthError(
+                f"{missing[0]}: no width is given for it ({len(missing)} of {len(self)} groups are missing); name them all"
+            )
         return self._make(self._valid(g, widths[g.name]) for g in self.groups)
 
     @staticmethod
@@ -194,16 +198,23 @@ class SearchSpace:
     def _solve(self, path: str, wanted: int) -> tuple[int, int]:
         count = self._graph.producers.get(path)
         if count is None:
-            raise WidthError(f"{path}: this module produces no channels; modules that do: {list(self._graph.producers)[:8]}...")
+            raise WidthError(
+                f"{path}: this module produces no channels; modules that do: {list(self._graph.producers)[:8]}..."
+            )
         if not count.terms:
             raise WidthError(f"{path}: its {count.fixed} channels are fixed: {self._graph.reason(path)}")
         if len(count.terms) > 1:
-            raise WidthError(f"{path}: its channels belong to the groups {[self.names[g] for g, _ in count.terms]}; use from_dict")
+            raise WidthError(
+                f"{path}: its channels belong to the groups {[self.names[g] for g, _ in count.terms]}; use from_dict"
+            )
         (group, factor), size = count.terms[0], self.groups[count.terms[0][0]].size
         width, rest = divmod(wanted - count.fixed, factor)
         if rest or not 1 <= width <= size:
             step = f" in steps of {factor}" if factor > 1 else ""
-            raise WidthError(f"{path}: got {wanted} channels; needed: from {count.fixed + factor} to {count.fixed + factor * size}{step}")
+            raise WidthError(
+                f"{path}: got {wanted} channels; needed: from {count.fixed + factor} to "
+                f"{count.fixed + factor * size}{step}"
+            )
         return group, width
 
     def channels(self, widths: Widths) -> dict[str, int]:
@@ -215,17 +226,21 @@ class SearchSpace:
         """Return a table of the groups, with the MACs and parameters of the whole model at min, half and max."""
         rows = [("group", "size", "min", "divisor", "choices", "modules")]
         for g in self.groups:
-            rows.append((g.name, str(g.size), str(g.choices[0]), str(g.divisor), str(len(g.choices)), str(len(g.producers))))
+            rows.append(
+                (g.name, str(g.size), str(g.choices[0]), str(g.divisor), str(len(g.choices)), str(len(g.producers)))
+            )
         wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True))) for row in rows]
+        lines = [
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True)))
+            for row in rows
+        ]
         lines.insert(1, "-" * len(lines[0]))
         lines.append("-" * len(lines[0]))
         whole = cost_of(self._graph, self.max().values_)
         for name, widths in (("min", self.min()), ("half", self.uniform(0.5)), ("max", self.max())):
             c = cost_of(self._graph, widths.values_)
-            lines.append(
-                f"{name:<5} {c.macs / 1e6:>10.1f}M MACs ({c.macs / whole.macs:6.1%})  {c.params / 1e6:>8.2f}M params ({c.params / whole.params:6.1%})"
-            )
+            macs = f"{c.macs / 1e6:>10.1f}M MACs ({c.macs / whole.macs:6.1%})"
+            lines.append(f"{name:<5} {macs}  {c.params / 1e6:>8.2f}M params ({c.params / whole.params:6.1%})")
         return "\n".join(lines)
 
 
@@ -241,7 +256,11 @@ def _match(rules: Rule, name: str, producers: Iterable[str], used: set[str]) -> 
 
 def default_divisor(size: int, channels: int) -> int:
     """Return 8 channels in units, or less where the group would have fewer than eight steps."""
-    return next((d for d in (8, 4, 2) if d % channels == 0 and size // (d // channels) >= DEFAULT_STEPS), channels) // channels or 1
+    return (
+        next((d for d in (8, 4, 2) if d % channels == 0 and size // (d // channels) >= DEFAULT_STEPS), channels)
+        // channels
+        or 1
+    )
 
 
 def build_space(
@@ -271,7 +290,9 @@ def build_space(
     for key, rule in rules.items():
         for glob in rule:
             if glob not in used[key]:
-                raise WidthError(f"{key}={{{glob!r}: ...}}: the glob matches no group; the groups are {graph.names[:8]}...")
+                raise WidthError(
+                    f"{key}={{{glob!r}: ...}}: the glob matches no group; the groups are {graph.names[:8]}..."
+                )
     return SearchSpace(graph, groups)
 
 
@@ -283,7 +304,9 @@ def _group(name: str, size: int, channels: int, producers: tuple[str, ...], give
     if isinstance(lowest, float):
         lowest = round(lowest * size) or 1 if 0 < lowest <= 1 else -1
     if not 1 <= lowest <= size:
-        raise WidthError(f"{name}: got min={given['min']!r}; needed: an integer from 1 to {size}, or a share above 0 and at most 1")
+        raise WidthError(
+            f"{name}: got min={given['min']!r}; needed: an integer from 1 to {size}, or a share above 0 and at most 1"
+        )
     steps = given["choices"]
     if steps is None:
         first = -(-lowest // divisor) * divisor
@@ -294,4 +317,3 @@ def _group(name: str, size: int, channels: int, producers: tuple[str, ...], give
     if not steps or steps[-1] != size:
         steps.append(size)  # the widest is always a subnet
     return ChannelGroup(name, size, lowest, divisor, tuple(steps), channels, producers)
-

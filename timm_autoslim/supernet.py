@@ -15,8 +15,9 @@ from timm_autoslim import slicing
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.space import SearchSpace, Widths, build_space
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.tracing.trace import Trace, slices_of, tied_names
+from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.tracing.trace import trace as trace_model
+from timm_autoslim.tracing.twin import tied_names
 
 RECIPE_FORMAT = 1
 # Tried in turn where neither the user nor the model says what images it takes.
@@ -35,7 +36,9 @@ class Supernet(nn.Module):
 
     model: nn.Module
 
-    def __init__(self, model: nn.Module, found: Trace, space: SearchSpace, base: str | None, base_args: Mapping[str, Any]) -> None:
+    def __init__(
+        self, model: nn.Module, found: Trace, space: SearchSpace, base: str | None, base_args: Mapping[str, Any]
+    ) -> None:
         super().__init__()
         self.model = model
         self.space = space
@@ -47,7 +50,7 @@ class Supernet(nn.Module):
         self._held: Widths | None = None  # the widths of the `at` block that is open
 
     def forward(self, x: Tensor, widths: Widths | None = None) -> Any:
-        """Run the subnet of these widths on `x` (N, C, H, W); without widths the widest, or that of the open `at` block.
+        """Run the subnet of these widths on `x` (N, C, H, W); without widths the widest, or that of an open `at` block.
 
         Raises:
             WidthError: the widths are of another model, or differ from those of the open block.
@@ -55,7 +58,9 @@ class Supernet(nn.Module):
         """
         if self._held is not None:
             if widths is not None and widths != self._held:
-                raise WidthError("other widths than those of the open `with supernet.at(...)` block; leave the block first")
+                raise WidthError(
+                    "other widths than those of the open `with supernet.at(...)` block; leave the block first"
+                )
             return self.model(x)
         if widths is None:
             return self.model(x)
@@ -90,7 +95,7 @@ class Supernet(nn.Module):
     def _slices(self, widths: Widths) -> slicing.Slices:
         key = widths.values_
         if key not in self._cache:
-            found = slices_of(self.graph, key)
+            found = self.graph.slices(key)
             tensors = {**_statistics(self.model), **found.tensors}
             tensors |= {name: tensors[first] for name, first in self._tied.items() if first in tensors}
             self._cache[key] = slicing.Slices(tensors, found.attributes)
@@ -111,9 +116,11 @@ class Supernet(nn.Module):
         """
         widths = self.space.check(widths if widths is not None else self.space.max())
         if self._held is not None:
-            raise WidthError("a `with supernet.at(...)` block is open, and its weights are sliced; leave it before extract()")
+            raise WidthError(
+                "a `with supernet.at(...)` block is open, and its weights are sliced; leave it before extract()"
+            )
         whole = widths == self.space.max()
-        found = slices_of(self.graph, widths.values_, self.graph.described(self._trace.described))
+        found = self.graph.slices(widths.values_, self._trace.described)
         tensors = {} if whole else {**_statistics(self.model), **found.tensors}
         plain = slicing.extract(self.model, slicing.Slices(tensors, found.attributes))
         if not whole:
@@ -151,8 +158,9 @@ def _refuse_reentrant_checkpoints(out: Any) -> None:
         seen.add(node)
         if node.name() == "CheckpointFunctionBackward":
             raise TraceError(
-                "the model: got reentrant gradient checkpointing, which runs the forward again in backward, without the slices "
-                "of this call; needed: `with supernet.at(widths):` around forward and backward, or use_reentrant=False there"
+                "the model: got reentrant gradient checkpointing, which runs the forward again in backward, without "
+                "the slices of this call; needed: `with supernet.at(widths):` around forward and backward, or "
+                "use_reentrant=False there"
             )
         waiting.extend(following for following, _ in node.next_functions)
 
@@ -208,7 +216,9 @@ def _freeze(found: Trace, globs: Sequence[str]) -> None:
     for glob in globs:
         names = [n for n in found.graph.shapes if fnmatch.fnmatchcase(n.rpartition(".")[0], glob)]
         if not names:
-            raise WidthError(f"freeze={glob!r}: the glob matches no module with weights; globs are matched against module paths")
+            raise WidthError(
+                f"freeze={glob!r}: the glob matches no module with weights; globs are matched against module paths"
+            )
         found.graph.freeze_tensors(names, f"frozen by the user ({glob})")
     if globs and not found.graph.group_sizes:
         raise NothingToSlimError(f"freeze={list(globs)} leaves no channel that can be removed; freeze fewer modules")
@@ -251,9 +261,13 @@ def convert(
         WidthError: a glob matches nothing, or a value is out of range.
     """
     if isinstance(model, Supernet):
-        raise TraceError("the model: got a Supernet; needed: the plain model; convert supernet.model, or use the supernet as it is")
+        raise TraceError(
+            "the model: got a Supernet; needed: the plain model; convert supernet.model, or use the supernet as it is"
+        )
     if not isinstance(model, nn.Module):
-        raise TraceError(f"the model: got a {type(model).__name__}; needed: an nn.Module, such as timm.create_model('resnet18')")
+        raise TraceError(
+            f"the model: got a {type(model).__name__}; needed: an nn.Module, such as timm.create_model('resnet18')"
+        )
     found = _trace(model, example_input)
     _freeze(found, [freeze] if isinstance(freeze, str) else freeze)
     space = build_space(found.graph, min, divisor, choices)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from timm_autoslim.slicing import Axis, Slices, Value
 from timm_autoslim.tracing.flow import Contraction, Flow
 from timm_autoslim.tracing.labels import AttributeUse, Vector
 
@@ -89,7 +90,10 @@ class ChannelGraph:
         self.parameters = tuple(parameters)
         self._flow = flow
         self._vectors: dict[Place, Vector] = {
-            (name, axis): label for name, labels in tensors.items() for axis, label in enumerate(labels) if label is not None
+            (name, axis): label
+            for name, labels in tensors.items()
+            for axis, label in enumerate(labels)
+            if label is not None
         }
         self._solve()
 
@@ -106,7 +110,9 @@ class ChannelGraph:
             for unit in units[~frozen[units]]:
                 self._reason[int(unit)] = reason
             frozen[units] = True
-        ties = [tuple(self._unit_of[v] for v in tie) for tie in [*constraints.proportional, *self._attribute_ties(frozen)]]
+        ties = [
+            tuple(self._unit_of[v] for v in tie) for tie in [*constraints.proportional, *self._attribute_ties(frozen)]
+        ]
         placed = self._placed()
         while True:
             self._spread(frozen, ties)
@@ -243,7 +249,11 @@ class ChannelGraph:
     def _name(self, root: int, made_by: Mapping[int, list[str]]) -> str:
         paths = [path for s in self._members[root] for path in made_by[s]]
         if not paths:
-            holders = [n for (n, _), v in self._vectors.items() if np.isin(self._strand_of[self._unit_of[v]], self._members[root]).any()]
+            holders = [
+                n
+                for (n, _), v in self._vectors.items()
+                if np.isin(self._strand_of[self._unit_of[v]], self._members[root]).any()
+            ]
             paths = [holders[0]]
         for path in paths:
             if path not in self.names:
@@ -257,7 +267,9 @@ class ChannelGraph:
 
     def freeze_tensors(self, names: Sequence[str], reason: str) -> None:
         """Keep all channels of these tensors, and solve again."""
-        self.freeze([self._vectors.get((name, axis)) for name in names for axis in range(len(self.shapes[name]))], reason)
+        self.freeze(
+            [self._vectors.get((name, axis)) for name in names for axis in range(len(self.shapes[name]))], reason
+        )
 
     def reason(self, path: str) -> str:
         """Say why the channels that a module produces are fixed."""
@@ -307,7 +319,7 @@ class ChannelGraph:
     @cached_property
     def attributes(self) -> dict[str, tuple[int, int, Count]]:
         """Attributes that change with the widths: (value, length, count); the value is `value * count / length`."""
-        found = {}
+        found: dict[str, tuple[int, int, Count]] = {}
         for use in self._flow.constraints.attributes:
             if use.vector is not None and (self._atom_strand[use.vector] >= 0).any():
                 found.setdefault(use.path, (use.value, len(use.vector), self.count(use.vector)))
@@ -315,8 +327,45 @@ class ChannelGraph:
 
     def described(self, uses: Sequence[AttributeUse]) -> dict[str, tuple[int, int, Count]]:
         """Return, in the form of `attributes`, those that describe the model without being read in its forward."""
-        found = {}
+        found: dict[str, tuple[int, int, Count]] = {}
         for use in uses:
-            if use.vector is not None and use.path not in self.attributes and (self._atom_strand[use.vector] >= 0).any():
+            if (
+                use.vector is not None
+                and use.path not in self.attributes
+                and (self._atom_strand[use.vector] >= 0).any()
+            ):
                 found.setdefault(use.path, (use.value, len(use.vector), self.count(use.vector)))
         return found
+
+    def slices(self, widths: Sequence[int], described: Sequence[AttributeUse] = ()) -> Slices:
+        """Return what every tensor keeps and every attribute is at these widths; `described` are set as well."""
+        active = None
+        tensors: dict[str, tuple[Axis, ...]] = {}
+        for (name, axis), length in self.lengths.items():
+            place = self.places[name, axis]
+            runs: Axis
+            if place.prefix is not None:
+                strand = self.strands[place.prefix]
+                runs = ((0, strand.ratio * widths[strand.group]),)
+                if runs[0][1] == self.shapes[name][axis]:
+                    continue
+            else:
+                if length(widths) == self.shapes[name][axis]:
+                    continue
+                if active is None:
+                    active = self.active(widths)
+                runs = _runs(active[self._vectors[name, axis]])
+            axes = list(tensors.get(name, (None,) * len(self.shapes[name])))
+            axes[axis] = runs
+            tensors[name] = tuple(axes)
+        attributes: dict[str, Value] = {}
+        for path, (value, whole, count) in {**self.attributes, **self.described(described)}.items():
+            new = value * count(widths) // whole
+            if new != value:
+                attributes[path] = new
+        return Slices(tensors, attributes)
+
+
+def _runs(keep: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))
+    return tuple((int(a), int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True))

@@ -1,0 +1,296 @@
+"""The greedy search, on errors whose best answer is known."""
+
+import itertools
+import json
+
+import pytest
+import timm
+import torch
+from torch import nn
+from zoo import Plain, assert_same, randomise, snapshot
+
+from timm_autoslim import convert, cost, search
+from timm_autoslim.errors import BudgetError, EvaluationError, StaleStatisticsError
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+SIZES = {"a": 16, "b": 16, "c": 32}
+
+
+class Branches(nn.Module):
+    """Three branches side by side: the cost is a sum over them, so the best widths can be found by hand."""
+
+    def __init__(self):
+        super().__init__()
+        for name, size in SIZES.items():
+            setattr(self, name, nn.Conv2d(3, size, 3, padding=1, bias=False))
+            setattr(self, f"{name}_bn", nn.BatchNorm2d(size))
+            setattr(self, f"{name}_out", nn.Conv2d(size, 4, 1, bias=False))
+
+    def forward(self, x):
+        return sum(
+            getattr(self, f"{n}_out")(getattr(self, f"{n}_bn")(getattr(self, n)(x)).relu()) for n in SIZES
+        ).mean((2, 3))  # fmt: skip
+
+
+@pytest.fixture
+def supernet():
+    return convert(randomise(Branches()), IMAGE, min=2, divisor=2)
+
+
+def missing(supernet, **price):
+    """Return an evaluate that charges, for every group, a price for each channel that is gone; it counts its calls."""
+
+    def evaluate(subnet):
+        evaluate.calls += 1
+        assert subnet(IMAGE.repeat(2, 1, 1, 1)).shape == (2, 4)
+        gone = {name: SIZES[name] - supernet.model.get_submodule(name).weight.shape[0] for name in SIZES}
+        return sum(price[name] * gone[name] for name in SIZES)
+
+    evaluate.calls = 0
+    return evaluate
+
+
+def best(supernet, unit, budget, price):
+    """Try all widths."""
+    space = supernet.space
+    found = []
+    for values in itertools.product(*(g.choices for g in space.groups)):
+        widths = space.from_dict(dict(zip(space.names, values, strict=True)))
+        if getattr(cost(supernet, widths), unit) <= budget:
+            found.append(sum(price[n] * (SIZES[n] - widths[n]) for n in SIZES))
+    return min(found)
+
+
+@pytest.mark.parametrize("unit", ["macs", "params"])
+@pytest.mark.parametrize("share", ["75%", "50%", "25%"])
+@pytest.mark.parametrize("price", [{"a": 5.0, "b": 1.0, "c": 3.0}, {"a": 1.0, "b": 7.0, "c": 0.25}])
+def test_where_costs_add_up_greedy_by_cost_is_the_best_there_is(supernet, unit, share, price):
+    found = search(supernet, {unit: share}, missing(supernet, **price), steps=100).networks[0]
+    assert getattr(found.cost, unit) <= found.budget
+    assert found.error == pytest.approx(best(supernet, unit, found.budget, price))
+    assert found.error == pytest.approx(sum(price[n] * (SIZES[n] - found.widths[n]) for n in SIZES))
+
+
+def test_ranking_by_error_alone_takes_the_step_that_hurts_least_whatever_it_saves():
+    supernet = convert(randomise(Branches()), IMAGE, min=2, divisor={"a": 2, "b": 2, "c": 8})
+    price = {
+        "a": 1.0,
+        "b": 9.0,
+        "c": 0.5,
+    }  # a step of c costs 4 and saves four times as much as one of a, which costs 2
+    by_error = search(supernet, {"macs": "90%"}, missing(supernet, **price), rank="error", steps=100)
+    by_cost = search(supernet, {"macs": "90%"}, missing(supernet, **price), rank="per_cost", steps=100)
+    assert by_error.steps[0].group == "a"
+    assert by_cost.steps[0].group == "c"
+
+
+def test_one_descent_serves_every_budget_and_each_is_met(supernet):
+    price = {"a": 5.0, "b": 1.0, "c": 3.0}
+    together = missing(supernet, **price)
+    result = search(supernet, {"macs": ["80%", "40%", "60%"]}, together)
+    whole = cost(supernet).macs
+    assert [round(n.budget / whole, 6) for n in result.networks] == [0.8, 0.6, 0.4]
+    assert all(0.9 * n.budget < n.cost.macs <= n.budget for n in result.networks)
+    assert all(n.cost == cost(supernet, n.widths) for n in result.networks)
+    assert result.evaluations == together.calls
+    alone = [missing(supernet, **price) for _ in range(3)]
+    for share, evaluate in zip(("80%", "60%", "40%"), alone, strict=True):
+        search(supernet, {"macs": share}, evaluate)
+    assert together.calls < sum(evaluate.calls for evaluate in alone)
+    for wide, narrow in itertools.pairwise(result.networks):
+        assert all(wide.widths[name] >= narrow.widths[name] for name in SIZES)
+
+
+def test_budgets_in_both_units_are_met_on_the_way_down(supernet):
+    result = search(supernet, {"params": ["50%"], "macs": ["70%", "30%"]}, missing(supernet, a=5, b=1, c=3))
+    assert [n.unit for n in result.networks] == ["macs", "params", "macs"]
+    assert all(getattr(n.cost, n.unit) <= n.budget for n in result.networks)
+
+
+def test_a_real_network_lands_within_a_few_percent_of_every_budget():
+    model = timm.create_model("resnet10t", num_classes=10)
+    supernet = convert(model, torch.zeros(1, 3, 32, 32))
+    generator = torch.Generator().manual_seed(0)
+    price = {g.name: torch.rand((), generator=generator).item() / g.size for g in supernet.space.groups}
+
+    def evaluate(subnet):
+        held = supernet._held
+        return sum(price[g.name] * (g.size - held[g.name]) for g in supernet.space.groups)
+
+    shares = ["80%", "60%", "45%", "30%", "15%"]
+    for unit in ("macs", "params"):
+        result = search(supernet, {unit: shares}, evaluate)
+        for found in result.networks:
+            assert 0.95 * found.budget < getattr(found.cost, unit) <= found.budget
+
+
+def test_the_trail_tells_the_whole_story(supernet):
+    seen = []
+    result = search(supernet, {"macs": ["60%", "30%"]}, missing(supernet, a=5, b=1, c=3), on_step=seen.append)
+    assert tuple(seen) == result.steps
+    assert [step.index for step in seen] == list(range(len(seen)))
+    widths = supernet.space.max()
+    for before, step in zip([None, *seen], seen, strict=False):
+        assert step.width < widths[step.group]
+        widths = widths.replaced(step.group, step.width)
+        assert (step.macs, step.params) == (cost(supernet, widths).macs, cost(supernet, widths).params)
+        assert before is None or step.evaluations > before.evaluations
+        assert step.unit == "macs"
+    assert widths == result.networks[-1].widths
+    assert seen[-1].error == result.networks[-1].error
+    assert {step.budget for step in seen} == {n.budget for n in result.networks}
+    data = json.loads(json.dumps(result.to_dict()))
+    assert data == result.to_dict()
+    assert supernet.space.from_dict(data["networks"][1]["widths"]) == result.networks[1].widths
+    assert data["evaluations"] == result.evaluations == seen[-1].evaluations
+
+
+def test_more_steps_are_finer_steps(supernet):
+    few, many = (search(supernet, {"macs": "30%"}, missing(supernet, a=5, b=1, c=3), steps=n) for n in (2, 100))
+    assert len(few.steps) < len(many.steps)
+    assert few.evaluations < many.evaluations
+
+
+def test_the_same_search_finds_the_same(supernet):
+    torch.manual_seed(1)
+    first = search(supernet, {"macs": ["60%", "30%"]}, missing(supernet, a=2, b=1, c=1))
+    torch.manual_seed(2)
+    again = convert(randomise(Branches()), IMAGE, min=2, divisor=2)
+    assert search(again, {"macs": ["60%", "30%"]}, missing(again, a=2, b=1, c=1)).to_dict() == first.to_dict()
+
+
+def test_a_budget_above_the_whole_is_the_whole(supernet):
+    evaluate = missing(supernet, a=5, b=1, c=3)
+    result = search(supernet, {"macs": "100%"}, evaluate)
+    assert result.networks[0].widths == supernet.space.max()
+    assert result.steps == ()
+    assert evaluate.calls == 1
+
+
+def test_no_subnet_is_scored_twice(supernet):
+    seen = []
+
+    def evaluate(subnet):
+        seen.append(tuple(supernet.model.get_submodule(name).weight.shape[0] for name in SIZES))
+        return float(sum(seen[-1]))
+
+    result = search(supernet, {"macs": "30%"}, evaluate)
+    assert len(seen) == len(set(seen)) == result.evaluations
+    macs = [cost(supernet, supernet.space.from_dict(dict(zip(SIZES, widths, strict=True)))).macs for widths in seen]
+    assert result.evaluated_macs == sum(macs)
+
+
+def test_scoring_normalises_by_the_batch_runs_without_gradients_and_leaves_no_trace(supernet):
+    supernet.train()
+    before = snapshot(supernet.model)
+    images = torch.randn(8, 3, 8, 8)
+
+    def evaluate(subnet):
+        out = subnet(images)
+        assert not out.requires_grad
+        with torch.no_grad():
+            for norm in supernet.model.modules():
+                if isinstance(norm, nn.BatchNorm2d):
+                    values = norm(100 + 50 * torch.randn(64, norm.weight.shape[0], 4, 4)) - norm.bias[:, None, None]
+                    assert values.mean().abs() < 0.05
+        return out.square().mean()
+
+    search(supernet, {"macs": "60%"}, evaluate)
+    assert_same(before, snapshot(supernet.model))
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budgets", "message"),
+    [
+        (
+            {"macs": "0.1%"},
+            r"the budget of [\d,]+ macs is out of reach: the narrowest subnet of the search space has [\d,]+ \(",
+        ),
+        ({"macs": ["50%", 10]}, r"the budget of 10 macs is out of reach"),
+        ({"params": "3%"}, r"the budget of [\d,]+ params is out of reach"),
+        ({"macs": "half"}, r"got the budget 'half'; needed: a number"),
+        ({"macs": -1}, r"got the budget -1; needed: a positive number"),
+        ({"flops": "50%"}, r"got a budget in 'flops'; needed: one of \['macs', 'params'\]"),
+        ({"macs": []}, r"got no budget; needed: at least one number"),
+        ({}, r'got the budgets \{\}; needed: a dict such as \{"macs": \["60%", "300M"\]\}'),
+        ("50%", r"got the budgets '50%'; needed: a dict"),
+    ],
+)
+def test_budgets_are_refused_before_anything_is_evaluated(supernet, budgets, message):
+    evaluate = missing(supernet, a=5, b=1, c=3)
+    with pytest.raises(BudgetError, match=message):
+        search(supernet, budgets, evaluate)
+    assert evaluate.calls == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rank": "loss"}, r"got rank='loss'; needed: one of \['error', 'per_cost'\]"),
+        ({"steps": 0}, "got steps=0; needed: at least 1"),
+    ],
+)
+def test_other_arguments_are_refused_before_anything_is_evaluated(supernet, given, message):
+    evaluate = missing(supernet, a=5, b=1, c=3)
+    with pytest.raises(ValueError, match=message):
+        search(supernet, {"macs": "50%"}, evaluate, **given)
+    assert evaluate.calls == 0
+
+
+def raising(subnet):
+    raise ZeroDivisionError("no images")
+
+
+def late(subnet, calls=itertools.count()):
+    return float("nan") if next(calls) == 3 else 1.0
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        (
+            lambda subnet: float("nan"),
+            r"evaluate returned nan; needed: a finite error or loss; at the widths \{'a': 16, 'b': 16,",
+        ),
+        (lambda subnet: torch.tensor(float("inf")), r"evaluate returned inf; needed: a finite error or loss"),
+        (late, r"evaluate returned nan; .*at the widths \{'a': \d+, 'b': \d+, 'c': \d+\}"),
+        (raising, r"evaluate raised ZeroDivisionError: no images; at the widths \{'a': 16, 'b': 16, 'c': 32\}"),
+        (lambda subnet: "low", r"evaluate raised ValueError: could not convert string to float: 'low'; at the widths"),
+        (lambda subnet: None, r"evaluate raised TypeError: .*; at the widths"),
+    ],
+)
+def test_an_evaluate_that_fails_is_told_with_the_widths_and_leaves_the_supernet_whole(supernet, evaluate, message):
+    before = snapshot(supernet.model)
+    with pytest.raises(EvaluationError, match=message):
+        search(supernet, {"macs": "50%"}, evaluate)
+    assert_same(before, snapshot(supernet.model))
+    assert supernet._held is None
+
+
+@pytest.mark.parametrize("to_eval", [lambda s: s.eval(), lambda s: s.model.a_bn.eval()], ids=["all", "one"])
+def test_statistics_of_another_network_are_never_scored(supernet, to_eval):
+    before = snapshot(supernet.model)
+
+    def evaluate(subnet):
+        to_eval(subnet)
+        return subnet(IMAGE).square().mean()
+
+    with pytest.raises(
+        StaleStatisticsError, match=r"a_bn: .*BatchNorm in evaluation mode.* [dD]o not call \.?eval\(\)"
+    ):
+        search(supernet, {"macs": "50%"}, evaluate)
+    assert_same(before, snapshot(supernet.model))
+
+
+def test_a_search_inside_a_block_is_refused(supernet):
+    with supernet.at(supernet.space.min()), pytest.raises(ValueError, match=r"block is open already"):
+        search(supernet, {"macs": "50%"}, missing(supernet, a=5, b=1, c=3))
+
+
+def test_plain_searches_too():
+    supernet = convert(Plain(32), IMAGE)
+    found = search(supernet, {"params": "40%"}, lambda subnet: subnet(torch.ones(4, 3, 8, 8)).std()).networks[0]
+    assert found.cost.params <= found.budget

@@ -1,0 +1,43 @@
+"""One rule for each ATen operator: how labels flow from its inputs to its outputs.
+
+A rule is a function `(flow, args, kwargs, out)` that reads the labels of the inputs and sets those of the output.
+Names in the table are those of the operator's overload packet (`aten.add`, without the overload). To teach the
+tracer an operator, write such a function here and name the operator in its `@rule` line. An operator without a
+rule freezes every channel that enters it and is reported, so an unknown operator can cost reach, never correctness.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from timm_autoslim.tracing.flow import Flow
+from timm_autoslim.tracing.ops import contraction, elementwise, movement, reduction
+from timm_autoslim.tracing.ops.table import RULES, rule, tensors_in, unknown
+
+__all__ = ["RULES", "contraction", "elementwise", "execute", "movement", "reduction", "rule", "run", "tensors_in"]
+
+
+def execute(operator: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operator on meta tensors; batch norm's own meta kernel is slow, so its shapes are given here."""
+    if operator is not torch.ops.aten.native_batch_norm.default:
+        return operator(*args, **kwargs)
+    x, training = args[0], args[5]
+    for parameter in args[1:5]:
+        if parameter is not None and parameter.shape[0] != x.shape[1]:
+            raise RuntimeError(f"batch norm over {x.shape[1]} channels has a tensor of length {parameter.shape[0]}")
+    statistics = x.new_empty(x.shape[1] if training else 0)
+    return torch.empty_like(x), statistics, torch.empty_like(statistics)
+
+
+def run(flow: Flow, operator: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    """Apply the rule of one operator, or freeze what enters it."""
+    packet = operator._schema.name.split("::")[1]
+    namespace = operator.namespace
+    found = RULES.get(packet) if namespace == "aten" else None
+    flow.operator = packet
+    if found is None:
+        unknown(flow, packet if namespace == "aten" else operator._schema.name, args, kwargs, out)
+    else:
+        found(flow, args, kwargs, out)

@@ -1,0 +1,282 @@
+"""Movement operators do to the labels what they do to the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from timm_autoslim.tracing.flow import Flow, Labels
+from timm_autoslim.tracing.labels import Label
+from timm_autoslim.tracing.ops.table import rule, unknown
+
+
+def _regroup(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Pair runs of source dimensions with runs of target dimensions that hold the same number of elements."""
+    groups = []
+    i = j = 0
+    while i < len(source) or j < len(target):
+        ins, outs, a, b = [], [], 1, 1
+        if i < len(source):
+            ins, a, i = [i], source[i], i + 1
+        if j < len(target):
+            outs, b, j = [j], target[j], j + 1
+        while a != b:
+            if (a < b or j >= len(target)) and i < len(source):
+                ins.append(i)
+                a, i = a * source[i], i + 1
+            else:
+                outs.append(j)
+                b, j = b * target[j], j + 1
+        groups.append((ins, outs))
+    return groups
+
+
+def _merge(flow: Flow, sizes: Sequence[int], labels: Labels) -> Label:
+    """Label the dimension that several dimensions are flattened into: a channel fills a block, or repeats."""
+    labelled = [i for i, label in enumerate(labels) if label is not None]
+    if not labelled:
+        return None
+    if len(labelled) > 1:
+        for i in labelled:
+            flow.freeze(labels[i], f"{flow.call.name} merges it with another channel dimension")
+    i = labelled[-1]
+    label = labels[i]
+    assert label is not None
+    return np.tile(np.repeat(label, prod(sizes[i + 1 :])), prod(sizes[:i]))
+
+
+def _view(flow: Flow, x: Tensor, out: Tensor, given: Sequence[int] | None) -> None:
+    source, target, labels = list(x.shape), list(out.shape), flow.labels(x)
+    result: Labels = [None] * len(target)
+    if x.numel() == 0:
+        flow.freeze_all(labels, f"{flow.call.name} of an empty tensor")
+        flow.set_labels(out, result)
+        return
+    for ins, outs in _regroup(source, target):
+        ins, outs = [i for i in ins if source[i] != 1], [j for j in outs if target[j] != 1]
+        flat = _merge(flow, [source[i] for i in ins], [labels[i] for i in ins])
+        if flat is None or not outs:
+            continue
+        if len(outs) == 1:
+            result[outs[0]] = flat
+        else:
+            sizes = [target[j] for j in outs]
+            for j, label in zip(outs, flow.split(flat, sizes, given and [given[j] for j in outs]), strict=True):
+                result[j] = label
+    if given is not None:
+        for label, size, length in zip(result, given, target, strict=True):
+            if length != 1:
+                flow.constrain(label, size)
+    flow.set_labels(out, result)
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy")
+def _view_rule(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    implicit = flow.call.name in ("flatten", "unflatten", "linear", "matmul", "__matmul__", "bmm", "einsum", "baddbmm",
+                                  "scaled_dot_product_attention", "group_norm", "layer_norm")  # fmt: skip
+    given = None if implicit else flow.written(args[1])
+    if flow.call.name in ("view_as", "reshape_as"):
+        given = flow.sizes(flow.call.args[1])
+    if given is None and not implicit and flow.call.name in ("view", "reshape"):
+        given = list(args[1])
+    _view(flow, args[0], out, given)
+
+
+@rule("permute")
+def _permute(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = flow.labels(args[0])
+    flow.set_labels(out, [labels[d] for d in args[1]])
+
+
+@rule("transpose", "t", "numpy_T")
+def _transpose(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = flow.labels(args[0])
+    if labels:
+        a, b = (args[1], args[2]) if len(args) > 2 else (0, -1)
+        labels[a], labels[b] = labels[b], labels[a]
+    flow.set_labels(out, labels)
+
+
+@rule("squeeze", "squeeze_", "unsqueeze", "unsqueeze_")
+def _squeeze(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = [v for v, n in zip(flow.labels(args[0]), args[0].shape, strict=True) if n != 1]
+    if args[0] is out:  # in place: the shape has changed already
+        labels = [v for v in flow.labels(args[0]) if v is not None]
+    rest = iter(labels)
+    flow.set_labels(out, [next(rest) if n != 1 else None for n in out.shape])
+
+
+@rule("expand")
+def _expand(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    x, given = args[0], flow.written(args[1]) or args[1]
+    if flow.call.name == "expand_as":
+        given = flow.sizes(flow.call.args[1])
+    labels = [None] * (out.dim() - x.dim()) + flow.labels(x)
+    old = [1] * (out.dim() - x.dim()) + list(x.shape)
+    for d, (before, after) in enumerate(zip(old, out.shape, strict=True)):
+        if before == 1 and after != 1:
+            labels[d] = flow.sized(after, given[d])
+        elif labels[d] is not None and flow.call.name == "expand":
+            flow.constrain(labels[d], given[d])
+    flow.set_labels(out, labels)
+
+
+@rule("cat")
+def _cat(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    tensors = [t for t in args[0] if t.numel() or t.dim() > 1]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
+    labels: Labels = []
+    for d in range(out.dim()):
+        parts = [flow.labels(t)[d] for t in tensors]
+        if d == dim:
+            labels.append(_concatenate(flow, parts, [t.shape[d] for t in tensors]))
+            continue
+        label = parts[0]
+        for other in parts[1:]:
+            if label is not None or other is not None:
+                label = flow.join(label, other, "cat")
+        labels.append(label)
+    flow.set_labels(out, labels)
+
+
+def _concatenate(flow: Flow, parts: Labels, sizes: Sequence[int]) -> Label:
+    if all(p is None for p in parts):
+        return None
+    filled = []
+    for part, size in zip(parts, sizes, strict=True):
+        if part is None:
+            part = flow.atoms.fresh(size)
+            flow.freeze(part, "cat with a part of fixed length")
+        filled.append(part)
+    return np.concatenate(filled)
+
+
+@rule("stack")
+def _stack(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
+    labels = flow.broadcast(args[0], args[0][0].shape, "stack")
+    flow.set_labels(out, [*labels[:dim], None, *labels[dim:]])
+
+
+@rule("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d")
+def _pad(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels, pads = flow.labels(args[0]), args[1]
+    for i in range(0, len(pads), 2):
+        d = out.dim() - 1 - i // 2
+        label = labels[d]
+        if label is None or not (pads[i] or pads[i + 1]):
+            continue
+        if pads[i] < 0 or pads[i + 1] < 0:
+            flow.freeze(label, "pad crops it")
+            labels[d] = None
+            continue
+        edges = [flow.atoms.fresh(pads[i]), flow.atoms.fresh(pads[i + 1])]
+        flow.freeze_all(edges, "pad adds channels of its own")
+        labels[d] = np.concatenate([edges[0], label, edges[1]])
+    flow.set_labels(out, labels)
+
+
+@rule("as_strided", "as_strided_")
+def _as_strided(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    if tuple(out.shape) != tuple(args[0].shape):
+        return unknown(flow, "as_strided to another shape", args, kwargs, out)
+    return flow.set_labels(out, flow.labels(args[0]))
+
+
+@rule("flip")
+def _flip(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = flow.labels(args[0])
+    for d in args[1]:
+        label = labels[d]
+        labels[d] = None if label is None else label[::-1]
+    flow.set_labels(out, labels)
+
+
+@rule("roll")
+def _roll(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = flow.labels(args[0])
+    for d in args[2] if len(args) > 2 else range(len(labels)):
+        flow.freeze(labels[d], "roll moves channels by a fixed distance")
+    flow.set_labels(out, labels)
+
+
+def _written_bound(flow: Flow, start: int, end: int) -> tuple[int, int] | None:
+    """Find the slice of the running `__getitem__` (or the arguments of `narrow`) that gave these bounds."""
+    if flow.call.name == "narrow":
+        size = flow.written_one(end - start)
+        return (start, size) if start == 0 else None
+    index = flow.call.args[1] if flow.call.name in ("__getitem__", "__setitem__") else None
+    for item in index if isinstance(index, tuple) else (index,):
+        if isinstance(item, slice) and not (item.start is None and item.stop is None):
+            first, last = item.start or 0, end if item.stop is None else item.stop
+            if (first, last) == (start, end):
+                return first, last
+    return None
+
+
+@rule("slice")
+def _slice(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    x = args[0]
+    dim, start, end, step = (list(args[1:]) + [0, None, None, 1][len(args) - 1 :])[:4]
+    labels = flow.labels(x)
+    label, length = labels[dim], x.shape[dim]
+    if label is not None and out.shape[dim] != length:
+        first = start or 0
+        last = length if end is None or end > length else end
+        labels[dim] = label[first:last:step]
+        bounds = _written_bound(flow, first, last)
+        whole = first >= 0 and last >= 0 and step == 1 and bounds is not None
+        if not whole or bounds is None:
+            flow.freeze(label, "a slice takes fixed channels out of it")
+        else:
+            if first != 0:
+                flow.constrain(label[:first], bounds[0])
+            if last != length:
+                flow.constrain(label[:last], bounds[1])
+    flow.set_labels(out, labels)
+
+
+@rule("select")
+def _select(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = flow.labels(args[0])
+    flow.freeze(labels[args[1]], "an index picks one channel of it")
+    del labels[args[1] % len(labels)]
+    flow.set_labels(out, labels)
+
+
+@rule("unbind")
+def _unbind(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    dim = (args[1] if len(args) > 1 else 0) % args[0].dim()
+    labels = flow.labels(args[0])
+    flow.freeze(labels.pop(dim), "unbind takes its channels apart")
+    for part in out:
+        flow.set_labels(part, labels)
+
+
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
+def _split(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    dim = args[2] if len(args) > 2 else kwargs.get("dim", 0)
+    labels = flow.labels(args[0])
+    vector = labels[dim]
+    if vector is None:
+        for part in out:
+            flow.set_labels(part, labels)
+        return
+    ends = np.cumsum([part.shape[dim] for part in out])
+    parts = np.split(vector, ends[:-1])
+    if flow.call.name in ("chunk", "tensor_split"):
+        if len({len(p) for p in parts}) == 1:
+            flow.constraints.tie_counts(parts)
+        else:
+            flow.freeze(vector, "chunk cuts it into unequal parts")
+    else:
+        sizes = flow.written([len(p) for p in parts]) or [flow.written_one(args[1])] * len(parts)
+        for part, size in zip(parts, sizes, strict=True):
+            flow.constrain(part, size)
+    for piece, part in zip(out, parts, strict=True):
+        labels[dim] = part
+        flow.set_labels(piece, labels)
