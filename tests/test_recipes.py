@@ -299,6 +299,7 @@ def interrupt():
 
 def test_mixup_clipping_and_an_unfinished_loss(tmp_path):
     trained(tmp_path, "mixed", "--mixup", "0.2", "--clip-grad", "1", "--channels-last", "--lr-base", "0.1")
+    assert (trained(tmp_path, "untrained", epochs=0) / "supernet.safetensors").is_file()
     with pytest.raises(FloatingPointError, match=r"The loss is not finite at step \d"):
         trained(tmp_path, "broken", lr=1e30)
 

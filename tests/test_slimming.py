@@ -107,21 +107,26 @@ def test_budgets_in_both_units_are_met_on_the_way_down(supernet):
     assert all(getattr(n.cost, n.unit) <= n.budget for n in result.networks)
 
 
-def test_a_real_network_lands_within_a_few_percent_of_every_budget():
-    model = timm.create_model("resnet10t", num_classes=10)
-    supernet = convert(model, torch.zeros(1, 3, 32, 32))
-    generator = torch.Generator().manual_seed(0)
-    price = {g.name: torch.rand((), generator=generator).item() / g.size for g in supernet.space.groups}
+@pytest.mark.parametrize("rank", ["per_cost", "error"])
+@pytest.mark.parametrize("unit", ["macs", "params"])
+@pytest.mark.parametrize("divisor", [None, 1])
+def test_a_real_network_leaves_little_of_its_budgets_unused(divisor, unit, rank):
+    supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32), divisor=divisor)
+    groups = supernet.space.groups
+    prices = torch.rand(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
 
     def evaluate(subnet):
-        held = supernet._held
-        return sum(price[g.name] * (g.size - held[g.name]) for g in supernet.space.groups)
+        widths = [supernet.model.get_submodule(g.name).weight.shape[0] for g in groups]
+        return sum(p * (1 - w / g.size) for p, w, g in zip(prices, widths, groups, strict=True))
 
-    shares = ["80%", "60%", "45%", "30%", "15%"]
-    for unit in ("macs", "params"):
-        result = search(supernet, {unit: shares}, evaluate)
-        for found in result.networks:
-            assert 0.95 * found.budget < getattr(found.cost, unit) <= found.budget
+    result = search(supernet, {unit: ["80%", "60%", "45%", "30%", "15%"]}, evaluate, rank=rank)
+    for found in result.networks:
+        spent = getattr(found.cost, unit)
+        assert (0.9 if divisor is None else 0.98) * found.budget < spent <= found.budget
+        # and of the group that was cut last, one step less would have been too little
+        last = [step.group for step in result.steps if step.budget == found.budget][-1]
+        wider = min(c for c in supernet.space[last].choices if c > found.widths[last])
+        assert getattr(cost(supernet, found.widths.replaced(last, wider)), unit) > found.budget
 
 
 def test_the_trail_tells_the_whole_story(supernet):

@@ -166,7 +166,7 @@ class SearchSpace:
         missing = [n for n in self.names if n not in widths]
         if missing:
             raise WidthError(
-                f"{missing[0]}: no width is given for it ({len(missing)} of {len(self)} groups are missing); name them all"
+                f"{missing[0]}: no width is given for it ({len(missing)} of {len(self)} are missing); name all"
             )
         return self._make(self._valid(g, widths[g.name]) for g in self.groups)
 

@@ -1,0 +1,76 @@
+"""Command line: `python -m timm_autoslim inspect MODEL`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+
+import torch
+
+from timm_autoslim.costs import cost, cost_by_module
+from timm_autoslim.errors import AutoSlimError
+from timm_autoslim.registry import create_base
+from timm_autoslim.supernet import Supernet, convert
+
+
+def _fixed(supernet: Supernet) -> list[str]:
+    """Return what is fixed, as lines: the reason, how many axes, and one of them."""
+    graph = supernet.graph
+    reasons = Counter(graph.fixed.values())
+    first = {reason: place for place, reason in reversed(list(graph.fixed.items()))}
+    return [
+        f"{count:5}  {reason}  (such as axis {first[reason][1]} of {first[reason][0]})"
+        for reason, count in reasons.most_common()
+    ]
+
+
+def inspect(name: str, size: int | None = None, modules: bool = False) -> str:
+    """Return a description of how a model can be slimmed: groups, reach, what is fixed and why, and the time it took.
+
+    Args:
+        name: a timm name, or `torchvision/NAME`.
+        size: height and width of the images; by default what the model is configured for.
+        modules: also list the MACs of every module at half and full width.
+
+    Raises:
+        ArtifactError: the name is unknown.
+        TraceError: the model cannot be traced.
+        NothingToSlimError: no channel of it can be removed.
+    """
+    with torch.device("meta"):  # shapes are all that is read
+        model = create_base(name)
+    example = None if size is None else torch.empty(1, 3, size, size, device="meta")
+    start = time.perf_counter()
+    supernet = convert(model, example)
+    seconds = time.perf_counter() - start
+    lines = [f"{name}: {len(supernet.space)} groups, traced and proven in {seconds:.1f} s", "", supernet.space.table()]
+    if modules:
+        half = cost_by_module(supernet, supernet.space.uniform(0.5))
+        lines += ["", f"{'MACs':>14} {'at half':>14}  module"]
+        lines += [f"{macs:14,} {half[path]:14,}  {path}" for path, macs in cost_by_module(supernet).items()]
+    whole, half_cost = cost(supernet), cost(supernet, supernet.space.uniform(0.5))
+    lines += ["", f"reach: half width leaves {half_cost.macs / whole.macs:.1%} of the MACs (ideally 25 %)"]
+    return "\n".join([*lines, "", "fixed axes, and why:", *_fixed(supernet)])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m timm_autoslim", description="Slim any timm or torchvision model.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    look = commands.add_parser("inspect", help="show the channel groups of a model, its reach, and what is fixed and why")
+    look.add_argument("model", help="a timm name, or torchvision/NAME")
+    look.add_argument("--size", type=int, help="height and width of the images")
+    look.add_argument("--modules", action="store_true", help="also list the MACs of every module")
+    args = parser.parse_args(argv)
+    try:
+        print(inspect(args.model, args.size, args.modules))
+    except AutoSlimError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
