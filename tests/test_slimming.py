@@ -107,9 +107,10 @@ def test_budgets_in_both_units_are_met_on_the_way_down(supernet):
     assert all(getattr(n.cost, n.unit) <= n.budget for n in result.networks)
 
 
-@pytest.mark.parametrize("rank", ["per_cost", "error"])
-@pytest.mark.parametrize("unit", ["macs", "params"])
-@pytest.mark.parametrize("divisor", [None, 1])
+@pytest.mark.parametrize(
+    ("divisor", "unit", "rank"),
+    [(None, "macs", "per_cost"), (None, "params", "error"), (1, "macs", "error"), (1, "params", "per_cost")],
+)
 def test_a_real_network_leaves_little_of_its_budgets_unused(divisor, unit, rank):
     supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32), divisor=divisor)
     groups = supernet.space.groups
@@ -119,7 +120,7 @@ def test_a_real_network_leaves_little_of_its_budgets_unused(divisor, unit, rank)
         widths = [supernet.model.get_submodule(g.name).weight.shape[0] for g in groups]
         return sum(p * (1 - w / g.size) for p, w, g in zip(prices, widths, groups, strict=True))
 
-    result = search(supernet, {unit: ["80%", "60%", "45%", "30%", "15%"]}, evaluate, rank=rank)
+    result = search(supernet, {unit: ["70%", "40%", "15%"]}, evaluate, rank=rank, steps=6)
     for found in result.networks:
         spent = getattr(found.cost, unit)
         assert (0.9 if divisor is None else 0.98) * found.budget < spent <= found.budget

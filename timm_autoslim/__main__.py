@@ -59,7 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m timm_autoslim", description="Slim any timm or torchvision model.")
     commands = parser.add_subparsers(dest="command", required=True)
-    look = commands.add_parser("inspect", help="show the channel groups of a model, its reach, and what is fixed and why")
+    look = commands.add_parser(
+        "inspect", help="show the channel groups of a model, its reach, and what is fixed and why"
+    )
     look.add_argument("model", help="a timm name, or torchvision/NAME")
     look.add_argument("--size", type=int, help="height and width of the images")
     look.add_argument("--modules", action="store_true", help="also list the MACs of every module")

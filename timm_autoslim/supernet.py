@@ -20,6 +20,8 @@ from timm_autoslim.tracing.trace import trace as trace_model
 from timm_autoslim.tracing.twin import tied_names
 
 RECIPE_FORMAT = 1
+# What timm's models say of themselves, and torchvision's do not.
+_TIMM_ONLY = ("feature_info", "num_features", "head_hidden_size")
 # Tried in turn where neither the user nor the model says what images it takes.
 _USUAL_SIZES = (224, 299, 256, 32)
 _CACHED_SLICES = 64
@@ -136,13 +138,16 @@ class Supernet(nn.Module):
         for name, axes in found.tensors.items():
             if any(axis is not None for axis in axes):
                 sizes[name] = [None if runs is None else sum(n for _, n in runs) for runs in axes]
+        attributes = {p: list(v) if isinstance(v, tuple) else v for p, v in found.attributes.items()}
+        if (self._base or "").startswith("torchvision/"):  # the loader measures anew what torchvision's models lack
+            attributes = {p: v for p, v in attributes.items() if p.partition(".")[0] not in _TIMM_ONLY}
         sizes |= {name: sizes[first] for name, first in self._tied.items() if first in sizes}
         return {
             "format": RECIPE_FORMAT,
             "base": self._base,
             "base_args": dict(self._base_args),
             "sizes": sizes,
-            "attributes": {p: list(v) if isinstance(v, tuple) else v for p, v in found.attributes.items()},
+            "attributes": attributes,
             "widths": widths.to_dict(),
         }
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from timm_autoslim.tracing.labels import Atoms, AttributeUse, Constraints, Label, Vector
-from timm_autoslim.tracing.sizes import FromAttribute, FromDimension, Size, leaves
+from timm_autoslim.tracing.sizes import FromAttribute, FromDimension, Size, is_proportional, leaves
 
 Labels = list[Label]
 
@@ -55,6 +55,8 @@ class Flow:
         self.operator = ""  # the ATen operator whose rule runs
         self.scope: list[str] = [""]
         self.count_macs = False
+        self._frozen_seen = 0
+        self._frozen_atoms: Vector = np.zeros(0, np.int64)
         self._labels: dict[int, tuple[Tensor, Labels]] = {}  # the tensor is kept alive: ids are reused otherwise
 
     @property
@@ -90,6 +92,16 @@ class Flow:
     def freeze(self, label: Label, reason: str) -> None:
         """Keep these channels, and say why; the running module is named in front."""
         self.constraints.freeze(label, f"{self.path or 'the model'}: {reason}")
+
+    def stays(self, label: Vector) -> bool:
+        """Whether all channels of `label` are known by now to stay."""
+        frozen = self.constraints.frozen
+        if len(frozen) != self._frozen_seen:
+            self._frozen_seen = len(frozen)
+            self._frozen_atoms = np.unique(np.concatenate([v for v, _ in frozen]))
+        if not len(self._frozen_atoms):
+            return False
+        return bool(np.isin(self.atoms.find(label), self.atoms.find(self._frozen_atoms)).all())
 
     def freeze_all(self, labels: Sequence[Label], reason: str) -> None:
         """Keep the channels of all of `labels`."""
@@ -166,15 +178,14 @@ class Flow:
         if not isinstance(size, Size):
             self.freeze(label, f"{self.call.name} is given the literal size {int(size)}")
             return
-        origins = [leaf.origin for leaf in leaves(size)]
-        dims = [o.vector for o in origins if isinstance(o, FromDimension)]
-        attributes = [leaf for leaf in leaves(size) if isinstance(leaf.origin, FromAttribute)]
+        found = list(leaves(size))
+        dims = [leaf.origin.vector for leaf in found if isinstance(leaf.origin, FromDimension)]
         if label is not None and dims:
             self.constraints.tie_counts([label, *dims])
-        elif len(attributes) == 1 and not dims:
-            origin = attributes[0].origin
-            assert isinstance(origin, FromAttribute)
-            self.constraints.attributes.append(AttributeUse(origin.path, int(attributes[0]), label))
+        elif not dims and is_proportional(size):
+            for leaf in found:
+                assert isinstance(leaf.origin, FromAttribute)
+                self.constraints.attributes.append(AttributeUse(leaf.origin.path, int(leaf), label))
 
     def sized(self, size: int, given: int) -> Label:
         """Return the label of a new dimension whose length the model's code gave as `given`."""
@@ -243,7 +254,6 @@ class Flow:
     def _by_position(self, rows: Vector) -> Vector:
         """Start fresh channels that are tied to the rows by count and position only."""
         label = self.atoms.fresh(rows.shape[1])
-        for row in rows:
-            self.constraints.tie_counts([label, row])
+        self.constraints.tie_counts([label, rows.ravel()])
         self.constraints.ordered.extend([rows.ravel(), label])
         return label

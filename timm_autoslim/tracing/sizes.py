@@ -28,9 +28,10 @@ class FromDimension:
 
 @dataclass(frozen=True, eq=False)
 class FromExpression:
-    """The integer was computed from other sizes."""
+    """The integer was computed from other sizes; `proportional` if it scales as they do."""
 
     operands: tuple[Size, ...]
+    proportional: bool
 
 
 class Size(int):
@@ -51,6 +52,11 @@ class Size(int):
         return (int, (int(self),))
 
 
+def is_proportional(size: Size) -> bool:
+    """Whether `size` doubles when everything that it was computed from doubles."""
+    return not isinstance(size.origin, FromExpression) or size.origin.proportional
+
+
 def _derived(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Size, Any], Any]:
     def method(self: Size, other: Any) -> Any:
         if not isinstance(other, int):
@@ -58,7 +64,12 @@ def _derived(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Size, 
             return compute(a, b)
         a, b = (int(other), int(self)) if swap else (int(self), int(other))
         operands = tuple(v for v in (self, other) if isinstance(v, Size))
-        return Size(compute(a, b), FromExpression(operands))
+        scales = all(map(is_proportional, operands))
+        if compute in (operator.add, operator.sub):
+            scales = scales and len(operands) == 2  # a constant that is added does not scale
+        else:
+            scales = scales and len(operands) == 1 and not (swap and compute is operator.floordiv)
+        return Size(compute(a, b), FromExpression(operands, scales))
 
     return method
 

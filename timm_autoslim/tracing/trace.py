@@ -54,6 +54,13 @@ class _Sizes(TorchFunctionMode):
             return self._sizes(func(*args, **kwargs), args[0], *args[1:], *kwargs.values())
         before, self.flow.call = self.flow.call, Call(name, tuple(args), kwargs)
         try:
+            if name in (
+                "layer_norm",
+                "rms_norm",
+            ):  # decomposed before an operator could see the shape that is asked for
+                shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+                for label, size in zip(self.flow.labels(args[0])[-len(shape) :], shape, strict=True):
+                    self.flow.constrain(label, size)
             return func(*args, **kwargs)
         finally:
             self.flow.call = before

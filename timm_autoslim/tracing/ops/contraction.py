@@ -40,9 +40,10 @@ def _convolution(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out:
     x, weight, bias, transposed, groups = args[0], args[1], args[2], args[6], args[8]
     lx, lw = flow.labels(x), flow.labels(weight)
     for label in lw[2:]:
-        flow.freeze(label, "the size of the kernel")
-    for label in lx[2:]:
-        flow.freeze(label, "a convolution runs along it")
+        flow.constraints.freeze(label, "the size of a kernel")
+    passes = set(weight.shape[2:]) == {1} and set(args[3]) == {1} and not any(args[4])  # a kernel of one point
+    if not passes:
+        flow.freeze_all(lx[2:], "a convolution runs along it")
     if groups == 1:
         w_in, w_out = (lw[0], lw[1]) if transposed else (lw[1], lw[0])
         if lx[1] is not None or w_in is not None:
@@ -50,7 +51,7 @@ def _convolution(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out:
         out_label = w_out
     else:
         out_label = _grouped(flow, x, weight, lx[1], lw, groups, transposed)
-    flow.set_labels(out, [lx[0], out_label, *[None] * (out.dim() - 2)])
+    flow.set_labels(out, [lx[0], out_label, *(lx[2:] if passes else [None] * (out.dim() - 2))])
     if bias is not None and out_label is not None:
         flow.join(out_label, flow.labels(bias)[0], "the bias of a convolution")
     positions = (x if transposed else out).shape

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from timm_autoslim.tracing.flow import Flow, Labels
 from timm_autoslim.tracing.labels import Label
-from timm_autoslim.tracing.ops.table import rule, unknown
+from timm_autoslim.tracing.ops.table import rule, tensors_in, unknown
 
 
 def _regroup(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -38,6 +38,8 @@ def _regroup(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[in
 def _merge(flow: Flow, sizes: Sequence[int], labels: Labels) -> Label:
     """Label the dimension that several dimensions are flattened into: a channel fills a block, or repeats."""
     labelled = [i for i, label in enumerate(labels) if label is not None]
+    if len(labelled) > 1:  # what stays anyway needs no label
+        labelled = [i for i in labelled if not flow.stays(labels[i])] or labelled[-1:]  # type: ignore[arg-type]
     if not labelled:
         return None
     if len(labelled) > 1:
@@ -110,6 +112,17 @@ def _squeeze(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     flow.set_labels(out, [next(rest) if n != 1 else None for n in out.shape])
 
 
+_EXPANDS = ("expand", "expand_as", "broadcast_to")
+
+
+def _like(flow: Flow, out: Tensor, dim: int) -> Label:
+    """Label a dimension that torch itself expands: as that of an input of the running function that has this shape."""
+    for tensor in tensors_in([*flow.call.args, *flow.call.kwargs.values()]):
+        if tensor.shape == out.shape and flow.labels(tensor)[dim] is not None:
+            return flow.labels(tensor)[dim]
+    return None
+
+
 @rule("expand")
 def _expand(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     x, given = args[0], flow.written(args[1]) or args[1]
@@ -119,7 +132,7 @@ def _expand(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     old = [1] * (out.dim() - x.dim()) + list(x.shape)
     for d, (before, after) in enumerate(zip(old, out.shape, strict=True)):
         if before == 1 and after != 1:
-            labels[d] = flow.sized(after, given[d])
+            labels[d] = flow.sized(after, given[d]) if flow.call.name in _EXPANDS else _like(flow, out, d)
         elif labels[d] is not None and flow.call.name == "expand":
             flow.constrain(labels[d], given[d])
     flow.set_labels(out, labels)
@@ -185,6 +198,67 @@ def _as_strided(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
     if tuple(out.shape) != tuple(args[0].shape):
         return unknown(flow, "as_strided to another shape", args, kwargs, out)
     return flow.set_labels(out, flow.labels(args[0]))
+
+
+@rule("repeat", "tile")
+def _repeat(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    x, times = args[0], args[1]
+    labels = [None] * (out.dim() - x.dim()) + flow.labels(x)
+    lengths = [1] * (out.dim() - x.dim()) + list(x.shape)
+    given = flow.written(times) or times
+    for d, (label, length) in enumerate(zip(labels, lengths, strict=True)):
+        if label is not None:
+            labels[d] = np.tile(label, times[d])
+        elif length == 1 and times[d] > 1:
+            labels[d] = flow.sized(times[d], given[d])
+    flow.set_labels(out, labels)
+
+
+@rule("index", "_unsafe_index")
+def _index(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    x, indices = args[0], list(args[1])
+    labels = flow.labels(x)
+    at = [d for d, index in enumerate(indices) if index is not None]
+    for d in at:
+        flow.freeze(labels[d], "an index picks channels of it")
+    kept = [v for d, v in enumerate(labels) if d not in at]
+    together = at == list(range(at[0], at[-1] + 1))
+    new: Labels = [None] * (
+        out.dim() - len(kept)
+    )  # numpy's rule: in place if the indices stand together, else in front
+    first = at[0] if together else 0
+    flow.set_labels(out, [*kept[:first], *new, *kept[first:]])
+
+
+@rule("index_select", "embedding", "gather")
+def _index_select(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    if flow.operator == "embedding":  # weight (num, C), indices (...)
+        labels = flow.labels(args[0])
+        flow.freeze(labels[0], "an index picks rows of it")
+        return flow.set_labels(out, [*[None] * args[1].dim(), labels[1]])
+    labels = flow.labels(args[0])
+    flow.freeze(labels[args[1]], "an index picks channels of it")
+    labels[args[1]] = None
+    same = [v if n == m else None for v, n, m in zip(labels, args[0].shape, out.shape, strict=True)]
+    return flow.set_labels(out, same)
+
+
+@rule("im2col")
+def _im2col(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = flow.labels(args[0])
+    flow.freeze_all(labels[2:], "unfold runs along it")
+    blocks = None if labels[1] is None else np.repeat(labels[1], prod(args[1]))
+    flow.set_labels(out, [labels[0], blocks, None])
+
+
+@rule("col2im")
+def _col2im(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = flow.labels(args[0])
+    flow.freeze(labels[2], "fold runs along it")
+    channels = None if labels[1] is None else flow.split(labels[1], [out.shape[1], prod(args[2])], None)[0]
+    if labels[1] is not None and channels is None:
+        flow.freeze(labels[1], "fold mixes its channels")
+    flow.set_labels(out, [labels[0], channels, None, None])
 
 
 @rule("flip")

@@ -31,9 +31,6 @@ def _layer_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
     labels = flow.labels(x)
     for parameter in (p for p in affine if isinstance(p, Tensor)):
         labels = flow.broadcast([x, parameter], x.shape, "layer norm")
-    given = flow.written(shape) or shape
-    for label, size in zip(labels[-len(shape) :], given, strict=True):
-        flow.constrain(label, size)
     results = tensors_in(out)
     flow.set_labels(results[0], labels)
     for statistic in results[1:]:
