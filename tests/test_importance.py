@@ -83,7 +83,7 @@ def test_bn_scale_sorts_by_the_scale_of_batch_norm(model):
 
 def test_taylor_sorts_by_gradient_times_weight_and_asks_for_gradients(model, images):
     with pytest.raises(
-        WidthError, match=r'stem\.weight: order="taylor" got no gradient here; run backward of the loss on'
+        WidthError, match=r'stem\.weight: order="taylor" got no gradient here; run the loss backward on some'
     ):
         convert(model, IMAGE, order="taylor")
     with_gradients(model, images)

@@ -209,7 +209,7 @@ def test_every_channel_of_every_network_can_be_slimmed(model):
     """Nothing but the input, the output and the kernels may be fixed, nor may a conversion need a repair."""
     supernet = convert(model, torch.zeros(IMAGES))
     allowed = (
-        "a channel of the model's input", "an output of the model", "the size of the kernel",
+        "a channel of the model's input", "an output of the model", "the size of a kernel",
         "the channels of one group; whole groups are removed instead",
     )  # fmt: skip
     assert not {place: r for place, r in supernet.graph.fixed.items() if not r.endswith(allowed)}

@@ -11,7 +11,7 @@ from torch import nn
 from zoo import Plain, assert_same, randomise, snapshot
 
 from timm_autoslim.slicing import MAX_RUNS, Slices, applied, extract, set_attribute, shrink_, take
-from timm_autoslim.tracing.trace import _runs
+from timm_autoslim.tracing.graph import _runs
 
 
 class Tied(nn.Module):

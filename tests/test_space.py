@@ -13,7 +13,6 @@ import timm_autoslim
 from timm_autoslim import convert, cost
 from timm_autoslim.errors import WidthError
 from timm_autoslim.space import DEFAULT_MIN, Widths, default_divisor
-from timm_autoslim.tracing.trace import slices_of
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 
@@ -105,7 +104,7 @@ def test_any_width_from_one_to_the_size_goes_through_json_and_back(supernet, ste
     assert space.from_dict(json.loads(json.dumps(widths.to_dict()))) == widths
     assert space.from_channels({"stem": stem, "inner": inner}) == widths
     assert space.channels(widths) == {"stem": stem, "inner": inner, "outer": stem, "head": 10}
-    kept = slices_of(supernet.graph, widths.values_).tensors
+    kept = supernet.graph.slices(widths.values_).tensors
     assert kept.get("inner.weight", (None,) * 4)[:2] == (
         None if inner == 64 else ((0, inner),),
         None if stem == 32 else ((0, stem),),
@@ -134,7 +133,7 @@ def test_widths_are_a_frozen_hashable_mapping(space):
 @pytest.mark.parametrize(
     ("widths", "message"),
     [
-        ({"stem": 8}, r"inner: no width is given for this group \(1 of 2 are missing\); give one for every group"),
+        ({"stem": 8}, r"inner: no width is given for it \(1 of 2 are missing\); name all"),
         ({"stem": 8, "innr": 8}, r"'innr' is no group of this search space of 2 groups; the closest are \['inner'\]"),
         ({"xyz": 8}, r"'xyz' is no group of this search space of 2 groups; the groups are \['stem', 'inner'\]"),
         ({"stem": 0, "inner": 8}, r"stem: got the width 0; needed: an integer from 1 to 32"),
@@ -243,7 +242,7 @@ def test_widths_of_another_model_are_refused(space):
         WidthError, match=r"got widths of another model \(2 groups, space \w+\); needed: widths of this space"
     ):
         space.check(other.max())
-    with pytest.raises(WidthError, match="got widths of type dict; needed: Widths, from space.from_dict"):
+    with pytest.raises(WidthError, match="got widths of type dict; needed: Widths, which methods of the space make"):
         space.check({"stem": 8, "inner": 8})
     assert space.check(convert(Plain(32), IMAGE).space.min()) == space.min()  # the same architecture is the same space
 

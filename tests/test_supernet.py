@@ -13,7 +13,6 @@ from zoo import CLASSES, Plain, arbitrary_widths, assert_same, randomise, snapsh
 from timm_autoslim import convert, cost
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.supernet import _CACHED_SLICES
-from timm_autoslim.tracing.trace import slices_of
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 
@@ -296,7 +295,7 @@ def test_freezing_by_glob_keeps_all_channels_of_a_module_and_says_why():
     supernet = convert(Plain(), IMAGE, freeze="bn_inn*")
     assert supernet.space.names == ("stem",)
     assert supernet.graph.fixed["inner.weight", 0] == "frozen by the user (bn_inn*)"
-    assert slices_of(supernet.graph, (3,)).tensors["inner.weight"] == (None, ((0, 3),), None, None)
+    assert supernet.graph.slices((3,)).tensors["inner.weight"] == (None, ((0, 3),), None, None)
     with pytest.raises(WidthError, match=r"inner: its 16 channels are fixed: frozen by the user \(bn_inn\*\)"):
         supernet.space.from_channels({"inner": 3})
     with pytest.raises(WidthError, match="freeze='layer': the glob matches no module with weights; globs are matched"):

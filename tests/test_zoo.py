@@ -13,7 +13,6 @@ import timm_autoslim
 from timm_autoslim import slicing
 from timm_autoslim.importance import reordered
 from timm_autoslim.supernet import Supernet
-from timm_autoslim.tracing.trace import slices_of
 
 # Summation order is all that a permutation changes; in float64 that leaves more than 12 digits.
 PERMUTED = 1e-10
@@ -95,7 +94,7 @@ def test_gradients_reach_the_slices_and_nothing_else(case):
         sum(t.square().mean() for t in tensors(plain(case.images))).backward()
         with supernet.at(widths):
             sum(t.square().mean() for t in tensors(supernet(case.images))).backward()
-        kept = slices_of(supernet.graph, widths.values_).tensors
+        kept = supernet.graph.slices(widths.values_).tensors
         separate = dict(plain.named_parameters())
         for name, parameter in case.model.named_parameters():
             grad = parameter.grad
@@ -167,7 +166,7 @@ def test_removing_channels_is_silencing_them(member):
     for name, widths in some_widths(supernet.space).items():
         removed = supernet.extract(widths)(images)
         silent = supernet.extract()
-        silence(silent, slices_of(supernet.graph, widths.values_).tensors)
+        silence(silent, supernet.graph.slices(widths.values_).tensors)
         torch.testing.assert_close(
             silent(images), removed, rtol=PERMUTED, atol=PERMUTED, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -48,18 +48,6 @@ def take(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     return tensor.contiguous()
 
 
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
-
-
-def _store(module: nn.Module, leaf: str) -> dict[str, Any]:
-    for store in (module._parameters, module._buffers, module.__dict__):
-        if leaf in store:
-            return store
-    raise KeyError(leaf)
-
-
 def set_attribute(model: nn.Module, path: str, value: Value) -> Value:
     """Set `model.<path>` and return what it was; parts of the path may be indexes of lists, tuples and dicts."""
     target: Any = model
@@ -92,6 +80,20 @@ def _child(target: Any, part: str) -> Any:
     return target.__dict__[part]
 
 
+def _located(model: nn.Module, slices: Slices) -> list[tuple[dict[str, Any], str, Tensor, tuple[Axis, ...]]]:
+    """Find the tensors that `slices` names: the dict that holds each, its key there, the tensor, what is kept of it."""
+    found: list[tuple[dict[str, Any], str, Tensor, tuple[Axis, ...]]] = []
+    for name, axes in slices.tensors.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
+        store = next((s for s in stores if leaf in s), None)
+        if store is None:
+            raise KeyError(name)
+        found.append((store, leaf, store[leaf], axes))
+    return found
+
+
 @contextlib.contextmanager
 def applied(model: nn.Module, slices: Slices) -> Iterator[None]:
     """Run `model` as a subnet inside the block: its tensors are replaced by slices of themselves, then put back.
@@ -99,28 +101,33 @@ def applied(model: nn.Module, slices: Slices) -> Iterator[None]:
     Parameters stay connected: gradients of the slices reach the whole parameters. Buffers are copies, so that a
     narrower subnet never moves the running statistics of the widest.
     """
-    swapped: list[tuple[dict[str, Any], str, Tensor]] = []
+    located = _located(model, slices)
     restored: list[tuple[str, Value]] = []
     done: dict[int, Tensor] = {}
     try:
-        for name, axes in slices.tensors.items():
-            module, leaf = _owner(model, name)
-            store = _store(module, leaf)
-            whole = store[leaf]
-            assert isinstance(whole, Tensor)
+        for store, leaf, whole, axes in located:
             if id(whole) not in done:
-                piece = take(whole, axes)
-                done[id(whole)] = piece if isinstance(whole, nn.Parameter) else piece.detach().clone()
-            swapped.append((store, leaf, whole))
+                done[id(whole)] = _connected(whole, axes)
             store[leaf] = done[id(whole)]
         for path, value in slices.attributes.items():
             restored.append((path, set_attribute(model, path, value)))
         yield
     finally:
-        for store, leaf, whole in reversed(swapped):
+        for store, leaf, whole, _ in located:
             store[leaf] = whole
         for path, value in reversed(restored):
             set_attribute(model, path, value)
+
+
+def _connected(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """A slice for the length of a call: of a parameter a view with a gradient, of a buffer a copy."""
+    piece = take(whole, axes)
+    if not isinstance(whole, nn.Parameter):
+        return piece.detach().clone()
+    if piece.requires_grad != whole.requires_grad:
+        # Without gradients too: torch's matmul picks its kernel by this flag of the weight.
+        piece.requires_grad_(whole.requires_grad)
+    return piece
 
 
 def _piece(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
@@ -134,10 +141,7 @@ def _piece(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
 def extract(model: M, slices: Slices) -> M:
     """Return a copy of `model` that keeps only what `slices` keeps; no second full copy of the weights is made."""
     memo: dict[int, object] = {}
-    for name, axes in slices.tensors.items():
-        module, leaf = _owner(model, name)
-        whole = _store(module, leaf)[leaf]
-        assert isinstance(whole, Tensor)
+    for _, _, whole, axes in _located(model, slices):
         if id(whole) not in memo:
             memo[id(whole)] = _piece(whole, axes)
     plain = copy.deepcopy(model, memo)
@@ -149,18 +153,9 @@ def extract(model: M, slices: Slices) -> M:
 def shrink_(model: nn.Module, slices: Slices) -> None:
     """Keep of `model`, in place and for good, only what `slices` keeps; tied parameters stay tied."""
     pieces: dict[int, Tensor] = {}
-    places: list[tuple[dict[str, Any], str, int]] = []
-    keep = []  # the ids are only unique while the tensors live
-    for name, axes in slices.tensors.items():
-        module, leaf = _owner(model, name)
-        store = _store(module, leaf)
-        whole = store[leaf]
-        assert isinstance(whole, Tensor)
-        keep.append(whole)
+    for store, leaf, whole, axes in _located(model, slices):
         if id(whole) not in pieces:
             pieces[id(whole)] = _piece(whole, axes)
-        places.append((store, leaf, id(whole)))
-    for store, leaf, key in places:
-        store[leaf] = pieces[key]
+        store[leaf] = pieces[id(whole)]
     for path, value in slices.attributes.items():
         set_attribute(model, path, value)
