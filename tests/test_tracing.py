@@ -150,6 +150,9 @@ CASES = {
     ),
     "stack": (lambda s, x: torch.stack([x, s.a(x)], 1).sum(1), 8, {"a": conv(8, 8)}, {"stem": 8}),
     "padded shortcut": (lambda s, x: s.a(x) + F.pad(x, (0, 0, 0, 0, 0, 4)), 12, {"a": conv(8, 12)}, {"stem": 8}),
+    "attributes read as numbers": (
+        lambda s, x: s.a(x) / s.a.out_channels * s.a.in_channels**-0.5, 6, {"a": conv(8, 6)}, {"stem": 8, "a": 6}
+    ),
     "one dimension": (
         lambda s, x: s.a(x.flatten(2)).unsqueeze(-1), 6, {"a": nn.Conv1d(8, 6, 3)}, {"stem": 8, "a": 6}
     ),

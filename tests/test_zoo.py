@@ -69,6 +69,25 @@ def test_subnets_are_the_extracted_models_bit_for_bit_and_cost_what_is_said(case
     assert_same(before, snapshot(case.model))
 
 
+def test_extracted_modules_say_themselves_how_wide_they_are(case):
+    plain = case.supernet.extract(some_widths(case.supernet.space)["arbitrary"])
+    for path, module in plain.named_modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            said = [module.out_channels, module.in_channels // module.groups]
+        elif isinstance(module, nn.Linear):
+            said = [module.out_features, module.in_features]
+        elif isinstance(module, _BatchNorm):
+            said = [module.num_features]
+        else:
+            continue
+        assert list(module.weight.shape[: len(said)]) == said, path
+    features = getattr(plain, "feature_info", None)
+    if features is not None:
+        maps = plain.forward_intermediates(case.images, intermediates_only=True)
+        assert [m.shape[1] for m in maps] == [info["num_chs"] for info in features]
+        assert plain.forward_features(case.images).shape[1] == plain.num_features
+
+
 @torch.no_grad()
 def test_permuting_the_channels_of_all_groups_changes_nothing(case):
     model = case.supernet.extract().double()

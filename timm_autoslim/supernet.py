@@ -97,7 +97,8 @@ class Supernet(nn.Module):
     def _slices(self, widths: Widths) -> slicing.Slices:
         key = widths.values_
         if key not in self._cache:
-            found = self.graph.slices(key)
+            # described attributes too: a forward may read one as a number, and the extracted model has them all
+            found = self.graph.slices(key, self._trace.described)
             tensors = {**_statistics(self.model), **found.tensors}
             tensors |= {name: tensors[first] for name, first in self._tied.items() if first in tensors}
             self._cache[key] = slicing.Slices(tensors, found.attributes)
@@ -192,12 +193,12 @@ def _example(model: nn.Module) -> list[Any]:
     """Return the inputs to try: what the model's configuration says, or the usual sizes of images."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     config = getattr(model, "pretrained_cfg", None)
-    if isinstance(config, Mapping) and config.get("input_size"):
-        channels, height, width = config["input_size"]
-        channels = _stem_channels(model) or channels
-        return [torch.empty((1, channels, height, width), dtype=dtype, device="meta")]
-    channels = _stem_channels(model) or 3
-    return [torch.empty((1, channels, s, s), dtype=dtype, device="meta") for s in _USUAL_SIZES]
+    size = config.get("input_size") if isinstance(config, Mapping) else None
+    shapes = [size] if size else [(3, s, s) for s in _USUAL_SIZES]
+    stem = _stem_channels(model)
+    if stem is not None and stem != shapes[0][0]:  # built with another in_chans
+        shapes += [(stem, *shape[1:]) for shape in shapes]
+    return [torch.empty((1, *shape), dtype=dtype, device="meta") for shape in shapes]
 
 
 def _stem_channels(model: nn.Module) -> int | None:

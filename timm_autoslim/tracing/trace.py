@@ -189,10 +189,18 @@ class Tracer:
         self.plain = meta_twin(model)  # proving must not meet the wrapped integers or these hooks
         wrap_attributes(self.twin)
         self.tensors = named_tensors(self.twin)
-        self.labels = {n: self.flow.fresh_labels(t) for n, t in self.tensors.items() if t.is_floating_point()}
+        self.labels = {n: self._fresh_labels(n, t) for n, t in self.tensors.items() if t.is_floating_point()}
         self.watch = _Watch(self.flow, self.twin)
         self.runs: list[Record] = []
         self.used: set[int] = set()
+
+    def _fresh_labels(self, name: str, tensor: Tensor) -> list[Label]:
+        """Give every axis of a weight atoms of its own; the axes of a kernel are no channels."""
+        labels = self.flow.fresh_labels(tensor)
+        if isinstance(self.twin.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd):
+            labels = [v if axis < 2 else None for axis, v in enumerate(labels)]
+            self.flow.set_labels(tensor, labels)
+        return labels
 
     def run(self) -> Trace:
         """Trace in both modes, solve, prove, repair."""

@@ -67,7 +67,7 @@ def _grouped(flow: Flow, x: Tensor, weight: Tensor, lx: Label, lw: Labels, group
     out_each = weight.shape[1] if transposed else weight.shape[0] // groups
     in_each = x.shape[1] // groups
     first = lw[0]
-    if lx is None or first is None:
+    if lx is None or first is None or (in_each > 1 and lw[1] is None):
         flow.freeze_all([lx, *lw], "a grouped convolution over channels of fixed number")
         return None if first is None or transposed else first
     bound = isinstance(given, Size) and isinstance(given.origin, FromAttribute)
@@ -75,7 +75,9 @@ def _grouped(flow: Flow, x: Tensor, weight: Tensor, lx: Label, lw: Labels, group
     if transposed:  # weight (I, O / groups): axis 0 follows the input, axis 1 repeats for each group
         flow.atoms.join(lx, first)
         flow.freeze_all([lx, lw[1]], "a grouped transposed convolution")
-        return np.tile(lw[1], groups) if lw[1] is not None else flow.join(lx, lx, "") if out_each == 1 else None
+        if lw[1] is not None:
+            return np.tile(lw[1], groups)
+        return lx if out_each == 1 and groups == x.shape[1] else None
     rows = first.reshape(groups, out_each)
     if groups >= min(in_each, out_each) and (bound or in_each == 1):
         flow.freeze(lw[1], "the channels of one group; whole groups are removed instead")
