@@ -71,6 +71,11 @@ def gated(self, x):
     return a * b.sigmoid()
 
 
+def unlike_halves(self, x):
+    a, b = self.wide(x).chunk(2, 1)
+    return self.one(a) + self.two(b)
+
+
 def squeezed(self, x):
     return x * self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
 
@@ -117,6 +122,9 @@ CASES = {
     "grouped, by whole groups": (lambda s, x: s.a(x), 8, {"a": conv(8, 8, 3, groups=4)}, {"stem": 4}),
     "concatenation": (concatenated, 8, {"side": conv(8, 6), "join": conv(22, 8)}, {"stem": 8, "side": 6, "join": 8}),
     "chunk": (gated, 6, {"wide": conv(8, 12)}, {"stem": 8, "wide": 6}),
+    "chunk into unlike halves": (
+        unlike_halves, 5, {"wide": conv(8, 12), "one": conv(6, 5), "two": conv(6, 5)}, {"stem": 8, "wide": 6, "one": 5}
+    ),
     "squeeze and excite": (squeezed, 8, {"down": conv(8, 4), "up": conv(4, 8)}, {"stem": 8, "down": 4}),
     "flatten": (flattened, 6, {"linear": nn.Linear(32, 6)}, {"stem": 8, "linear": 6}),
     "prelu": (lambda s, x: s.act(x), 8, {"act": nn.PReLU(8)}, {"stem": 8}),
@@ -188,6 +196,10 @@ FROZEN = {
     "literal view": (
         lambda s, x: s.a(x).view(-1, 2, 3, 8, 8).transpose(1, 2).flatten(1, 2), 6, {"a": conv(8, 6)}, ("a.weight", 0),
         "the model: view splits it into literal sizes [2, 3]",
+    ),
+    "an attribute that is also a size of something else": (
+        lambda s, x: s.a(x).view(-1, s.a.out_channels, s.a.out_channels, s.a.out_channels), 8, {"a": conv(8, 8)},
+        ("a.weight", 0), "the attribute a.out_channels also gives a fixed size",
     ),
     "an operator without a rule": (
         lambda s, x: torch.fft.fft(s.a(x), dim=2).real, 6, {"a": conv(8, 6)}, ("a.weight", 0),

@@ -206,11 +206,11 @@ def _stem_channels(model: nn.Module) -> int | None:
     return None if first is None else first.in_channels
 
 
-def _trace(model: nn.Module, example_input: Any) -> Trace:
+def _trace(model: nn.Module, example_input: Any, keep_output: bool) -> Trace:
     examples = _example(model) if example_input is None else [example_input]
     for i, example in enumerate(examples):
         try:
-            return trace_model(model, example)
+            return trace_model(model, example, keep_output)
         except TraceError:
             if i == len(examples) - 1:
                 raise
@@ -241,6 +241,7 @@ def convert(
     choices: Mapping[str, Sequence[int]] | None = None,
     base: str | None = None,
     base_args: Mapping[str, Any] | None = None,
+    keep_output: bool | None = None,
 ) -> Supernet:
     """Return the slimmable supernet of any model.
 
@@ -260,6 +261,8 @@ def convert(
         choices: the widths that are sampled and searched, by glob.
         base, base_args: the timm name ("resnet18") or "torchvision/NAME", and its arguments, that build the model
             again; an exported model needs them. For a timm model made by its name they are known already.
+        keep_output: whether the model's outputs keep their channels. By default they do, unless the model has
+            `num_classes == 0`: then its outputs are features, and the last stage may shrink as all others.
 
     Raises:
         TraceError: the model's forward cannot be traced.
@@ -274,7 +277,9 @@ def convert(
         raise TraceError(
             f"the model: got a {type(model).__name__}; needed: an nn.Module, such as timm.create_model('resnet18')"
         )
-    found = _trace(model, example_input)
+    if keep_output is None:
+        keep_output = getattr(model, "num_classes", None) != 0
+    found = _trace(model, example_input, keep_output)
     _freeze(found, [freeze] if isinstance(freeze, str) else freeze)
     space = build_space(found.graph, min, divisor, choices)
     if order is not None:

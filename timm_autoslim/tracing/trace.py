@@ -182,8 +182,8 @@ class _Watch:
 class Tracer:
     """One trace of one model."""
 
-    def __init__(self, model: nn.Module, example: Any) -> None:
-        self.example = example
+    def __init__(self, model: nn.Module, example: Any, keep_output: bool = True) -> None:
+        self.example, self.keep_output = example, keep_output
         self.flow = Flow()
         self.twin = meta_twin(model)
         self.plain = meta_twin(model)  # proving must not meet the wrapped integers or these hooks
@@ -251,7 +251,7 @@ class Tracer:
                 f"{self.watch.entered or 'the model'}: its forward raised {type(error).__name__} in {mode}() mode on "
                 f"the meta device ({error}); needed: a forward that runs on example_input without reading data values"
             ) from error
-        for tensor in ops.tensors_in(list(out.values()) if isinstance(out, dict) else out):
+        for tensor in ops.tensors_in(list(out.values()) if isinstance(out, dict) else out) if self.keep_output else []:
             for label in self.flow.labels(tensor):
                 self.flow.constraints.freeze(label, "an output of the model")
         self.runs.append(record)
@@ -282,13 +282,14 @@ class Tracer:
         )
 
 
-def trace(model: nn.Module, example: Any) -> Trace:
+def trace(model: nn.Module, example: Any, keep_output: bool = True) -> Trace:
     """Trace `model` on `example` (a tensor, a tuple or a dict of inputs) into a proven channel graph.
 
-    The model is not touched: the trace runs a copy without data on the meta device.
+    The model is not touched: the trace runs a copy without data on the meta device. Unless `keep_output`, the channels
+    of its outputs can shrink too.
 
     Raises:
         TraceError: the forward raises on the meta device, or a module cannot be traced.
         NothingToSlimError: no channel can be removed; the text names what is in the way.
     """
-    return Tracer(model, example).run()
+    return Tracer(model, example, keep_output).run()

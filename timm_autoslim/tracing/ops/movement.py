@@ -299,18 +299,16 @@ def _slice(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
     labels = flow.labels(x)
     label, length = labels[dim], x.shape[dim]
     if label is not None and out.shape[dim] != length:
-        first = start or 0
-        last = length if end is None or end > length else end
+        first, last = start or 0, length if end is None or end > length else end
         labels[dim] = label[first:last:step]
-        bounds = _written_bound(flow, first, last)
-        whole = first >= 0 and last >= 0 and step == 1 and bounds is not None
-        if not whole or bounds is None:
-            flow.freeze(label, "a slice takes fixed channels out of it")
-        else:
-            if first != 0:
-                flow.constrain(label[:first], bounds[0])
-            if last != length:
-                flow.constrain(label[:last], bounds[1])
+        bounds = _written_bound(flow, first, last) or (first, last)
+        if step != 1:
+            flow.freeze(label, "a slice with a step takes fixed channels out of it")
+        for bound, given in zip((first, last), bounds, strict=True):
+            if bound < 0:  # counted from the end
+                flow.freeze(label[bound:], "a slice counts channels from its end")
+            elif bound not in (0, length):
+                flow.constrain(label[:bound], given)
     flow.set_labels(out, labels)
 
 
