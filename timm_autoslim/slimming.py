@@ -147,32 +147,26 @@ def _narrower(group: ChannelGroup, width: int, steps: int) -> int | None:
     return min(below, key=lambda c: (abs(c - (width - stride)), c))
 
 
-def _finest(group: ChannelGroup, width: int) -> int | None:
-    below = [c for c in group.choices if c < width]
-    return below[-1] if below else None
-
-
 class _Descent:
     def __init__(self, supernet: Supernet, score: _Scorer, rank: Rank, steps: int) -> None:
         self.supernet, self.score, self.rank, self.steps = supernet, score, rank, steps
         self.widths = supernet.space.max()
         self.error = score(self.widths)
 
-    def _candidates(self, finest: bool) -> Iterator[tuple[str, Widths]]:
+    def _candidates(self) -> Iterator[tuple[str, Widths]]:
         for group in self.supernet.space.groups:
-            width = self.widths[group.name]
-            narrower = _finest(group, width) if finest else _narrower(group, width, self.steps)
+            narrower = _narrower(group, self.widths[group.name], self.steps)
             if narrower is not None:
                 yield group.name, self.widths.replaced(group.name, narrower)
 
     def step(self, unit: str, budget: float) -> str:
         """Slim the group that costs least error, and return its name.
 
-        The last step before the budget takes the narrowest cut that still reaches it, so that little is left unused.
+        The last step before the budget makes the smallest cut that reaches it, so that little is left unused.
         """
         now = getattr(cost(self.supernet, self.widths), unit)
         best: tuple[float, float, str, Widths] | None = None
-        for name, widths in self._candidates(finest=False):
+        for name, widths in self._candidates():
             saved = now - getattr(cost(self.supernet, widths), unit)
             if saved <= 0:
                 continue

@@ -51,6 +51,11 @@ class Supernet(nn.Module):
         self._cache: OrderedDict[tuple[int, ...], slicing.Slices] = OrderedDict()
         self._held: Widths | None = None  # the widths of the `at` block that is open
 
+    @property
+    def repairs(self) -> tuple[str, ...]:
+        """What the proof of the trace had to freeze, each with its reason; empty for most models."""
+        return tuple(self._trace.repairs)
+
     def forward(self, x: Tensor, widths: Widths | None = None) -> Any:
         """Run the subnet of these widths on `x` (N, C, H, W); without widths the widest, or that of an open `at` block.
 
@@ -165,8 +170,7 @@ def _refuse_reentrant_checkpoints(out: Any) -> None:
         if node.name() == "CheckpointFunctionBackward":
             raise TraceError(
                 "the model: got reentrant gradient checkpointing, which runs the forward again in backward, without "
-                "the slices of this call; needed: `with supernet.at(widths):` around forward and backward, or "
-                "use_reentrant=False there"
+                "the slices of this call; needed: `with supernet.at(widths):` around forward and backward"
             )
         waiting.extend(following for following, _ in node.next_functions)
 

@@ -245,6 +245,8 @@ class ChannelGraph:
             for place, vector in self._vectors.items()
             if (self._atom_strand[vector] < 0).all()
         }
+        held = {name for name, _ in self._vectors}
+        self.fixed |= {(name, 0): "none of its axes carries channels" for name in self.parameters if name not in held}
 
     def _name(self, root: int, made_by: Mapping[int, list[str]]) -> str:
         paths = [path for s in self._members[root] for path in made_by[s]]

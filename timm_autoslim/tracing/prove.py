@@ -16,6 +16,7 @@ from timm_autoslim import slicing
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import Label
+from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.twin import call, sized
 
 
@@ -141,7 +142,7 @@ class Prover:
         example = sized(self.example, 2 if record.training else 1)
         lockstep = self.lockstep.start(record, graph.active(widths))
         try:
-            with torch.no_grad(), slicing.applied(self.plain, graph.slices(widths)), lockstep:
+            with torch.no_grad(), slicing.applied(self.plain, graph.slices(widths)), recurrent.Shapes(), lockstep:
                 call(self.plain, example)
         except Disagreement:
             raise

@@ -17,6 +17,7 @@ from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.flow import Call, Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label
+from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.prove import Exit, Operation, Prover, Record, suspects
 from timm_autoslim.tracing.sizes import wrap_attributes
 from timm_autoslim.tracing.twin import call, meta_twin, named_tensors, sized
@@ -46,6 +47,7 @@ class _Sizes(TorchFunctionMode):
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
+        self.used: set[int] = set()  # tensors that no operator sees, because the function is taken whole
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -61,6 +63,9 @@ class _Sizes(TorchFunctionMode):
                 shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
                 for label, size in zip(self.flow.labels(args[0])[-len(shape) :], shape, strict=True):
                     self.flow.constrain(label, size)
+            if name in recurrent.LAYERS:
+                self.used.update(id(t) for t in ops.tensors_in(args))
+                return recurrent.run(self.flow, args)
             return func(*args, **kwargs)
         finally:
             self.flow.call = before
@@ -227,7 +232,7 @@ class Tracer:
     def _record(self, training: bool) -> None:
         self.twin.train(training)
         self.flow.count_macs = not training
-        recorder = _Recorder(self.flow)
+        recorder, sizes = _Recorder(self.flow), _Sizes(self.flow)
         self.watch.exits.clear()
         example = sized(self.example, 2 if training else 1)
         for tensor in ops.tensors_in(list(example.values()) if isinstance(example, dict) else example):
@@ -235,7 +240,7 @@ class Tracer:
             self.flow.freeze(labels[1] if len(labels) > 1 else None, "a channel of the model's input")
             self.flow.set_labels(tensor, [v if d == 1 else None for d, v in enumerate(labels)])
         try:
-            with torch.no_grad(), _Sizes(self.flow), recorder:
+            with torch.no_grad(), sizes, recorder:
                 out = call(self.twin, example)
                 macs, self.flow.count_macs = self.flow.count_macs, False
                 record = Record(training, tuple(recorder.operations), tuple(self.watch.exits))
@@ -255,7 +260,7 @@ class Tracer:
             for label in self.flow.labels(tensor):
                 self.flow.constraints.freeze(label, "an output of the model")
         self.runs.append(record)
-        self.used |= recorder.used
+        self.used |= recorder.used | sizes.used
 
     # -- proving ----------------------------------------------------------------------------------------------------
 
