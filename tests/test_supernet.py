@@ -49,9 +49,9 @@ def test_inside_a_block_the_supernet_and_its_model_are_the_subnet(supernet, imag
 
 def test_a_block_inside_a_block_is_refused_and_the_outer_one_goes_on(supernet, images, narrow):
     with supernet.at(narrow):
-        with pytest.raises(WidthError, match=r"a `with supernet.at\(...\)` block is open already; leave it first"):
-            with supernet.at(narrow):
-                pytest.fail("the block must not be entered")
+        message = r"a `with supernet.at\(...\)` block is open already; leave it first"
+        with pytest.raises(WidthError, match=message), supernet.at(narrow):
+            pytest.fail("the block must not be entered")
         with pytest.raises(WidthError, match=r"other widths than those of the open `with supernet.at\(...\)` block"):
             supernet(images, supernet.space.min())
         with pytest.raises(WidthError, match=r"block is open, and its weights are sliced; leave it before extract\(\)"):

@@ -153,7 +153,7 @@ def test_running_statistics_move_only_at_the_widest(case):
 
 @torch.no_grad()
 def silence(model, kept):
-    """Make the removed channels say nothing: their BatchNorm's weight and bias, or their linear layer's row, are zero."""
+    """Make the removed channels say nothing: zero their BatchNorm's weight and bias, or linear row."""
     for path, module in model.named_modules():
         axes = kept.get(f"{path}.weight")
         if isinstance(module, (_BatchNorm, nn.Linear)) and axes is not None and axes[0] is not None:

@@ -77,8 +77,8 @@ TORCHVISION = [
     *_members("torchvision", "DenseNet", arguments={"block_config": (3, 3, 2, 2)}),
     *_members("torchvision", "convnext_tiny"),
     *_members("torchvision", "googlenet", arguments={"init_weights": False}),
-    # its auxiliary head cannot take fewer pixels
-    *_members("torchvision", "inception_v3", pixels=299, arguments={"init_weights": False}),
+    # its auxiliary head would need 299 pixels; googlenet has two
+    *_members("torchvision", "inception_v3", pixels=96, arguments={"init_weights": False, "aux_logits": False}),
 ]
 ZOO = TIMM + TORCHVISION
 
