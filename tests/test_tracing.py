@@ -342,3 +342,60 @@ def test_groups_are_those_of_torch_pruning(build, classifier):
     theirs = groups_of_torch_pruning(model, images)
     del theirs[frozenset({(classifier, 0)})]  # it would remove classes
     assert our_groups(convert(model, images).graph) == theirs
+
+
+REACHED = {
+    "dropout2d": (lambda s, x: nn.functional.dropout2d(s.a(x), 0.5, s.training), 8, {"a": conv(8, 8)}),
+    "glu": (lambda s, x: nn.functional.glu(s.a(x), 1), 6, {"a": conv(8, 12)}),
+    "pixel shuffle": (lambda s, x: nn.functional.pixel_shuffle(s.a(x), 2), 4, {"a": conv(8, 16)}),
+    "pixel unshuffle": (lambda s, x: nn.functional.pixel_unshuffle(s.a(x), 2), 32, {"a": conv(8, 8)}),
+    "a slice that counts from the end": (
+        lambda s, x: nn.functional.pad(s.a(x), (0, 0, 0, 0, 0, 1), value=1.0)[:, :-1], 8, {"a": conv(8, 8)},
+    ),
+    "instance norm": (lambda s, x: s.n(s.a(x)), 8, {"a": conv(8, 8), "n": nn.InstanceNorm2d(8, affine=True)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_channels_are_followed_through(name):
+    body, last, layers = REACHED[name]
+    supernet = converted(body, last, **layers)
+    assert ("a.weight", 0) not in supernet.graph.fixed
+    assert not supernet.repairs
+
+
+def test_a_running_sum_over_channels_keeps_their_order():
+    supernet = converted(lambda s, x: s.a(x).cumsum(1), 8, a=conv(8, 8))
+    assert "depends on the order of its channels" in supernet.graph.fixed["a.weight", 0]
+
+
+def test_tied_weights_shrink_together():
+    def tie(first, second):
+        second.weight = first.weight
+        return {"first": first, "second": second}
+
+    supernet = converted(lambda s, x: s.second(s.first(x)), 8, **tie(conv(8, 8, bias=False), conv(8, 8, bias=False)))
+    plain = supernet.extract(supernet.space.uniform(0.5))
+    assert plain.first.weight is plain.second.weight
+    assert plain.first.weight.shape == (4, 4, 1, 1)
+
+
+def test_a_group_is_named_after_the_module_that_produces_it_first():
+    supernet = converted(lambda s, x: s.b(s.a(x)) + x, 8, a=conv(8, 6), b=conv(6, 8))
+    assert supernet.space.names == ("stem", "a")
+    assert list(supernet.graph.producers)[:3] == ["stem", "a", "b"]
+
+
+def test_every_parameter_is_in_a_group_or_fixed_with_a_reason():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x * self.scale
+
+    supernet = converted(lambda s, x: s.scaled(s.a(x)), 8, a=conv(8, 8), scaled=Scaled())
+    held = {name for name, _ in supernet.graph.lengths} | {name for name, _ in supernet.graph.fixed}
+    assert {name for name, _ in supernet.model.named_parameters()} <= held
+    assert supernet.graph.fixed["scaled.scale", 0] == "none of its axes carries channels"

@@ -17,7 +17,6 @@ from timm_autoslim.space import SearchSpace, Widths, build_space
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.tracing.trace import trace as trace_model
-from timm_autoslim.tracing.twin import tied_names
 
 RECIPE_FORMAT = 1
 # What timm's models say of themselves, and torchvision's do not.
@@ -47,7 +46,6 @@ class Supernet(nn.Module):
         self.graph: ChannelGraph = found.graph
         self._trace = found
         self._base, self._base_args = base, dict(base_args)
-        self._tied = tied_names(model)
         self._cache: OrderedDict[tuple[int, ...], slicing.Slices] = OrderedDict()
         self._held: Widths | None = None  # the widths of the `at` block that is open
 
@@ -105,7 +103,6 @@ class Supernet(nn.Module):
             # described attributes too: a forward may read one as a number, and the extracted model has them all
             found = self.graph.slices(key, self._trace.described)
             tensors = {**_statistics(self.model), **found.tensors}
-            tensors |= {name: tensors[first] for name, first in self._tied.items() if first in tensors}
             self._cache[key] = slicing.Slices(tensors, found.attributes)
             if len(self._cache) > _CACHED_SLICES:
                 self._cache.popitem(last=False)
@@ -147,7 +144,6 @@ class Supernet(nn.Module):
         attributes = {p: list(v) if isinstance(v, tuple) else v for p, v in found.attributes.items()}
         if (self._base or "").startswith("torchvision/"):  # the loader measures anew what torchvision's models lack
             attributes = {p: v for p, v in attributes.items() if p.partition(".")[0] not in _TIMM_ONLY}
-        sizes |= {name: sizes[first] for name, first in self._tied.items() if first in sizes}
         return {
             "format": RECIPE_FORMAT,
             "base": self._base,

@@ -74,6 +74,7 @@ class ChannelGraph:
     Attributes:
         shapes: shape by tensor name (parameters, buffers and plain float tensors).
         parameters: names of the parameters among them.
+        tied: for every further name of a tied tensor, the name that it has in `shapes`.
         strands, group_sizes: the free channels; a group's size is the number of steps of its width.
         names: one name for each group, the module that produces its channels first.
         fixed: reason by place, for every axis of which no channel can be removed.
@@ -85,9 +86,11 @@ class ChannelGraph:
         tensors: Mapping[str, Sequence[Any]],
         shapes: Mapping[str, tuple[int, ...]],
         parameters: Sequence[str],
+        tied: Mapping[str, str] | None = None,
     ) -> None:
         self.shapes = dict(shapes)
         self.parameters = tuple(parameters)
+        self.tied = dict(tied or {})
         self._flow = flow
         self._vectors: dict[Place, Vector] = {
             (name, axis): label
@@ -230,7 +233,7 @@ class ChannelGraph:
         strands: dict[int, Strand] = {}
         self.names: list[str] = []
         for group, root in enumerate(order):
-            self.names.append(self._name(root, made_by))
+            self.names.append(self._name(root, made_by, first))
             for s in self._members[root]:
                 size = int(self._strand_sizes[s])
                 is_ordered = bool(ordered_units[self._strand_of == s].any())
@@ -248,8 +251,9 @@ class ChannelGraph:
         held = {name for name, _ in self._vectors}
         self.fixed |= {(name, 0): "none of its axes carries channels" for name in self.parameters if name not in held}
 
-    def _name(self, root: int, made_by: Mapping[int, list[str]]) -> str:
-        paths = [path for s in self._members[root] for path in made_by[s]]
+    def _name(self, root: int, made_by: Mapping[int, list[str]], first: Mapping[str, int]) -> str:
+        """Name a group after the module that produces its channels first and names no other group."""
+        paths = sorted({path for s in self._members[root] for path in made_by[s]}, key=lambda path: first[path])
         if not paths:
             holders = [
                 n
@@ -316,7 +320,10 @@ class ChannelGraph:
     @cached_property
     def producers(self) -> dict[str, Count]:
         """The number of channels that each module produces."""
-        return {path: self.count(vector) for path, vector in reversed(self._flow.constraints.producers)}
+        found: dict[str, Count] = {}
+        for path, vector in self._flow.constraints.producers:
+            found.setdefault(path, self.count(vector))
+        return found
 
     @cached_property
     def attributes(self) -> dict[str, tuple[int, int, Count]]:
@@ -360,6 +367,7 @@ class ChannelGraph:
             axes = list(tensors.get(name, (None,) * len(self.shapes[name])))
             axes[axis] = runs
             tensors[name] = tuple(axes)
+        tensors |= {name: tensors[first] for name, first in self.tied.items() if first in tensors}
         attributes: dict[str, Value] = {}
         for path, (value, whole, count) in {**self.attributes, **self.described(described)}.items():
             new = value * count(widths) // whole

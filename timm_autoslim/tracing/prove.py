@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from timm_autoslim import slicing
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.tracing.labels import Label
+from timm_autoslim.tracing.labels import AttributeUse, Label
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.twin import call, sized
 
@@ -120,7 +120,10 @@ def suspects(records: Sequence[Record], fault: Disagreement) -> Iterator[list[La
 class Prover:
     """Runs a model without data as any subnet, and compares it with the records of the whole."""
 
-    def __init__(self, plain: nn.Module, example: Any, records: Sequence[Record]) -> None:
+    def __init__(
+        self, plain: nn.Module, example: Any, records: Sequence[Record], described: Sequence[AttributeUse]
+    ) -> None:
+        self.described = described
         self.plain, self.example, self.records = plain, example, records
         self.lockstep = _Lockstep(plain)
 
@@ -142,7 +145,12 @@ class Prover:
         example = sized(self.example, 2 if record.training else 1)
         lockstep = self.lockstep.start(record, graph.active(widths))
         try:
-            with torch.no_grad(), slicing.applied(self.plain, graph.slices(widths)), recurrent.Shapes(), lockstep:
+            with (
+                torch.no_grad(),
+                slicing.applied(self.plain, graph.slices(widths, self.described)),
+                recurrent.Shapes(),
+                lockstep,
+            ):
                 call(self.plain, example)
         except Disagreement:
             raise

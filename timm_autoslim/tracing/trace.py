@@ -20,7 +20,7 @@ from timm_autoslim.tracing.labels import AttributeUse, Label
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.prove import Exit, Operation, Prover, Record, suspects
 from timm_autoslim.tracing.sizes import wrap_attributes
-from timm_autoslim.tracing.twin import call, meta_twin, named_tensors, sized
+from timm_autoslim.tracing.twin import call, meta_twin, named_tensors, sized, tied_names
 
 # Attributes that only describe a module: they are not read in forward, but users and timm read them.
 _DESCRIBES_INPUT = ("in_channels", "in_features", "in_chs", "in_dim", "num_features")
@@ -218,7 +218,7 @@ class Tracer:
                     self.flow.constraints.freeze(label, "not used in forward")
         shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
         parameters = [n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)]
-        graph = ChannelGraph(self.flow, self.labels, shapes, parameters)
+        graph = ChannelGraph(self.flow, self.labels, shapes, parameters, tied_names(self.twin))
         operators = frozenset(o.name for run in self.runs for o in run.operations)
         trace = Trace(graph, self.watch.described, operators)
         self._prove(trace)
@@ -266,7 +266,7 @@ class Tracer:
 
     def _prove(self, trace: Trace) -> None:
         """Run subnets beside the record; where one disagrees, freeze what enters that operator and start again."""
-        prover = Prover(self.plain, self.example, self.runs)
+        prover = Prover(self.plain, self.example, self.runs, self.watch.described)
         for _ in range(MAX_REPAIRS):
             if not trace.graph.group_sizes:
                 return

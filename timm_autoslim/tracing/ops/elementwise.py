@@ -41,14 +41,26 @@ rule("masked_fill", "native_dropout", "bernoulli")(pointwise)
 
 @rule(
     "clone", "detach", "alias", "_to_copy", "contiguous", "zeros_like", "ones_like", "empty_like", "full_like",
-    "rand_like", "randn_like", "_softmax", "_safe_softmax", "_log_softmax", "cumsum", "lift_fresh", "lift_fresh_copy",
+    "rand_like", "randn_like", "_softmax", "_safe_softmax", "_log_softmax", "lift_fresh", "lift_fresh_copy",
 )  # fmt: skip
 def _same(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     flow.set_labels(out, flow.labels(args[0]))
 
 
+_FACTORIES = (
+    *("zeros", "ones", "empty", "full", "rand", "randn"),
+    *("new_zeros", "new_ones", "new_empty", "new_full"),
+)
+
+
 @rule("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full")
 def _factory(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    if flow.call.name not in _FACTORIES:  # torch makes it inside another function, after the shape of an input
+        like = next((t for t in tensors_in([*flow.call.args]) if t.dim() == out.dim()), None)
+        labels = flow.labels(like) if like is not None else [None] * out.dim()
+        sizes = like.shape if like is not None else out.shape
+        flow.set_labels(out, [v if n == m else None for v, n, m in zip(labels, sizes, out.shape, strict=True)])
+        return
     given = flow.written(out.shape) or list(out.shape)
     flow.set_labels(out, [flow.sized(s, g) for s, g in zip(out.shape, given, strict=True)])
 

@@ -261,6 +261,43 @@ def _col2im(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     flow.set_labels(out, [labels[0], channels, None, None])
 
 
+@rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle")
+def _pixel_shuffle(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    x, factor = args[0], args[1]
+    labels = flow.labels(x)
+    label = labels[1]
+    flow.freeze_all(labels[2:], "a pixel shuffle runs along it")
+    if label is not None and flow.operator == "pixel_unshuffle":
+        label = np.repeat(label, factor * factor)
+    elif label is not None and flow.operator == "pixel_shuffle":
+        grid = label.reshape(out.shape[1], factor * factor)
+        for column in range(1, grid.shape[1]):  # the points of one channel's block go together
+            flow.atoms.join(grid[:, 0], grid[:, column])
+        label = grid[:, 0]
+    elif label is not None:
+        flow.freeze(label, "a channel shuffle into literal groups")
+    flow.set_labels(out, [labels[0], label, *[None] * (out.dim() - 2)])
+
+
+@rule("glu")
+def _glu(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", -1)
+    labels = flow.labels(args[0])
+    label = labels[dim]
+    if label is not None:
+        value, gate = np.split(label, 2)
+        flow.atoms.join(value, gate)
+        labels[dim] = value
+    flow.set_labels(out, labels)
+
+
+@rule("cumsum", "cumprod", "logcumsumexp")
+def _cumulate(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = flow.labels(args[0])
+    flow.freeze(labels[args[1]], "a running sum depends on the order of its channels")
+    flow.set_labels(out, labels)
+
+
 @rule("flip")
 def _flip(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     labels = flow.labels(args[0])
