@@ -137,11 +137,16 @@ class Supernet(nn.Module):
         return plain
 
     def _recipe(self, plain: nn.Module, found: slicing.Slices, widths: Widths) -> dict[str, Any]:
-        sizes = {}
+        before = getattr(self.model, "autoslim", None) or {}  # of a model that was slimmed already
+        sizes = dict(before.get("sizes", {}))
         for name, axes in found.tensors.items():
             if any(axis is not None for axis in axes):
-                sizes[name] = [None if runs is None else sum(n for _, n in runs) for runs in axes]
-        attributes = {p: list(v) if isinstance(v, tuple) else v for p, v in found.attributes.items()}
+                kept = sizes.get(name, [None] * len(axes))
+                sizes[name] = [
+                    size if runs is None else sum(n for _, n in runs) for size, runs in zip(kept, axes, strict=True)
+                ]
+        new = {p: list(v) if isinstance(v, tuple) else v for p, v in found.attributes.items()}
+        attributes = {**before.get("attributes", {}), **new}
         if (self._base or "").startswith("torchvision/"):  # the loader measures anew what torchvision's models lack
             attributes = {p: v for p, v in attributes.items() if p.partition(".")[0] not in _TIMM_ONLY}
         return {
@@ -255,7 +260,7 @@ def convert(
         order: sort the channels of every group by importance, so that the narrow subnets have the best ones: "l1",
             "l2", "bn_scale", "fpgm", "lamp" or "random". None leaves them as they stand, and then the widest subnet is
             bit-equal to the model.
-        freeze: globs of module paths whose channels must stay.
+        freeze: globs of module paths whose weights must stay whole: what leaves these modules, and what enters them.
         min: the least width of a group: a share of its size (float) or a number (int), for all or by glob.
         divisor: widths that are sampled and searched are multiples of it, for all or by glob.
         choices: the widths that are sampled and searched, by glob.
@@ -286,7 +291,10 @@ def convert(
         from timm_autoslim.importance import reordered
 
         model = reordered(model, found.graph, order)
-    if base is None:
+    recipe = getattr(model, "autoslim", None)
+    if base is None and recipe:  # slimmed already: its recipe is taken further
+        base, base_args = recipe["base"], {**recipe["base_args"], **(base_args or {})}
+    elif base is None:
         config = getattr(model, "pretrained_cfg", None)
         base = config.get("architecture") if isinstance(config, Mapping) else None
     return Supernet(model, found, space, base, base_args or {})

@@ -1,0 +1,81 @@
+"""A subnet, its extracted model and its reloaded file are one network: convert, extract, calibrate, export, load."""
+
+import pytest
+import timm
+import torch
+
+from timm_autoslim import calibrate, convert, export
+from timm_autoslim.registry import create_base
+
+MODELS = {
+    "resnet10t": {},
+    "resnext26ts": {},
+    "mobilenetv3_small_050": {},
+    "test_efficientnet": {},
+    "test_convnext": {},
+    "regnety_002": {},
+    "test_vit": {},
+    "torchvision/mobilenet_v2": {"width_mult": 0.5},
+    "torchvision/MNASNet": {"alpha": 0.5},
+    "torchvision/shufflenet_v2_x0_5": {},
+    "torchvision/squeezenet1_1": {},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def slimmed(request, tmp_path_factory):
+    """A calibrated half-wide model, its images, and the folder that it was exported to."""
+    name, torch_seed = request.param, torch.manual_seed(0)
+    assert torch_seed is not None
+    base_args = {"num_classes": 5, **MODELS[name]}
+    model = create_base(name, **base_args).eval()
+    side = 160 if name == "test_vit" else 64  # a ViT's position embedding fixes the size
+    images = torch.randn(8, 3, side, side)
+    supernet = convert(model, images[:1], base=name, base_args=base_args)
+    widths = supernet.space.uniform(0.5)
+    plain = supernet.extract(widths)
+    with torch.no_grad():
+        assert torch.equal(supernet(images, widths), plain(images))
+    calibrate(plain, [images])
+    plain.eval()
+    return plain, images, export(plain, tmp_path_factory.mktemp("exported") / "out")
+
+
+@torch.no_grad()
+def test_the_reloaded_model_is_the_extracted_one_bit_for_bit(slimmed):
+    plain, images, folder = slimmed
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert type(again) is type(plain)
+    assert torch.equal(again(images), plain(images))
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in plain.parameters())
+
+
+@torch.no_grad()
+def test_the_reloaded_model_takes_another_head_and_other_channels(slimmed):
+    plain, images, folder = slimmed
+    seven = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7).eval()
+    assert seven(images).shape == (8, 7)
+    grey = timm.create_model(f"local-dir:{folder}", pretrained=True, in_chans=1).eval()
+    assert grey(images[:, :1]).shape == (8, 5)
+    assert sum(p.numel() for p in grey.parameters()) < sum(p.numel() for p in plain.parameters())
+
+
+@torch.no_grad()
+def test_the_features_of_the_reloaded_model_are_as_wide_as_said(slimmed):
+    plain, images, folder = slimmed
+    features = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True).eval()
+    assert [f.shape[1] for f in features(images)] == features.feature_info.channels()
+    assert all(info["num_chs"] > 0 for info in plain.feature_info)
+
+
+def test_a_reloaded_model_converts_and_slims_again(slimmed, tmp_path):
+    _, images, folder = slimmed
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    supernet = convert(again, images[:1])
+    narrow = supernet.extract(supernet.space.uniform(0.5))
+    calibrate(narrow, [images])
+    narrow.eval()
+    export(narrow, tmp_path / "again")
+    reloaded = timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(reloaded(images), narrow(images))
