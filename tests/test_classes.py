@@ -16,19 +16,85 @@ from timm_autoslim.importance import reordered
 # relative to the output: summation order leaves more than 9 digits in all but those that cast to float32 inside.
 SUMMATION = 1e-9
 FLOAT32 = 1e-6
-NAMES = """
-cait_xxs24_224 coat_tiny convit_tiny convmixer_768_32 cpubone_nano crossvit_tiny_240 cs3darknet_focus_s csatv2
-cspnext_tiny davit_tiny deit_tiny_distilled_patch16_224 densenet121 dla46x_c dpn48b edgenext_xx_small
-efficientformer_l1 efficientformerv2_s0 efficientvim_m1 efficientvim_m1_dist efficientvit_b0 efficientvit_m0
-ese_vovnet19b_slim_dw fasternet_t0 fastvit_t8 focalnet_tiny_srf gcvit_xxtiny ghostnet_050 gmlp_ti16_224 hgnetv2_b0
-hiera_tiny_224 hrnet_w18_small iformer_t inception_next_atto inception_v3 lcnetv2_small legacy_seresnet18
-legacy_xception levit_128s levit_256d lowformer_b0 mobilenetv3_small_050 mvitv2_tiny nest_tiny pit_ti_224
-poolformerv2_s12 pvt_v2_b0 rdnet_tiny regnetx_002 repghostnet_050 repvit_m1 resnetv2_18 rexnet_100 sam2_hiera_tiny
-sequencer2d_s shvit_s1 starnet_s050 swiftformer_xs swin_tiny_patch4_window7_224 swinv2_cr_tiny_224
-swinv2_tiny_window16_256 test_byobnet test_coatnet test_convnext test_efficientnet test_mambaout test_nfnet
-test_resnet test_vit test_vit_relpos tiny_vit_5m_224 tnt_s_legacy_patch16_224 twins_svt_small visformer_tiny
-vit_tiny_patch16_dinov3_qkvb volo_d1_224 xception41p xcit_nano_12_p8_224
-""".split()
+NAMES = [
+    "cait_xxs24_224",
+    "coat_tiny",
+    "convit_tiny",
+    "convmixer_768_32",
+    "cpubone_nano",
+    "crossvit_tiny_240",
+    "cs3darknet_focus_s",
+    "csatv2",
+    "cspnext_tiny",
+    "davit_tiny",
+    "deit_tiny_distilled_patch16_224",
+    "densenet121",
+    "dla46x_c",
+    "dpn48b",
+    "edgenext_xx_small",
+    "efficientformer_l1",
+    "efficientformerv2_s0",
+    "efficientvim_m1",
+    "efficientvim_m1_dist",
+    "efficientvit_b0",
+    "efficientvit_m0",
+    "ese_vovnet19b_slim_dw",
+    "fasternet_t0",
+    "fastvit_t8",
+    "focalnet_tiny_srf",
+    "gcvit_xxtiny",
+    "ghostnet_050",
+    "gmlp_ti16_224",
+    "hgnetv2_b0",
+    "hiera_tiny_224",
+    "hrnet_w18_small",
+    "iformer_t",
+    "inception_next_atto",
+    "inception_v3",
+    "lcnetv2_small",
+    "legacy_seresnet18",
+    "legacy_xception",
+    "levit_128s",
+    "levit_256d",
+    "lowformer_b0",
+    "mobilenetv3_small_050",
+    "mvitv2_tiny",
+    "nest_tiny",
+    "pit_ti_224",
+    "poolformerv2_s12",
+    "pvt_v2_b0",
+    "rdnet_tiny",
+    "regnetx_002",
+    "repghostnet_050",
+    "repvit_m1",
+    "resnetv2_18",
+    "rexnet_100",
+    "sam2_hiera_tiny",
+    "sequencer2d_s",
+    "shvit_s1",
+    "starnet_s050",
+    "swiftformer_xs",
+    "swin_tiny_patch4_window7_224",
+    "swinv2_cr_tiny_224",
+    "swinv2_tiny_window16_256",
+    "test_byobnet",
+    "test_coatnet",
+    "test_convnext",
+    "test_efficientnet",
+    "test_mambaout",
+    "test_nfnet",
+    "test_resnet",
+    "test_vit",
+    "test_vit_relpos",
+    "tiny_vit_5m_224",
+    "tnt_s_legacy_patch16_224",
+    "twins_svt_small",
+    "visformer_tiny",
+    "vit_tiny_patch16_dinov3_qkvb",
+    "volo_d1_224",
+    "xception41p",
+    "xcit_nano_12_p8_224",
+]
 CASTS = {"efficientvit_b0": "its linear attention casts to float32"}
 
 
