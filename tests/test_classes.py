@@ -1,7 +1,7 @@
-"""One small member of every timm model class that trains on an ordinary machine: transformers, mixers, hybrids and all.
+"""The smallest member of 60 timm model classes: transformers, mixers, hybrids and all.
 
-The families of convolutional networks are tested more deeply in test_zoo.py. Classes whose smallest member has more
-than 30M parameters are left to `recipes/benchmarks/coverage.py`.
+The families of convolutional networks are tested more deeply in test_zoo.py. Classes that it covers, and those whose
+smallest member is large or slow, are left to `recipes/benchmarks/coverage.py`.
 """
 
 import pytest
@@ -12,30 +12,25 @@ from zoo import randomise
 import timm_autoslim
 from timm_autoslim.importance import reordered
 
-# The smallest registered member of each class, and the largest error of a joint permutation of all channels in float64,
+# The smallest registered member of its class each, and the largest error of a joint permutation of all channels in float64,
 # relative to the output: summation order leaves more than 9 digits in all but those that cast to float32 inside.
 SUMMATION = 1e-9
 FLOAT32 = 1e-6
 NAMES = [
     "cait_xxs24_224",
-    "coat_tiny",
     "convit_tiny",
-    "convmixer_768_32",
     "cpubone_nano",
     "crossvit_tiny_240",
     "cs3darknet_focus_s",
-    "csatv2",
     "cspnext_tiny",
     "davit_tiny",
     "deit_tiny_distilled_patch16_224",
-    "densenet121",
     "dla46x_c",
     "dpn48b",
     "edgenext_xx_small",
     "efficientformer_l1",
     "efficientformerv2_s0",
     "efficientvim_m1",
-    "efficientvim_m1_dist",
     "efficientvit_b0",
     "efficientvit_m0",
     "ese_vovnet19b_slim_dw",
@@ -50,44 +45,32 @@ NAMES = [
     "hrnet_w18_small",
     "iformer_t",
     "inception_next_atto",
-    "inception_v3",
     "lcnetv2_small",
-    "legacy_seresnet18",
     "legacy_xception",
     "levit_128s",
-    "levit_256d",
     "lowformer_b0",
-    "mobilenetv3_small_050",
     "mvitv2_tiny",
     "nest_tiny",
     "pit_ti_224",
     "poolformerv2_s12",
     "pvt_v2_b0",
-    "rdnet_tiny",
-    "regnetx_002",
     "repghostnet_050",
     "repvit_m1",
     "resnetv2_18",
     "rexnet_100",
-    "sam2_hiera_tiny",
     "sequencer2d_s",
     "shvit_s1",
     "starnet_s050",
     "swiftformer_xs",
     "swin_tiny_patch4_window7_224",
-    "swinv2_cr_tiny_224",
     "swinv2_tiny_window16_256",
     "test_byobnet",
     "test_coatnet",
-    "test_convnext",
-    "test_efficientnet",
     "test_mambaout",
     "test_nfnet",
-    "test_resnet",
     "test_vit",
     "test_vit_relpos",
     "tiny_vit_5m_224",
-    "tnt_s_legacy_patch16_224",
     "twins_svt_small",
     "visformer_tiny",
     "vit_tiny_patch16_dinov3_qkvb",
