@@ -12,8 +12,8 @@ from zoo import randomise
 import timm_autoslim
 from timm_autoslim.importance import reordered
 
-# The smallest registered member of its class each, and the largest error of a joint permutation of all channels in float64,
-# relative to the output: summation order leaves more than 9 digits in all but those that cast to float32 inside.
+# The largest error of a joint permutation of all channels in float64, relative to the output: summation order leaves
+# more than 9 digits in all but those that cast to float32 inside.
 SUMMATION = 1e-9
 FLOAT32 = 1e-6
 NAMES = [
