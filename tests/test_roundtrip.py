@@ -25,8 +25,8 @@ MODELS = {
 @pytest.fixture(scope="module", params=MODELS)
 def slimmed(request, tmp_path_factory):
     """A calibrated half-wide model, its images, and the folder that it was exported to."""
-    name, torch_seed = request.param, torch.manual_seed(0)
-    assert torch_seed is not None
+    name = request.param
+    torch.manual_seed(0)
     base_args = {"num_classes": 5, **MODELS[name]}
     model = create_base(name, **base_args).eval()
     side = 160 if name == "test_vit" else 64  # a ViT's position embedding fixes the size
