@@ -9,9 +9,9 @@ from collections import Counter
 
 import torch
 
-from timm_autoslim.costs import cost, cost_by_module
+from timm_autoslim.bases import create_hollow
+from timm_autoslim.costs import cost_by_module, reach
 from timm_autoslim.errors import AutoSlimError
-from timm_autoslim.registry import create_base
 from timm_autoslim.supernet import Supernet, convert
 
 
@@ -39,8 +39,7 @@ def inspect(name: str, size: int | None = None, modules: bool = False) -> str:
         TraceError: the model cannot be traced.
         NothingToSlimError: no channel of it can be removed.
     """
-    with torch.device("meta"):  # shapes are all that is read
-        model = create_base(name)
+    model = create_hollow(name)  # shapes are all that is read
     example = None if size is None else torch.empty(1, 3, size, size, device="meta")
     start = time.perf_counter()
     supernet = convert(model, example)
@@ -50,8 +49,14 @@ def inspect(name: str, size: int | None = None, modules: bool = False) -> str:
         half = cost_by_module(supernet, supernet.space.uniform(0.5))
         lines += ["", f"{'MACs':>14} {'at half':>14}  module"]
         lines += [f"{macs:14,} {half[path]:14,}  {path}" for path, macs in cost_by_module(supernet).items()]
-    whole, half_cost = cost(supernet), cost(supernet, supernet.space.uniform(0.5))
-    lines += ["", f"reach: half width leaves {half_cost.macs / whole.macs:.1%} of the MACs (ideally 25 %)"]
+    found = reach(supernet)
+    lines += ["", "reach (a quarter at half width is ideal):"]
+    for text, left in (("half", found.half), ("minimum", found.narrowest)):
+        lines.append(
+            f"  at {text} width {left.macs / found.whole.macs:.2%} of the MACs "
+            f"and {left.params / found.whole.params:.2%} of the parameters"
+        )
+    lines += [f"  {share:6.2%} of the MACs held by: {reason}" for reason, share in found.held[:5]]
     return "\n".join([*lines, "", "fixed axes, and why:", *_fixed(supernet)])
 
 

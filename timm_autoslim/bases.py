@@ -49,6 +49,15 @@ def create_base(name: str, /, **kwargs: Any) -> nn.Module:
     return model
 
 
+def create_hollow(name: str, /, **kwargs: Any) -> nn.Module:
+    """As `create_base`, on the meta device: a model without data. A base that cannot be built there has data."""
+    try:
+        with torch.device("meta"):
+            return create_base(name, **kwargs)
+    except ArtifactError:
+        return create_base(name, **kwargs)
+
+
 def create_raw(name: str, /, **kwargs: Any) -> nn.Module:
     """As `create_base`, but leaves it to the caller to `describe_features` of a torchvision model."""
     if name.startswith(TORCHVISION):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,36 @@ def cost_by_module(supernet: Supernet, widths: Widths | None = None) -> dict[str
     for product in supernet.graph.products:
         macs[product.path] += product.constant * prod(c(values) for c in product.counts)
     return {path: round(m) for path, m in macs.items()}
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a model can be slimmed.
+
+    Attributes:
+        whole, half, narrowest: cost with every group at its size, at half of it (rounded down), and at its narrowest.
+        held: what keeps the MACs at half width above the ideal quarter: reason (numbers in paths are `*`), and its
+            share of the whole's MACs; the largest first.
+    """
+
+    whole: Cost
+    half: Cost
+    narrowest: Cost
+    held: tuple[tuple[str, float], ...]
+
+
+def reach(supernet: Supernet) -> Reach:
+    """Return how far a model can be slimmed, whatever limits its search space has."""
+    graph = supernet.graph
+    half = [max(1, n // 2) for n in graph.group_sizes]
+    whole = cost(supernet)
+    held: dict[str, float] = defaultdict(float)
+    for product in graph.products:
+        left = prod(c(half) for c in product.counts) - prod(c(graph.group_sizes) for c in product.counts) / 4
+        reason = product.held or f"{product.path}: one side of the product is no channel"
+        held[re.sub(r"(?<=\.)\d+(?=[.:])", "*", reason)] += product.constant * left / whole.macs
+    ranked = sorted(((r, share) for r, share in held.items() if share > 0), key=lambda item: -item[1])
+    return Reach(whole, cost_of(graph, half), cost_of(graph, graph.floors), tuple(ranked))
 
 
 UNITS = ("macs", "params")

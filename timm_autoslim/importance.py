@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from timm_autoslim.errors import WidthError
+from timm_autoslim.slicing import forget
 from timm_autoslim.tracing.graph import ChannelGraph, Place_
 from timm_autoslim.tracing.twin import named_tensors
 
@@ -92,6 +93,7 @@ def _permuted(place: Place_, orders: dict[int, NDArray[np.int64]]) -> NDArray[np
 def permute(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.int64]]) -> M:
     """Return a copy of `model` with the units of each strand in a new order (best first); its function is the same."""
     memo: dict[int, object] = {}
+    changed = []
     for name, tensor in named_tensors(model).items():
         moved = tensor.detach()
         for axis in range(tensor.dim()):
@@ -99,9 +101,12 @@ def permute(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.int64]])
             index = None if place is None else _permuted(place, orders)
             if index is not None and not np.array_equal(index, np.arange(len(index))):
                 moved = moved.index_select(axis, torch.from_numpy(index).to(moved.device))
+                changed.append(name)
         moved = moved.clone()
         memo[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
-    return copy.deepcopy(model, memo)
+    plain = copy.deepcopy(model, memo)
+    forget(plain, changed)
+    return plain
 
 
 def reordered(model: M, graph: ChannelGraph, order: str) -> M:

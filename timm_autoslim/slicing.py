@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -94,16 +94,34 @@ def _located(model: nn.Module, slices: Slices) -> list[tuple[dict[str, Any], str
     return found
 
 
+def forget(model: nn.Module, changed: Iterable[str]) -> list[tuple[dict[str, Any], str, dict[Any, Any]]]:
+    """Empty what the modules of changed tensors keep from call to call in dicts, such as LeViT's attention biases.
+
+    Returns:
+        What was found: the dict that holds each cache, its key there, and the cache.
+    """
+    found = []
+    for path in {name.rpartition(".")[0] for name in changed}:
+        own = model.get_submodule(path).__dict__
+        for name, value in own.items():
+            if type(value) is dict and not name.startswith("_") and any(isinstance(v, Tensor) for v in value.values()):
+                found.append((own, name, value))
+    for own, name, _ in found:
+        own[name] = {}
+    return found
+
+
 @contextlib.contextmanager
 def applied(model: nn.Module, slices: Slices) -> Iterator[None]:
     """Run `model` as a subnet inside the block: its tensors are replaced by slices of themselves, then put back.
 
     Parameters stay connected: gradients of the slices reach the whole parameters. Buffers are copies, so that a
-    narrower subnet never moves the running statistics of the widest.
+    narrower subnet never moves the running statistics of the widest. What modules cache at one width serves no other.
     """
     located = _located(model, slices)
     restored: list[tuple[str, Value]] = []
     done: dict[int, Tensor] = {}
+    caches = forget(model, slices.tensors)
     try:
         for store, leaf, whole, axes in located:
             if id(whole) not in done:
@@ -113,6 +131,9 @@ def applied(model: nn.Module, slices: Slices) -> Iterator[None]:
             restored.append((path, set_attribute(model, path, value)))
         yield
     finally:
+        forget(model, slices.tensors)
+        for own, name, cache in caches:
+            own[name] = cache
         for store, leaf, whole, _ in located:
             store[leaf] = whole
         for path, value in reversed(restored):
@@ -145,6 +166,7 @@ def extract(model: M, slices: Slices) -> M:
         if id(whole) not in memo:
             memo[id(whole)] = _piece(whole, axes)
     plain = copy.deepcopy(model, memo)
+    forget(plain, slices.tensors)
     for path, value in slices.attributes.items():
         set_attribute(plain, path, value)
     return plain

@@ -31,6 +31,7 @@ class ChannelGroup:
             grouped convolution it is one whole group).
         min, divisor: shape what is sampled and searched.
         choices: the widths that are sampled and searched, ascending; the last is `size`.
+        floor: the narrowest width that the model can run with; 1 for nearly every model.
         channels: channels that one unit has in the module that names the group.
         producers: paths of all modules that produce channels of this group.
     """
@@ -42,6 +43,7 @@ class ChannelGroup:
     choices: tuple[int, ...]
     channels: int
     producers: tuple[str, ...]
+    floor: int = 1
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class SearchSpace:
         return self._make(g.choices[int(u * len(g.choices))] for u, g in zip(draws, self.groups, strict=True))
 
     def from_dict(self, widths: Mapping[str, int]) -> Widths:
-        """Return the widths that a plain dict names: for every group an integer from 1 to its size.
+        """Return the widths that a plain dict names: for every group an integer from its floor to its size.
 
         Raises:
             WidthError: a group is missing or unknown, or a width is out of range.
@@ -172,8 +174,10 @@ class SearchSpace:
 
     @staticmethod
     def _valid(group: ChannelGroup, width: int) -> int:
-        if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= group.size:
-            raise WidthError(f"{group.name}: got the width {width!r}; needed: an integer from 1 to {group.size}")
+        if isinstance(width, bool) or not isinstance(width, int) or not group.floor <= width <= group.size:
+            raise WidthError(
+                f"{group.name}: got the width {width!r}; needed: an integer from {group.floor} to {group.size}"
+            )
         return width
 
     def from_channels(self, channels: Mapping[str, int]) -> Widths:
@@ -286,7 +290,7 @@ def build_space(
         count = graph.producers.get(name)
         channels = next((f for g, f in count.terms if g == index), 1) if count else 1
         given = {key: _match(rules[key], name, producers, used[key]) for key in rules}
-        groups.append(_group(name, size, channels, producers, given))
+        groups.append(_group(name, size, channels, producers, graph.floors[index], given))
     for key, rule in rules.items():
         for glob in rule:
             if glob not in used[key]:
@@ -296,16 +300,19 @@ def build_space(
     return SearchSpace(graph, groups)
 
 
-def _group(name: str, size: int, channels: int, producers: tuple[str, ...], given: Mapping[str, Any]) -> ChannelGroup:
+def _group(
+    name: str, size: int, channels: int, producers: tuple[str, ...], floor: int, given: Mapping[str, Any]
+) -> ChannelGroup:
     divisor = given["divisor"] if given["divisor"] is not None else default_divisor(size, channels)
     if not isinstance(divisor, int) or divisor < 1:
         raise WidthError(f"{name}: got the divisor {divisor!r}; needed: an integer of at least 1")
     lowest = given["min"] if given["min"] is not None else DEFAULT_MIN
     if isinstance(lowest, float):
-        lowest = round(lowest * size) or 1 if 0 < lowest <= 1 else -1
-    if not 1 <= lowest <= size:
+        lowest = max(round(lowest * size), floor) if 0 < lowest <= 1 else -1
+    if not floor <= lowest <= size:
         raise WidthError(
-            f"{name}: got min={given['min']!r}; needed: an integer from 1 to {size}, or a share above 0 and at most 1"
+            f"{name}: got min={given['min']!r}; needed: an integer from {floor} to {size}, "
+            "or a share above 0 and at most 1"
         )
     steps = given["choices"]
     if steps is None:
@@ -313,7 +320,7 @@ def _group(name: str, size: int, channels: int, producers: tuple[str, ...], give
         steps = [*range(first, size, divisor), size]
     steps = sorted(set(steps))
     for width in steps:
-        SearchSpace._valid(ChannelGroup(name, size, lowest, divisor, (), channels, producers), width)
+        SearchSpace._valid(ChannelGroup(name, size, lowest, divisor, (), channels, producers, floor), width)
     if not steps or steps[-1] != size:
         steps.append(size)  # the widest is always a subnet
-    return ChannelGroup(name, size, lowest, divisor, tuple(steps), channels, producers)
+    return ChannelGroup(name, size, lowest, divisor, tuple(steps), channels, producers, floor)

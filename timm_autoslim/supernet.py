@@ -211,11 +211,11 @@ def _stem_channels(model: nn.Module) -> int | None:
     return None if first is None else first.in_channels
 
 
-def _trace(model: nn.Module, example_input: Any, keep_output: bool) -> Trace:
+def _trace(model: nn.Module, example_input: Any, keep_output: bool, whole_heads: Sequence[str]) -> Trace:
     examples = _example(model) if example_input is None else [example_input]
     for i, example in enumerate(examples):
         try:
-            return trace_model(model, example, keep_output)
+            return trace_model(model, example, keep_output, whole_heads)
         except TraceError:
             if i == len(examples) - 1:
                 raise
@@ -247,6 +247,7 @@ def convert(
     base: str | None = None,
     base_args: Mapping[str, Any] | None = None,
     keep_output: bool | None = None,
+    whole_heads: str | Sequence[str] = (),
 ) -> Supernet:
     """Return the slimmable supernet of any model.
 
@@ -268,6 +269,8 @@ def convert(
             again; an exported model needs them. For a timm model made by its name they are known already.
         keep_output: whether the model's outputs keep their channels. By default they do, unless the model has
             `num_classes == 0`: then its outputs are features, and the last stage may shrink as all others.
+        whole_heads: globs of attention modules that lose whole heads; all others keep their heads, and each head
+            loses channels.
 
     Raises:
         TraceError: the model's forward cannot be traced.
@@ -284,7 +287,8 @@ def convert(
         )
     if keep_output is None:
         keep_output = getattr(model, "num_classes", None) != 0
-    found = _trace(model, example_input, keep_output)
+    heads = [whole_heads] if isinstance(whole_heads, str) else list(whole_heads)
+    found = _trace(model, example_input, keep_output, heads)
     _freeze(found, [freeze] if isinstance(freeze, str) else freeze)
     space = build_space(found.graph, min, divisor, choices)
     if order is not None:

@@ -4,133 +4,209 @@
     python recipes/benchmarks/coverage.py --results runs/coverage.jsonl --smallest      # one model of each class
     python recipes/benchmarks/coverage.py --results runs/coverage.jsonl --table docs/coverage.md --only-table
 
-One process for each model, on the meta device, with a bound on memory and time. Results are one JSON line a model; a
-run that is started again goes on with the models that have none.
+One process for each model (forked, so that nothing is imported twice), on the meta device, with a bound on memory and
+time. Models of at most `--equal` GMACs are also built with random weights and run: the widest subnet must equal the
+model, and a random one its extracted model, bit for bit. Results are one JSON line a model; a run that is started
+again goes on with the models that have none.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
+import multiprocessing
 import resource
 import statistics
-import subprocess
-import sys
 import time
-from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections import defaultdict
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import timm
+import torch
+import torchvision
 from tqdm import tqdm
 
-MARK = "coverage-result "
+import timm_autoslim
+from timm_autoslim.bases import create_base, create_hollow
+from timm_autoslim.costs import reach
+from timm_autoslim.errors import AutoSlimError
 
 
-def measure(name: str) -> dict[str, Any]:
+def rss() -> float:
+    """Return the highest resident memory of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure(name: str, equal: float) -> dict[str, Any]:
     """Convert one model on the meta device, and return its groups, its reach, its time, and what is fixed and why."""
-    import torch
-
-    import timm_autoslim
-    from timm_autoslim.errors import AutoSlimError
-    from timm_autoslim.registry import create_base
-
     torch.set_num_threads(1)
-    with torch.device("meta"):
-        model = create_base(name)
+    model = create_hollow(name)
     result: dict[str, Any] = {
         "name": name,
         "family": type(model).__name__,
         "params": sum(p.numel() for p in model.parameters()),
     }
-    start = time.perf_counter()
+    before, start = rss(), time.perf_counter()
     try:
         supernet = timm_autoslim.convert(model)
     except AutoSlimError as error:
         return result | {"error": f"{type(error).__name__}: {error}"[:400]}
-    result["seconds"] = time.perf_counter() - start
-    graph, sizes = supernet.graph, supernet.graph.group_sizes
-    whole = timm_autoslim.cost(supernet)
-    for key, widths in (("half", [max(1, n // 2) for n in sizes]), ("min", [1] * len(sizes))):
-        cost = timm_autoslim.cost(supernet, supernet.space.from_dict(dict(zip(graph.names, widths, strict=True))))
-        result |= {f"{key}_macs": cost.macs / whole.macs, f"{key}_params": cost.params / whole.params}
-    reasons = Counter(r for r in graph.fixed.values() if "kernel" not in r).most_common(4)
-    return result | {"groups": len(sizes), "macs": whole.macs, "repairs": supernet.repairs, "fixed": reasons}
+    result |= {"seconds": time.perf_counter() - start, "gigabytes": rss() - before}
+    found = reach(supernet)
+    for key, left in (("half", found.half), ("min", found.narrowest)):
+        result |= {
+            f"{key}_macs": left.macs / found.whole.macs,
+            f"{key}_params": left.params / found.whole.params,
+        }
+    result |= {
+        "groups": len(supernet.space),
+        "macs": found.whole.macs,
+        "repairs": supernet.repairs,
+        "held": found.held[:6],
+    }
+    if found.whole.macs <= equal * 1e9 and result["params"] < 5e8:
+        result["equal"] = agrees(name)
+    return result
 
 
-def run_one(name: str, seconds: int, gigabytes: int) -> dict[str, Any]:
-    """Measure one model in a process of its own; whatever happens to it is a result."""
+def agrees(name: str) -> bool:
+    """Whether, with weights, the widest subnet is the model, and a random one is its extracted model."""
+    torch.manual_seed(0)
+    model = create_base(name).eval()
+    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
+    images = torch.randn(1, *size)
+    with torch.no_grad():
+        want = model(images)
+        supernet = timm_autoslim.convert(model)
+        widths = supernet.space.sample(torch.Generator().manual_seed(0))
+        pairs = [(want, supernet(images)), (supernet(images, widths), supernet.extract(widths)(images))]
+    return all(_same(a, b) for a, b in pairs)
 
-    def bound() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (gigabytes << 30, gigabytes << 30))
 
-    command = [sys.executable, __file__, "--one", name]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    values = zip(a.values(), b.values(), strict=True) if isinstance(a, dict) else zip(a, b, strict=True)
+    return all(_same(x, y) for x, y in values)
+
+
+def child(name: str, equal: float, gigabytes: int, pipe: Connection) -> None:
+    """Measure one model in this process, whose memory is bounded, and send the result."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (gigabytes << 30),) * 2)
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=seconds, preexec_fn=bound, env=environment
-        )
-    except subprocess.TimeoutExpired:
-        return {"name": name, "error": f"no result within {seconds} s"}
-    for line in done.stdout.splitlines():
-        if line.startswith(MARK):
-            return json.loads(line.removeprefix(MARK))
-    return {"name": name, "error": (done.stderr.strip().splitlines() or ["no output"])[-1][:400]}
+        pipe.send(measure(name, equal))
+    except Exception as error:  # whatever happens to a model is a result
+        pipe.send({"name": name, "error": f"{type(error).__name__}: {error}"[:400]})
+
+
+def sweep(todo: list[str], jobs: int, equal: float, gigabytes: int, seconds: float) -> Any:
+    """Yield the result of every model, `jobs` at a time."""
+    context = multiprocessing.get_context("fork")
+    running: dict[Any, tuple[str, Any, float]] = {}
+    waiting = list(reversed(todo))
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name = waiting.pop()
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=child, args=(name, equal, gigabytes, theirs))
+            process.start()
+            theirs.close()
+            running[ours] = name, process, time.monotonic() + seconds
+        ready = wait(list(running), timeout=1)
+        for pipe, (name, process, end) in list(running.items()):
+            if pipe not in ready and time.monotonic() < end:
+                continue
+            try:
+                yield pipe.recv() if pipe in ready else {"name": name, "error": f"no result within {seconds:.0f} s"}
+            except EOFError:
+                process.join()
+                yield {"name": name, "error": f"the process ended with status {process.exitcode}"}
+            process.kill()
+            process.join()
+            del running[pipe]
 
 
 def names(smallest: bool) -> list[str]:
     """Return the names of timm's models and of torchvision's classification models."""
-    import timm
-    import torch
-    import torchvision
-
     found = timm.list_models(exclude_filters="autoslim")
     found += [f"torchvision/{n}" for n in torchvision.models.list_models(module=torchvision.models)]
     if not smallest:
         return found
-    from timm_autoslim.registry import create_base
-
     best: dict[str, tuple[int, str]] = {}
     for name in tqdm(found, desc="smallest of each class"):
-        with torch.device("meta"):
-            model = create_base(name)
+        model = create_hollow(name)
         key = f"{type(model).__module__}.{type(model).__name__}"
         best[key] = min(best.get(key, (1 << 60, "")), (sum(p.numel() for p in model.parameters()), name))
     return sorted(name for _, name in best.values())
 
 
+def totals(results: list[dict[str, Any]]) -> list[str]:
+    """Return what holds over all models, as lines."""
+    good = [r for r in results if "error" not in r]
+    lines = [f"- {len(good)} of {len(results)} models convert."]
+    if not good:
+        return lines
+    large = [r for r in good if r["params"] > 3e6]
+    near = sum(r["half_macs"] <= 0.35 for r in large)
+    times, checked = [r["seconds"] for r in good], [r["equal"] for r in good if "equal" in r]
+    return [
+        *lines,
+        f"- Half width leaves a median of {statistics.median(r['half_macs'] for r in good):.3f} of the MACs (stem and "
+        f"classifier included; 0.25 is ideal). Of the {len(large)} models with more than 3M parameters it leaves at "
+        f"most 0.35 in {near} ({near / max(1, len(large)):.1%}), and {max(r['half_macs'] for r in large):.3f} at most.",
+        f"- Trace, proof and conversion take a median of {statistics.median(times):.1f} s and at most "
+        f"{max(times):.1f} s on one core, and at most {max(r['gigabytes'] for r in good):.2f} GiB beyond the model.",
+        f"- {sum(checked)} of the {len(checked)} models that were also run with weights agree bit for bit: widest "
+        f"subnet and model, random subnet and extracted model. The other {len(good) - len(checked)} are too large to "
+        f"run here, and are proven on the meta device.",
+        f"- The proof had to repair {sum(bool(r['repairs']) for r in good)} traces by freezing more.",
+    ]
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Return the page: totals, then one line a model, the least slimmable first within each family."""
-    good = [r for r in results if "error" not in r]
-    lines = ["# Coverage", "", "Made by `recipes/benchmarks/coverage.py` on the meta device, one core.", ""]
-    lines += [f"- {len(good)} of {len(results)} models convert."]
-    if good:
-        times = [r["seconds"] for r in good]
-        near = sum(r["half_macs"] <= 0.35 for r in good)
-        lines += [
-            f"- Half width leaves a median of {statistics.median(r['half_macs'] for r in good):.3f} of the MACs; "
-            f"at most 0.35 for {near}, at most 0.55 for {sum(r['half_macs'] <= 0.55 for r in good)}.",
-            f"- Trace, proof and conversion take a median of {statistics.median(times):.1f} s, "
-            f"{max(times):.1f} s at most.",
-        ]
     families: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         families[result.get("family", "?")].append(result)
+    lines = ["# Coverage", "", "Made by `recipes/benchmarks/coverage.py` on one core.", "", *totals(results)]
     lines += [
         "",
-        "| family | model | params | groups | MACs at half | at width 1 | s | what is fixed most, or the error |",
+        "## Families",
+        "",
+        "| family | models | MACs at half, median | most | s, median |",
+        "|---|---|---|---|---|",
     ]
-    lines += ["|---|---|---|---|---|---|---|---|"]
     for family, members in sorted(families.items()):
-        for r in sorted(members, key=lambda r: -r.get("half_macs", 2)):
+        good = [r for r in members if "error" not in r]
+        if good:
+            halves = [r["half_macs"] for r in good]
+            seconds = statistics.median(r["seconds"] for r in good)
+            lines.append(
+                f"| {family} | {len(good)} | {statistics.median(halves):.3f} | {max(halves):.3f} | {seconds:.1f} |"
+            )
+    lines += [
+        "", "## Models", "",
+        "Equal: run with weights, and bit for bit equal; proven: on the meta device only. What holds a model above "
+        "0.35 is given with its share of the model's MACs.", "",
+        "| family | model | params | groups | MACs at half | params at half | MACs at width 1 | params at width 1 | s "
+        "| checked | what holds it |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for family, members in sorted(families.items()):
+        for r in sorted(members, key=lambda r: (-r.get("half_macs", 2), r["name"])):
             if "error" in r:
-                lines.append(f"| {family} | {r['name']} | | | | | | {r['error'].replace('|', '/')} |")
+                lines.append(f"| {family} | {r['name']} | | | | | | | | | {r['error'].replace('|', '/')} |")
                 continue
-            why = "; ".join(f"{n} x {reason}" for reason, n in r["fixed"][:2]) if r["half_macs"] > 0.35 else ""
+            held = [f"{reason} ({share:.2f})" for reason, share in r["held"][:3] if share > 0.02]
+            why = "; ".join(held) if r["half_macs"] > 0.35 else ""
+            check = "proven" if "equal" not in r else "equal" if r["equal"] else "DIFFERS"
             lines.append(
                 f"| {family} | {r['name']} | {r['params'] / 1e6:.2f}M | {r['groups']} | {r['half_macs']:.3f} "
-                f"| {r['min_macs']:.4f} | {r['seconds']:.1f} | {why.replace('|', '/')[:200]} |"
+                f"| {r['half_params']:.3f} | {r['min_macs']:.4f} | {r['min_params']:.4f} | {r['seconds']:.1f} "
+                f"| {check} | {why.replace('|', '/')} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -144,24 +220,22 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="only these names")
     parser.add_argument("--only-table", action="store_true", help="convert nothing")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--seconds", type=int, default=300, help="time for one model")
-    parser.add_argument("--gigabytes", type=int, default=16, help="address space for one model")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--equal", type=float, default=1.0, help="run models of at most this many GMACs with weights")
+    parser.add_argument("--seconds", type=float, default=300, help="time for one model")
+    parser.add_argument("--gigabytes", type=int, default=12, help="address space for one model")
     args = parser.parse_args()
-    if args.one:
-        print(MARK + json.dumps(measure(args.one)))
-        return
+    torch.set_num_threads(1)
     args.results.parent.mkdir(parents=True, exist_ok=True)
     lines = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else []
     results = [json.loads(line) for line in lines]
     done = {r["name"] for r in results}
     wanted = [] if args.only_table else args.models or names(args.smallest)
     todo = [n for n in wanted if n not in done]
-    with ThreadPoolExecutor(args.jobs) as pool, args.results.open("a", encoding="utf-8") as file:
-        waiting = [pool.submit(run_one, name, args.seconds, args.gigabytes) for name in todo]
-        for future in tqdm(as_completed(waiting), total=len(waiting), unit="model"):
-            results.append(future.result())
-            file.write(json.dumps(results[-1]) + "\n")
+    with args.results.open("a", encoding="utf-8") as file:
+        found = sweep(todo, args.jobs, args.equal, args.gigabytes, args.seconds)
+        for result in tqdm(found, total=len(todo), unit="model"):
+            results.append(result)
+            file.write(json.dumps(result) + "\n")
             file.flush()
     if args.table:
         args.table.write_text(table(results), encoding="utf-8")

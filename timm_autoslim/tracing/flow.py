@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,15 @@ import numpy as np
 from torch import Tensor
 
 from timm_autoslim.tracing.labels import Atoms, AttributeUse, Constraints, Label, Vector
-from timm_autoslim.tracing.sizes import FromAttribute, FromDimension, Size, is_proportional, leaves
+from timm_autoslim.tracing.sizes import (
+    FromAttribute,
+    FromDimension,
+    FromExpression,
+    Size,
+    factors,
+    is_proportional,
+    leaves,
+)
 
 Labels = list[Label]
 
@@ -47,7 +56,10 @@ class Call:
 class Flow:
     """Labels by tensor, the constraints so far, and where in the model the trace is."""
 
-    def __init__(self) -> None:
+    def __init__(self, whole_heads: Sequence[str] = ()) -> None:
+        self.whole_heads = tuple(whole_heads)  # globs of modules that lose whole heads
+        self.heads_found: set[str] = set()  # those of them that split channels into heads
+        self.contracted: dict[str, list[Vector]] = {}  # by module, what its products of two activations run along
         self.atoms = Atoms()
         self.constraints = Constraints()
         self.contractions: list[Contraction] = []
@@ -182,10 +194,33 @@ class Flow:
         dims = [leaf.origin.vector for leaf in found if isinstance(leaf.origin, FromDimension)]
         if label is not None and dims:
             self.constraints.tie_counts([label, *dims])
+        elif not dims and self._difference(size, label):
+            pass
         elif not dims and is_proportional(size):
             for leaf in found:
-                assert isinstance(leaf.origin, FromAttribute)
-                self.constraints.attributes.append(AttributeUse(leaf.origin.path, int(leaf), label))
+                self._bind(leaf, label)
+        elif not dims and factors(size):  # one factor shrinks: the one that does elsewhere, or the largest
+            bound = {use.path for use in self.constraints.attributes if use.vector is not None}
+            shrinks = max(factors(size), key=lambda leaf: (leaf.origin.path in bound, leaf))  # type: ignore[union-attr]
+            for leaf in found:
+                self._bind(leaf, label if leaf is shrinks else None)
+
+    def _difference(self, size: Size, label: Label) -> bool:
+        """Bind a in `a - b` to the channels that b counts and these (as in a split into b and the rest)."""
+        if not (isinstance(size.origin, FromExpression) and size.origin.difference) or label is None:
+            return False
+        whole, part = (s.origin for s in size.origin.operands)
+        if not isinstance(whole, FromAttribute) or not isinstance(part, FromAttribute):
+            return False
+        for use in self.constraints.attributes:
+            if use.path == part.path and use.vector is not None:
+                self._bind(size.origin.operands[0], np.concatenate([use.vector, label]))
+                return True
+        return False
+
+    def _bind(self, leaf: Size, label: Label) -> None:
+        assert isinstance(leaf.origin, FromAttribute)
+        self.constraints.attributes.append(AttributeUse(leaf.origin.path, int(leaf), label))
 
     def sized(self, size: int, given: int) -> Label:
         """Return the label of a new dimension whose length the model's code gave as `given`."""
@@ -207,7 +242,7 @@ class Flow:
         grid = vector.reshape([int(s) for s in sizes])
         roots = self.atoms.find(grid)
         separable = self._separable(roots)
-        axis = separable if separable is not None else self._shrinking_axis(sizes, given)
+        axis = separable if separable is not None else self._shrinking_axis(roots, given, self._loses_heads())
         out: Labels = [None] * len(sizes)
         if axis is None:
             self.freeze(vector, f"{self.call.name} splits it into literal sizes {[int(s) for s in sizes]}")
@@ -221,6 +256,12 @@ class Flow:
             out[axis] = rows[0]
         return out
 
+    def _loses_heads(self) -> bool:
+        """Whether the user wants whole heads of the running module removed, not channels of every head."""
+        found = [glob for glob in self.whole_heads if fnmatch.fnmatchcase(self.path, glob)]
+        self.heads_found.update(found)
+        return bool(found)
+
     @staticmethod
     def _separable(roots: Vector) -> int | None:
         """Return the only axis along which the grid varies, if there is one."""
@@ -231,12 +272,15 @@ class Flow:
         return None
 
     @staticmethod
-    def _shrinking_axis(sizes: Sequence[int], given: Sequence[int] | None) -> int | None:
-        """Prefer the last dimension (head_dim), unless its size is a literal or no more than a pair."""
+    def _shrinking_axis(roots: Vector, given: Sequence[int] | None, heads: bool) -> int | None:
+        """Prefer the last dimension (head_dim), unless its size is a literal or no more than a pair; or the first."""
+        sizes = roots.shape
         free = [i for i, s in enumerate(sizes) if given is None or isinstance(given[i], Size) or given[i] == -1]
-        free = [i for i in free if sizes[i] > 1]
+        free = [i for i in free if (roots != roots.take([0], i)).any()]  # along others a channel only repeats
         if not free:
             return None
+        if heads:
+            return free[0]
         return free[-1] if sizes[free[-1]] > 2 else max(free, key=lambda i: sizes[i])
 
     def _collapses(self, rows: Vector) -> bool:

@@ -51,12 +51,32 @@ class Count:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """A module attribute as a function of the widths: it follows the active share of `length` channels."""
+
+    value: int | float
+    length: int
+    count: Count
+    power: float
+
+    def __call__(self, widths: Sequence[int]) -> int | float:
+        """Return the attribute's value at these widths."""
+        active = self.count(widths)
+        if self.power == 1:
+            return int(self.value) * active // self.length
+        if active == self.length:
+            return self.value
+        return float(active**self.power * (self.value / self.length**self.power))
+
+
+@dataclass(frozen=True)
 class Product:
     """MACs of one contraction for one image: `constant` times the product of the counts."""
 
     path: str
     constant: float
     counts: tuple[Count, ...]
+    held: str | None  # why channels of it are fixed, if some are
 
 
 @dataclass(frozen=True)
@@ -78,6 +98,7 @@ class ChannelGraph:
         strands, group_sizes: the free channels; a group's size is the number of steps of its width.
         names: one name for each group, the module that produces its channels first.
         fixed: reason by place, for every axis of which no channel can be removed.
+        floor: the narrowest width that the proof could run; 1 for nearly every model.
     """
 
     def __init__(
@@ -92,6 +113,7 @@ class ChannelGraph:
         self.parameters = tuple(parameters)
         self.tied = dict(tied or {})
         self._flow = flow
+        self.floor = 1
         self._vectors: dict[Place, Vector] = {
             (name, axis): label
             for name, labels in tensors.items()
@@ -279,8 +301,12 @@ class ChannelGraph:
 
     def reason(self, path: str) -> str:
         """Say why the channels that a module produces are fixed."""
-        vector = next(v for p, v in self._flow.constraints.producers if p == path)
-        return self._reason.get(int(self._unit_of[vector[0]]), "not used in forward")
+        return self.held(next(v for p, v in self._flow.constraints.producers if p == path)) or "it is not fixed"
+
+    def held(self, vector: Vector) -> str | None:
+        """Say why channels of `vector` are fixed, or None if none is."""
+        fixed = self._unit_of[vector[self._atom_strand[vector] < 0]]
+        return self._reason.get(int(fixed[0]), "not used in forward") if len(fixed) else None
 
     def freeze(self, vectors: Sequence[Vector | None], reason: str) -> None:
         """Keep more channels than so far, and solve again."""
@@ -289,6 +315,11 @@ class ChannelGraph:
         for name in ("products", "lengths", "producers", "attributes"):
             self.__dict__.pop(name, None)
         self._solve()
+
+    @property
+    def floors(self) -> list[int]:
+        """The narrowest width of every group."""
+        return [min(self.floor, max(1, n // 2)) for n in self.group_sizes]
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -310,7 +341,15 @@ class ChannelGraph:
     def products(self) -> tuple[Product, ...]:
         """MACs of one image as a function of the widths."""
         found: list[Contraction] = self._flow.contractions
-        return tuple(Product(c.path, c.constant, tuple(self.count(v) for v in c.vectors)) for c in found)
+        return tuple(
+            Product(
+                c.path,
+                c.constant,
+                tuple(self.count(v) for v in c.vectors),
+                next(filter(None, map(self.held, c.vectors)), None),
+            )
+            for c in found
+        )
 
     @cached_property
     def lengths(self) -> dict[Place, Count]:
@@ -326,24 +365,16 @@ class ChannelGraph:
         return found
 
     @cached_property
-    def attributes(self) -> dict[str, tuple[int, int, Count]]:
-        """Attributes that change with the widths: (value, length, count); the value is `value * count / length`."""
-        found: dict[str, tuple[int, int, Count]] = {}
-        for use in self._flow.constraints.attributes:
-            if use.vector is not None and (self._atom_strand[use.vector] >= 0).any():
-                found.setdefault(use.path, (use.value, len(use.vector), self.count(use.vector)))
-        return found
+    def attributes(self) -> dict[str, Scaled]:
+        """Attributes that change with the widths because the forward takes sizes from them."""
+        return self.described(self._flow.constraints.attributes)
 
-    def described(self, uses: Sequence[AttributeUse]) -> dict[str, tuple[int, int, Count]]:
-        """Return, in the form of `attributes`, those that describe the model without being read in its forward."""
-        found: dict[str, tuple[int, int, Count]] = {}
+    def described(self, uses: Sequence[AttributeUse]) -> dict[str, Scaled]:
+        """Return those of `uses` that change with the widths, by path; the first use of a path counts."""
+        found: dict[str, Scaled] = {}
         for use in uses:
-            if (
-                use.vector is not None
-                and use.path not in self.attributes
-                and (self._atom_strand[use.vector] >= 0).any()
-            ):
-                found.setdefault(use.path, (use.value, len(use.vector), self.count(use.vector)))
+            if use.vector is not None and (self._atom_strand[use.vector] >= 0).any():
+                found.setdefault(use.path, Scaled(use.value, len(use.vector), self.count(use.vector), use.power))
         return found
 
     def slices(self, widths: Sequence[int], described: Sequence[AttributeUse] = ()) -> Slices:
@@ -369,9 +400,9 @@ class ChannelGraph:
             tensors[name] = tuple(axes)
         tensors |= {name: tensors[first] for name, first in self.tied.items() if first in tensors}
         attributes: dict[str, Value] = {}
-        for path, (value, whole, count) in {**self.attributes, **self.described(described)}.items():
-            new = value * count(widths) // whole
-            if new != value:
+        for path, scaled in {**self.described(described), **self.attributes}.items():
+            new = scaled(widths)
+            if new != scaled.value:
                 attributes[path] = new
         return Slices(tensors, attributes)
 

@@ -72,15 +72,17 @@ class Atoms:
 
 @dataclass(frozen=True)
 class AttributeUse:
-    """A module attribute that gave the size of a dimension.
+    """A module attribute that gave the size of a dimension, or was derived from it.
 
-    `value` is what it was in the trace. In a subnet it must be `value * active(vector) / len(vector)`; where
-    `vector` is None, the dimension carries no channels and the attribute must keep its value.
+    `value` is what it was in the trace. In a subnet it must be `value * (active(vector) / len(vector)) ** power`; where
+    `vector` is None, the dimension carries no channels and the attribute must keep its value. The power is 1 for a
+    size, and -0.5 for the scale of attention scores.
     """
 
     path: str
-    value: int
+    value: int | float
     vector: Label
+    power: float = 1
 
 
 @dataclass

@@ -48,11 +48,12 @@ class Record:
 
 
 class Disagreement(Exception):
-    """A subnet did not do what the graph says: the module, and the operator if one failed."""
+    """A subnet did not do what the graph says: the module, the operator if one failed, and whether half width did."""
 
     def __init__(self, message: str, path: str, operator: str | None = None, labels: Sequence[Label] = ()) -> None:
         super().__init__(message)
         self.path, self.operator, self.labels = path, operator, labels
+        self.narrow = False
 
 
 class _Lockstep(TorchDispatchMode):
@@ -130,14 +131,15 @@ class Prover:
     def faults(self, graph: ChannelGraph) -> Iterator[Disagreement]:
         """Yield what disagrees at half, at the narrowest and at random widths, in both modes."""
         rng = np.random.default_rng(0)
-        sizes = graph.group_sizes
-        trials = [[max(1, n // 2) for n in sizes], [1] * len(sizes)]
-        trials += [[int(rng.integers(1, n + 1)) for n in sizes] for _ in range(2)]
-        for widths in trials:
+        sizes, floors = graph.group_sizes, graph.floors
+        half = [max(1, n // 2) for n in sizes]
+        mixed = [[int(rng.integers(low, n + 1)) for low, n in zip(floors, sizes, strict=True)] for _ in range(2)]
+        for widths in (half, floors, *mixed):
             for record in self.records:
                 try:
                     self._try(graph, widths, record)
                 except Disagreement as fault:
+                    fault.narrow = widths is not half
                     yield fault
 
     def _try(self, graph: ChannelGraph, widths: Sequence[int], record: Record) -> None:

@@ -28,10 +28,18 @@ class FromDimension:
 
 @dataclass(frozen=True, eq=False)
 class FromExpression:
-    """The integer was computed from other sizes; `proportional` if it scales as they do."""
+    """The integer was computed from other sizes.
+
+    Attributes:
+        proportional: it scales as the one size that it was computed from.
+        factors: it is a product or quotient of several sizes, and scales as any one of these while all others stay.
+        difference: it is the first operand less the second.
+    """
 
     operands: tuple[Size, ...]
     proportional: bool
+    factors: tuple[Size, ...] = ()
+    difference: bool = False
 
 
 class Size(int):
@@ -57,6 +65,15 @@ def is_proportional(size: Size) -> bool:
     return not isinstance(size.origin, FromExpression) or size.origin.proportional
 
 
+def factors(size: Size) -> tuple[Size, ...]:
+    """Return the attributes and dimensions of which any one can make `size` scale while the others stay."""
+    if not isinstance(size.origin, FromExpression):
+        return (size,)
+    if size.origin.proportional and len(size.origin.operands) == 1:
+        return factors(size.origin.operands[0])
+    return tuple(leaf for factor in size.origin.factors for leaf in factors(factor))
+
+
 def _derived(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Size, Any], Any]:
     def method(self: Size, other: Any) -> Any:
         if not isinstance(other, int):
@@ -65,11 +82,14 @@ def _derived(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Size, 
         a, b = (int(other), int(self)) if swap else (int(self), int(other))
         operands = tuple(v for v in (self, other) if isinstance(v, Size))
         scales = all(map(is_proportional, operands))
+        multiplied = {operator.mul: operands, operator.floordiv: operands[:1]}.get(compute, ())
+        either = multiplied if len(operands) == 2 and all(map(factors, operands)) else ()
         if compute in (operator.add, operator.sub):
             scales = scales and len(operands) == 2  # a constant that is added does not scale
         else:
             scales = scales and len(operands) == 1 and not (swap and compute is operator.floordiv)
-        return Size(compute(a, b), FromExpression(operands, scales))
+        difference = compute is operator.sub and len(operands) == 2 and not swap
+        return Size(compute(a, b), FromExpression(operands, scales, either, difference))
 
     return method
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,19 +14,21 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_autoslim.errors import NothingToSlimError, TraceError
+from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.flow import Call, Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.prove import Exit, Operation, Prover, Record, suspects
-from timm_autoslim.tracing.sizes import wrap_attributes
+from timm_autoslim.tracing.sizes import FromExpression, Size, wrap_attributes
 from timm_autoslim.tracing.twin import call, meta_twin, named_tensors, sized, tied_names
 
 # Attributes that only describe a module: they are not read in forward, but users and timm read them.
-_DESCRIBES_INPUT = ("in_channels", "in_features", "in_chs", "in_dim", "num_features")
+_DESCRIBES_INPUT = ("in_channels", "in_features", "in_chs", "in_dim", "num_features", "embed_dim", "kdim", "vdim",
+                   "input_size")  # fmt: skip
 _DESCRIBES_OUTPUT = ("out_channels", "out_features", "out_chs", "out_dim", "num_features", "num_channels")
+_DESCRIBES_HEAD = ("head_dim", "key_dim", "dim_head")
 MAX_REPAIRS = 40
 
 
@@ -41,6 +45,19 @@ class Trace:
 # -- the two modes --------------------------------------------------------------------------------------------------
 
 
+# Functions of torch that do arithmetic on sizes of their own.
+_COMPOSITES = ("multi_head_attention_forward",)
+
+
+@cache
+def _unguarded(function: Any) -> Any:
+    """Return a copy of a Python function of torch that does not hand itself to the mode that calls it."""
+    scope = {**function.__globals__, "has_torch_function": lambda tensors: False}
+    copy = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
 class _Sizes(TorchFunctionMode):
     """Hand out sizes that remember their dimension, and note which torch function runs with which arguments."""
 
@@ -54,21 +71,27 @@ class _Sizes(TorchFunctionMode):
         name = getattr(func, "__name__", str(func))
         if name == "size" or (name == "__get__" and func == Tensor.shape.__get__):  # type: ignore[attr-defined]
             return self._sizes(func(*args, **kwargs), args[0], *args[1:], *kwargs.values())
+        if name in ("numel", "nelement"):
+            return self._number(func(*args, **kwargs), args[0])
         before, self.flow.call = self.flow.call, Call(name, tuple(args), kwargs)
         try:
-            if name in (
-                "layer_norm",
-                "rms_norm",
-            ):  # decomposed before an operator could see the shape that is asked for
+            if name in _COMPOSITES:
+                with self:
+                    return _unguarded(func)(*args, **kwargs)
+            if name in ("layer_norm", "rms_norm"):  # decomposed before an operator could see the shape asked for
                 shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
                 for label, size in zip(self.flow.labels(args[0])[-len(shape) :], shape, strict=True):
                     self.flow.constrain(label, size)
             if name in recurrent.LAYERS:
                 self.used.update(id(t) for t in ops.tensors_in(args))
-                return recurrent.run(self.flow, args)
+                return recurrent.run(self.flow, name, args)
             return func(*args, **kwargs)
         finally:
             self.flow.call = before
+
+    def _number(self, plain: int, tensor: Tensor) -> int:
+        dims = tuple(size for size in self.flow.sizes(tensor) if isinstance(size, Size))
+        return Size(plain, FromExpression(dims, len(dims) == 1, dims)) if dims else plain
 
     def _sizes(self, plain: Any, tensor: Tensor, *dim: int) -> Any:
         sizes = self.flow.sizes(tensor)
@@ -187,9 +210,11 @@ class _Watch:
 class Tracer:
     """One trace of one model."""
 
-    def __init__(self, model: nn.Module, example: Any, keep_output: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, example: Any, keep_output: bool = True, whole_heads: Sequence[str] = ()
+    ) -> None:
         self.example, self.keep_output = example, keep_output
-        self.flow = Flow()
+        self.flow = Flow(whole_heads)
         self.twin = meta_twin(model)
         self.plain = meta_twin(model)  # proving must not meet the wrapped integers or these hooks
         wrap_attributes(self.twin)
@@ -212,6 +237,9 @@ class Tracer:
         self.watch.listen()
         self._record(training=True)
         self._record(training=False)
+        for glob in set(self.flow.whole_heads) - self.flow.heads_found:
+            raise WidthError(f"whole_heads={glob!r}: the glob matches no module that splits channels into heads")
+        self._scales()
         for name, tensor in self.tensors.items():
             if id(tensor) not in self.used:
                 for label in self.labels.get(name, []):
@@ -262,11 +290,30 @@ class Tracer:
         self.runs.append(record)
         self.used |= recorder.used | sizes.used
 
+    def _scales(self) -> None:
+        """Let the scale of attention scores, and the size it comes from, follow what the scores run along.
+
+        A scale is computed when the model is built (`self.scale = head_dim ** -0.5`), and fused attention does not
+        read it: it is recognised by its value.
+        """
+        for path, vectors in self.flow.contracted.items():
+            for name, value in self.twin.get_submodule(path).__dict__.items():
+                for vector in vectors:
+                    use = AttributeUse(f"{path}.{name}" if path else name, value, vector, -0.5)
+                    if isinstance(value, float) and "drop" not in name and value == len(vector) ** -0.5:
+                        self.flow.constraints.attributes.append(use)
+                    elif isinstance(value, int) and name in _DESCRIBES_HEAD and value == len(vector):
+                        self.watch.described.append(replace(use, value=int(value), power=1))
+
     # -- proving ----------------------------------------------------------------------------------------------------
 
     def _prove(self, trace: Trace) -> None:
-        """Run subnets beside the record; where one disagrees, freeze what enters that operator and start again."""
+        """Run subnets beside the record; where one disagrees, freeze what enters that operator and start again.
+
+        What half the widths can do and one unit cannot (statistics over a single value) is first tried with two.
+        """
         prover = Prover(self.plain, self.example, self.runs, self.watch.described)
+        raised = ""  # where a width of 1 failed, after which the least width became 2
         for _ in range(MAX_REPAIRS):
             if not trace.graph.group_sizes:
                 return
@@ -274,6 +321,11 @@ class Tracer:
             if fault is None:
                 return
             reason = f"{fault.path or 'the model'}: as a subnet it {fault}"
+            if fault.narrow and not raised:
+                raised, trace.graph.floor = reason, 2
+                continue
+            if fault.narrow and reason.partition(":")[0] == raised.partition(":")[0]:
+                trace.graph.floor = 1  # it was not the width of 1
             trace.repairs.append(reason)
             before = sum(trace.graph.group_sizes)
             for labels in suspects(self.runs, fault):
@@ -287,14 +339,16 @@ class Tracer:
         )
 
 
-def trace(model: nn.Module, example: Any, keep_output: bool = True) -> Trace:
+def trace(model: nn.Module, example: Any, keep_output: bool = True, whole_heads: Sequence[str] = ()) -> Trace:
     """Trace `model` on `example` (a tensor, a tuple or a dict of inputs) into a proven channel graph.
 
     The model is not touched: the trace runs a copy without data on the meta device. Unless `keep_output`, the channels
-    of its outputs can shrink too.
+    of its outputs can shrink too. Modules that a glob of `whole_heads` matches lose whole heads of attention, all
+    others channels of every head.
 
     Raises:
         TraceError: the forward raises on the meta device, or a module cannot be traced.
         NothingToSlimError: no channel can be removed; the text names what is in the way.
+        WidthError: a glob of `whole_heads` matches no module that splits channels into heads.
     """
-    return Tracer(model, example, keep_output).run()
+    return Tracer(model, example, keep_output, whole_heads).run()

@@ -14,21 +14,10 @@ import torch
 
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.ops import contraction, elementwise, movement, reduction
+from timm_autoslim.tracing.ops.hollow import execute
 from timm_autoslim.tracing.ops.table import RULES, rule, tensors_in, unknown
 
 __all__ = ["RULES", "contraction", "elementwise", "execute", "movement", "reduction", "rule", "run", "tensors_in"]
-
-
-def execute(operator: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operator on meta tensors; batch norm's own meta kernel is slow, so its shapes are given here."""
-    if operator is not torch.ops.aten.native_batch_norm.default:
-        return operator(*args, **kwargs)
-    x, training = args[0], args[5]
-    for parameter in args[1:5]:
-        if parameter is not None and parameter.shape[0] != x.shape[1]:
-            raise RuntimeError(f"batch norm over {x.shape[1]} channels has a tensor of length {parameter.shape[0]}")
-    statistics = x.new_empty(x.shape[1] if training else 0)
-    return torch.empty_like(x), statistics, torch.empty_like(statistics)
 
 
 def run(flow: Flow, operator: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:

@@ -31,8 +31,10 @@ def _matmul(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     if bias:
         flow.set_labels(out, flow.broadcast([out, bias[0]], out.shape, "a bias"))
     flow.contract(1, [*zip(out.shape, labels, strict=True), (a.shape[-1], inner)])
-    if isinstance(b, Tensor) and flow.call.name in ("linear",) and columns:
-        flow.produce(columns[0])
+    if flow.call.name == "linear":
+        flow.produce(columns[0] if columns else None)
+    elif inner is not None:
+        flow.contracted.setdefault(flow.path, []).append(inner)
 
 
 @rule("convolution")
@@ -42,8 +44,6 @@ def _convolution(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out:
     for label in lw[2:]:
         flow.constraints.freeze(label, "the size of a kernel")
     passes = set(weight.shape[2:]) == {1} and set(args[3]) == {1} and not any(args[4])  # a kernel of one point
-    if not passes:
-        flow.freeze_all(lx[2:], "a convolution runs along it")
     if groups == 1:
         w_in, w_out = (lw[0], lw[1]) if transposed else (lw[1], lw[0])
         if lx[1] is not None or w_in is not None:
@@ -51,7 +51,8 @@ def _convolution(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out:
         out_label = w_out
     else:
         out_label = _grouped(flow, x, weight, lx[1], lw, groups, transposed)
-    flow.set_labels(out, [lx[0], out_label, *(lx[2:] if passes else [None] * (out.dim() - 2))])
+    along = lx[2:] if passes else _along(flow, lx[2:], args)
+    flow.set_labels(out, [lx[0], out_label, *along])
     if bias is not None and out_label is not None:
         flow.join(out_label, flow.labels(bias)[0], "the bias of a convolution")
     positions = (x if transposed else out).shape
@@ -59,6 +60,21 @@ def _convolution(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out:
         positions[0] * prod(positions[2:]), list(zip(weight.shape, lw[:2] + [None] * (weight.dim() - 2), strict=True))
     )
     flow.produce(out_label)
+
+
+def _along(flow: Flow, labels: Labels, args: tuple[Any, ...]) -> Labels:
+    """Label what a kernel runs along: channels survive in their order if it gives one for each (as in ECA)."""
+    weight, stride, padding, dilation, transposed = args[1], args[3], args[4], args[5], args[6]
+    out: Labels = []
+    for i, label in enumerate(labels):
+        reach = dilation[i] * (weight.shape[2 + i] - 1)
+        if label is not None and stride[i] == 1 and 2 * padding[i] == reach and not transposed:
+            flow.constraints.ordered.append(label)
+            out.append(label)
+        else:
+            flow.freeze(label, "a convolution runs along it")
+            out.append(None)
+    return out
 
 
 def _grouped(flow: Flow, x: Tensor, weight: Tensor, lx: Label, lw: Labels, groups: int, transposed: bool) -> Label:

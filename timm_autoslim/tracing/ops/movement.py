@@ -11,6 +11,7 @@ from torch import Tensor
 
 from timm_autoslim.tracing.flow import Flow, Labels
 from timm_autoslim.tracing.labels import Label
+from timm_autoslim.tracing.ops.contraction import tie_rows
 from timm_autoslim.tracing.ops.table import rule, tensors_in, unknown
 
 
@@ -48,6 +49,8 @@ def _merge(flow: Flow, sizes: Sequence[int], labels: Labels) -> Label:
     i = labelled[-1]
     label = labels[i]
     assert label is not None
+    if prod(sizes) > len(label) and flow.stays(label):
+        return None
     return np.tile(np.repeat(label, prod(sizes[i + 1 :])), prod(sizes[:i]))
 
 
@@ -255,9 +258,11 @@ def _im2col(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
 def _col2im(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     labels = flow.labels(args[0])
     flow.freeze(labels[2], "fold runs along it")
-    channels = None if labels[1] is None else flow.split(labels[1], [out.shape[1], prod(args[2])], None)[0]
-    if labels[1] is not None and channels is None:
-        flow.freeze(labels[1], "fold mixes its channels")
+    channels = None
+    if labels[1] is not None:
+        grid = labels[1].reshape(out.shape[1], prod(args[2]))
+        tie_rows(flow, grid)  # the points of one channel's window go together
+        channels = grid[:, 0]
     flow.set_labels(out, [labels[0], channels, None, None])
 
 
@@ -339,6 +344,9 @@ def _slice(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
         first, last = start or 0, length if end is None or end > length else end
         labels[dim] = label[first:last:step]
         bounds = _written_bound(flow, first, last) or (first, last)
+        if step != 1 and first < step and last == length and length % step == 0:
+            tie_rows(flow, label.reshape(-1, step))  # whole blocks stay or go, so the slice takes the same of each
+            return flow.set_labels(out, labels)
         if step != 1:
             flow.freeze(label, "a slice with a step takes fixed channels out of it")
         for bound, given in zip((first, last), bounds, strict=True):
@@ -346,7 +354,7 @@ def _slice(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
                 flow.freeze(label[bound:], "a slice counts channels from its end")
             elif bound not in (0, length):
                 flow.constrain(label[:bound], given)
-    flow.set_labels(out, labels)
+    return flow.set_labels(out, labels)
 
 
 @rule("select")
@@ -364,6 +372,14 @@ def _unbind(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
     flow.freeze(labels.pop(dim), "unbind takes its channels apart")
     for part in out:
         flow.set_labels(part, labels)
+
+
+@rule("unfold")
+def _unfold(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = flow.labels(args[0])
+    flow.freeze(labels[args[1]], "unfold runs along it")
+    labels[args[1]] = None
+    flow.set_labels(out, [*labels, None])
 
 
 @rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
