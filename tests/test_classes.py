@@ -1,8 +1,12 @@
-"""The smallest member of 60 timm model classes: transformers, mixers, hybrids and all.
+"""One small member of every timm model class and of torchvision's transformers, through the whole chain.
 
-The families of convolutional networks are tested more deeply in test_zoo.py. Classes that it covers, and those whose
-smallest member is large or slow, are left to `recipes/benchmarks/coverage.py`.
+Members are made small by their own arguments (two blocks, small images), so that the chain runs for all of them;
+`recipes/benchmarks/coverage.py` takes every model as it is. The convolutional families, torchvision's among them, are
+tested more deeply in test_zoo.py.
 """
+
+import inspect
+import warnings
 
 import pytest
 import timm
@@ -10,75 +14,73 @@ import torch
 from zoo import randomise
 
 import timm_autoslim
+from timm_autoslim.bases import create_base, create_hollow
 from timm_autoslim.importance import reordered
 
-# The largest error of a joint permutation of all channels in float64, relative to the output: summation order leaves
-# more than 9 digits in all but those that cast to float32 inside.
+# The largest error in float64, relative to the output: summation order leaves more than 9 digits in all models but
+# those that cast to float32 inside.
 SUMMATION = 1e-9
 FLOAT32 = 1e-6
-NAMES = [
-    "cait_xxs24_224",
-    "convit_tiny",
-    "cpubone_nano",
-    "crossvit_tiny_240",
-    "cs3darknet_focus_s",
-    "cspnext_tiny",
-    "davit_tiny",
-    "deit_tiny_distilled_patch16_224",
-    "dla46x_c",
-    "dpn48b",
-    "edgenext_xx_small",
-    "efficientformer_l1",
-    "efficientformerv2_s0",
-    "efficientvim_m1",
-    "efficientvit_b0",
-    "efficientvit_m0",
-    "ese_vovnet19b_slim_dw",
-    "fasternet_t0",
-    "fastvit_t8",
-    "focalnet_tiny_srf",
-    "gcvit_xxtiny",
-    "ghostnet_050",
-    "gmlp_ti16_224",
-    "hgnetv2_b0",
-    "hiera_tiny_224",
-    "hrnet_w18_small",
-    "iformer_t",
-    "inception_next_atto",
-    "lcnetv2_small",
-    "legacy_xception",
-    "levit_128s",
-    "lowformer_b0",
-    "mvitv2_tiny",
-    "nest_tiny",
-    "pit_ti_224",
-    "poolformerv2_s12",
-    "pvt_v2_b0",
-    "repghostnet_050",
-    "repvit_m1",
-    "resnetv2_18",
-    "rexnet_100",
-    "sequencer2d_s",
-    "shvit_s1",
-    "starnet_s050",
-    "swiftformer_xs",
-    "swin_tiny_patch4_window7_224",
-    "swinv2_tiny_window16_256",
-    "test_byobnet",
-    "test_coatnet",
-    "test_mambaout",
-    "test_nfnet",
-    "test_vit",
-    "test_vit_relpos",
-    "tiny_vit_5m_224",
-    "twins_svt_small",
-    "visformer_tiny",
-    "vit_tiny_patch16_dinov3_qkvb",
-    "volo_d1_224",
-    "xception41p",
-    "xcit_nano_12_p8_224",
-]
-CASTS = {"efficientvit_b0": "its linear attention casts to float32"}
+CASTS = {
+    "efficientvit_b0": "its linear attention casts to float32",
+    "deepseek_vit_412m": "its norms cast to float32",
+    "deepseek_vit_412m_enc": "its norms cast to float32",
+}
+
+FOUR = {"depths": [1, 1, 1, 1]}
+LAYERS = {"layers": [1, 1, 1, 1]}
+TWO = {"depth": 2}
+THIN = {"depth": 2, "embed_dim": 96, "num_heads": 4}
+VIT = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 64, "mlp_dim": 128}
+SWIN = {"patch_size": [4, 4], "embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": [4, 4]}
+MAXVIT = {"input_size": [64, 64], "stem_channels": 32, "partition_size": 2, "block_channels": [32, 64]}
+MAXVIT |= {"block_layers": [1, 1], "head_dim": 16, "stochastic_depth_prob": 0.0}
+# The image's side, the arguments, the names. Where a member takes `img_size`, it gets that side.
+MEMBERS = {
+    name: (pixels, arguments)
+    for pixels, arguments, names in (
+        (64, {}, "coat_tiny convmixer_768_32 cpubone_nano cs3darknet_focus_s densenet121 dla46_c dpn68b"),
+        (64, {}, "efficientvim_m1_dist efficientvit_m0 focalnet_tiny_srf gcvit_xxtiny ghostnet_050 gmlp_ti16_224"),
+        (64, {}, "hgnetv2_b0 hiera_tiny_224 hrnet_w18_small iformer_t legacy_xception lowformer_b0 mvitv2_tiny"),
+        (64, {}, "mobilenetv3_small_050 nest_tiny nextvit_small pit_ti_224 poolformerv2_s12 rdnet_tiny regnetx_002"),
+        (64, {}, "repghostnet_050 repvit_m1 rexnet_100 sam2_hiera_tiny selecsls42 shvit_s1 test_byobnet test_coatnet"),
+        (64, {}, "test_efficientnet test_nfnet volo_d1_224 ese_vovnet19b_slim_dw xception41p"),
+        (96, {}, "inception_resnet_v2 inception_v3 inception_v4"),
+        (64, {}, "pnasnet5large"),
+        (64, {"stem_size": 24, "num_features": 1056}, "nasnetalarge"),
+        (64, {"mlp_ratio": 0.05}, "vgg11"),
+        (224, {}, "levit_128s deit_tiny_distilled_patch16_224"),
+        (240, {}, "crossvit_tiny_240"),
+        (224, FOUR, "efficientformer_l1"),
+        (64, {"depths": [1, 1, 1]}, "efficientvim_m1"),
+        (64, {"depths": [2, 2, 2, 2]}, "csatv2"),
+        (64, FOUR, "cspnext_tiny davit_tiny edgenext_xx_small efficientformerv2_s0 efficientvit_b0 fasternet_t0"),
+        (64, FOUR, "inception_next_atto lcnetv2_small pvt_v2_b0 starnet_s050 swin_tiny_patch4_window7_224"),
+        (64, FOUR, "swinv2_cr_tiny_ns_224 swinv2_tiny_window8_256 test_convnext test_mambaout tiny_vit_5m_224"),
+        (64, FOUR, "twins_svt_small"),
+        (64, LAYERS, "fastvit_t8 legacy_seresnet18 resnetv2_18 sequencer2d_s swiftformer_xs test_resnet tresnet_m"),
+        (64, TWO, "cait_xxs24_224 convit_tiny eva02_tiny_patch14_224 samvit_base_patch16_224 test_vit test_vit_relpos"),
+        (64, TWO, "tnt_s_legacy_patch16_224 vit_tiny_patch16_dinov3_qkvb visformer_tiny xcit_nano_12_p16_224"),
+        (64, TWO, "naflexvit_base_patch16_gap"),
+        (64, THIN, "beit_base_patch16_224 gemma4_vit_167m qwen3_vit_88m"),
+        (96, THIN, "gemma4_vit_167m_enc"),
+        (32, VIT, "torchvision/VisionTransformer"),
+        (64, SWIN, "torchvision/SwinTransformer"),
+        (64, MAXVIT, "torchvision/MaxVit"),
+        (64, {}, "torchvision/swin_v2_t"),
+        (112, THIN, "deepseek_vit_412m deepseek_vit_412m_enc"),
+    )
+    for name in names.split()
+}
+
+
+def build(name):
+    """Return a small member in eval mode, the arguments that build it, and the side of its images."""
+    torch.manual_seed(0)
+    pixels, given = MEMBERS[name]
+    sized = "img_size" in inspect.signature(type(create_hollow(name, **given)).__init__).parameters
+    arguments = {"num_classes": 10, **given, **({"img_size": pixels} if sized else {})}
+    return randomise(create_base(name, **arguments)).eval(), arguments, pixels
 
 
 def outputs(out):
@@ -91,24 +93,81 @@ def equal(a, b):
     return all(torch.equal(x, y) for x, y in zip(outputs(a), outputs(b), strict=True))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", NAMES)
-def test_every_class_is_sliced_right(name):
-    torch.manual_seed(0)
-    model = randomise(timm.create_model(name)).eval()
-    images = torch.randn(1, *model.pretrained_cfg["input_size"])
-    supernet = timm_autoslim.convert(model, keep_output=True)  # so that a permutation leaves even features in place
+def error(a, b):
+    """Return the largest difference of two outputs, relative to the first."""
+    pairs = zip(outputs(a), outputs(b), strict=True)
+    return max(float((x - y).abs().max() / x.abs().max()) for x, y in pairs)
+
+
+def arbitrary(space, seed):
+    """Return random widths, from the floor to the size of each group."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = {g.name: int(torch.randint(g.floor, g.size + 1, (), generator=generator)) for g in space.groups}
+    return space.from_dict(draw)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_every_class_goes_through_the_whole_chain(name, tmp_path):
+    model, arguments, pixels = build(name)
+    images = torch.randn(2, 3, pixels, pixels)
+    supernet = timm_autoslim.convert(model, images[:1], keep_output=True, base=name, base_args=arguments)
     space = supernet.space
-    whole = model(images)
-    assert equal(supernet(images), whole)
-    generator = torch.Generator().manual_seed(0)
-    arbitrary = {g.name: int(torch.randint(1, g.size + 1, (), generator=generator)) for g in space.groups}
-    for widths in (space.min(), space.from_dict(arbitrary)):
-        plain = supernet.extract(widths)
-        assert type(plain) is type(model)
-        assert equal(supernet(images, widths), plain(images))
-        assert timm_autoslim.cost(supernet, widths).params == sum(p.numel() for p in plain.parameters())
-    double, many = model.double(), images.double()
-    for a, b in zip(outputs(double(many)), outputs(reordered(double, supernet.graph, "random")(many)), strict=True):
-        bound = FLOAT32 if name in CASTS else SUMMATION
-        assert (a - b).abs().max() <= bound * a.abs().max()
+    bound = FLOAT32 if name in CASTS else SUMMATION
+    with torch.no_grad():
+        assert equal(supernet(images), model(images))
+        for widths in (space.min(), arbitrary(space, 0)):
+            plain = supernet.extract(widths)
+            assert type(plain) is type(model)
+            assert equal(supernet(images, widths), plain(images))
+            assert timm_autoslim.cost(supernet, widths).params == sum(p.numel() for p in plain.parameters())
+        check_reloaded(plain, images, tmp_path / "out")
+        check_fused(plain.double(), images.double(), bound)
+    check_gradients(supernet, widths, images)
+    with torch.no_grad():
+        double, many = model.double().eval(), images.double()
+        slimmable = reordered(double, supernet.graph, "random")
+        assert error(double(many), slimmable(many)) <= bound
+
+
+def check_reloaded(plain, images, folder):
+    """An exported and reloaded model is the extracted one, bit for bit."""
+    for module in plain.modules():
+        if getattr(module, "num_batches_tracked", None) is not None:
+            module.num_batches_tracked.fill_(1)  # as calibrated
+    timm_autoslim.export(plain, folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert equal(again(images), plain(images))
+
+
+def check_fused(plain, images, bound):
+    """Fused attention scales by the head_dim that it sees, the other path by a stored scale: they must agree."""
+    fused = plain(images)
+    for module in plain.modules():
+        if "fused_attn" in vars(module):
+            module.fused_attn = False
+    assert error(fused, plain(images)) <= bound
+
+
+def check_gradients(supernet, widths, images):
+    """A backward pass of a subnet reaches the weights that one of the whole reaches, and only inside the subnet."""
+
+    def reached(widths):
+        supernet.zero_grad(set_to_none=True)
+        sum(t.square().mean() for t in outputs(supernet(images, widths))).backward()
+        return {n: p.grad for n, p in supernet.model.named_parameters() if p.grad is not None}
+
+    supernet.train()
+    whole, inside = set(reached(None)), reached(widths)
+    assert set(inside) == whole
+    slices = supernet.graph.slices(widths.values_)
+    for name, gradient in inside.items():
+        assert gradient.isfinite().all()
+        for axis, runs in enumerate(slices.tensors.get(name, ())):
+            if runs is not None:
+                dropped = torch.ones(gradient.shape[axis], dtype=torch.bool)
+                for start, length in runs:
+                    dropped[start : start + length] = False
+                assert not gradient.index_select(axis, dropped.nonzero().ravel()).any(), name
+    supernet.zero_grad(set_to_none=True)

@@ -46,7 +46,7 @@ def test_inspect_prints_groups_reach_and_reasons(capsys):
     assert main(["inspect", "resnet10t", "--modules"]) == 0
     out = capsys.readouterr().out
     assert "10 groups" in out
-    assert "half width leaves" in out
+    assert "at half width" in out
     assert "an output of the model" in out
     assert re.search(r"^ *[\d,]+ +[\d,]+  layer1\.0\.conv1$", out, re.MULTILINE)
 

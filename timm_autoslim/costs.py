@@ -34,7 +34,7 @@ class Cost:
 
 def cost_of(graph: ChannelGraph, widths: Sequence[int]) -> Cost:
     """Return the cost of a graph at these widths, one for each group."""
-    macs = sum(p.constant * prod(c(widths) for c in p.counts) for p in graph.products)
+    macs = graph.macs(widths)
     lengths: dict[str, dict[int, int]] = defaultdict(dict)
     for (name, axis), count in graph.lengths.items():
         lengths[name][axis] = count(widths)

@@ -106,7 +106,7 @@ def apply_recipe(model: nn.Module, recipe: Mapping[str, Any]) -> nn.Module:
     Args:
         model: the recipe's base, as `create_base` returns it.
         recipe: the plain data of an extracted model's `autoslim` attribute. Each size is the length of the prefix
-            that is kept of its axis.
+            that is kept of its axis; or the runs that are kept, for tensors that no checkpoint holds.
 
     Returns:
         The same model, with the recipe as its `autoslim` attribute.
@@ -156,9 +156,24 @@ def _axes(model: nn.Module, name: str, sizes: object) -> tuple[Axis, ...]:
     if not isinstance(sizes, list | tuple) or len(sizes) != tensor.ndim:
         raise _fail(where, sizes, f"a list of {tensor.ndim} sizes for the shape {tuple(tensor.shape)}")
     for size, full in zip(sizes, tensor.shape, strict=True):
-        if size is not None and not (is_int(size) and 1 <= size <= full):
-            raise _fail(where, sizes, f"for each axis None or an integer from 1 to the size in {tuple(tensor.shape)}")
-    return tuple(None if size is None else ((0, size),) for size in sizes)
+        if not _fits(size, full):
+            need = f"for each axis None, an integer from 1 to the size in {tuple(tensor.shape)}, or runs within it"
+            raise _fail(where, sizes, need)
+    return tuple(((0, size),) if is_int(size) else size and tuple(map(tuple, size)) for size in sizes)
+
+
+def _fits(size: object, full: int) -> bool:
+    """Whether this says what is kept of an axis: all (None), the first few, or ascending runs of (start, length)."""
+    if size is None or (is_int(size) and 1 <= size <= full):
+        return True
+    end = 0
+    for run in size if isinstance(size, list | tuple) else ():
+        if not isinstance(run, list | tuple) or len(run) != 2 or not all(map(is_int, run)):
+            return False
+        if not end <= run[0] < run[0] + run[1] <= full:
+            return False
+        end = run[0] + run[1]
+    return end > 0
 
 
 def _current(model: nn.Module, path: str) -> object:
@@ -235,7 +250,9 @@ def build_slimmed(
             raise ArtifactError(f"base {base!r} cannot take {what}: torchvision models have fixed heads; leave it out")
         if native and not wanted:
             cut_heads(model)
-    elif args["num_classes"] != wanted or global_pool not in (None, pool_type(model)):
+    elif hasattr(model, "reset_classifier") and (
+        getattr(model, "num_classes", native) != wanted or global_pool not in (None, pool_type(model))
+    ):
         head = (wanted,) if global_pool is None else (wanted, global_pool)
         construct(model.reset_classifier, base, *head)
     return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -46,6 +46,21 @@ def take(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
             index = torch.cat([torch.arange(start, start + length) for start, length in runs])
             tensor = tensor.index_select(dim, index.to(tensor.device))
     return tensor.contiguous()
+
+
+def within(runs: Iterable[tuple[int, int]], old: int | Sequence[Sequence[int]] | None) -> int | list[list[int]]:
+    """Return what runs of the channels that `old` kept of an axis keep of the axis itself: runs, or the first few."""
+    index = [i for start, n in runs for i in range(start, start + n)]
+    if isinstance(old, Sequence):
+        kept = [i for start, n in old for i in range(start, start + n)]
+        index = [kept[i] for i in index]
+    found: list[list[int]] = []
+    for i in index:
+        if found and sum(found[-1]) == i:
+            found[-1][1] += 1
+        else:
+            found.append([i, 1])
+    return found[0][1] if len(found) == 1 and not found[0][0] else found
 
 
 def set_attribute(model: nn.Module, path: str, value: Value) -> Value:
@@ -165,6 +180,10 @@ def extract(model: M, slices: Slices) -> M:
     for _, _, whole, axes in _located(model, slices):
         if id(whole) not in memo:
             memo[id(whole)] = _piece(whole, axes)
+    for module in model.modules():  # activations that modules keep: autograd's results cannot be copied
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo.setdefault(id(value), value.detach().clone())
     plain = copy.deepcopy(model, memo)
     forget(plain, slices.tensors)
     for path, value in slices.attributes.items():

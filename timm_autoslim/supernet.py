@@ -17,6 +17,7 @@ from timm_autoslim.space import SearchSpace, Widths, build_space
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.tracing.trace import trace as trace_model
+from timm_autoslim.tracing.twin import tensors_in
 
 RECIPE_FORMAT = 1
 # What timm's models say of themselves, and torchvision's do not.
@@ -54,23 +55,31 @@ class Supernet(nn.Module):
         """What the proof of the trace had to freeze, each with its reason; empty for most models."""
         return tuple(self._trace.repairs)
 
-    def forward(self, x: Tensor, widths: Widths | None = None) -> Any:
-        """Run the subnet of these widths on `x` (N, C, H, W); without widths the widest, or that of an open `at` block.
+    def forward(self, *inputs: Any, widths: Widths | None = None, **named: Any) -> Any:
+        """Run the subnet of these widths; without widths the widest, or that of an open `at` block.
+
+        Args:
+            inputs, named: what the model's own forward takes, such as images (N, C, H, W).
+            widths: by name, or after the last input: `supernet(images, widths)`.
 
         Raises:
             WidthError: the widths are of another model, or differ from those of the open block.
             TraceError: the model uses reentrant gradient checkpointing, which would run the whole model in backward.
         """
+        if widths is None and inputs:
+            last, further = inputs[-1], len(inputs) > self._trace.positional
+            if isinstance(last, Widths) or (last is None and further):  # supernet(images, None) is the widest
+                inputs, widths = inputs[:-1], last
         if self._held is not None:
             if widths is not None and widths != self._held:
                 raise WidthError(
                     "other widths than those of the open `with supernet.at(...)` block; leave the block first"
                 )
-            return self.model(x)
+            return self.model(*inputs, **named)
         if widths is None:
-            return self.model(x)
+            return self.model(*inputs, **named)
         with self.at(widths):
-            out = self.model(x)
+            out = self.model(*inputs, **named)
         if widths != self.space.max():
             _refuse_reentrant_checkpoints(out)
         return out
@@ -139,11 +148,13 @@ class Supernet(nn.Module):
     def _recipe(self, plain: nn.Module, found: slicing.Slices, widths: Widths) -> dict[str, Any]:
         before = getattr(self.model, "autoslim", None) or {}  # of a model that was slimmed already
         sizes = dict(before.get("sizes", {}))
+        saved = set(self.model.state_dict())  # the rest comes from the base again: it must be known which channels stay
         for name, axes in found.tensors.items():
             if any(axis is not None for axis in axes):
                 kept = sizes.get(name, [None] * len(axes))
                 sizes[name] = [
-                    size if runs is None else sum(n for _, n in runs) for size, runs in zip(kept, axes, strict=True)
+                    old if runs is None else sum(n for _, n in runs) if name in saved else slicing.within(runs, old)
+                    for old, runs in zip(kept, axes, strict=True)
                 ]
         new = {p: list(v) if isinstance(v, tuple) else v for p, v in found.attributes.items()}
         attributes = {**before.get("attributes", {}), **new}
@@ -161,7 +172,7 @@ class Supernet(nn.Module):
 
 def _refuse_reentrant_checkpoints(out: Any) -> None:
     """Raise if backward would run parts of the model again: by then the slices are gone, and nothing would notice."""
-    waiting = [t.grad_fn for t in _outputs(out)]
+    waiting = [t.grad_fn for t in tensors_in(out)]
     seen = set()
     while waiting:
         node = waiting.pop()
@@ -174,13 +185,6 @@ def _refuse_reentrant_checkpoints(out: Any) -> None:
                 "the slices of this call; needed: `with supernet.at(widths):` around forward and backward"
             )
         waiting.extend(following for following, _ in node.next_functions)
-
-
-def _outputs(out: Any) -> list[Tensor]:
-    if isinstance(out, Tensor):
-        return [out]
-    values = out.values() if isinstance(out, Mapping) else out if isinstance(out, (tuple, list)) else ()
-    return [t for value in values for t in _outputs(value)]
 
 
 def _statistics(model: nn.Module) -> dict[str, tuple[slicing.Axis, ...]]:
@@ -200,10 +204,22 @@ def _example(model: nn.Module) -> list[Any]:
     config = getattr(model, "pretrained_cfg", None)
     size = config.get("input_size") if isinstance(config, Mapping) else None
     shapes = [size] if size else [(3, s, s) for s in _USUAL_SIZES]
+    built = _built_size(model)
+    if built is not None and shapes[0][1:] != built:  # built with another img_size
+        shapes.insert(0, (shapes[0][0], *built))
     stem = _stem_channels(model)
     if stem is not None and stem != shapes[0][0]:  # built with another in_chans
         shapes += [(stem, *shape[1:]) for shape in shapes]
     return [torch.empty((1, *shape), dtype=dtype, device="meta") for shape in shapes]
+
+
+def _built_size(model: nn.Module) -> tuple[int, ...] | None:
+    """Return the image size (H, W) that a module of the model says it was built for, as timm's patch embeddings do."""
+    for module in model.modules():
+        size = getattr(module, "img_size", None)
+        if isinstance(size, tuple) and len(size) == 2 and all(isinstance(n, int) for n in size):
+            return size
+    return None
 
 
 def _stem_channels(model: nn.Module) -> int | None:
@@ -235,6 +251,7 @@ def _freeze(found: Trace, globs: Sequence[str]) -> None:
         raise NothingToSlimError(f"freeze={list(globs)} leaves no channel that can be removed; freeze fewer modules")
 
 
+@torch.inference_mode(False)  # inside it, composite operators would reach the tracer whole
 def convert(
     model: nn.Module,
     example_input: Any = None,
@@ -256,8 +273,10 @@ def convert(
 
     Args:
         model: a timm or torchvision model, or any `nn.Module`.
-        example_input: a tensor (N, C, H, W), or a tuple or dict of inputs; only shapes and types are read. By default
-            the shape in the model's `pretrained_cfg`, else the usual sizes of images are tried.
+        example_input: a tensor (N, C, H, W), or the inputs of the model's forward as a tuple or, by name, as a dict;
+            nested ones and members that are no tensors are fine. Only shapes and types are read. The first dimension
+            of the first tensor is the batch, whose length is changed; tensors that are as long there follow it. By
+            default the shape in the model's `pretrained_cfg`, else the usual sizes of images are tried.
         order: sort the channels of every group by importance, so that the narrow subnets have the best ones: "l1",
             "l2", "bn_scale", "fpgm", "lamp" or "random". None leaves them as they stand, and then the widest subnet is
             bit-equal to the model.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from timm_autoslim.tracing.labels import Atoms, AttributeUse, Constraints, Label, Vector
+from timm_autoslim.tracing.labels import Atoms, AttributeUse, Constraints, Kernel, Label, Vector
 from timm_autoslim.tracing.sizes import (
     FromAttribute,
     FromDimension,
@@ -19,6 +19,7 @@ from timm_autoslim.tracing.sizes import (
     factors,
     is_proportional,
     leaves,
+    quotient,
 )
 
 Labels = list[Label]
@@ -61,6 +62,8 @@ class Flow:
         self.heads_found: set[str] = set()  # those of them that split channels into heads
         self.contracted: dict[str, list[Vector]] = {}  # by module, what its products of two activations run along
         self.atoms = Atoms()
+        self.flat: dict[int, Vector] = {}  # last axes of matrices among the weights, by their first atom
+        self.kernels: dict[int, Kernel] = {}  # those of them that are laid out as kernels
         self.constraints = Constraints()
         self.contractions: list[Contraction] = []
         self.call = Call("", (), {})
@@ -70,6 +73,7 @@ class Flow:
         self._frozen_seen = 0
         self._frozen_atoms: Vector = np.zeros(0, np.int64)
         self._labels: dict[int, tuple[Tensor, Labels]] = {}  # the tensor is kept alive: ids are reused otherwise
+        self._indices: dict[int, tuple[Tensor, Labels]] = {}  # tensors that hold indices of channels
 
     @property
     def path(self) -> str:
@@ -80,6 +84,8 @@ class Flow:
 
     def labels(self, tensor: Tensor) -> Labels:
         """Return one label for each dimension of `tensor`."""
+        if len(self.scope) == 1:  # no module runs: it is an output of the model
+            self.use(tensor)
         known = self._labels.get(id(tensor))
         return list(known[1]) if known else [None] * tensor.dim()
 
@@ -98,6 +104,15 @@ class Flow:
         labels: Labels = [self.atoms.fresh(n) if n > 1 else None for n in tensor.shape]
         self.set_labels(tensor, labels)
         return self.labels(tensor)
+
+    def index(self, tensor: Tensor, labels: Labels) -> None:
+        """Record that `tensor` holds indices of the channels of `labels`, which must stay if anything reads it."""
+        self._indices[id(tensor)] = (tensor, labels)
+
+    def use(self, tensor: Tensor) -> None:
+        """Note that the model reads `tensor`."""
+        if id(tensor) in self._indices:
+            self.freeze_all(self._indices[id(tensor)][1], "an index of channels leaves it")
 
     # -- moves --------------------------------------------------------------------------------------------------
 
@@ -190,6 +205,8 @@ class Flow:
         if not isinstance(size, Size):
             self.freeze(label, f"{self.call.name} is given the literal size {int(size)}")
             return
+        if label is None and self._quotient(size):
+            return
         found = list(leaves(size))
         dims = [leaf.origin.vector for leaf in found if isinstance(leaf.origin, FromDimension)]
         if label is not None and dims:
@@ -204,6 +221,20 @@ class Flow:
             shrinks = max(factors(size), key=lambda leaf: (leaf.origin.path in bound, leaf))  # type: ignore[union-attr]
             for leaf in found:
                 self._bind(leaf, label if leaf is shrinks else None)
+
+    def _quotient(self, size: Size) -> bool:
+        """Make a and b of `a // b` change in step where the quotient must stay (channels by heads, if heads go)."""
+        operands = quotient(size)
+        if operands is None:
+            return False
+        step = self.atoms.fresh(int(operands[1]))
+        for operand in operands:
+            for leaf in leaves(operand):
+                if isinstance(leaf.origin, FromDimension):
+                    self.constraints.tie_counts([step, leaf.origin.vector])
+                else:
+                    self._bind(leaf, step)
+        return True
 
     def _difference(self, size: Size, label: Label) -> bool:
         """Bind a in `a - b` to the channels that b counts and these (as in a split into b and the rest)."""
@@ -222,15 +253,32 @@ class Flow:
         assert isinstance(leaf.origin, FromAttribute)
         self.constraints.attributes.append(AttributeUse(leaf.origin.path, int(leaf), label))
 
+    def _fixed(self, path: str) -> bool:
+        """Whether this attribute has given the length of a dimension without channels, and so keeps its value."""
+        return any(use.path == path and use.vector is None for use in self.constraints.attributes)
+
     def sized(self, size: int, given: int) -> Label:
         """Return the label of a new dimension whose length the model's code gave as `given`."""
         if size == 1 or not isinstance(given, Size):
             return None
         if isinstance(given.origin, FromDimension):
             return given.origin.vector
+        if isinstance(given.origin, FromAttribute) and self._fixed(given.origin.path):
+            return None
         label = self.atoms.fresh(size)
         self.constrain(label, given)
         return label
+
+    def kernel(self, label: Label, shape: tuple[int, ...]) -> Kernel | None:
+        """Lay the last axis of a weight matrix out as a kernel (O, I, kh, kw), unless something else has touched it."""
+        if label is None or (whole := self.flat.get(int(label[0]))) is None or not np.array_equal(whole, label):
+            return None
+        known = self.kernels.get(int(label[0]))
+        if known is None and np.array_equal(self.atoms.find(label), label):
+            parts = tuple(self.atoms.fresh(n) if n > 1 else None for n in shape)
+            self.constraints.ordered.extend(p for p in parts if p is not None)
+            known = self.kernels[int(label[0])] = Kernel(label, shape, parts)
+        return known if known is not None and known.shape == shape else None
 
     # -- splitting one dimension into several -------------------------------------------------------------------
 
@@ -242,25 +290,27 @@ class Flow:
         grid = vector.reshape([int(s) for s in sizes])
         roots = self.atoms.find(grid)
         separable = self._separable(roots)
-        axis = separable if separable is not None else self._shrinking_axis(roots, given, self._loses_heads())
+        axis = separable
+        if separable is None:
+            globs = self.loses_heads()
+            self.heads_found.update(globs)
+            axis = self._shrinking_axis(roots, given, bool(globs))
         out: Labels = [None] * len(sizes)
         if axis is None:
             self.freeze(vector, f"{self.call.name} splits it into literal sizes {[int(s) for s in sizes]}")
             return out
         rows = np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])
-        if separable is None and self._collapses(rows):
-            out[axis] = self._by_position(rows)
+        if separable is None and self.collapses(rows):
+            out[axis] = self.by_position(rows)
         else:
             for row in rows[1:]:
                 self.atoms.join(rows[0], row)
             out[axis] = rows[0]
         return out
 
-    def _loses_heads(self) -> bool:
-        """Whether the user wants whole heads of the running module removed, not channels of every head."""
-        found = [glob for glob in self.whole_heads if fnmatch.fnmatchcase(self.path, glob)]
-        self.heads_found.update(found)
-        return bool(found)
+    def loses_heads(self) -> list[str]:
+        """Return the user's globs by which the running module loses whole heads, not channels of every head."""
+        return [glob for glob in self.whole_heads if fnmatch.fnmatchcase(self.path, glob)]
 
     @staticmethod
     def _separable(roots: Vector) -> int | None:
@@ -283,7 +333,7 @@ class Flow:
             return free[0]
         return free[-1] if sizes[free[-1]] > 2 else max(free, key=lambda i: sizes[i])
 
-    def _collapses(self, rows: Vector) -> bool:
+    def collapses(self, rows: Vector) -> bool:
         """Whether tying the rows would merge different channels of one row (a repeated channel shuffle does)."""
         if len(rows) < 2:
             return False
@@ -295,7 +345,7 @@ class Flow:
             trial.join(codes[0], row)
         return len(np.unique(trial.find(codes[0]))) < max(counts)
 
-    def _by_position(self, rows: Vector) -> Vector:
+    def by_position(self, rows: Vector) -> Vector:
         """Start fresh channels that are tied to the rows by count and position only."""
         label = self.atoms.fresh(rows.shape[1])
         self.constraints.tie_counts([label, rows.ravel()])

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
+from math import gcd, prod
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from timm_autoslim.slicing import Axis, Slices, Value
 from timm_autoslim.tracing.flow import Contraction, Flow
-from timm_autoslim.tracing.labels import AttributeUse, Vector
+from timm_autoslim.tracing.labels import AttributeUse, Kernel, Vector
 
 Place = tuple[str, int]  # a tensor's name and one of its axes
 
@@ -48,6 +48,18 @@ class Count:
     def __call__(self, widths: Sequence[int]) -> int:
         """Return the active length at these widths, one for each group."""
         return self.fixed + sum(factor * widths[group] for group, factor in self.terms)
+
+
+@dataclass(frozen=True)
+class Area:
+    """The active length of an axis that is laid out as a kernel: `constant` times the product of the counts."""
+
+    constant: int
+    counts: tuple[Count, ...]
+
+    def __call__(self, widths: Sequence[int]) -> int:
+        """Return the active length at these widths, one for each group."""
+        return self.constant * prod(count(widths) for count in self.counts)
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,7 @@ class ChannelGraph:
         strands, group_sizes: the free channels; a group's size is the number of steps of its width.
         names: one name for each group, the module that produces its channels first.
         fixed: reason by place, for every axis of which no channel can be removed.
+        torn: attributes that give the size of channels at one place and a fixed size at another.
         floor: the narrowest width that the proof could run; 1 for nearly every model.
     """
 
@@ -114,6 +127,7 @@ class ChannelGraph:
         self.tied = dict(tied or {})
         self._flow = flow
         self.floor = 1
+        self.torn: set[str] = set()
         self._vectors: dict[Place, Vector] = {
             (name, axis): label
             for name, labels in tensors.items()
@@ -135,6 +149,7 @@ class ChannelGraph:
             for unit in units[~frozen[units]]:
                 self._reason[int(unit)] = reason
             frozen[units] = True
+        self._hold_kernels(frozen)
         ties = [
             tuple(self._unit_of[v] for v in tie) for tie in [*constraints.proportional, *self._attribute_ties(frozen)]
         ]
@@ -152,6 +167,20 @@ class ChannelGraph:
             self._reason[int(unit)] = reason
         frozen[units] = True
 
+    def _hold_kernels(self, frozen: NDArray[np.bool_]) -> None:
+        """The atoms of a weight that is laid out as a kernel are no channels of their own: its parts are."""
+        self._kernels = []
+        alone = np.bincount(self._unit_of, minlength=len(self._units)) == 1
+        for kernel in self._flow.kernels.values():
+            units = self._unit_of[kernel.vector]
+            parts = [v for v in kernel.parts if v is not None]
+            if frozen[units].any() or not alone[units].all():
+                for part in parts:
+                    self._freeze_units(frozen, self._unit_of[part], "a flat kernel that is also used otherwise")
+            else:
+                self._kernels.append(kernel)
+            self._freeze_units(frozen, units, "a flat kernel")
+
     def _attribute_ties(self, frozen: NDArray[np.bool_]) -> list[tuple[Vector, ...]]:
         """All sizes that one attribute gives must change in proportion; with a fixed one among them, none can."""
         uses: dict[str, list[AttributeUse]] = defaultdict(list)
@@ -161,6 +190,7 @@ class ChannelGraph:
         for path, found in uses.items():
             vectors = [u.vector for u in found if u.vector is not None]
             if len(vectors) < len(found):
+                self.torn |= {path} if vectors else set()
                 for vector in vectors:
                     self._freeze_units(frozen, self._unit_of[vector], f"the attribute {path} also gives a fixed size")
             elif len(vectors) > 1:
@@ -265,10 +295,11 @@ class ChannelGraph:
         self._atom_strand = self._strand_of[self._unit_of]
         self._atom_rank = rank_of[self._unit_of]
         self.places = {place: self._place(vector) for place, vector in self._vectors.items()}
+        laid_out = {id(kernel.vector) for kernel in self._kernels}
         self.fixed = {
             place: self._reason.get(int(self._unit_of[vector[0]]), "not used in forward")
             for place, vector in self._vectors.items()
-            if (self._atom_strand[vector] < 0).all()
+            if (self._atom_strand[vector] < 0).all() and id(vector) not in laid_out
         }
         held = {name for name, _ in self._vectors}
         self.fixed |= {(name, 0): "none of its axes carries channels" for name in self.parameters if name not in held}
@@ -316,6 +347,16 @@ class ChannelGraph:
             self.__dict__.pop(name, None)
         self._solve()
 
+    def macs(self, widths: Sequence[int]) -> float:
+        """Return the MACs of one image at these widths."""
+        return sum(p.constant * prod(c(widths) for c in p.counts) for p in self.products)
+
+    def half(self) -> float:
+        """Return the share of the MACs that half of every width leaves, without rounding."""
+        whole = self.group_sizes
+        left = sum(p.constant * prod((c.fixed + c(whole)) / 2 for c in p.counts) for p in self.products)
+        return left / max(1, self.macs(whole))
+
     @property
     def floors(self) -> list[int]:
         """The narrowest width of every group."""
@@ -335,26 +376,46 @@ class ChannelGraph:
     def active(self, widths: Sequence[int]) -> NDArray[np.bool_]:
         """Return for every atom whether it is active at these widths."""
         limits = np.array([s.ratio * widths[s.group] for s in self.strands] + [0], np.int64)  # strand -1 is fixed
-        return (self._atom_strand < 0) | (self._atom_rank < limits[self._atom_strand])
+        active = (self._atom_strand < 0) | (self._atom_rank < limits[self._atom_strand])
+        for kernel in self._kernels:
+            inside: NDArray[np.bool_] = np.ones(kernel.shape, bool)
+            for axis, part in enumerate(kernel.parts):
+                if part is not None:
+                    inside &= active[part].reshape([-1 if i == axis else 1 for i in range(len(kernel.shape))])
+            active[kernel.vector] = inside.ravel()
+        return active
+
+    def _area(self, kernel: Kernel) -> Area:
+        fixed = prod(n for n, part in zip(kernel.shape, kernel.parts, strict=True) if part is None)
+        return Area(fixed, tuple(self.count(part) for part in kernel.parts if part is not None))
+
+    def _product(self, contraction: Contraction) -> Product:
+        by_first = {int(kernel.vector[0]): kernel for kernel in self._kernels}
+        constant, counts, held = contraction.constant, [], []
+        for vector in contraction.vectors:
+            kernel = by_first.get(int(vector[0]))
+            parts = [vector] if kernel is None else [v for v in kernel.parts if v is not None]
+            constant *= 1 if kernel is None else self._area(kernel).constant
+            counts += [self.count(part) for part in parts]
+            held += [reason for part in parts if (reason := self.held(part))]
+        return Product(contraction.path, constant, tuple(counts), held[-1] if held else None)
 
     @cached_property
     def products(self) -> tuple[Product, ...]:
         """MACs of one image as a function of the widths."""
-        found: list[Contraction] = self._flow.contractions
-        return tuple(
-            Product(
-                c.path,
-                c.constant,
-                tuple(self.count(v) for v in c.vectors),
-                next(filter(None, map(self.held, c.vectors)), None),
-            )
-            for c in found
-        )
+        return tuple(map(self._product, self._flow.contractions))
 
     @cached_property
-    def lengths(self) -> dict[Place, Count]:
+    def lengths(self) -> dict[Place, Count | Area]:
         """The active length of every axis that can shrink."""
-        return {p: self.count(v) for p, v in self._vectors.items() if (self._atom_strand[v] >= 0).any()}
+        kernels = {int(kernel.vector[0]): kernel for kernel in self._kernels}
+        found: dict[Place, Count | Area] = {}
+        for place, vector in self._vectors.items():
+            if int(vector[0]) in kernels:
+                found[place] = self._area(kernels[int(vector[0])])
+            elif (self._atom_strand[vector] >= 0).any():
+                found[place] = self.count(vector)
+        return found
 
     @cached_property
     def producers(self) -> dict[str, Count]:

@@ -38,12 +38,22 @@ class Atoms:
     def find(self, a: Vector) -> Vector:
         """Return the representative (the smallest atom) of every atom's class."""
         self._settle()
-        return self._parent[a]
+        return self._root(a)
 
     def roots(self) -> Vector:
         """Return the representative of every atom there is."""
         self._settle()
-        return self._parent
+        return self._root(np.arange(self._count))
+
+    def _root(self, a: Vector) -> Vector:
+        """Follow these atoms up to their representatives, and point them straight at those."""
+        root = self._parent[a]
+        while True:
+            above = self._parent[root]
+            if np.array_equal(above, root):
+                self._parent[a] = root
+                return root
+            root = above
 
     def _settle(self) -> None:
         if len(self._parent) < self._count:
@@ -51,23 +61,16 @@ class Atoms:
             self._parent = np.concatenate([self._parent, new])
         if not self._pending:
             return
-        parent = self._parent
         left = np.concatenate([a for a, _ in self._pending])
         right = np.concatenate([b for _, b in self._pending])
         self._pending.clear()
         while True:
-            a, b = parent[left], parent[right]
+            a, b = self._root(left), self._root(right)
             apart = a != b
             if not apart.any():
                 return
             left, right = left[apart], right[apart]
-            low, high = np.minimum(a[apart], b[apart]), np.maximum(a[apart], b[apart])
-            np.minimum.at(parent, high, low)
-            while True:  # point every atom straight at its representative
-                above = parent[parent]
-                if np.array_equal(above, parent):
-                    break
-                parent[:] = above
+            np.minimum.at(self._parent, np.maximum(a, b)[apart], np.minimum(a, b)[apart])
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,19 @@ class AttributeUse:
     value: int | float
     vector: Label
     power: float = 1
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A weight's last axis that is laid out as a convolution's kernel (O, I, kh, kw), as in CondConv.
+
+    The channel at index (o, i, y, x) of `vector` is active where those of all `parts` are. A part is None where the
+    kernel has length 1.
+    """
+
+    vector: Vector
+    shape: tuple[int, ...]
+    parts: tuple[Label, ...]
 
 
 @dataclass

@@ -17,7 +17,7 @@ from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label
 from timm_autoslim.tracing.ops import recurrent
-from timm_autoslim.tracing.twin import call, sized
+from timm_autoslim.tracing.twin import call, seeded, sized, tensors_in
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class _Lockstep(TorchDispatchMode):
             self.at += 1
             if due.path != path:
                 raise Disagreement(f"runs this module where the whole model runs {due.path}", path)
-            for tensor, labels, shape in zip(ops.tensors_in(out), due.labels, due.shapes, strict=True):
+            for tensor, labels, shape in zip(tensors_in(out), due.labels, due.shapes, strict=True):
                 want = tuple(n if v is None else int(self.active[v].sum()) for n, v in zip(shape, labels, strict=True))
                 if tuple(tensor.shape) != want:
                     raise Disagreement(
@@ -98,9 +98,20 @@ class _Lockstep(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
+            _check_bias(func, args)
             return ops.execute(func, args, kwargs or {})
         except Exception as error:
             raise Disagreement(f"{func} fails: {error}", self.scope[-1], str(func)) from error
+
+
+def _check_bias(func: Any, args: Sequence[Any]) -> None:
+    """Raise if the bias of a convolution is too long or too short: on the meta device torch does not look at it."""
+    if func is not torch.ops.aten.convolution.default or args[2] is None:
+        return
+    weight, bias, transposed, groups = args[1], args[2], args[6], args[8]
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    if len(bias) != channels:
+        raise RuntimeError(f"a convolution to {channels} channels has a bias of length {len(bias)}")
 
 
 def suspects(records: Sequence[Record], fault: Disagreement) -> Iterator[list[Label]]:
@@ -149,6 +160,7 @@ class Prover:
         try:
             with (
                 torch.no_grad(),
+                seeded(),
                 slicing.applied(self.plain, graph.slices(widths, self.described)),
                 recurrent.Shapes(),
                 lockstep,

@@ -34,12 +34,14 @@ class FromExpression:
         proportional: it scales as the one size that it was computed from.
         factors: it is a product or quotient of several sizes, and scales as any one of these while all others stay.
         difference: it is the first operand less the second.
+        quotient: it is the first operand divided by the second.
     """
 
     operands: tuple[Size, ...]
     proportional: bool
     factors: tuple[Size, ...] = ()
     difference: bool = False
+    quotient: bool = False
 
 
 class Size(int):
@@ -74,6 +76,14 @@ def factors(size: Size) -> tuple[Size, ...]:
     return tuple(leaf for factor in size.origin.factors for leaf in factors(factor))
 
 
+def quotient(size: Size) -> tuple[Size, ...] | None:
+    """Return a and b if `size` is a // b, and both of them scale as one size."""
+    if not isinstance(size.origin, FromExpression) or not size.origin.quotient:
+        return None
+    operands = size.origin.operands
+    return operands if all(is_proportional(v) and len(list(leaves(v))) == 1 for v in operands) else None
+
+
 def _derived(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Size, Any], Any]:
     def method(self: Size, other: Any) -> Any:
         if not isinstance(other, int):
@@ -88,8 +98,9 @@ def _derived(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Size, 
             scales = scales and len(operands) == 2  # a constant that is added does not scale
         else:
             scales = scales and len(operands) == 1 and not (swap and compute is operator.floordiv)
-        difference = compute is operator.sub and len(operands) == 2 and not swap
-        return Size(compute(a, b), FromExpression(operands, scales, either, difference))
+        first, ratio = len(operands) == 2 and not swap, compute is operator.floordiv
+        origin = FromExpression(operands, scales, either, first and compute is operator.sub, first and ratio)
+        return Size(compute(a, b), origin)
 
     return method
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import FunctionType
@@ -22,7 +22,18 @@ from timm_autoslim.tracing.labels import AttributeUse, Label
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.prove import Exit, Operation, Prover, Record, suspects
 from timm_autoslim.tracing.sizes import FromExpression, Size, wrap_attributes
-from timm_autoslim.tracing.twin import call, meta_twin, named_tensors, sized, tied_names
+from timm_autoslim.tracing.twin import (
+    call,
+    check_example,
+    check_model,
+    meta_twin,
+    named_tensors,
+    seeded,
+    sized,
+    tensors_in,
+    tied_names,
+    what_failed,
+)
 
 # Attributes that only describe a module: they are not read in forward, but users and timm read them.
 _DESCRIBES_INPUT = ("in_channels", "in_features", "in_chs", "in_dim", "num_features", "embed_dim", "kdim", "vdim",
@@ -30,16 +41,22 @@ _DESCRIBES_INPUT = ("in_channels", "in_features", "in_chs", "in_dim", "num_featu
 _DESCRIBES_OUTPUT = ("out_channels", "out_features", "out_chs", "out_dim", "num_features", "num_channels")
 _DESCRIBES_HEAD = ("head_dim", "key_dim", "dim_head")
 MAX_REPAIRS = 40
+NARROW = 0.35  # of the MACs at half width, where a quarter is ideal
 
 
 @dataclass
 class Trace:
-    """A solved graph, with the attributes that describe the model without being read in its forward."""
+    """A solved graph, with the attributes that describe the model without being read in its forward.
+
+    Attributes:
+        positional: how many inputs the example gave by position.
+    """
 
     graph: ChannelGraph
     described: list[AttributeUse]
     operators: frozenset[str]
     repairs: list[str] = field(default_factory=list)
+    positional: int = 1
 
 
 # -- the two modes --------------------------------------------------------------------------------------------------
@@ -101,16 +118,23 @@ class _Sizes(TorchFunctionMode):
 class _Recorder(TorchDispatchMode):
     """Run the rule of every operator, and record which labels it saw."""
 
-    def __init__(self, flow: Flow) -> None:
+    def __init__(self, flow: Flow, foreign: frozenset[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flow = flow
+        self.foreign = foreign  # the tensors of the model itself
         self.operations: list[Operation] = []
         self.used: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = ops.execute(func, args, kwargs)
         tensors = ops.tensors_in([*args, *kwargs.values()])
+        if not self.foreign.isdisjoint(map(id, tensors)):
+            raise TraceError(
+                f"{self.flow.path or 'the model'}: its forward runs on the weights of this very model in a copy too (a "
+                "lambda or closure over the model was put in place of forward?); needed: a forward that finds its "
+                "weights through self, such as types.MethodType(function, model)"
+            )
+        out = ops.execute(func, args, kwargs)
         self.used.update(id(t) for t in tensors)
         entering = [label for t in tensors for label in self.flow.labels(t)]
         ops.run(self.flow, func, args, kwargs, out)
@@ -128,20 +152,22 @@ class _Watch:
 
     def __init__(self, flow: Flow, twin: nn.Module) -> None:
         self.flow, self.twin = flow, twin
-        self.entered = ""  # the module that ran last, for error texts
+        self.entered = ""  # the module that ran last, and what entered it, for error texts
+        self.got: list[tuple[int, ...]] = []
         self.described: list[AttributeUse] = []
         self.exits: list[Exit] = []
         self.outputs: dict[str, tuple[Tensor, list[Label]]] = {}
         self.inputs: dict[str, tuple[Tensor, list[Label]]] = {}
         for path, module in twin.named_modules():
-            module.register_forward_pre_hook(self._enter(path))
+            module.register_forward_pre_hook(self._enter(path), with_kwargs=True)
             module.register_forward_hook(self._leave(path), always_call=True)
 
     def _enter(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.flow.scope.append(path)
-            self.entered = path
-            for tensor in ops.tensors_in(args)[:1]:
+            found = tensors_in([args, kwargs])
+            self.entered, self.got = path, [tuple(t.shape) for t in found]
+            for tensor in found[:1]:
                 self.inputs[path] = (tensor, self.flow.labels(tensor))
                 self._note(path, module, _DESCRIBES_INPUT, self.flow.labels(tensor))
 
@@ -150,7 +176,7 @@ class _Watch:
     def _leave(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             self.flow.scope.pop()
-            found = ops.tensors_in(out)
+            found = tensors_in(out)
             labels = tuple(tuple(self.flow.labels(t)) for t in found)
             self.exits.append(Exit(path, tuple(tuple(t.shape) for t in found), labels))
             for tensor in found[:1]:
@@ -200,7 +226,7 @@ class _Watch:
 
         def forward_features(*args: Any, **kwargs: Any) -> Any:
             out = inner(*args, **kwargs)
-            for tensor in ops.tensors_in(out)[:1]:
+            for tensor in tensors_in(out)[:1]:
                 self.outputs["forward_features"] = (tensor, self.flow.labels(tensor))
             return out
 
@@ -213,8 +239,9 @@ class Tracer:
     def __init__(
         self, model: nn.Module, example: Any, keep_output: bool = True, whole_heads: Sequence[str] = ()
     ) -> None:
-        self.example, self.keep_output = example, keep_output
+        self.model, self.example, self.keep_output = model, example, keep_output
         self.flow = Flow(whole_heads)
+        self.foreign = frozenset(map(id, named_tensors(model).values()))
         self.twin = meta_twin(model)
         self.plain = meta_twin(model)  # proving must not meet the wrapped integers or these hooks
         wrap_attributes(self.twin)
@@ -227,6 +254,8 @@ class Tracer:
     def _fresh_labels(self, name: str, tensor: Tensor) -> list[Label]:
         """Give every axis of a weight atoms of its own; the axes of a kernel are no channels."""
         labels = self.flow.fresh_labels(tensor)
+        if tensor.dim() == 2 and labels[1] is not None:
+            self.flow.flat[int(labels[1][0])] = labels[1]
         if isinstance(self.twin.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd):
             labels = [v if axis < 2 else None for axis, v in enumerate(labels)]
             self.flow.set_labels(tensor, labels)
@@ -244,12 +273,18 @@ class Tracer:
             if id(tensor) not in self.used:
                 for label in self.labels.get(name, []):
                     self.flow.constraints.freeze(label, "not used in forward")
+        self._hold_unsaved(self.labels.keys() - set(self.twin.state_dict()))
         shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
         parameters = [n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)]
         graph = ChannelGraph(self.flow, self.labels, shapes, parameters, tied_names(self.twin))
         operators = frozenset(o.name for run in self.runs for o in run.operations)
-        trace = Trace(graph, self.watch.described, operators)
+        given = self.example
+        positional = len(given) if isinstance(given, tuple) else 0 if isinstance(given, Mapping) else 1
+        trace = Trace(graph, self.watch.described, operators, positional=positional)
         self._prove(trace)
+        if not graph.group_sizes and "*" not in self.flow.whole_heads:
+            with contextlib.suppress(NothingToSlimError, WidthError):
+                return Tracer(self.model, self.example, self.keep_output, ["*"]).run()
         if not graph.group_sizes:
             reasons = sorted(set(graph.fixed.values()))[:8]
             raise NothingToSlimError(
@@ -260,15 +295,15 @@ class Tracer:
     def _record(self, training: bool) -> None:
         self.twin.train(training)
         self.flow.count_macs = not training
-        recorder, sizes = _Recorder(self.flow), _Sizes(self.flow)
+        recorder, sizes = _Recorder(self.flow, self.foreign), _Sizes(self.flow)
         self.watch.exits.clear()
         example = sized(self.example, 2 if training else 1)
-        for tensor in ops.tensors_in(list(example.values()) if isinstance(example, dict) else example):
+        for tensor in tensors_in(example):
             labels = self.flow.fresh_labels(tensor)
             self.flow.freeze(labels[1] if len(labels) > 1 else None, "a channel of the model's input")
             self.flow.set_labels(tensor, [v if d == 1 else None for d, v in enumerate(labels)])
         try:
-            with torch.no_grad(), sizes, recorder:
+            with torch.no_grad(), seeded(), sizes, recorder:
                 out = call(self.twin, example)
                 macs, self.flow.count_macs = self.flow.count_macs, False
                 record = Record(training, tuple(recorder.operations), tuple(self.watch.exits))
@@ -278,17 +313,35 @@ class Tracer:
                     ):  # not every model keeps timm's contract; it is not the trace's business
                         self.watch.describe_model()
                 self.flow.count_macs = macs
+        except TraceError:
+            raise
         except Exception as error:
-            mode = "train" if training else "eval"
+            raise TraceError(what_failed(error, self.twin, self.watch.entered, self.watch.got)) from error
+        found = tensors_in(out)
+        if not found and not training:
             raise TraceError(
-                f"{self.watch.entered or 'the model'}: its forward raised {type(error).__name__} in {mode}() mode on "
-                f"the meta device ({error}); needed: a forward that runs on example_input without reading data values"
-            ) from error
-        for tensor in ops.tensors_in(list(out.values()) if isinstance(out, dict) else out) if self.keep_output else []:
+                f"the model: its forward returned a {type(out).__name__} without a tensor in eval() mode; needed: a "
+                "tensor, or a tuple, list, dict or object that holds one"
+            )
+        for tensor in found if self.keep_output else []:
             for label in self.flow.labels(tensor):
                 self.flow.constraints.freeze(label, "an output of the model")
         self.runs.append(record)
         self.used |= recorder.used | sizes.used
+
+    def _hold_unsaved(self, names: Iterable[str]) -> None:
+        """Keep tensors that are in no checkpoint whole where their module may compute them anew, else their order.
+
+        A module that overrides `_apply` does so when it is cast or moved (rotary tables).
+        """
+        for name in names:
+            module = self.twin.get_submodule(name.rpartition(".")[0])
+            renewed = type(module)._apply is not nn.Module._apply
+            for label in self.labels[name]:
+                if renewed:
+                    self.flow.constraints.freeze(label, f"{name} is in no checkpoint, and its module may renew it")
+                elif label is not None:
+                    self.flow.constraints.ordered.append(label)
 
     def _scales(self) -> None:
         """Let the scale of attention scores, and the size it comes from, follow what the scores run along.
@@ -298,7 +351,7 @@ class Tracer:
         """
         for path, vectors in self.flow.contracted.items():
             for name, value in self.twin.get_submodule(path).__dict__.items():
-                for vector in vectors:
+                for vector in (v for v in vectors if not self.flow.stays(v)):  # tokens may be as many as channels
                     use = AttributeUse(f"{path}.{name}" if path else name, value, vector, -0.5)
                     if isinstance(value, float) and "drop" not in name and value == len(vector) ** -0.5:
                         self.flow.constraints.attributes.append(use)
@@ -351,4 +404,13 @@ def trace(model: nn.Module, example: Any, keep_output: bool = True, whole_heads:
         NothingToSlimError: no channel can be removed; the text names what is in the way.
         WidthError: a glob of `whole_heads` matches no module that splits channels into heads.
     """
-    return Tracer(model, example, keep_output, whole_heads).run()
+    check_model(model)
+    check_example(example)
+    found = Tracer(model, example, keep_output, whole_heads).run()
+    others = [sorted({path.rpartition(".")[0] for path in found.graph.torn}), ["*"]]
+    for other in others:  # where a split took its last axis and much stays whole, try the other one
+        if other and found.graph.half() > NARROW:
+            with contextlib.suppress(TraceError, WidthError):
+                again = Tracer(model, example, keep_output, [*whole_heads, *other]).run()
+                found = again if again.graph.half() < found.graph.half() - 0.01 else found
+    return found

@@ -26,6 +26,8 @@ def run(flow: Flow, operator: torch._ops.OpOverload, args: tuple[Any, ...], kwar
     namespace = operator.namespace
     found = RULES.get(packet) if namespace == "aten" else None
     flow.operator = packet
+    for tensor in tensors_in([*args, *kwargs.values()]):
+        flow.use(tensor)
     if found is None:
         unknown(flow, packet if namespace == "aten" else operator._schema.name, args, kwargs, out)
     else:

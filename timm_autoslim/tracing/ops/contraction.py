@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import numpy as np
@@ -53,12 +52,11 @@ def _convolution(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out:
         out_label = _grouped(flow, x, weight, lx[1], lw, groups, transposed)
     along = lx[2:] if passes else _along(flow, lx[2:], args)
     flow.set_labels(out, [lx[0], out_label, *along])
-    if bias is not None and out_label is not None:
+    if bias is not None and (out_label is not None or flow.labels(bias)[0] is not None):
         flow.join(out_label, flow.labels(bias)[0], "the bias of a convolution")
-    positions = (x if transposed else out).shape
-    flow.contract(
-        positions[0] * prod(positions[2:]), list(zip(weight.shape, lw[:2] + [None] * (weight.dim() - 2), strict=True))
-    )
+    positions = list(zip((x if transposed else out).shape, [None, None, *along], strict=True))
+    kernel = list(zip(weight.shape, lw[:2] + [None] * (weight.dim() - 2), strict=True))
+    flow.contract(1, [positions[0], *positions[2:], *kernel])
     flow.produce(out_label)
 
 
@@ -90,10 +88,13 @@ def _grouped(flow: Flow, x: Tensor, weight: Tensor, lx: Label, lw: Labels, group
     grid = lx.reshape(groups, in_each)
     if transposed:  # weight (I, O / groups): axis 0 follows the input, axis 1 repeats for each group
         flow.atoms.join(lx, first)
-        flow.freeze_all([lx, lw[1]], "a grouped transposed convolution")
-        if lw[1] is not None:
-            return np.tile(lw[1], groups)
-        return lx if out_each == 1 and groups == x.shape[1] else None
+        if groups >= min(in_each, out_each) and (bound or in_each == 1):
+            flow.freeze(lw[1], "the channels of one group; whole groups are removed instead")
+            tie_rows(flow, grid)
+            flow.constrain(grid[:, 0], given)
+            return np.repeat(grid[:, 0], out_each)
+        tie_rows(flow, grid.T)
+        return None if lw[1] is None else np.tile(lw[1], groups)
     rows = first.reshape(groups, out_each)
     if groups >= min(in_each, out_each) and (bound or in_each == 1):
         flow.freeze(lw[1], "the channels of one group; whole groups are removed instead")
@@ -102,7 +103,9 @@ def _grouped(flow: Flow, x: Tensor, weight: Tensor, lx: Label, lw: Labels, group
         flow.atoms.join(grid[:, 0], rows[:, 0])
         flow.constrain(grid[:, 0], given)
     else:
-        if lw[1] is not None:
+        if lw[1] is not None and flow.collapses(grid):  # channels were shuffled before it
+            flow.atoms.join(flow.by_position(grid), lw[1])
+        elif lw[1] is not None:
             for share in grid:
                 flow.atoms.join(share, lw[1])
         for share in rows[1:]:

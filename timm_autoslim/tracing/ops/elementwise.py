@@ -47,6 +47,13 @@ def _same(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -
     flow.set_labels(out, flow.labels(args[0]))
 
 
+@rule("_weight_norm_interface")
+def _weight_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    weight, norms = out
+    flow.set_labels(weight, flow.broadcast(args[:2], weight.shape, "weight norm"))
+    flow.set_labels(norms, flow.labels(args[1]))
+
+
 _FACTORIES = (
     *("zeros", "ones", "empty", "full", "rand", "randn"),
     *("new_zeros", "new_ones", "new_empty", "new_full"),

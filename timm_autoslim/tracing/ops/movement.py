@@ -13,6 +13,9 @@ from timm_autoslim.tracing.flow import Flow, Labels
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops.contraction import tie_rows
 from timm_autoslim.tracing.ops.table import rule, tensors_in, unknown
+from timm_autoslim.tracing.sizes import Size
+
+_LONG = 1 << 20  # labels of more entries are dropped where their channels stay anyway, to save memory
 
 
 def _regroup(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -43,13 +46,13 @@ def _merge(flow: Flow, sizes: Sequence[int], labels: Labels) -> Label:
         labelled = [i for i in labelled if not flow.stays(labels[i])] or labelled[-1:]  # type: ignore[arg-type]
     if not labelled:
         return None
-    if len(labelled) > 1:
-        for i in labelled:
-            flow.freeze(labels[i], f"{flow.call.name} merges it with another channel dimension")
-    i = labelled[-1]
+    i = labelled[0 if flow.loses_heads() else -1]
+    for other in labelled:
+        if other != i:  # one of them can shrink
+            flow.freeze(labels[other], f"{flow.call.name} merges it with another channel dimension")
     label = labels[i]
     assert label is not None
-    if prod(sizes) > len(label) and flow.stays(label):
+    if prod(sizes) > _LONG and flow.stays(label):
         return None
     return np.tile(np.repeat(label, prod(sizes[i + 1 :])), prod(sizes[:i]))
 
@@ -62,6 +65,12 @@ def _view(flow: Flow, x: Tensor, out: Tensor, given: Sequence[int] | None) -> No
         flow.set_labels(out, result)
         return
     for ins, outs in _regroup(source, target):
+        if given is not None and len(target) == 4 and len(outs) > 1 and all(isinstance(given[j], Size) for j in outs):
+            kernel = _kernel(flow, [source[i] for i in ins], [labels[i] for i in ins], [target[j] for j in outs])
+            if kernel is not None:
+                for j, label in zip(outs, kernel, strict=True):
+                    result[j] = label
+                continue
         ins, outs = [i for i in ins if source[i] != 1], [j for j in outs if target[j] != 1]
         flat = _merge(flow, [source[i] for i in ins], [labels[i] for i in ins])
         if flat is None or not outs:
@@ -79,15 +88,38 @@ def _view(flow: Flow, x: Tensor, out: Tensor, given: Sequence[int] | None) -> No
     flow.set_labels(out, result)
 
 
+def _unflattened(flow: Flow, x: Tensor, dim: Any, sizes: Sequence[int], **_: Any) -> Sequence[int] | None:
+    """Return the sizes that `unflatten` asks for: those of one dimension are written in the model's code."""
+    if not isinstance(dim, int):  # a named dimension
+        return None
+    shape = flow.sizes(x)
+    dim %= x.dim()
+    return [*shape[:dim], *sizes, *shape[dim + 1 :]]
+
+
+def _kernel(flow: Flow, source: Sequence[int], labels: Labels, target: Sequence[int]) -> Labels | None:
+    """Label a kernel (N * O, I, kh, kw) that is mixed for each of N images from the rows of a matrix."""
+    images = prod(source[:-1])
+    if any(v is not None for v in labels[:-1]) or target[0] % images:
+        return None
+    kernel = flow.kernel(labels[-1], (target[0] // images, *target[1:]))
+    if kernel is None:
+        return None
+    first, *rest = kernel.parts
+    return [None if first is None else np.tile(first, images), *rest]
+
+
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy")
 def _view_rule(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    implicit = flow.call.name in ("flatten", "unflatten", "linear", "matmul", "__matmul__", "bmm", "einsum", "baddbmm",
+    implicit = flow.call.name in ("flatten", "linear", "matmul", "__matmul__", "bmm", "einsum", "baddbmm",
                                   "scaled_dot_product_attention", "group_norm", "layer_norm")  # fmt: skip
     given = None if implicit else flow.written(args[1])
     if flow.call.name in ("view_as", "reshape_as"):
         given = flow.sizes(flow.call.args[1])
     if given is None and not implicit and flow.call.name in ("view", "reshape"):
         given = list(args[1])
+    if flow.call.name == "unflatten":
+        given = _unflattened(flow, args[0], *flow.call.args[1:], **flow.call.kwargs)
     _view(flow, args[0], out, given)
 
 
@@ -323,8 +355,8 @@ def _roll(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -
 def _written_bound(flow: Flow, start: int, end: int) -> tuple[int, int] | None:
     """Find the slice of the running `__getitem__` (or the arguments of `narrow`) that gave these bounds."""
     if flow.call.name == "narrow":
-        size = flow.written_one(end - start)
-        return (start, size) if start == 0 else None
+        first, size = flow.written_one(start), flow.written_one(end - start)
+        return first, first + size if start else size
     index = flow.call.args[1] if flow.call.name in ("__getitem__", "__setitem__") else None
     for item in index if isinstance(index, tuple) else (index,):
         if isinstance(item, slice) and not (item.start is None and item.stop is None):

@@ -87,8 +87,10 @@ def _reduce(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any)
         dims = [dims]
     gone = {d % x.dim() for d in dims} if x.dim() else set()
     labels = flow.labels(x)
-    if flow.operator in ("argmax", "argmin", "max", "min"):
+    if flow.operator in ("argmax", "argmin"):
         flow.freeze_all([labels[d] for d in gone], "an index of channels leaves it")
+    elif flow.operator in ("max", "min") and len(results) == 2:
+        flow.index(results[1], [labels[d] for d in gone])
     for result in results:
         if result.dim() == x.dim():
             flow.set_labels(result, [None if d in gone else v for d, v in enumerate(labels)])
