@@ -128,7 +128,9 @@ class Flow:
             self._frozen_atoms = np.unique(np.concatenate([v for v, _ in frozen]))
         if not len(self._frozen_atoms):
             return False
-        return bool(np.isin(self.atoms.find(label), self.atoms.find(self._frozen_atoms)).all())
+        staying = np.zeros(len(self.atoms), bool)
+        staying[self.atoms.find(self._frozen_atoms)] = True
+        return bool(staying[self.atoms.find(label)].all())
 
     def freeze_all(self, labels: Sequence[Label], reason: str) -> None:
         """Keep the channels of all of `labels`."""

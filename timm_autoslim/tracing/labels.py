@@ -25,6 +25,9 @@ class Atoms:
         self._count = 0
         self._pending: list[tuple[Vector, Vector]] = []
 
+    def __len__(self) -> int:
+        return self._count
+
     def fresh(self, n: int) -> Vector:
         """Return `n` new atoms, each alone in its class."""
         first, self._count = self._count, self._count + n

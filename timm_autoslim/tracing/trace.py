@@ -351,11 +351,15 @@ class Tracer:
         """
         for path, vectors in self.flow.contracted.items():
             for name, value in self.twin.get_submodule(path).__dict__.items():
-                for vector in (v for v in vectors if not self.flow.stays(v)):  # tokens may be as many as channels
+                for vector in vectors:
+                    scale = isinstance(value, float) and "drop" not in name and value == len(vector) ** -0.5
+                    size = isinstance(value, int) and name in _DESCRIBES_HEAD and value == len(vector)
+                    if not (scale or size) or self.flow.stays(vector):  # tokens may be as many as channels
+                        continue
                     use = AttributeUse(f"{path}.{name}" if path else name, value, vector, -0.5)
-                    if isinstance(value, float) and "drop" not in name and value == len(vector) ** -0.5:
+                    if scale:
                         self.flow.constraints.attributes.append(use)
-                    elif isinstance(value, int) and name in _DESCRIBES_HEAD and value == len(vector):
+                    else:
                         self.watch.described.append(replace(use, value=int(value), power=1))
 
     # -- proving ----------------------------------------------------------------------------------------------------
