@@ -156,7 +156,8 @@ def totals(results: list[dict[str, Any]]) -> list[str]:
         *lines,
         f"- Half width leaves a median of {statistics.median(r['half_macs'] for r in good):.3f} of the MACs (stem and "
         f"classifier included; 0.25 is ideal). Of the {len(large)} models with more than 3M parameters it leaves at "
-        f"most 0.35 in {near} ({near / max(1, len(large)):.1%}), and {max(r['half_macs'] for r in large):.3f} at most.",
+        f"most 0.35 in {near} ({near / max(1, len(large)):.1%}), and "
+        f"{max((r['half_macs'] for r in large), default=0):.3f} at most.",
         f"- Trace, proof and conversion take a median of {statistics.median(times):.1f} s and at most "
         f"{max(times):.1f} s on one core, and at most {max(r['gigabytes'] for r in good):.2f} GiB beyond the model.",
         f"- {sum(checked)} of the {len(checked)} models that were also run with weights agree bit for bit: widest "
