@@ -15,12 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import yaml
 from safetensors.torch import load_model, save_model
 from timm.data import resolve_data_config
 from timm.utils import ParseKwargs
-from torch import nn
+from torch import Tensor, nn
 
 import timm_autoslim
 from timm_autoslim import registry
@@ -54,7 +55,15 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     """What is slimmed, on which images: fixed by train.py and kept in the run folder's args.yaml."""
     group = parser.add_argument_group("model and data")
     group.add_argument("--model", default="resnet18", help="a timm model, or torchvision/NAME")
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    group.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="KEY=VALUE",
+        help="such as drop_rate=0.2 drop_path_rate=0.1; zero_init_last=True starts the last BatchNorm of each residual "
+        "branch at 0 (BigNAS), in timm models that know it",
+    )
     group.add_argument("--pretrained", action=ON_OFF, default=False, help="start from pretrained weights")
     group.add_argument("--num-classes", type=int, help="taken from the data if not given")
     group.add_argument("--in-chans", type=int, default=3)
@@ -117,8 +126,54 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of train.py alone."""
     group = parser.add_argument_group("supernet")
     group.add_argument("--sandwich", type=int, default=4, help="subnets a step: widest, narrowest and random ones")
+    group.add_argument(
+        "--sampler",
+        choices=("independent", "multiplier"),
+        default="independent",
+        help="random widths: each group on its own (AutoSlim), or one multiplier for all (US-Nets)",
+    )
+    group.add_argument(
+        "--sandwich-delay",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of all steps that train the widest alone, before the others join (delayed shrinking)",
+    )
+    group.add_argument(
+        "--regularize-widest-only",
+        action=ON_OFF,
+        default=False,
+        help="all but the widest run without dropout and drop path (BigNAS)",
+    )
     group.add_argument("--output", default="runs", help="folder of runs")
     group.add_argument("--experiment", help="name of the run's folder; the model's name if not given")
+    group = parser.add_argument_group("distillation", "what all subnets but the widest learn from")
+    group.add_argument(
+        "--distill-loss",
+        choices=("kl", "alpha"),
+        default="kl",
+        help="cross-entropy with soft labels, or the adaptive alpha-divergence (AlphaNet)",
+    )
+    group.add_argument("--distill-temperature", type=float, default=1.0, help="softens teacher and learner")
+    group.add_argument(
+        "--distill-teacher",
+        choices=("widest", "ema"),
+        default="widest",
+        help="the widest itself, or its moving average (DS-Net; needs --model-ema)",
+    )
+    group.add_argument(
+        "--teacher",
+        metavar="NAME",
+        help="an outside teacher instead: a timm model with pretrained weights, local-dir:FOLDER, or torchvision/NAME",
+    )
+    group.add_argument("--teacher-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    group.add_argument(
+        "--teach-widest",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the outside teacher's loss in that of the widest; the rest is the labels'",
+    )
 
 
 def search_flags(parser: argparse.ArgumentParser) -> None:
@@ -130,7 +185,14 @@ def search_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["macs=50%"],
         metavar="UNIT=AMOUNT",
-        help="such as macs=50%% (of the widest), macs=300M or params=2.5M",
+        help="such as macs=50%% (of the widest), macs=300M or params=2.5M; several limits for one network are quoted: "
+        "'macs<=300M and params<=2M'",
+    )
+    group.add_argument(
+        "--method",
+        choices=("greedy", "uniform", "random", "importance", "evolutionary"),
+        default="greedy",
+        help="greedy slimming, or a baseline to compare it with, scored and counted in the same way",
     )
     group.add_argument(
         "--rank",
@@ -139,6 +201,16 @@ def search_flags(parser: argparse.ArgumentParser) -> None:
         help="keep the candidate with the least error, or with the least error per unit of cost saved",
     )
     group.add_argument("--steps", type=int, default=10, help="steps from a group's full width to its narrowest")
+    group.add_argument(
+        "--refine", action=ON_OFF, default=True, help="fill what the greedy descent leaves of a budget, to within 1 %%"
+    )
+    group.add_argument("--candidates", type=int, default=100, help="subnets that random and evolutionary draw a budget")
+    group.add_argument(
+        "--criterion",
+        choices=("l1", "l2", "bn_scale", "fpgm", "lamp"),
+        default="l2",
+        help="torch-pruning's, by which importance ranks the channels",
+    )
     group.add_argument("--images", type=int, default=0, help="held-out images that score a candidate; 0: all")
 
 
@@ -330,8 +402,12 @@ def resolve_input(args: argparse.Namespace, model: nn.Module) -> None:
     args.img_size = data["input_size"][-1]
     args.interpolation, args.crop_pct = data["interpolation"], data["crop_pct"]
     for key in ("mean", "std"):
-        values = list(data[key])
-        setattr(args, key, values if len(values) == args.in_chans else [sum(values) / len(values)] * args.in_chans)
+        setattr(args, key, _per_channel(data[key], args.in_chans))
+
+
+def _per_channel(values: Sequence[float], channels: int) -> list[float]:
+    values = list(values)
+    return values if len(values) == channels else [sum(values) / len(values)] * channels
 
 
 def make_supernet(args: argparse.Namespace, pretrained: bool = False) -> timm_autoslim.Supernet:
@@ -343,6 +419,60 @@ def make_supernet(args: argparse.Namespace, pretrained: bool = False) -> timm_au
         model, example, freeze=args.freeze, min=args.min_width, divisor=args.divisor,
         base=args.model, base_args=base_args(args),
     )  # fmt: skip
+
+
+class Teacher(nn.Module):
+    """A frozen model that takes the student's inputs, and undoes the student's normalisation for its own."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.model = model
+        data = resolve_data_config({}, model=model)
+        own = [_per_channel(data[key], args.in_chans) for key in ("mean", "std")]
+        self.same = own == [list(args.mean), list(args.std)]
+        mean, std, own_mean, own_std = (
+            torch.tensor(v).view(-1, 1, 1) for v in (args.mean, args.std, *own)
+        )  # (C, 1, 1)
+        self.register_buffer("scale", std / own_std)
+        self.register_buffer("shift", (mean - own_mean) / own_std)
+        self.eval().requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits (N, classes) of inputs (N, C, H, W) that are normalised for the student."""
+        return self.model(inputs if self.same else inputs * self.scale + self.shift)
+
+
+def make_teacher(args: argparse.Namespace) -> Teacher:
+    """Create --teacher with its trained weights; `args` describe the student, whose input is resolved already.
+
+    Raises:
+        ConfigError: it cannot be created, has no weights, or does not take the images or know the classes.
+    """
+    name = f"local-dir:{args.teacher}" if Path(args.teacher).is_dir() else args.teacher
+    kwargs = {"in_chans": args.in_chans, **args.teacher_kwargs}
+    image = torch.zeros(1, args.in_chans, args.img_size, args.img_size)  # (N, C, H, W)
+    try:
+        if name.startswith("torchvision/"):
+            model = registry.create_base(name, weights="DEFAULT", **args.teacher_kwargs)
+        else:
+            model = timm.create_model(name, pretrained=True, **kwargs)
+        teacher = Teacher(model, args)
+        with torch.no_grad():
+            outputs = teacher(image)
+    except Exception as error:  # whatever a model raises, from its constructor, its download or its forward
+        raise ConfigError(
+            f"--teacher {args.teacher} gives no logits of images {tuple(image.shape[1:])}: {error}. Name a timm model "
+            "that has pretrained weights, or a folder that timm loads; --teacher-kwargs may help."
+        ) from error
+    if outputs.shape != (1, args.num_classes):
+        raise ConfigError(
+            f"--teacher {args.teacher} has outputs {tuple(outputs.shape[1:])}, but the data have {args.num_classes} "
+            "classes: fine-tune it on these data first."
+        )
+    return teacher
 
 
 def load_supernet(run: Path, args: argparse.Namespace) -> timm_autoslim.Supernet:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from timm_autoslim.errors import ConfigError
+from timm_autoslim.errors import AutoSlimError, ConfigError
 
 REFUSED = {
     "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
@@ -35,7 +35,11 @@ REFUSED = {
     "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
 }
 
-Step = Callable[[nn.Module, Tensor, Tensor, int], dict[str, Tensor]]
+Step = Callable[[nn.Module, Tensor, Tensor, int], dict[str, Tensor | None]]
+
+
+class NotFiniteError(AutoSlimError, FloatingPointError):
+    """A loss or a weight has turned infinite or NaN: the training has diverged."""
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -93,6 +97,9 @@ def fit(
     step: Step,
     validate: Callable[[], dict[str, float]],
     folder: Path,
+    *,
+    begin: Callable[[int, nn.Module | None], None] | None = None,
+    describe: Callable[[str, int, int], str] | None = None,
 ) -> dict[str, float]:
     """Train for args.epochs, with a row of summary.csv and a checkpoint after each, and return the last metrics.
 
@@ -102,9 +109,16 @@ def fit(
         network: what is trained, on the device (a supernet or a plain model).
         plain: the module whose weights are kept: `supernet.model`, or `network` itself.
         loader: the training loader, not prepared.
-        step: `step(prepared network, inputs, targets, update)`; runs its backward passes and returns losses by name.
+        step: `step(prepared network, inputs, targets, update)`; runs its backward passes and returns losses by name:
+            scalars, whose mean is recorded; None for what this step lacks; vectors, which are only checked.
         validate: metrics after an epoch; called on every process, on averaged weights if --model-ema is on.
         folder: holds summary.csv and checkpoints/.
+        begin: `begin(updates, ema)`, called once before the first step: how many updates the whole training has, and
+            the moving average (in eval mode) or None.
+        describe: `describe(name, index, update)`, what had that loss; for the error when it is not finite.
+
+    Raises:
+        NotFiniteError: a loss or a weight is NaN or infinite; no such weights are kept as a checkpoint.
     """
     if not args.epochs:
         return {}
@@ -121,15 +135,22 @@ def fit(
     ema = ModelEmaV3(plain, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
     checkpoints = Checkpoints(folder, plain, optimizer, ema, accelerator.scaler)
     start, metrics = checkpoints.load() if args.resume else (0, {})
+    if begin:
+        begin(args.epochs * len(loader), ema.module if ema else None)
     if scheduler:
         scheduler.step_update(start * len(loader))
     for epoch in range(start, args.epochs):
         set_seed(args.seed + 1000 * epoch, device_specific=True)  # so that resuming goes on exactly
         loader.set_epoch(epoch)
         prepared.train()
-        losses = _epoch(accelerator, args, prepared, plain, stepper, scheduler, ema, loader, step, epoch)
+        try:
+            losses = _epoch(accelerator, args, prepared, plain, stepper, scheduler, ema, loader, step, describe, epoch)
+            _check_weights(plain, f"after epoch {epoch + 1} of {args.epochs}")
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error} {checkpoints.way_back()}") from None
         if accelerator.num_processes > 1:
-            distribute_bn(plain, accelerator.num_processes, reduce=True)
+            for model in (plain, ema.module) if ema else (plain,):
+                distribute_bn(model, accelerator.num_processes, reduce=True)
         with averaged(plain, ema):
             metrics = validate()
         if accelerator.is_main_process:
@@ -137,7 +158,9 @@ def fit(
             _trim(summary, epoch)
             update_summary(epoch, losses, metrics, summary, lr=optimizer.param_groups[0]["lr"], write_header=epoch == 0)
             checkpoints.save(epoch, metrics)
-            figures = "  ".join(f"{name} {value:.4g}" for name, value in (losses | metrics).items())
+            figures = "  ".join(
+                f"{name} {value:.4g}" for name, value in (losses | metrics).items() if value is not None
+            )
             tqdm.write(f"epoch {epoch + 1}/{args.epochs}  {figures}")
         accelerator.wait_for_everyone()
     if ema:
@@ -147,13 +170,16 @@ def fit(
 
 def _epoch(
     accelerator: Accelerator, args: argparse.Namespace, prepared: nn.Module, plain: nn.Module, stepper: Any,
-    scheduler: Any, ema: ModelEmaV3 | None, loader: DataLoader, step: Step, epoch: int,
-) -> dict[str, float]:  # fmt: skip
-    """One pass over the training images; returns the mean of each loss."""
+    scheduler: Any, ema: ModelEmaV3 | None, loader: DataLoader, step: Step,
+    describe: Callable[[str, int, int], str] | None, epoch: int,
+) -> dict[str, float | None]:  # fmt: skip
+    """One pass over the training images; returns the mean of each loss, over the steps that had it."""
     mixup = None
     if args.mixup > 0 or args.cutmix > 0:
         mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=args.num_classes)
     sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    recent: list[tuple[int, dict[str, Tensor]]] = []  # not looked at yet: a look waits for the device
     bar = tqdm(loader, desc=f"epoch {epoch + 1}/{args.epochs}", disable=not accelerator.is_main_process, leave=False)
     for index, (inputs, targets) in enumerate(bar):
         update = epoch * len(loader) + index
@@ -170,13 +196,40 @@ def _epoch(
             scheduler.step_update(update + 1)
         if ema:
             ema.update(plain, step=update + 1)
-        sums = {name: sums.get(name, 0) + loss.detach().float() for name, loss in losses.items()}
+        had = {name: loss.detach().float() for name, loss in losses.items() if loss is not None}
+        recent.append((update, had))
+        recorded = [name for name, loss in losses.items() if loss is None or not loss.dim()]
+        for name in had.keys() & recorded:
+            sums[name], counts[name] = sums.get(name, 0) + had[name], counts.get(name, 0) + 1
         if index % args.log_interval == 0 or index + 1 == len(loader):
-            means = {name: value.item() / (index + 1) for name, value in sums.items()}
-            if not all(map(math.isfinite, means.values())):
-                raise FloatingPointError(f"The loss is not finite at step {update} ({means}): lower --lr.")
-            bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+            _check_losses(recent, f"epoch {epoch + 1} of {args.epochs}", describe)
+            recent.clear()
+            means = {name: sums[name].item() / counts[name] if name in sums else None for name in recorded}
+            bar.set_postfix({name: f"{value:.3f}" for name, value in means.items() if value is not None})
     return means
+
+
+def _check_losses(
+    recent: list[tuple[int, dict[str, Tensor]]], epoch: str, describe: Callable[[str, int, int], str] | None
+) -> None:
+    if torch.cat([loss.flatten() for _, losses in recent for loss in losses.values()]).isfinite().all():
+        return
+    for update, losses in recent:
+        for name, loss in losses.items():
+            for index, value in enumerate(loss.flatten().tolist()):
+                if not math.isfinite(value):
+                    what = f" of {describe(name, index, update)}" if describe else ""
+                    raise NotFiniteError(f"The loss is not finite at step {update} ({epoch}): {name} is {value}{what}.")
+
+
+def _check_weights(model: nn.Module, when: str) -> None:
+    # The last step of an epoch may have ruined the weights after its loss was seen, and a checkpoint would keep them.
+    running = (
+        (name, buffer) for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))
+    )
+    for name, value in itertools.chain(model.named_parameters(), running):
+        if not value.isfinite().all():
+            raise NotFiniteError(f"The weights are not finite {when}, though the losses were: see {name}.")
 
 
 @contextlib.contextmanager
@@ -216,16 +269,32 @@ class Checkpoints:
         for path in older:
             shutil.rmtree(path)
 
+    def newest(self) -> Path | None:
+        """The last whole checkpoint's folder."""
+        return max(self.folder.glob("epoch-*"), default=None) if self.folder.is_dir() else None
+
+    def way_back(self) -> str:
+        """Say how to go on after the training has diverged."""
+        newest = self.newest()
+        mend = "lower --lr, or set --clip-grad or --warmup-epochs"
+        if newest is None:
+            return f"There is no checkpoint yet: {mend}, and start again."
+        return f"The last good checkpoint is {newest}: {mend}, and --resume from it."
+
     def load(self) -> tuple[int, dict[str, float]]:
         """Load the newest; returns the epoch to go on with (0 if there is none) and the metrics so far."""
-        newest = max(self.folder.glob("epoch-*"), default=None) if self.folder.is_dir() else None
+        newest = self.newest()
         if newest is None:
             return 0, {}
         for name, model in self.weights.items():
             read_weights(newest / name, model)
         states = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
+        groups = self.states["optimizer"].param_groups
+        flags = [{key: group[key] for key in ("lr", "weight_decay")} for group in groups]
         for name, state in self.states.items():
             state.load_state_dict(states[name])
+        for group, given in zip(self.states["optimizer"].param_groups, flags, strict=True):
+            group.update(given)  # so that a run may go on with a lower --lr, with or without a schedule
         progress = json.loads((newest / "progress.json").read_text(encoding="utf-8"))
         return progress["epoch"] + 1, progress["metrics"]
 

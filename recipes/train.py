@@ -11,22 +11,31 @@ checkpoints/ (for --resume) and, once finished, supernet.safetensors. Test image
 
 from __future__ import annotations
 
+import argparse
+import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import command, make_supernet, parse_args, write_args, write_weights
+from common import command, make_supernet, make_teacher, parse_args, write_args, write_weights
 from data import calibration_batches, open_images, plain_loader, split_training, training_loader
 from loop import evaluate, fit, make_accelerator, make_loss
 from torch import Tensor, nn
 
-from timm_autoslim import calibrate, sandwich_step
-from timm_autoslim.errors import DataError, OutputExistsError
+from timm_autoslim import SearchSpace, Widths, calibrate, sandwich_step
+from timm_autoslim.errors import ConfigError, DataError, OutputExistsError
+from timm_autoslim.sandwich import adaptive_alpha_divergence, soft_cross_entropy
+
+DISTILL = {"kl": soft_cross_entropy, "alpha": adaptive_alpha_divergence}
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
     args = parse_args("train", __doc__, argv)
+    check_flags(args)
     accelerator = make_accelerator(args)
     accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}")
 
@@ -51,18 +60,14 @@ def main(argv: list[str] | None = None) -> None:
         write_args(run, args)
     accelerator.print(f"{args.model}: {len(training)} training and {len(held_out)} held-out images\n{space}")
 
-    loss_fn = make_loss(args)
+    teacher = None
+    if args.teacher:
+        teacher = make_teacher(args).to(accelerator.device)
+        if args.channels_last:
+            teacher.model.to(memory_format=torch.channels_last)
+    sandwich = Sandwich(accelerator, args, space, teacher)
     calibration = calibration_batches(args, images.train, training, accelerator)
     held_out_loader = accelerator.prepare(plain_loader(args, images.train, held_out))
-
-    def step(network: nn.Module, inputs: Tensor, targets: Tensor, update: int) -> dict[str, Tensor]:
-        # By (seed, step): every process draws the same widths, and a resumed run those of the uninterrupted one.
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + update)
-        done = sandwich_step(
-            network, space, inputs, targets, loss_fn, generator=generator, n=args.sandwich,
-            backward=accelerator.backward, no_sync=lambda: accelerator.no_sync(network),
-        )  # fmt: skip
-        return {"widest_loss": done.losses[0], "narrowest_loss": done.losses[1]}
 
     def validate() -> dict[str, float]:
         results = {"widest_top1": evaluate(accelerator, plain, held_out_loader)["top1"]}
@@ -72,11 +77,94 @@ def main(argv: list[str] | None = None) -> None:
             results[f"{name}_top1"] = evaluate(accelerator, subnet, held_out_loader)["top1"]
         return results
 
-    fit(accelerator, args, supernet, plain, training_loader(args, images.train, training), step, validate, run)
+    fit(
+        accelerator, args, supernet, plain, training_loader(args, images.train, training), sandwich, validate, run,
+        begin=sandwich.begin, describe=sandwich.describe,
+    )  # fmt: skip
     if accelerator.is_main_process:
         write_weights(run / "supernet.safetensors", plain)
         print(f"Supernet: {run / 'supernet.safetensors'}")
     accelerator.end_training()
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse values that cannot be, before any work is done.
+
+    Raises:
+        ConfigError: a number is out of range, or two flags contradict each other.
+    """
+    if args.sandwich < 2:
+        raise ConfigError(
+            f"--sandwich {args.sandwich}: the widest and the narrowest are always trained: give 2 or more."
+        )
+    if not 0 <= args.sandwich_delay < 1:
+        raise ConfigError(f"--sandwich-delay {args.sandwich_delay}: needed a share of the steps, from 0 to below 1.")
+    if not 0 < args.distill_temperature < float("inf"):
+        raise ConfigError(f"--distill-temperature {args.distill_temperature}: needed a number above 0.")
+    if not 0 <= args.teach_widest <= 1:
+        raise ConfigError(f"--teach-widest {args.teach_widest}: needed a share from 0 to 1.")
+    if args.teach_widest and not args.teacher:
+        raise ConfigError("--teach-widest needs an outside --teacher: the widest cannot teach itself.")
+    if args.distill_teacher == "ema" and not args.model_ema:
+        raise ConfigError("--distill-teacher ema needs the moving average: add --model-ema.")
+    if args.distill_teacher == "ema" and args.teacher:
+        raise ConfigError("--distill-teacher ema and --teacher are two teachers: give one of them.")
+
+
+class Sandwich:
+    """The supernet's training step, as the flags say."""
+
+    def __init__(
+        self, accelerator: Accelerator, args: argparse.Namespace, space: SearchSpace, teacher: nn.Module | None
+    ) -> None:
+        self.accelerator, self.args, self.space = accelerator, args, space
+        self.loss_fn = make_loss(args)
+        self.sample = {"independent": space.sample, "multiplier": space.sample_multiplier}[args.sampler]
+        self.distill = functools.partial(DISTILL[args.distill_loss], temperature=args.distill_temperature)
+        self.teacher = self._autocast(teacher) if teacher else None
+        self.delay = 0  # updates that train the widest alone
+
+    def _autocast(self, teacher: nn.Module) -> Callable[[Tensor], Tensor]:
+        def logits(inputs: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                return teacher(inputs)
+
+        return logits
+
+    def begin(self, updates: int, ema: nn.Module | None) -> None:
+        """Take what is known only when the loop is set up: its length, and the moving average as the teacher."""
+        self.delay = round(self.args.sandwich_delay * updates)
+        if self.args.distill_teacher == "ema" and ema:
+            self.teacher = self._autocast(ema)
+
+    def generator(self, update: int) -> torch.Generator:
+        """By (seed, step): every process draws the same widths, and a resumed run those of the uninterrupted one."""
+        return torch.Generator().manual_seed(self.args.seed * 1_000_003 + update)
+
+    def __call__(self, network: nn.Module, inputs: Tensor, targets: Tensor, update: int) -> dict[str, Tensor | None]:
+        """Add the gradients of one step; returns the losses."""
+        alone = update < self.delay
+        done = sandwich_step(
+            network, self.space, inputs, targets, self.loss_fn, generator=self.generator(update), n=self.args.sandwich,
+            sample=self.sample, distill=self.distill, teacher=self.teacher, teach_widest=self.args.teach_widest,
+            only_widest=alone, regularize_widest_only=self.args.regularize_widest_only,
+            backward=self.accelerator.backward, no_sync=lambda: self.accelerator.no_sync(network),
+        )  # fmt: skip
+        losses = {"widest_loss": done.losses[0], "narrowest_loss": None if alone else done.losses[1]}
+        if len(done.losses) > 2:
+            losses["random_loss"] = torch.stack(done.losses[2:])  # (n - 2,)
+        return losses
+
+    def random_widths(self, update: int) -> list[Widths]:
+        """The widths of the random subnets of one update."""
+        generator = self.generator(update)
+        return [self.sample(generator) for _ in range(self.args.sandwich - 2)]
+
+    def describe(self, name: str, index: int, update: int) -> str:
+        """Say which subnet had a loss."""
+        if name != "random_loss":
+            return f"the {name.removesuffix('_loss')} subnet"
+        return f"the random subnet with the widths {json.dumps(self.random_widths(update)[index].to_dict())}"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 import contextlib
+import math
 import os
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timm.layers import DropPath
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_autoslim import convert, sandwich_step
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.sandwich import soft_cross_entropy
+from timm_autoslim.sandwich import adaptive_alpha_divergence, soft_cross_entropy, without_dropout
 
 
 def small_supernet(norm=True):
@@ -107,6 +109,257 @@ def test_soft_cross_entropy_has_the_gradient_of_the_divergence():
     divergence = F.kl_div(outputs.log_softmax(1), teacher.softmax(1), reduction="batchmean")
     (second,) = torch.autograd.grad(divergence, outputs)
     torch.testing.assert_close(first, second)
+
+
+# --------------------------------------------------------------------------------------------- distillation losses
+
+
+def logits(seed, n=64, classes=6, spread=2.0):
+    return spread * torch.randn(n, classes, generator=torch.Generator().manual_seed(seed))
+
+
+def value_and_gradient(loss, outputs, teacher, **kwargs):
+    outputs = outputs.clone().requires_grad_()
+    value = loss(outputs, teacher, **kwargs)
+    (gradient,) = torch.autograd.grad(value, outputs)
+    return value.detach(), gradient
+
+
+def test_temperature_one_changes_no_bit():
+    for dtype in (torch.float32, torch.bfloat16):
+        outputs, teacher = logits(0).to(dtype), logits(1).to(dtype)
+        value, gradient = value_and_gradient(soft_cross_entropy, outputs, teacher, temperature=1.0)
+        plain = value_and_gradient(lambda o, t: F.cross_entropy(o.float(), t.float().softmax(dim=1)), outputs, teacher)
+        assert torch.equal(value, plain[0])
+        assert torch.equal(gradient, plain[1])
+
+
+def test_temperature_softens_both_and_scales_by_its_square():
+    outputs, teacher, temperature = logits(0), logits(1), 3.0
+    value, gradient = value_and_gradient(soft_cross_entropy, outputs, teacher, temperature=temperature)
+    p, q = ((x.double() / temperature).softmax(dim=1) for x in (teacher, outputs))
+    assert value.item() == pytest.approx(9 * -(p * q.log()).sum().item() / 64, rel=1e-6)
+    torch.testing.assert_close(gradient.double(), temperature * (q - p) / 64, atol=1e-8, rtol=1e-5)
+
+
+def alpha_divergence_by_hand(outputs, teacher, temperature, clip):
+    """The same in plain Python numbers: the mean value, the gradient row by row, which alpha won, and if it clipped."""
+    total, gradients, won, clipped = 0.0, [], set(), False
+    for z, t in zip(outputs.double().tolist(), teacher.double().tolist(), strict=True):
+        q = [math.exp(a / temperature) for a in z]
+        p = [math.exp(a / temperature) for a in t]
+        q, p = [a / sum(q) for a in q], [a / sum(p) for a in p]
+        options = []
+        weights = [min(b / a, clip) for a, b in zip(p, q, strict=True)]
+        options.append((-1, sum(b * (w - 1) for b, w in zip(q, weights, strict=True)) / 2,
+                        [b * w for b, w in zip(q, weights, strict=True)]))  # fmt: skip
+        options.append((1, sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)), [-a for a in p]))
+        alpha, value, slope = max(options, key=lambda option: option[1])
+        clipped |= alpha == -1 and clip in weights
+        won.add(alpha)
+        total += value * temperature**2 / len(outputs)
+        scale = temperature / len(outputs)  # T^2, and 1 / T of the inner derivative
+        gradients.append([scale * (c - b * sum(slope)) for b, c in zip(q, slope, strict=True)])
+    return total, torch.tensor(gradients, dtype=torch.float64), won, clipped
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_adaptive_alpha_divergence_is_the_one_computed_by_hand(temperature):
+    outputs, teacher = logits(0, spread=3.0), logits(1, spread=1.5)
+    expected, gradients, won, clipped = alpha_divergence_by_hand(outputs, teacher, temperature, clip=5.0)
+    assert won == {-1, 1}
+    assert clipped
+    value, gradient = value_and_gradient(adaptive_alpha_divergence, outputs, teacher, temperature=temperature)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(gradient.double(), gradients, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [-1.0, 0.5, 2.0])
+def test_unclipped_the_gradient_is_that_of_the_divergence(alpha):
+    outputs, teacher = logits(0, spread=1.0), logits(1, spread=1.0)
+    given = {"alpha_min": alpha, "alpha_max": alpha, "clip": math.inf}
+    value, gradient = value_and_gradient(adaptive_alpha_divergence, outputs, teacher, **given)
+
+    def divergence(outputs, teacher):
+        p, q = teacher.softmax(dim=1), outputs.softmax(dim=1)
+        return ((p**alpha * q ** (1 - alpha)).sum(dim=1) - 1).mean() / (alpha * (alpha - 1))
+
+    exact = value_and_gradient(divergence, outputs.double(), teacher.double())
+    torch.testing.assert_close(value.double(), exact[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient.double(), exact[1], atol=1e-7, rtol=1e-4)
+
+
+def test_a_subnet_that_agrees_with_its_teacher_has_nothing_to_learn():
+    value, gradient = value_and_gradient(adaptive_alpha_divergence, logits(0), logits(0) + 3)
+    assert abs(value.item()) < 1e-6
+    assert gradient.abs().max() < 1e-8
+
+
+@pytest.mark.parametrize("loss", [soft_cross_entropy, adaptive_alpha_divergence])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_extreme_logits_have_a_finite_loss_and_gradient(loss, dtype):
+    extreme = torch.tensor([[6e4, -6e4, 0.0], [-6e4, 6e4, 0.0], [0.0, 0.0, 0.0], [200.0, 0.0, -200.0]], dtype=dtype)
+    for teacher in (extreme, extreme.flip(0), extreme.roll(1, 1), -extreme):
+        for temperature in (0.5, 1.0, 4.0):
+            value, gradient = value_and_gradient(loss, extreme, teacher, temperature=temperature)
+            assert value.isfinite()
+            assert gradient.isfinite().all()
+            assert gradient.dtype == dtype
+
+
+def test_an_alpha_of_zero_is_refused():
+    with pytest.raises(ConfigError, match=r"got the alphas 0 and 1.0; needed: two that are not 0"):
+        adaptive_alpha_divergence(logits(0), logits(1), alpha_min=0)
+
+
+# ------------------------------------------------------------------------------------------------------- teachers
+
+
+def test_subnets_learn_from_the_teacher_and_the_widest_does_not():
+    supernet = small_supernet()
+    inputs, targets = batch()
+    asked = []
+
+    def teach(seed):
+        def teacher(given):
+            asked.append((given, torch.is_grad_enabled()))
+            return logits(seed, n=12, classes=5)
+
+        return teacher
+
+    alone, first, second, other = (
+        gradients_of_each_subnet(supernet, inputs, labels, teacher=teacher)[0]
+        for labels, teacher in (
+            (targets, None),
+            (targets, teach(1)),
+            (targets, teach(2)),
+            ((targets + 1) % 5, teach(1)),
+        )
+    )
+    assert [(given is inputs, grad) for given, grad in asked] == [(True, False)] * 3  # once a step, without gradient
+    for taught in (first, second):
+        assert all(torch.equal(a, b) for a, b in zip(alone[0], taught[0], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(first[0], other[0], strict=True))
+    for index in (1, 2, 3):
+        assert all(torch.equal(a, b) for a, b in zip(first[index], other[index], strict=True))
+        assert any(not torch.equal(a, b) for a, b in zip(first[index], second[index], strict=True))
+        assert any(not torch.equal(a, b) for a, b in zip(first[index], alone[index], strict=True))
+
+
+def test_a_teacher_with_the_widest_output_is_the_widest():
+    supernet = small_supernet(norm=False)
+    inputs, targets = batch()
+    alone, _ = gradients_of_each_subnet(supernet, inputs, targets)
+    taught, _ = gradients_of_each_subnet(supernet, inputs, targets, teacher=supernet)
+    for first, second in zip(alone, taught, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_widest_may_learn_from_the_teacher_too():
+    supernet = small_supernet()
+    inputs, targets = batch()
+    soft = logits(1, n=12, classes=5)
+    _, step = gradients_of_each_subnet(supernet, inputs, targets, teacher=lambda _: soft, teach_widest=0.25)
+    _, plain = gradients_of_each_subnet(supernet, inputs, targets, teacher=lambda _: soft)
+    expected = 0.75 * F.cross_entropy(step.outputs, targets) + 0.25 * soft_cross_entropy(step.outputs, soft)
+    torch.testing.assert_close(step.losses[0], expected)
+    assert step.losses[1:] == plain.losses[1:]
+
+
+def test_teachers_that_cannot_teach_are_refused():
+    supernet = small_supernet()
+    for share, teacher in ((0.5, None), (1.5, supernet), (-0.1, supernet)):
+        with pytest.raises(
+            ConfigError, match=rf"got teach_widest={share}; needed: a share from 0 to 1, and a teacher="
+        ):
+            gradients_of_each_subnet(supernet, *batch(), teacher=teacher, teach_widest=share)
+    with pytest.raises(ConfigError, match=r"a teacher with outputs \(12, 7\), but the model has \(12, 5\)"):
+        gradients_of_each_subnet(supernet, *batch(), teacher=lambda _: torch.zeros(12, 7))
+
+
+def test_the_widest_alone_trains_as_an_ordinary_model():
+    supernet, plain = small_supernet(), small_supernet().model
+    inputs, targets = batch()
+
+    def fail(*_):
+        pytest.fail("nothing but the widest is needed")
+
+    step = sandwich_step(supernet, supernet.space, inputs, targets, F.cross_entropy, generator=generator(),
+                         only_widest=True, teacher=fail, sample=fail, no_sync=fail)  # fmt: skip
+    F.cross_entropy(plain(inputs), targets).backward()
+    assert step.widths == (supernet.space.max(),)
+    assert len(step.losses) == 1
+    for ours, expected in zip(supernet.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, expected.grad)
+
+
+# -------------------------------------------------------------------------------------------------------- dropout
+
+
+class Dropping(nn.Module):
+    """Drops in each of the ways that models have: by modules, and by a function in its own forward."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.inner, self.path = nn.Conv2d(8, 8, 3, padding=1), DropPath(rate)
+        self.drop, self.head = nn.Dropout2d(rate), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu()
+        x = self.drop(x + self.path(self.inner(x)))
+        return self.head(F.dropout(x.mean((2, 3)), p=self.rate, training=self.training))
+
+
+def losses_with_dropout(rate, only):
+    torch.manual_seed(0)
+    supernet = convert(Dropping(rate), torch.zeros(2, 3, 8, 8), divisor=1, min=0.25).train()
+    inputs, targets = batch()
+    step = sandwich_step(supernet, supernet.space, inputs, targets, F.cross_entropy, generator=generator(),
+                         teacher=lambda _: logits(1, n=12, classes=5), regularize_widest_only=only)  # fmt: skip
+    assert all(module.training for module in supernet.modules())
+    return [loss.item() for loss in step.losses]
+
+
+def test_only_the_widest_may_drop():
+    without, all_drop, widest_drops = (losses_with_dropout(*g) for g in ((0.0, False), (0.5, False), (0.5, True)))
+    assert widest_drops[1:] == without[1:]  # to the bit, batch statistics of BatchNorm included
+    assert widest_drops[0] == all_drop[0]
+    assert all(a != b for a, b in zip(all_drop, without, strict=True))
+    assert losses_with_dropout(0.0, True) == without
+
+
+def test_without_dropout_reaches_functions_and_attention():
+    x = torch.randn(4, 6, 8)
+    attention = nn.MultiheadAttention(8, 2, dropout=0.9, batch_first=True).train()
+    parallel = nn.TransformerEncoderLayer(8, 2, dropout=0.9, batch_first=True).train()
+    calls = [
+        lambda: F.dropout(x, 0.9), lambda: F.dropout(input=x, p=0.9), lambda: torch.dropout(x, 0.9, True),
+        lambda: F.dropout1d(x, 0.9), lambda: F.alpha_dropout(x, 0.9, True),
+        lambda: F.scaled_dot_product_attention(x, x, x, dropout_p=0.9),
+        lambda: F.scaled_dot_product_attention(x, x, x, None, 0.9), lambda: attention(x, x, x)[0], lambda: parallel(x),
+    ]  # fmt: skip
+    for call in calls:
+        assert not torch.equal(call(), call())
+        with without_dropout(nn.ModuleList((attention, parallel))):
+            assert torch.equal(call(), call())
+        assert not torch.equal(call(), call())
+    with without_dropout(attention):
+        torch.testing.assert_close(
+            F.scaled_dot_product_attention(x, x, x, None, 0.9), F.scaled_dot_product_attention(x, x, x)
+        )
+
+
+def test_without_dropout_leaves_modules_as_they_were():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5).eval(), nn.BatchNorm1d(3))
+    with contextlib.suppress(ArithmeticError), without_dropout(model):
+        assert [module.training for module in model] == [False, False, True]
+        raise ArithmeticError
+    assert [module.training for module in model] == [True, False, True]
+
+
+# ---------------------------------------------------------------------------------------------------------- steps
 
 
 def test_all_but_the_last_subnet_run_without_synchronising():

@@ -90,9 +90,31 @@ def test_sampling_is_random_over_all_choices_and_repeats_with_its_generator(spac
     assert first != [space.sample() for _ in range(20)]
 
 
+def test_a_multiplier_is_shared_by_all_groups_and_repeats_with_its_generator(space):
+    draws = [[space.sample_multiplier(g) for _ in range(600)] for g in (torch.Generator().manual_seed(3) for _ in "ab")]
+    assert draws[0] == draws[1]
+    assert all(2 * widths["stem"] == widths["inner"] for widths in draws[0])
+    assert {widths["stem"] for widths in draws[0]} == set(space["stem"].choices)
+    counts = [sum(widths["stem"] == choice for widths in draws[0]) for choice in (12, 16, 20, 24, 28)]
+    assert min(counts) > 60  # each about 100 of 600; the ends, which half as many multipliers round to, about 50
+    assert max(counts) < 140
+
+
+def test_a_multiplier_reaches_below_the_narrowest_of_a_group_that_cannot_follow():
+    space = space_with(min={"inner": 0.75, "stem": 0.25})
+    generator = torch.Generator().manual_seed(0)
+    draws = {space.sample_multiplier(generator) for _ in range(300)}
+    assert space.min() in draws
+    assert space.max() in draws
+    assert all(widths["inner"] == 48 for widths in draws if widths["stem"] <= 20)
+    fixed = space_with(min=1.0)
+    assert fixed.sample_multiplier(generator) == fixed.max()
+
+
 def test_sampling_leaves_the_global_generator_alone(space):
     before = torch.get_rng_state()
     space.sample(torch.Generator().manual_seed(3))
+    space.sample_multiplier(torch.Generator().manual_seed(3))
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -156,6 +156,15 @@ class SearchSpace:
         draws = torch.rand(len(self.groups), generator=generator).tolist()
         return self._make(g.choices[int(u * len(g.choices))] for u, g in zip(draws, self.groups, strict=True))
 
+    def sample_multiplier(self, generator: torch.Generator | None = None) -> Widths:
+        """Return one random multiplier for all groups, as `uniform` applies it (US-Nets, arXiv 1903.05134).
+
+        It is drawn evenly between the least share that any group can have and 1; a group that cannot go as low stays at
+        its narrowest.
+        """
+        least = min((g.choices[0] / g.size for g in self.groups), default=1.0)
+        return self.uniform(min(1.0, least + (1 - least) * torch.rand(1, generator=generator).item()))
+
     def from_dict(self, widths: Mapping[str, int]) -> Widths:
         """Return the widths that a plain dict names: for every group an integer from its floor to its size.
 
