@@ -11,7 +11,18 @@ from torch import nn
 from zoo import Plain
 
 from timm_autoslim import convert, cost, uniform_at
-from timm_autoslim.costs import Cost, check_reach, check_unit, cost_by_module, parse_budget
+from timm_autoslim.costs import (
+    Budget,
+    Cost,
+    check_reach,
+    check_unit,
+    cost_by_module,
+    parse_budget,
+    parse_limits,
+    read_budgets,
+    uniform_within,
+    widest_within,
+)
 from timm_autoslim.errors import BudgetError, WidthError
 
 # AutoSlim (arXiv 1903.11728), the authors' published channel lists. MobileNet-v2: stem, out of block 0, then (expanded,
@@ -221,3 +232,77 @@ def test_uniform_at_refuses_malformed_budgets(supernet):
         uniform_at(supernet, "latency", "50%")
     with pytest.raises(BudgetError, match="got the budget 'half'"):
         uniform_at(supernet, "macs", "half")
+
+
+@pytest.mark.parametrize(
+    ("text", "limits"),
+    [
+        ("macs<=300", {"macs": 300}),
+        ("macs <= 60% and params<=2k", {"macs": 600, "params": 2000}),
+        ("params<=1.5M   and  macs<=12.5%", {"params": 1.5e6, "macs": 125}),
+    ],
+)
+def test_several_limits_are_read(text, limits):
+    assert dict(parse_limits(text, Cost(1000, 10**6)).limits) == pytest.approx(limits)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "got the budget ''; needed: a text of UNIT<=AMOUNT joined by `and`, such as"),
+        ("50%", "got the budget '50%'; needed: a text of UNIT<=AMOUNT"),
+        ("macs>=5", "got the budget 'macs>=5'; needed: a text of UNIT<=AMOUNT"),
+        ("macs<=5 and", "needed: a text of UNIT<=AMOUNT|got the budget '5 and'"),
+        ("macs<=5 and 7", "got the budget 'macs<=5 and 7'; needed: a text of UNIT<=AMOUNT"),
+        ("macs<=5, params<=7", "got the budget '5, params<=7'; needed: a number"),
+        ("flops<=5", "got a budget in 'flops'; needed: one of ['macs', 'params']"),
+        ("macs<=", "got the budget ''; needed: a number"),
+        ("macs<=-3", "got the budget '-3'; needed: a positive number"),
+        ("macs<=5 and macs<=7", "got the budget 'macs<=5 and macs<=7', which limits macs twice"),
+    ],
+)
+def test_malformed_limits_are_refused(text, message):
+    with pytest.raises(BudgetError, match="|".join(re.escape(m) for m in message.split("|"))):
+        parse_limits(text, Cost(1000, 10**6))
+
+
+def test_a_budget_holds_where_all_its_limits_do():
+    budget = Budget((("macs", 100.0), ("params", 10.0)))
+    assert budget.holds(Cost(100, 10))
+    assert budget.exceeded(Cost(100, 11)) == (("params", 10.0),)
+    assert budget.exceeded(Cost(101, 11)) == budget.limits
+    assert not budget.holds(Cost(101, 1))
+    assert budget.tightest(Cost(50, 6)) == ("params", 10.0)
+    assert budget.used(Cost(50, 6)) == 0.6
+    assert budget.used(Cost(200, 6)) == 2
+
+
+def test_budgets_come_in_the_order_of_a_descent(supernet):
+    whole = cost(supernet)
+    found = read_budgets(supernet, ["macs<=90% and params<=30%", "macs<=40%", "params<=60%"])
+    assert [dict(b.limits) for b in found] == [
+        {"params": 0.6 * whole.params},
+        {"macs": 0.4 * whole.macs},
+        {"macs": 0.9 * whole.macs, "params": 0.3 * whole.params},
+    ]
+
+
+@pytest.mark.parametrize("text", ["macs<=40% and params<=50%", "macs<=60% and params<=30%"])
+def test_the_uniform_network_meets_all_limits(supernet, text):
+    budget = parse_limits(text, cost(supernet))
+    widths = uniform_within(supernet, budget)
+    alone = [uniform_at(supernet, unit, limit) for unit, limit in budget.limits]
+    assert widths == min(alone, key=lambda w: w.values_)
+    assert budget.holds(cost(supernet, widths))
+
+
+@pytest.mark.parametrize("share", ["100%", "52.3%", "30%"])
+def test_the_widest_width_within_a_budget(supernet, share):
+    budget = parse_limits(f"params<={share}", cost(supernet))
+    start = supernet.space.from_dict({"stem": 7, "inner": 6})
+    for name, size in {"stem": 32, "inner": 64}.items():
+        fitting = [w for w in range(start[name], size + 1) if budget.holds(cost(supernet, start.replaced(name, w)))]
+        assert widest_within(supernet, start, name, budget) == start.replaced(name, fitting[-1])
+    # no group is narrowed, not even where nothing fits
+    whole = supernet.space.max()
+    assert widest_within(supernet, whole, "stem", budget) == whole

@@ -29,6 +29,7 @@ ROOMS = [
     "calibration",
     "sandwich",
     "slimming",
+    "baselines",
     "bases",
     "registry",
     "artifact",

@@ -2,14 +2,18 @@
 
 import itertools
 import json
+import random
 
 import pytest
 import timm
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from zoo import Plain, assert_same, randomise, snapshot
 
 from timm_autoslim import convert, cost, search
+from timm_autoslim.costs import Budget
 from timm_autoslim.errors import BudgetError, EvaluationError, StaleStatisticsError
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -65,7 +69,7 @@ def best(supernet, unit, budget, price):
 @pytest.mark.parametrize("share", ["75%", "50%", "25%"])
 @pytest.mark.parametrize("price", [{"a": 5.0, "b": 1.0, "c": 3.0}, {"a": 1.0, "b": 7.0, "c": 0.25}])
 def test_where_costs_add_up_greedy_by_cost_is_the_best_there_is(supernet, unit, share, price):
-    found = search(supernet, {unit: share}, missing(supernet, **price), steps=100).networks[0]
+    found = search(supernet, {unit: share}, missing(supernet, **price), steps=100, refine=False).networks[0]
     assert getattr(found.cost, unit) <= found.budget
     assert found.error == pytest.approx(best(supernet, unit, found.budget, price))
     assert found.error == pytest.approx(sum(price[n] * (SIZES[n] - found.widths[n]) for n in SIZES))
@@ -87,7 +91,7 @@ def test_ranking_by_error_alone_takes_the_step_that_hurts_least_whatever_it_save
 def test_one_descent_serves_every_budget_and_each_is_met(supernet):
     price = {"a": 5.0, "b": 1.0, "c": 3.0}
     together = missing(supernet, **price)
-    result = search(supernet, {"macs": ["80%", "40%", "60%"]}, together)
+    result = search(supernet, {"macs": ["80%", "40%", "60%"]}, together, refine=False)
     whole = cost(supernet).macs
     assert [round(n.budget / whole, 6) for n in result.networks] == [0.8, 0.6, 0.4]
     assert all(0.9 * n.budget < n.cost.macs <= n.budget for n in result.networks)
@@ -95,7 +99,7 @@ def test_one_descent_serves_every_budget_and_each_is_met(supernet):
     assert result.evaluations == together.calls
     alone = [missing(supernet, **price) for _ in range(3)]
     for share, evaluate in zip(("80%", "60%", "40%"), alone, strict=True):
-        search(supernet, {"macs": share}, evaluate)
+        search(supernet, {"macs": share}, evaluate, refine=False)
     assert together.calls < sum(evaluate.calls for evaluate in alone)
     for wide, narrow in itertools.pairwise(result.networks):
         assert all(wide.widths[name] >= narrow.widths[name] for name in SIZES)
@@ -105,6 +109,10 @@ def test_budgets_in_both_units_are_met_on_the_way_down(supernet):
     result = search(supernet, {"params": ["50%"], "macs": ["70%", "30%"]}, missing(supernet, a=5, b=1, c=3))
     assert [n.unit for n in result.networks] == ["macs", "params", "macs"]
     assert all(getattr(n.cost, n.unit) <= n.budget for n in result.networks)
+
+
+def path(result):
+    return [(step.group, step.width) for step in result.steps]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +128,7 @@ def test_a_real_network_leaves_little_of_its_budgets_unused(divisor, unit, rank)
         widths = [supernet.model.get_submodule(g.name).weight.shape[0] for g in groups]
         return sum(p * (1 - w / g.size) for p, w, g in zip(prices, widths, groups, strict=True))
 
-    result = search(supernet, {unit: ["70%", "40%", "15%"]}, evaluate, rank=rank, steps=4)
+    result = search(supernet, {unit: ["70%", "40%", "15%"]}, evaluate, rank=rank, steps=4, refine=False)
     for found in result.networks:
         spent = getattr(found.cost, unit)
         assert (0.9 if divisor is None else 0.98) * found.budget < spent <= found.budget
@@ -128,11 +136,17 @@ def test_a_real_network_leaves_little_of_its_budgets_unused(divisor, unit, rank)
         last = [step.group for step in result.steps if step.budget == found.budget][-1]
         wider = min(c for c in supernet.space[last].choices if c > found.widths[last])
         assert getattr(cost(supernet, found.widths.replaced(last, wider)), unit) > found.budget
+    refined = search(supernet, {unit: ["70%", "40%", "15%"]}, evaluate, rank=rank, steps=4)
+    assert path(refined) == path(result)
+    for rough, found in zip(result.networks, refined.networks, strict=True):
+        assert 0.99 * found.budget <= getattr(found.cost, unit) <= found.budget == rough.budget
+        assert found.error <= rough.error
 
 
 def test_the_trail_tells_the_whole_story(supernet):
     seen = []
-    result = search(supernet, {"macs": ["60%", "30%"]}, missing(supernet, a=5, b=1, c=3), on_step=seen.append)
+    evaluate = missing(supernet, a=5, b=1, c=3)
+    result = search(supernet, {"macs": ["60%", "30%"]}, evaluate, on_step=seen.append, refine=False)
     assert tuple(seen) == result.steps
     assert [step.index for step in seen] == list(range(len(seen)))
     widths = supernet.space.max()
@@ -141,7 +155,7 @@ def test_the_trail_tells_the_whole_story(supernet):
         widths = widths.replaced(step.group, step.width)
         assert (step.macs, step.params) == (cost(supernet, widths).macs, cost(supernet, widths).params)
         assert before is None or step.evaluations > before.evaluations
-        assert step.unit == "macs"
+        assert (step.unit, step.limits) == ("macs", {"macs": step.budget})
     assert widths == result.networks[-1].widths
     assert seen[-1].error == result.networks[-1].error
     assert {step.budget for step in seen} == {n.budget for n in result.networks}
@@ -205,6 +219,160 @@ def test_scoring_normalises_by_the_batch_runs_without_gradients_and_leaves_no_tr
     assert_same(before, snapshot(supernet.model))
 
 
+# -- budgets are filled, and may be several limits at once ------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Convolutions one after the other; those that ask for it are added to what they read."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.convs, self.steps = nn.ModuleList(), []
+        fan_in = 3
+        for size, residual in layers:
+            self.convs.append(nn.Conv2d(fan_in, fan_in if residual else size, 3, padding=1))
+            self.steps.append(residual)
+            fan_in = self.convs[-1].out_channels
+        self.head = nn.Linear(fan_in, 4)
+
+    def forward(self, x):
+        for conv, residual in zip(self.convs, self.steps, strict=True):
+            x = conv(x).relu() + x if residual else conv(x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+# the images' three channels are fixed, so the first convolution is never residual
+layers = st.lists(st.tuples(st.integers(2, 40), st.booleans()), min_size=1, max_size=5).map(
+    lambda found: [(found[0][0], False), *found[1:]]
+)
+few = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+def width_of(supernet):
+    """Return the widths that the supernet runs with now, by group."""
+    return {g.name: supernet.model.get_submodule(g.name).weight.shape[0] for g in supernet.space.groups}
+
+
+def drawn_budgets(supernet, draw, units):
+    """Draw one reachable limit for each unit, anywhere from the narrowest to the whole."""
+    low, high = cost(supernet, supernet.space.min()), cost(supernet)
+    return " and ".join(
+        f"{u}<={draw(st.integers(getattr(low, u), getattr(high, u)), label=u)}" for u in sorted(units)
+    )  # fmt: skip
+
+
+def assert_filled(supernet, found):
+    """Within 1 % of a limit, or not one unit more of any group fits; and never above."""
+    budget = Budget(tuple(found.limits.items()))
+    assert found.cost == cost(supernet, found.widths)
+    assert all(getattr(found.cost, unit) <= limit for unit, limit in found.limits.items())
+    assert found.limits[found.unit] == found.budget
+    shares = {unit: getattr(found.cost, unit) / limit for unit, limit in found.limits.items()}
+    assert shares[found.unit] == max(shares.values())
+    if shares[found.unit] < 0.99:
+        for group in supernet.space.groups:
+            width = found.widths[group.name]
+            if width < group.size:
+                assert not budget.holds(cost(supernet, found.widths.replaced(group.name, width + 1))), group.name
+
+
+@few
+@given(layers, st.data())
+def test_where_wider_is_better_every_budget_is_filled(layers, data):
+    supernet = convert(Chain(layers), IMAGE)
+    prices = {g.name: data.draw(st.floats(0.1, 10)) for g in supernet.space.groups}
+    units = [{"macs"}, {"params"}, {"macs", "params"}]
+    texts = [drawn_budgets(supernet, data.draw, u) for u in data.draw(st.lists(st.sampled_from(units), min_size=1))]
+
+    def evaluate(subnet):
+        return sum(prices[n] / w for n, w in width_of(supernet).items())
+
+    rough = search(supernet, texts, evaluate, refine=False)
+    refined = search(supernet, texts, evaluate)
+    assert path(refined) == path(rough)
+    for found, before in zip(refined.networks, rough.networks, strict=True):
+        assert_filled(supernet, found)
+        assert found.error <= before.error
+        assert all(found.widths[name] >= before.widths[name] for name in supernet.space.names)
+    assert refined.evaluations <= rough.evaluations + len(texts) * (3 * len(supernet.space) + 1)
+    assert search(supernet, texts, evaluate).to_dict() == refined.to_dict()
+
+
+@few
+@given(layers, st.data(), st.integers(0, 1000))
+def test_whatever_the_errors_refining_never_raises_them(layers, data, seed):
+    supernet = convert(Chain(layers), IMAGE)
+    texts = [drawn_budgets(supernet, data.draw, {"macs"}), drawn_budgets(supernet, data.draw, {"macs", "params"})]
+
+    def evaluate(subnet):
+        return random.Random(f"{seed} {width_of(supernet)}").random()
+
+    rough, refined = (search(supernet, texts, evaluate, refine=refine) for refine in (False, True))
+    assert path(refined) == path(rough)
+    for found, before in zip(refined.networks, rough.networks, strict=True):
+        assert all(getattr(found.cost, unit) <= limit for unit, limit in found.limits.items())
+        assert found.error <= before.error
+
+
+def test_where_wider_is_worse_the_descent_is_not_refined(supernet):
+    def evaluate(subnet):
+        return sum(width_of(supernet).values())
+
+    # 45 of the 64 channels, of which one alone cannot be cut
+    rough, refined = (search(supernet, {"macs": "70.4%"}, evaluate, refine=r) for r in (False, True))
+    assert rough.networks[0].cost.macs < 0.99 * rough.networks[0].budget
+    assert refined.networks == rough.networks
+    assert refined.evaluations == rough.evaluations + sum(w < SIZES[n] for n, w in rough.networks[0].widths.items())
+
+
+def test_the_refinement_widens_the_group_that_helps_most(supernet):
+    # 13 of the 64 channels, all of which cost the same
+    rough, refined = (
+        search(supernet, {"macs": "20.4%"}, missing(supernet, a=1.0, b=1.1, c=9.0), refine=r).networks[0]
+        for r in (False, True)
+    )
+    assert rough.widths.to_dict() == {"a": 2, "b": 2, "c": 8}
+    assert refined.widths.to_dict() == {"a": 2, "b": 2, "c": 9}
+
+
+def test_all_limits_of_a_budget_hold_and_are_recorded(supernet):
+    whole = cost(supernet)
+    texts = ["params<=90% and macs<=50%", "macs<=80%", "macs<=75% and params<=40%"]
+    result = search(supernet, texts, missing(supernet, a=5, b=1, c=3))
+    # in the order of the descent: by the limit that is the smallest share
+    assert [n.limits for n in result.networks] == [
+        {"macs": 0.8 * whole.macs},
+        {"params": 0.9 * whole.params, "macs": 0.5 * whole.macs},
+        {"macs": 0.75 * whole.macs, "params": 0.4 * whole.params},
+    ]
+    assert [(n.unit, n.budget) for n in result.networks] == [
+        ("macs", 0.8 * whole.macs),
+        ("macs", 0.5 * whole.macs),
+        ("params", 0.4 * whole.params),
+    ]
+    for found in result.networks:
+        assert_filled(supernet, found)
+    assert [s.limits for s in result.steps if s.unit == "params"] == [
+        result.networks[2].limits for s in result.steps if s.unit == "params"
+    ]
+    assert result.steps[-1].unit == "params"
+    data = json.loads(json.dumps(result.to_dict()))
+    assert data == result.to_dict()
+    assert data["networks"][2]["limits"] == result.networks[2].limits
+
+
+def test_a_limit_that_binds_nothing_changes_nothing(supernet):
+    one = search(supernet, {"macs": "50%"}, missing(supernet, a=5, b=1, c=3))
+    both = search(supernet, ["macs<=50% and params<=100%"], missing(supernet, a=5, b=1, c=3))
+    assert both.networks[0].widths == one.networks[0].widths
+    assert path(both) == path(one)
+
+
+def test_a_list_of_texts_says_what_a_dict_says(supernet):
+    texts = search(supernet, ["macs<=30%", "macs <= 60%"], missing(supernet, a=5, b=1, c=3))
+    assert texts == search(supernet, {"macs": ["60%", "30%"]}, missing(supernet, a=5, b=1, c=3))
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +391,12 @@ def test_scoring_normalises_by_the_batch_runs_without_gradients_and_leaves_no_tr
         ({"macs": []}, r"got no budget; needed: at least one number"),
         ({}, r'got the budgets \{\}; needed: a dict such as \{"macs": \["60%", "300M"\]\}'),
         ("50%", r"got the budgets '50%'; needed: a dict"),
+        ("macs<=50%", r'got the budgets .macs<=50%.; .*, or a list such as \["macs<=300M and params<=2M"\]'),
+        ([], r"got the budgets \[\]; needed: a dict"),
+        (["50%"], r"got the budget '50%'; needed: a text of UNIT<=AMOUNT joined by `and`"),
+        ([0.5], r"got the budget 0.5; needed: a text of UNIT<=AMOUNT"),
+        (["macs<=50% and params<=1%"], r"the budget of [\d,]+ params is out of reach"),
+        (["params<=50% and macs<=10"], r"the budget of 10 macs is out of reach"),
     ],
 )
 def test_budgets_are_refused_before_anything_is_evaluated(supernet, budgets, message):

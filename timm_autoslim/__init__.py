@@ -1,6 +1,7 @@
 """Slim any timm or torchvision model: one slimmable supernet, a greedy channel search, an ordinary smaller model."""
 
 from timm_autoslim.artifact import export
+from timm_autoslim.baselines import baseline
 from timm_autoslim.calibration import batch_statistics, calibrate
 from timm_autoslim.costs import Cost, cost, uniform_at
 from timm_autoslim.errors import AutoSlimError
@@ -22,6 +23,7 @@ __all__ = [
     "Step",
     "Supernet",
     "Widths",
+    "baseline",
     "batch_statistics",
     "calibrate",
     "convert",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
@@ -140,6 +140,113 @@ def check_reach(space: SearchSpace, graph: ChannelGraph, unit: str, budget: floa
         )
 
 
+@dataclass(frozen=True)
+class Budget:
+    """The upper limits that one network must keep, in one unit or in several; all of them must hold.
+
+    Attributes:
+        limits: unit and limit, each unit once.
+    """
+
+    limits: tuple[tuple[str, float], ...]
+
+    def exceeded(self, spent: Cost) -> tuple[tuple[str, float], ...]:
+        """Return the limits that this cost is above."""
+        return tuple((unit, limit) for unit, limit in self.limits if getattr(spent, unit) > limit)
+
+    def holds(self, spent: Cost) -> bool:
+        """Whether this cost is above none of the limits."""
+        return not self.exceeded(spent)
+
+    def tightest(self, spent: Cost) -> tuple[str, float]:
+        """Return the limit of which this cost is the largest share."""
+        return max(self.limits, key=lambda item: float(getattr(spent, item[0])) / item[1])
+
+    def used(self, spent: Cost) -> float:
+        """Return the largest share of any limit that this cost is; at most 1 if the budget holds."""
+        unit, limit = self.tightest(spent)
+        return float(getattr(spent, unit)) / limit
+
+
+Amount = float | str
+Budgets = Mapping[str, Amount | Sequence[Amount]] | Sequence[str]
+_LIMIT = re.compile(r"\s*(\w+)\s*<=(.*)")
+
+
+def parse_limits(text: str, whole: Cost) -> Budget:
+    """Return the budget that a text such as "macs<=300M and params<=40%" names; per cent are of `whole`.
+
+    Raises:
+        BudgetError: the text is not of this form, a unit is unknown or named twice, or an amount is malformed.
+    """
+    limits: dict[str, float] = {}
+    for part in re.split(r"\sand\s", text) if isinstance(text, str) else [""]:
+        found = _LIMIT.fullmatch(part)
+        if found is None:
+            raise BudgetError(
+                f"got the budget {text!r}; needed: a text of UNIT<=AMOUNT joined by `and`, such as "
+                f'"macs<=300M and params<=2M", units {list(UNITS)}'
+            )
+        unit = check_unit(found[1])
+        if unit in limits:
+            raise BudgetError(f"got the budget {text!r}, which limits {unit} twice; name every unit once")
+        limits[unit] = parse_budget(found[2], getattr(whole, unit))
+    return Budget(tuple(limits.items()))
+
+
+def read_budgets(supernet: Supernet, budgets: Budgets) -> list[Budget]:
+    """Read and validate budgets, and order them as a descent meets them: the largest share of the whole first.
+
+    Args:
+        supernet: per cent are of its widest subnet.
+        budgets: by unit ("macs", "params"), a number, a text such as "300M" or "60%", or a list of them, each a budget
+            of its own; or a list of texts such as "macs<=300M and params<=2M", where all limits of one text must hold.
+
+    Raises:
+        BudgetError: a budget is malformed, or not even the narrowest subnet meets it.
+    """
+    whole = cost(supernet)
+    found: list[Budget] = []
+    if isinstance(budgets, Mapping) and budgets:
+        for unit, values in budgets.items():
+            size = getattr(whole, check_unit(unit))
+            for value in [values] if isinstance(values, (int, float, str)) else values:
+                found.append(Budget(((unit, parse_budget(value, size)),)))
+    elif isinstance(budgets, Sequence) and budgets and not isinstance(budgets, str):
+        found = [parse_limits(text, whole) for text in budgets]
+    else:
+        raise BudgetError(
+            f'got the budgets {budgets!r}; needed: a dict such as {{"macs": ["60%", "300M"]}}, or a list such as '
+            f'["macs<=300M and params<=2M"], units {list(UNITS)}'
+        )
+    if not found:
+        raise BudgetError("got no budget; needed: at least one number")
+    for budget in found:
+        # the narrowest subnet is the least in every unit, so limits that it meets one by one hold together
+        for unit, limit in budget.limits:
+            check_reach(supernet.space, supernet.graph, unit, limit)
+    shares = {b: sorted((limit / getattr(whole, unit), unit, limit) for unit, limit in b.limits) for b in found}
+    return sorted(found, key=lambda b: shares[b], reverse=True)
+
+
+def uniform_within(supernet: Supernet, budget: Budget) -> Widths:
+    """Return the widths of the widest uniform multiplier within the budget, rounded to single units.
+
+    The divisor is left out of account, so that uniform slimming, the baseline of every search, uses its budget up.
+    """
+    space, graph = supernet.space, supernet.graph
+    low, high = 0.0, 1.0
+    if budget.holds(cost_of(graph, space.max().values_)):
+        return space.max()
+    for _ in range(40):  # the cost is monotone in the multiplier
+        middle = (low + high) / 2
+        if budget.holds(cost_of(graph, space.uniform(middle, exact=True).values_)):
+            low = middle
+        else:
+            high = middle
+    return space.uniform(low, exact=True) if low > 0 else space.min()
+
+
 def uniform_at(supernet: Supernet, unit: str, budget: float | str) -> Widths:
     """Return the widths of the widest uniform multiplier whose cost is at most the budget, rounded to single units.
 
@@ -149,16 +256,24 @@ def uniform_at(supernet: Supernet, unit: str, budget: float | str) -> Widths:
         BudgetError: the budget is malformed, of an unknown unit, or not even the narrowest meets it.
     """
     check_unit(unit)
-    space, graph = supernet.space, supernet.graph
     number = parse_budget(budget, getattr(cost(supernet), unit))
-    check_reach(space, graph, unit, number)
-    low, high = 0.0, 1.0
-    if getattr(cost_of(graph, space.max().values_), unit) <= number:
-        return space.max()
-    for _ in range(40):  # the cost is monotone in the multiplier
-        middle = (low + high) / 2
-        if getattr(cost_of(graph, space.uniform(middle, exact=True).values_), unit) <= number:
+    check_reach(supernet.space, supernet.graph, unit, number)
+    return uniform_within(supernet, Budget(((unit, number),)))
+
+
+def widest_within(supernet: Supernet, widths: Widths, name: str, budget: Budget) -> Widths:
+    """Return these widths with one group as wide as the budget allows, in single units, and never narrower.
+
+    Widths that the divisor and `choices` leave out are used as well: these shape what is sampled, and every integer up
+    to the group's size is a subnet.
+    """
+    low, high = widths[name], supernet.space[name].size
+    if low < high and budget.holds(cost_of(supernet.graph, widths.replaced(name, high).values_)):
+        return widths.replaced(name, high)
+    while high - low > 1:  # the cost is monotone in the width
+        middle = (low + high) // 2
+        if budget.holds(cost_of(supernet.graph, widths.replaced(name, middle).values_)):
             low = middle
         else:
             high = middle
-    return space.uniform(low, exact=True) if low > 0 else space.min()
+    return widths.replaced(name, low)
