@@ -33,7 +33,7 @@ def test_whole_heads_go_where_the_user_says():
     assert (first.num_heads, first.head_dim) == (whole.num_heads, whole.head_dim // 2)
     assert (second.num_heads, second.head_dim) == (whole.num_heads // 2, whole.head_dim)
     assert second.scale == whole.scale
-    with pytest.raises(WidthError, match="no_such.*matches no module that splits channels into heads"):
+    with pytest.raises(WidthError, match=r"no_such.*matches no module that splits channels into heads"):
         timm_autoslim.convert(small(depth=2), whole_heads=["blocks.*.attn", "no_such"])
 
 
@@ -152,7 +152,7 @@ def test_a_width_of_one_that_cannot_run_is_not_offered():
     group = next(g for g in supernet.space.groups if g.size >= 4)
     assert group.floor == 2
     whole = {g.name: g.size for g in supernet.space.groups}
-    with pytest.raises(WidthError, match=f"{group.name}: got the width 1; needed: an integer from 2 to {group.size}"):
+    with pytest.raises(WidthError, match=rf"{group.name}: got the width 1; needed: an integer from 2 to {group.size}"):
         supernet.space.from_dict({**whole, group.name: 1})
     with pytest.raises(WidthError, match="from 2 to"):
         timm_autoslim.convert(model, torch.randn(1, 3, 64, 64), min=1)

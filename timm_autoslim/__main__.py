@@ -1,10 +1,13 @@
-"""Command line: `python -m timm_autoslim inspect MODEL`."""
+"""Command line: `python -m timm_autoslim inspect MODEL` and `python -m timm_autoslim run SCRIPT [ARGS...]`."""
 
 from __future__ import annotations
 
 import argparse
+import builtins
+import os
 import sys
 import time
+import types
 from collections import Counter
 
 import torch
@@ -60,6 +63,45 @@ def inspect(name: str, size: int | None = None, modules: bool = False) -> str:
     return "\n".join([*lines, "", "fixed axes, and why:", *_fixed(supernet)])
 
 
+def run(script: str, args: list[str]) -> int:
+    """Run a script as `python SCRIPT ARGS...` would, with the entrypoint of exported folders registered.
+
+    Args:
+        script: path of a Python source file, such as timm's validate.py.
+        args: the script's own arguments.
+
+    Returns:
+        The exit status: 0 when the script came to its end, 1 when it raised (the traceback has been printed by
+        `sys.excepthook`), 2 when there is no such file to read. What the script passes to `sys.exit` is left to pass.
+    """
+    try:
+        with open(script, "rb") as file:
+            source = file.read()
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        print(
+            f"error: {script}: cannot be read ({reason}), needed the path of a Python script; "
+            "python -m timm_autoslim run SCRIPT [ARGS...]",
+            file=sys.stderr,
+        )
+        return 2
+    main = types.ModuleType("__main__")
+    path = os.path.abspath(script)
+    # The new __main__ stays in place: worker processes, pickles and exit handlers look their functions up in it.
+    vars(main).update(__file__=path, __package__=None, __builtins__=builtins, __cached__=None)
+    sys.modules["__main__"] = main
+    sys.argv = [script, *args]
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = os.path.dirname(os.path.realpath(script))
+    try:
+        exec(compile(source, path, "exec", dont_inherit=True), vars(main))
+    except Exception as error:
+        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # without this function's frame
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m timm_autoslim", description="Slim any timm or torchvision model.")
@@ -70,7 +112,16 @@ def main(argv: list[str] | None = None) -> int:
     look.add_argument("model", help="a timm name, or torchvision/NAME")
     look.add_argument("--size", type=int, help="height and width of the images")
     look.add_argument("--modules", action="store_true", help="also list the MACs of every module")
-    args = parser.parse_args(argv)
+    start = commands.add_parser(
+        "run",
+        help="run a script, such as timm's validate.py, that is to load exported folders: --model local-dir:FOLDER",
+    )
+    start.add_argument("script", help="path of a Python script")
+    start.add_argument("args", nargs="...", help="the script's own arguments")
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["run"] and len(words) > 1 and not words[1].startswith("-"):
+        return run(words[1], words[2:])  # past argparse, which would drop a `--` among the script's arguments
+    args = parser.parse_args(words)
     try:
         print(inspect(args.model, args.size, args.modules))
     except AutoSlimError as error:

@@ -14,6 +14,7 @@ import timm
 import torch
 from timm.models import FeatureInfo, PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, register_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_autoslim.bases import (
     ARCHITECTURE,
@@ -44,6 +45,16 @@ FORBIDDEN_ARGS = frozenset(
 MAX_ARG = 1_000_000
 MAX_ITEMS = 1_000
 MAX_DEPTH = 8
+# Elements that building a base may allocate: 2 GiB at float32, unless the base needs more without any arguments.
+MAX_ELEMENTS = 2**29
+# Tensors that building a base may create, several times what the deepest of timm's models do.
+MAX_TENSORS = 20_000
+# timm keeps some of these for itself, so they are refused where config.json's model_args would pass them on.
+FORBIDDEN_SETTINGS = frozenset(
+    ("checkpoint_path", "weights", "progress", "pruned", "model_cfg", "kwargs_filter", "pretrained_strict")
+)
+# Where config.json would have weights come from, or how they are read: a folder holds its weights itself.
+FOREIGN_SOURCES = ("url", "state_dict", "custom_load", "hf_hub_filename", "label_offset")
 
 
 # ------------------------------------------------------------------------------------------------ the recipe
@@ -83,6 +94,8 @@ def check_recipe(recipe: object) -> dict[str, Any]:
     if refused:
         raise _fail(f"base_args.{refused[0]}", recipe["base_args"][refused[0]], "only arguments that shape the base")
     _check_plain("base_args", recipe["base_args"], MAX_DEPTH)
+    for part in ("sizes", "attributes"):
+        _check_depth(part, recipe[part], MAX_DEPTH)
     return copy.deepcopy(dict(recipe))
 
 
@@ -98,6 +111,15 @@ def _check_plain(where: str, value: object, depth: int) -> None:
             raise _fail(where, value, f"a number of at most {MAX_ARG}")
     elif not (value is None or (isinstance(value, str) and len(value) <= MAX_ITEMS)):
         raise _fail(where, value, f"plain data of at most {MAX_ITEMS} items and {MAX_DEPTH} levels")
+
+
+def _check_depth(where: str, value: object, depth: int) -> None:
+    """Bound the levels, so that neither a copy nor a comparison of the recipe runs out of stack."""
+    if isinstance(value, Mapping | list | tuple):
+        if not depth:
+            raise _fail(where, value, f"data of at most {MAX_DEPTH} levels")
+        for item in value.values() if isinstance(value, Mapping) else value:
+            _check_depth(where, item, depth - 1)
 
 
 def apply_recipe(model: nn.Module, recipe: Mapping[str, Any]) -> nn.Module:
@@ -217,6 +239,51 @@ def _value(model: nn.Module, path: str, value: object) -> Any:
 # ------------------------------------------------------------------------------------------------ the entrypoint
 
 
+class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuse to create tensors beyond a number of elements, before memory is taken for the one that exceeds it."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.left = limit
+        self.tensors = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # tensors are born with a size as their first argument: empty, zeros, ones, full, randn
+        size = args[0] if args else None
+        if isinstance(size, list | tuple) and all(map(is_int, size)):
+            self.left -= math.prod(size)
+            self.tensors += 1
+        if self.tensors > MAX_TENSORS:
+            self.left = -1
+        if self.left < 0:
+            raise MemoryError("too many elements for a base of this name")
+        return func(*args, **(kwargs or {}))
+
+
+def _bounded(base: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+    """Call what builds a part of the base; arguments may make it large only as far as the plain base is large."""
+    guard = _Bounded(MAX_ELEMENTS)
+    try:
+        with guard:
+            return function(*args, **kwargs)
+    except Exception as error:
+        if guard.left >= 0:
+            raise
+        try:
+            with torch.device("meta"):
+                usual = sum(parameter.numel() for parameter in create_raw(base).parameters())
+        except ArtifactError:  # it needs arguments, or has no model without data
+            usual = 0
+        if 4 * usual <= MAX_ELEMENTS:
+            raise _fail(
+                "base_args",
+                kwargs or args,
+                f"arguments that build at most {MAX_ELEMENTS:,} numbers in {MAX_TENSORS:,} tensors",
+            ) from error
+    with _Bounded(4 * usual):
+        return function(*args, **kwargs)
+
+
 def build_slimmed(
     recipe: Mapping[str, Any], num_classes: int | None = None, global_pool: str | None = None, **kwargs: Any
 ) -> nn.Module:
@@ -236,13 +303,16 @@ def build_slimmed(
     if base is None:
         raise ArtifactError("recipe 'base': got None, needed the name that creates the base; export with base=")
     args = {**checked["base_args"], **kwargs}
+    refused = sorted(FORBIDDEN_SETTINGS & set(kwargs))
+    if refused:
+        raise _fail(f"model_args.{refused[0]}", kwargs[refused[0]], "only arguments that shape the model")
     native = checked["base_args"].get("num_classes", _base_cfg(base).num_classes)
     if not is_int(native) or native < 0:
         raise _fail("base_args.num_classes", native, "an integer, 0 for no head")
     wanted = native if num_classes is None else num_classes
     # The recipe holds the head's tensors if its base had a head: such a base is built, and the head changed afterwards.
     args["num_classes"] = wanted if bool(wanted) == bool(native) else native
-    model = apply_recipe(create_raw(base, **args), checked)
+    model = apply_recipe(_bounded(base, create_raw, base, **args), checked)
     if base.startswith(TORCHVISION):
         describe_features(model)
         if global_pool is not None or (wanted and not native):
@@ -254,7 +324,7 @@ def build_slimmed(
         getattr(model, "num_classes", native) != wanted or global_pool not in (None, pool_type(model))
     ):
         head = (wanted,) if global_pool is None else (wanted, global_pool)
-        construct(model.reset_classifier, base, *head)
+        _bounded(base, construct, model.reset_classifier, base, *head)
     return model
 
 
@@ -282,6 +352,8 @@ def _source_cfg(base: str, given: Any) -> dict[str, Any]:
         return dict(_base_cfg(base).to_dict())
     cfg = dict(given if isinstance(given, Mapping) else given.to_dict())
     cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
+    if cfg.get("source") in ("local-dir", "hf-hub"):
+        cfg = {key: value for key, value in cfg.items() if key not in FOREIGN_SOURCES}
     weights = Path(cfg.get("file") or "") / "model.safetensors"
     if cfg.get("source") == "local-dir" and weights.is_file():
         # timm 1.0.16 reads a folder's weights with torch.load; as a file, every version reads safetensors
@@ -333,6 +405,9 @@ def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
             "timm_autoslim.export"
         )
     recipe = check_recipe(kwargs.pop("recipe"))
+    refused = sorted(FORBIDDEN_SETTINGS & set(kwargs))
+    if refused:
+        raise _fail(f"model_args.{refused[0]}", kwargs[refused[0]], "only arguments that shape the model")
     cfg = _source_cfg(recipe["base"] or "", kwargs.pop("pretrained_cfg", None))
     channels, first_conv = (cfg.get("input_size") or (3,))[0], cfg.get("first_conv")
     if channels != 3 and kwargs.get("in_chans", channels) == channels:

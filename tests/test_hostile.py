@@ -1,0 +1,74 @@
+"""A folder from a stranger describes a smaller model, and does nothing else."""
+
+import json
+import shutil
+from collections import OrderedDict
+
+import pytest
+import timm
+from test_registry import make_recipe
+
+from timm_autoslim.artifact import export
+from timm_autoslim.errors import ArtifactError
+from timm_autoslim.registry import build_slimmed
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    narrow = {"blocks.0.mlp.fc1": (100, None), "blocks.0.mlp.fc2": (None, 100)}
+    return export(build_slimmed(make_recipe("test_vit", narrow)), tmp_path_factory.mktemp("hostile") / "out")
+
+
+def load(exported, folder, path, value):
+    shutil.copytree(exported, folder)
+    config = json.loads((folder / "config.json").read_text())
+    target = config
+    for part in path[:-1]:
+        target = target[part]
+    target[path[-1]] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+ARGS = ("model_args", "recipe", "base_args")
+REFUSED = [
+    (("model_args", "checkpoint_path"), "other.pth", "model_args.checkpoint_path|got multiple"),
+    (("model_args", "weights"), "DEFAULT", "model_args.weights"),
+    (("model_args", "pruned"), True, "model_args.pruned"),
+    (("model_args", "recipe", "sizes", "x"), nested(300), "at most 8 levels"),
+    (("model_args", "recipe", "attributes", "x"), nested(300), "at most 8 levels"),
+    ((*ARGS, "embed_dim"), 960_000, "arguments that build at most"),
+    ((*ARGS, "depth"), 900_000, "arguments that build at most"),
+    ((*ARGS, "num_classes"), 1_000_000_000, "a number of at most"),
+    (("num_classes",), 1_000_000_000_000, "arguments that build at most"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), REFUSED)
+def test_what_is_no_smaller_model_is_refused(path, value, message, exported, tmp_path):
+    with pytest.raises(ArtifactError, match=message):
+        load(exported, tmp_path / "out", path, value)
+
+
+SOURCES = {
+    "url": "file:///nowhere/weights.pth",
+    "state_dict": {"fc.weight": [1]},
+    "custom_load": True,
+    "hf_hub_filename": "other.bin",
+}
+
+
+@pytest.mark.parametrize("key", SOURCES)
+def test_weights_come_from_the_folder_alone(key, exported, tmp_path):
+    model = load(exported, tmp_path / "out", ("pretrained_cfg", key), SOURCES[key])
+    plain = timm.create_model(f"local-dir:{exported}", pretrained=True)
+    state, expected = OrderedDict(model.state_dict()), plain.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(state[name].equal(expected[name]) for name in expected)
