@@ -115,7 +115,8 @@ def sweep(todo: list[str], jobs: int, equal: float, gigabytes: int, seconds: flo
             process.start()
             theirs.close()
             running[ours] = name, process, time.monotonic() + seconds
-        ready = wait(list(running), timeout=1)
+        soonest = min(end for _, _, end in running.values()) - time.monotonic()
+        ready = wait(list(running), timeout=max(0.0, soonest))
         for pipe, (name, process, end) in list(running.items()):
             if pipe not in ready and time.monotonic() < end:
                 continue
