@@ -12,7 +12,7 @@ _POINTWISE = """
     bitwise_and bitwise_or neg abs exp expm1 log log1p log2 sqrt rsqrt reciprocal sigmoid tanh relu relu6 gelu silu mish
     hardswish hardsigmoid hardtanh leaky_relu elu celu selu softplus threshold clamp clamp_min clamp_max clip sin cos
     erf floor ceil round sign square floor_divide remainder fmod nan_to_num log_sigmoid_forward atan2 _prelu_kernel
-    softshrink hardshrink isnan isinf sgn addcmul addcdiv lerp
+    softshrink hardshrink isnan isinf sgn addcmul addcdiv lerp polar complex
 """
 
 

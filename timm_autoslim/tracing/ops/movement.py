@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from timm_autoslim.tracing.flow import Flow, Labels
-from timm_autoslim.tracing.labels import Label
+from timm_autoslim.tracing.labels import Label, Vector
 from timm_autoslim.tracing.ops.contraction import tie_rows
 from timm_autoslim.tracing.ops.table import rule, tensors_in, unknown
 from timm_autoslim.tracing.sizes import Size
@@ -46,9 +46,10 @@ def _merge(flow: Flow, sizes: Sequence[int], labels: Labels) -> Label:
         labelled = [i for i in labelled if not flow.stays(labels[i])] or labelled[-1:]  # type: ignore[arg-type]
     if not labelled:
         return None
-    i = labelled[0 if flow.loses_heads() else -1]
+    # only one of them can shrink: heads if they are to go, else what has more channels
+    i = labelled[0] if flow.loses_heads() else max(labelled, key=lambda j: (sizes[j], j))
     for other in labelled:
-        if other != i:  # one of them can shrink
+        if other != i:
             flow.freeze(labels[other], f"{flow.call.name} merges it with another channel dimension")
     label = labels[i]
     assert label is not None
@@ -203,6 +204,14 @@ def _concatenate(flow: Flow, parts: Labels, sizes: Sequence[int]) -> Label:
     return np.concatenate(filled)
 
 
+@rule("view_as_complex", "view_as_real")
+def _view_as_complex(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    labels = flow.labels(args[0])  # of real numbers the last dimension is a pair: real and imaginary
+    if flow.operator == "view_as_complex":
+        flow.freeze(labels[-1], "view_as_complex takes it for a pair")
+    flow.set_labels(out, labels[:-1] if flow.operator == "view_as_complex" else [*labels, None])
+
+
 @rule("stack")
 def _stack(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     dim = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % out.dim()
@@ -312,8 +321,18 @@ def _pixel_shuffle(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], ou
             flow.atoms.join(grid[:, 0], grid[:, column])
         label = grid[:, 0]
     elif label is not None:
-        flow.freeze(label, "a channel shuffle into literal groups")
+        label = _shuffled(flow, label, factor)
     flow.set_labels(out, [labels[0], label, *[None] * (out.dim() - 2)])
+
+
+def _shuffled(flow: Flow, label: Vector, groups: int) -> Label:
+    """Read channels (groups, each) by the columns."""
+    each, given = len(label) // groups, flow.written_one(groups)
+    rows, columns = flow.split(label, [groups, each], [given, -1])
+    flow.constrain(rows, given)
+    if columns is not None:
+        return np.repeat(columns, groups)
+    return None if rows is None else np.tile(rows, each)
 
 
 @rule("glu")
@@ -384,7 +403,7 @@ def _slice(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
         for bound, given in zip((first, last), bounds, strict=True):
             if bound < 0:  # counted from the end
                 flow.freeze(label[bound:], "a slice counts channels from its end")
-            elif bound not in (0, length):
+            elif bound and (bound != length or isinstance(given, Size)):
                 flow.constrain(label[:bound], given)
     return flow.set_labels(out, labels)
 
@@ -425,7 +444,8 @@ def _split(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
         return
     ends = np.cumsum([part.shape[dim] for part in out])
     parts = np.split(vector, ends[:-1])
-    if flow.call.name in ("chunk", "tensor_split"):
+    if flow.call.name not in ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"):
+        # chunk, or a function of torch that cuts what it computed, such as a recurrent cell
         if len({len(p) for p in parts}) == 1:
             flow.constraints.tie_counts(parts)
         else:
