@@ -219,10 +219,16 @@ class Flow:
             for leaf in found:
                 self._bind(leaf, label)
         elif not dims and factors(size):  # one factor shrinks: the one that does elsewhere, or the largest
-            bound = {use.path for use in self.constraints.attributes if use.vector is not None}
-            shrinks = max(factors(size), key=lambda leaf: (leaf.origin.path in bound, leaf))  # type: ignore[union-attr]
+            shrinks = max(factors(size), key=self._preference)
             for leaf in found:
                 self._bind(leaf, label if leaf is shrinks else None)
+
+    def _preference(self, leaf: Size) -> tuple[bool, bool, int]:
+        """Rank an attribute that may shrink: channels that do shrink first, then those that nothing has fixed."""
+        assert isinstance(leaf.origin, FromAttribute)
+        path = leaf.origin.path
+        vectors = [use.vector for use in self.constraints.attributes if use.path == path]
+        return any(v is not None and not self.stays(v) for v in vectors), not self._fixed(path), int(leaf)
 
     def _quotient(self, size: Size) -> bool:
         """Make a and b of `a // b` change in step where the quotient must stay (channels by heads, if heads go)."""
