@@ -280,10 +280,12 @@ def test_a_part_that_runs_only_in_training_is_traced_too():
     assert cost(supernet).macs == 64 * (3 * 8 + 8 * 6 + 6 * 5)  # in eval mode
 
 
-def test_a_trace_lists_what_it_met():
+def test_a_trace_lists_the_operators_that_have_no_rule():
     found = trace(Net(lambda s, x: x.relu()), IMAGE)
-    assert {"aten.convolution.default", "aten.relu.default"} <= found.operators
+    assert found.unruled == frozenset()
     assert found.repairs == []
+    turned = Net(lambda s, x: torch.rot90(s.b(s.a(x)), 1, (2, 3)), 6, a=conv(8, 8), b=conv(8, 6))
+    assert trace(turned, IMAGE).unruled == {"aten.rot90"}
 
 
 # -- torch-pruning as a judge -----------------------------------------------------------------------------------------

@@ -55,6 +55,11 @@ class Supernet(nn.Module):
         """What the proof of the trace had to freeze, each with its reason; empty for most models."""
         return tuple(self._trace.repairs)
 
+    @property
+    def unruled(self) -> tuple[str, ...]:
+        """The operators of the model that have no rule, so that what enters them is fixed."""
+        return tuple(sorted(self._trace.unruled))
+
     def forward(self, *inputs: Any, widths: Widths | None = None, **named: Any) -> Any:
         """Run the subnet of these widths; without widths the widest, or that of an open `at` block.
 

@@ -64,6 +64,7 @@ def measure(name: str, equal: float) -> dict[str, Any]:
         "groups": len(supernet.space),
         "macs": found.whole.macs,
         "repairs": supernet.repairs,
+        "unruled": supernet.unruled,
         "held": found.held[:6],
     }
     if found.whole.macs <= equal * 1e9 and result["params"] < 5e8:
@@ -165,6 +166,7 @@ def totals(results: list[dict[str, Any]]) -> list[str]:
         f"subnet and model, random subnet and extracted model. The other {len(good) - len(checked)} are too large to "
         f"run here, and are proven on the meta device.",
         f"- The proof had to repair {sum(bool(r['repairs']) for r in good)} traces by freezing more.",
+        f"- Operators without a rule: {', '.join(sorted({o for r in good for o in r['unruled']})) or 'none'}.",
     ]
 
 

@@ -49,12 +49,13 @@ class Trace:
     """A solved graph, with the attributes that describe the model without being read in its forward.
 
     Attributes:
+        unruled: operators that the forward uses and that have no rule; what enters them is fixed.
         positional: how many inputs the example gave by position.
     """
 
     graph: ChannelGraph
     described: list[AttributeUse]
-    operators: frozenset[str]
+    unruled: frozenset[str]
     repairs: list[str] = field(default_factory=list)
     positional: int = 1
 
@@ -277,10 +278,11 @@ class Tracer:
         shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
         parameters = [n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)]
         graph = ChannelGraph(self.flow, self.labels, shapes, parameters, tied_names(self.twin))
-        operators = frozenset(o.name for run in self.runs for o in run.operations)
+        met = {o.name for run in self.runs for o in run.operations}
+        unruled = frozenset(name.rpartition(".")[0] for name in met if not ops.has_rule(name))
         given = self.example
         positional = len(given) if isinstance(given, tuple) else 0 if isinstance(given, Mapping) else 1
-        trace = Trace(graph, self.watch.described, operators, positional=positional)
+        trace = Trace(graph, self.watch.described, unruled, positional=positional)
         self._prove(trace)
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):

@@ -17,18 +17,33 @@ from timm_autoslim.tracing.ops import contraction, elementwise, movement, reduct
 from timm_autoslim.tracing.ops.hollow import execute
 from timm_autoslim.tracing.ops.table import RULES, rule, tensors_in, unknown
 
-__all__ = ["RULES", "contraction", "elementwise", "execute", "movement", "reduction", "rule", "run", "tensors_in"]
+__all__ = [
+    "RULES",
+    "contraction",
+    "elementwise",
+    "execute",
+    "has_rule",
+    "movement",
+    "reduction",
+    "rule",
+    "run",
+    "tensors_in",
+]
+
+
+def has_rule(operator: str) -> bool:
+    """Whether this operator (`aten.add.Tensor`) has a rule."""
+    namespace, packet, *_ = operator.split(".")
+    return namespace == "aten" and packet in RULES
 
 
 def run(flow: Flow, operator: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Apply the rule of one operator, or freeze what enters it."""
     packet = operator._schema.name.split("::")[1]
-    namespace = operator.namespace
-    found = RULES.get(packet) if namespace == "aten" else None
     flow.operator = packet
     for tensor in tensors_in([*args, *kwargs.values()]):
         flow.use(tensor)
-    if found is None:
-        unknown(flow, packet if namespace == "aten" else operator._schema.name, args, kwargs, out)
+    if has_rule(str(operator)):
+        RULES[packet](flow, args, kwargs, out)
     else:
-        found(flow, args, kwargs, out)
+        unknown(flow, str(operator).rpartition(".")[0], args, kwargs, out)

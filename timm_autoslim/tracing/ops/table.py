@@ -38,6 +38,6 @@ def tensors_in(values: Any) -> list[Tensor]:
 def unknown(flow: Flow, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Freeze what enters an operator that has no rule."""
     for tensor in tensors_in([*args, *kwargs.values()]):
-        flow.freeze_all(flow.labels(tensor), f"the operator aten.{name} has no rule")
+        flow.freeze_all(flow.labels(tensor), f"the operator {name} has no rule")
     for tensor in tensors_in(out):
         flow.set_labels(tensor, [None] * tensor.dim())
