@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="only these names")
     parser.add_argument("--only-table", action="store_true", help="convert nothing")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--equal", type=float, default=1.0, help="run models of at most this many GMACs with weights")
+    parser.add_argument("--equal", type=float, default=100.0, help="run models of at most this many GMACs with weights")
     parser.add_argument("--seconds", type=float, default=300, help="time for one model")
     parser.add_argument("--gigabytes", type=int, default=12, help="address space for one model")
     args = parser.parse_args()
