@@ -4,10 +4,10 @@
     python recipes/benchmarks/coverage.py --results runs/coverage.jsonl --smallest      # one model of each class
     python recipes/benchmarks/coverage.py --results runs/coverage.jsonl --table docs/coverage.md --only-table
 
-One process for each model (forked, so that nothing is imported twice), on the meta device, with a bound on memory and
-time. Models of at most `--equal` GMACs are also built with random weights and run: the widest subnet must equal the
-model, and a random one its extracted model, bit for bit. Results are one JSON line a model; a run that is started
-again goes on with the models that have none.
+One process for each model (forked, so that nothing is imported twice), with a bound on memory and time. Models of at
+most half a billion parameters and `--equal` GMACs get random weights and are run: the widest subnet must equal the
+model, and it and a random one their extracted models, bit for bit. Larger ones are converted on the meta device.
+Results are one JSON line a model; a run that is started again goes on with the models that have none.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from timm_autoslim.bases import create_base, create_hollow
 from timm_autoslim.costs import reach
 from timm_autoslim.errors import AutoSlimError
 
+MOST_PARAMS = 500_000_000  # a model with more is not built with weights
+
 
 def rss() -> float:
     """Return the highest resident memory of this process so far, in GiB."""
@@ -40,7 +42,7 @@ def rss() -> float:
 
 
 def measure(name: str, equal: float) -> dict[str, Any]:
-    """Convert one model on the meta device, and return its groups, its reach, its time, and what is fixed and why."""
+    """Convert one model; return its groups, its reach, its time, what is fixed and why, and whether subnets agree."""
     torch.set_num_threads(1)
     model = create_hollow(name)
     result: dict[str, Any] = {
@@ -48,6 +50,10 @@ def measure(name: str, equal: float) -> dict[str, Any]:
         "family": type(model).__name__,
         "params": sum(p.numel() for p in model.parameters()),
     }
+    weights = result["params"] < MOST_PARAMS
+    if weights:
+        torch.manual_seed(0)
+        model = create_base(name).eval()
     before, start = rss(), time.process_time()  # of one thread, so whatever else runs does not count
     try:
         supernet = timm_autoslim.convert(model)
@@ -67,23 +73,21 @@ def measure(name: str, equal: float) -> dict[str, Any]:
         "unruled": supernet.unruled,
         "held": found.held[:6],
     }
-    if found.whole.macs <= equal * 1e9 and result["params"] < 5e8:
-        result["equal"] = agrees(name)
+    if weights and found.whole.macs <= equal * 1e9:
+        result["equal"] = agrees(supernet)
     return result
 
 
-def agrees(name: str) -> bool:
-    """Whether, with weights, the widest subnet is the model, and a random one is its extracted model."""
-    torch.manual_seed(0)
-    model = create_base(name).eval()
+@torch.no_grad()
+def agrees(supernet: timm_autoslim.Supernet) -> bool:
+    """Whether the widest subnet, extracted, is the model, and a random one its extracted model."""
+    model, space = supernet.model, supernet.space
     size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
     images = torch.randn(1, *size)
-    with torch.no_grad():
-        want = model(images)
-        supernet = timm_autoslim.convert(model)
-        widths = supernet.space.sample(torch.Generator().manual_seed(0))
-        pairs = [(want, supernet(images)), (supernet(images, widths), supernet.extract(widths)(images))]
-    return all(_same(a, b) for a, b in pairs)
+    subnets = (space.max(), space.sample(torch.Generator().manual_seed(0)))
+    return _same(model(images), supernet(images)) and all(
+        _same(supernet(images, widths), supernet.extract(widths)(images)) for widths in subnets
+    )
 
 
 def _same(a: Any, b: Any) -> bool:
