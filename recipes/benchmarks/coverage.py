@@ -5,7 +5,7 @@
     python recipes/benchmarks/coverage.py --results runs/coverage.jsonl --table docs/coverage.md --only-table
 
 One process for each model (forked, so that nothing is imported twice), with a bound on memory and time. Models of at
-most half a billion parameters and `--equal` GMACs get random weights and are run: the widest subnet must equal the
+most a hundred million parameters and `--equal` GMACs get random weights and are run: the widest subnet must equal the
 model, and it and a random one their extracted models, bit for bit. Larger ones are converted on the meta device.
 Results are one JSON line a model; a run that is started again goes on with the models that have none.
 """
@@ -33,7 +33,7 @@ from timm_autoslim.bases import create_base, create_hollow
 from timm_autoslim.costs import reach
 from timm_autoslim.errors import AutoSlimError
 
-MOST_PARAMS = 500_000_000  # a model with more is not built with weights
+MOST_PARAMS = 100_000_000  # a model with more is not built with weights
 
 
 def rss() -> float:
@@ -228,7 +228,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", help="only these names")
     parser.add_argument("--only-table", action="store_true", help="convert nothing")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--equal", type=float, default=100.0, help="run models of at most this many GMACs with weights")
+    parser.add_argument("--equal", type=float, default=20.0, help="run models of at most this many GMACs with weights")
     parser.add_argument("--seconds", type=float, default=300, help="time for one model")
     parser.add_argument("--gigabytes", type=int, default=12, help="address space for one model")
     args = parser.parse_args()
