@@ -1,55 +1,32 @@
-"""`python -m timm_autoslim run SCRIPT`: scripts that know nothing of timm-autoslim load exported folders."""
+"""`python -m timm_autoslim run SCRIPT`: scripts that know nothing of timm-autoslim load exported folders.
 
+The scripts in tests/scripts have the flags of timm's own, and make its calls.
+"""
+
+import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 from test_registry import make_recipe
 from torchvision.io import write_png
 
+from timm_autoslim.__main__ import main
 from timm_autoslim.artifact import export
 from timm_autoslim.registry import build_slimmed
 
 ROOT = Path(__file__).parent.parent
 
-# What timm's validate.py does, by the same calls.
-VALIDATE = """
-import argparse
-import timm
-import torch
-from timm.data import create_dataset, create_loader, resolve_data_config
-
-parser = argparse.ArgumentParser()
-parser.add_argument("data")
-parser.add_argument("--model")
-parser.add_argument("--pretrained", action="store_true")
-parser.add_argument("--workers", type=int, default=0)
-
-
-def main():
-    args = parser.parse_args()
-    model = timm.create_model(args.model, pretrained=args.pretrained, num_classes=None, in_chans=3).eval()
-    config = resolve_data_config(vars(args), model=model, use_test_size=True)
-    dataset = create_dataset("", root=args.data, split="validation")
-    loader = create_loader(
-        dataset, batch_size=2, use_prefetcher=False, num_workers=args.workers, device=torch.device("cpu"),
-        input_size=config["input_size"], interpolation=config["interpolation"], mean=config["mean"],
-        std=config["std"], crop_pct=config["crop_pct"],
-    )
-    with torch.no_grad():
-        logits = torch.cat([model(images) for images, _ in loader])
-    print(type(model).__name__, sum(p.numel() for p in model.parameters()), tuple(logits.shape))
-
-
-if __name__ == "__main__":
-    main()
-"""
-
 
 def python(*args, cwd):
+    """Run Python in a process of its own."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -57,40 +34,129 @@ def python(*args, cwd):
     )
 
 
-def run(script, *args, cwd):
-    return python("-m", "timm_autoslim", "run", script, *args, cwd=cwd)
+def run(*args, cwd):
+    """As `python -m timm_autoslim run ARGS...`, in a fork of this process, which has imported everything already."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        pid = os.fork()
+        if pid == 0:
+            status = 70  # of a fault that is not the script's
+            try:
+                os.chdir(cwd)
+                sys.stdout, sys.stderr, sys.excepthook = out, err, sys.__excepthook__
+                sys.path.insert(0, str(cwd))  # as -m does
+                status = main(["run", *map(str, args)])
+            except SystemExit as exit:
+                status = exit.code
+            finally:
+                out.flush()
+                err.flush()
+                os._exit(status)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        out.seek(0)
+        err.seek(0)
+        return SimpleNamespace(returncode=code, stdout=out.read(), stderr=err.read())
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with the script, an exported model and images of two classes."""
+    """A folder with the scripts, an exported model and images of two classes; and the model."""
     place = tmp_path_factory.mktemp("place")
     narrow = {"blocks.0.mlp.fc1": (100, None), "blocks.0.mlp.fc2": (None, 100)}
-    model = build_slimmed(make_recipe("test_vit", narrow, num_classes=2))
+    model = build_slimmed(make_recipe("test_vit", narrow, num_classes=2)).eval()
     export(model, place / "slim")
     for label in ("cat", "dog"):
         (place / "images" / label).mkdir(parents=True)
         for n in range(2):
             write_png(torch.randint(256, (3, 40, 40), dtype=torch.uint8), str(place / "images" / label / f"{n}.png"))
-    (place / "scripts").mkdir()
-    (place / "scripts" / "validate.py").write_text(VALIDATE)
-    expected = f"VisionTransformer {sum(p.numel() for p in model.parameters())} (4, 2)\n"
-    return place, expected
+    shutil.copytree(ROOT / "tests" / "scripts", place / "scripts")
+    return place, model, sum(p.numel() for p in model.parameters())
 
 
 FLAGS = ("images", "--model", "local-dir:slim", "--pretrained")
 
 
 def test_a_script_like_timms_validate_loads_an_exported_folder(place):
-    folder, expected = place
-    done = run("scripts/validate.py", *FLAGS, "--workers", "1", cwd=folder)
-    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+    folder, _, params = place
+    done = python("-m", "timm_autoslim", "run", "scripts/validate.py", *FLAGS, "--workers", "1", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert (facts["model"], facts["params"], facts["spec"]) == ("VisionTransformer", params, None)
+    assert facts["argv"] == ["scripts/validate.py", *FLAGS, "--workers", "1"]
+    again = run("scripts/validate.py", *FLAGS, cwd=folder)
+    assert json.loads(again.stdout) == {**facts, "argv": ["scripts/validate.py", *FLAGS]}, again.stderr
+    assert torch.tensor(facts["logits"]).shape == (4, 2)
 
 
 def test_without_run_timm_does_not_know_the_model(place):
     done = python("scripts/validate.py", *FLAGS, cwd=place[0])
     assert done.returncode == 1
     assert "RuntimeError: Unknown model (autoslim)" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "classes"),
+    [
+        (["--torchscript"], 2),
+        (["--num-classes", "5", "--gp", "avg"], 5),
+        (["--num-classes", "2", "--model-kwargs", "drop_path_rate=0.1"], 2),
+    ],
+)
+def test_validate_takes_its_flags(flags, classes, place):
+    folder, _, params = place
+    done = run("scripts/validate.py", *FLAGS, *flags, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert torch.tensor(facts["logits"]).shape == (4, classes)
+    if "--torchscript" in flags:
+        plain = json.loads(run("scripts/validate.py", *FLAGS, cwd=folder).stdout)
+        assert facts["params"] == params
+        assert torch.allclose(torch.tensor(facts["logits"]), torch.tensor(plain["logits"]), atol=1e-6)
+
+
+@pytest.mark.parametrize("flags", [[], ["--torchscript", "--drop", "0.1", "--num-classes", "2"]])
+def test_a_script_like_timms_benchmark(flags, place):
+    folder, _, params = place
+    done = run("scripts/benchmark.py", "-m", "local-dir:slim", *flags, cwd=folder)
+    assert (done.returncode, done.stdout) == (0, f"{params} 160 True False\n"), done.stderr
+
+
+def test_a_script_like_timms_inference(place):
+    folder, _, _ = place
+    done = run("scripts/inference.py", *FLAGS, "--topk", "2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(run("scripts/validate.py", *FLAGS, cwd=folder).stdout)
+    best = torch.tensor(facts["logits"]).argmax(-1).tolist()
+    rows = [line.split(",") for line in done.stdout.splitlines()]
+    assert [name for name, *_ in rows] == ["0.png", "1.png"] * 2
+    assert [int(first) for _, first, _ in rows] == best
+
+
+def test_a_script_like_timms_onnx_export(place):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    folder, model, _ = place
+    done = run(
+        "scripts/onnx_export.py", "slim.onnx", "--model", "local-dir:slim", "--num-classes", "2", "--img-size", "160",
+        "--check-forward", cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    session = onnxruntime.InferenceSession(folder / "slim.onnx", providers=["CPUExecutionProvider"])
+    image = torch.randn(1, 3, 160, 160)
+    logits = session.run(None, {session.get_inputs()[0].name: image.numpy()})[0]
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(logits), model(image), atol=1e-5)
+
+
+def test_a_script_like_timms_train_takes_the_package_as_a_device_module(place):
+    folder, _, params = place
+    flags = ("--drop-path", "0.1", "--grad-checkpointing", "--num-classes", "2")
+    done = python("scripts/train.py", *FLAGS, *flags, "--device-modules", "timm_autoslim", cwd=folder)
+    assert (done.returncode, done.stdout) == (0, f"VisionTransformer 2 {params}\n"), done.stderr
+    trained = str(folder / "output" / "last.pth.tar")
+    model = timm.create_model(f"local-dir:{folder / 'slim'}", checkpoint_path=trained)
+    saved = timm.models.load_state_dict(trained)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
+    checked = run("scripts/validate.py", *FLAGS[:3], "--checkpoint", trained, cwd=folder)
+    assert checked.returncode == 0, checked.stderr
 
 
 # Everything that a script can see of how it was started, its own annotations included.
@@ -131,8 +197,6 @@ def test_a_script_ends_as_under_python(case, tmp_path):
 
 @pytest.mark.parametrize("script", ["missing.py", ".", ""])
 def test_what_is_no_script_is_refused(script, tmp_path, monkeypatch, capsys):
-    from timm_autoslim.__main__ import main
-
     monkeypatch.chdir(tmp_path)
     assert main(["run", script]) == 2
     assert f"error: {script}: cannot be read" in capsys.readouterr().err
@@ -140,8 +204,6 @@ def test_what_is_no_script_is_refused(script, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("words", [["run"], ["run", "--flag", "x.py"], []])
 def test_run_needs_a_script(words, capsys):
-    from timm_autoslim.__main__ import main
-
     with pytest.raises(SystemExit) as error:
         main(words)
     assert error.value.code == 2

@@ -1,0 +1,206 @@
+"""Export slimmed models to ONNX and int8, and write how small and fast they are: the table in docs/benchmarks.md.
+
+    python recipes/benchmarks/deploy.py --only-prepare                              # exports, quantises, checks
+    python recipes/benchmarks/deploy.py                                             # measures what is prepared
+    python recipes/benchmarks/deploy.py --only-table --table docs/benchmarks.md     # writes the table
+
+Each model is cut uniformly to a half and a quarter of its MACs. The three networks of a model, in PyTorch and in ONNX
+Runtime, are timed in turn, round by round, so that whatever else the machine does falls on all of them; a ratio is the
+median over the rounds. Weights are random: they change neither sizes nor times. A run that is started again goes on
+with what is missing. Needs the extra `onnx`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import timm
+import torch
+from onnxruntime.quantization import CalibrationDataReader, quantize_static
+from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import timm_autoslim
+from timm_autoslim.bases import create_base
+
+MODELS = ("resnet50", "mobilenetv2_100", "convnext_nano", "vit_small_patch16_224", "torchvision/mobilenet_v3_large")
+BUDGETS = {"whole": "100%", "half": "50%", "quarter": "25%"}  # of the MACs
+FORMS = {"torch": "PyTorch", "compiled": "torch.compile", "onnx": "ONNX Runtime", "int8": "ONNX Runtime, int8"}
+FILES = {"torch": "exported/model.safetensors", "onnx": "model.onnx", "int8": "int8.onnx"}
+BEGIN, END = "<!-- deploy: made by recipes/benchmarks/deploy.py -->", "<!-- deploy: end -->"
+
+
+class Images(CalibrationDataReader):  # type: ignore[misc]
+    """The images that the ranges of a quantised model are measured on, one by one."""
+
+    def __init__(self, images: Tensor) -> None:
+        self._images = iter(images.numpy())
+
+    def get_next(self) -> dict[str, Any] | None:
+        """Return the next image (1, C, H, W) under the name of the input."""
+        image = next(self._images, None)
+        return None if image is None else {"images": image[None]}
+
+
+def prepare(name: str, folder: Path) -> None:
+    """Write the networks of one model: an exported folder, model.onnx, int8.onnx and facts.json each."""
+    torch.manual_seed(0)
+    supernet = timm_autoslim.convert(create_base(name).eval(), base=name)
+    config: Any = supernet.model.pretrained_cfg
+    images = torch.randn(8, *config["input_size"])  # (N, C, H, W)
+    for network, budget in BUDGETS.items():
+        place = folder / network
+        if (place / "facts.json").exists():
+            continue
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        widths = supernet.space.max() if network == "whole" else timm_autoslim.uniform_at(supernet, "macs", budget)
+        plain = supernet.extract(widths)
+        timm_autoslim.calibrate(plain, [images])
+        timm_autoslim.export(plain, place / "exported")
+        spent = timm_autoslim.cost(supernet, widths)
+        facts = {"macs": spent.macs, "params": spent.params, **_deploy(place, images)}
+        part = place / "facts.part"
+        part.write_text(json.dumps(facts), encoding="utf-8")
+        os.replace(part, place / "facts.json")
+
+
+def _deploy(place: Path, images: Tensor) -> dict[str, Any]:
+    """Write model.onnx and int8.onnx; return the size of each file, and how far its logits are from PyTorch's."""
+    model = load(place)
+    torch.onnx.export(
+        model, (images[:1],), place / "model.onnx", dynamo=True, input_names=["images"], output_names=["logits"],
+        external_data=False, verbose=False,
+    )  # fmt: skip
+    quant_pre_process(str(place / "model.onnx"), str(place / "plain.onnx"), skip_symbolic_shape=True)
+    quantize_static(str(place / "plain.onnx"), str(place / "int8.onnx"), Images(images), per_channel=True)
+    (place / "plain.onnx").unlink()
+    with torch.inference_mode():
+        want = model(images[:1]).numpy()
+        gaps = {form: np.abs(np.asarray(runner(place, form, images[:1])()) - want).max() for form in FORMS}
+    return {
+        "bytes": {form: (place / file).stat().st_size for form, file in FILES.items()},
+        "gap": {form: float(gap / np.abs(want).max()) for form, gap in gaps.items()},
+    }
+
+
+def load(place: Path) -> nn.Module:
+    """Return the exported model as any user loads it, ready for export."""
+    model: nn.Module = timm.create_model(f"local-dir:{place / 'exported'}", pretrained=True, exportable=True)
+    return model.eval()
+
+
+def runner(place: Path, form: str, image: Tensor) -> Callable[[], Any]:
+    """Return a function without arguments that runs one form of one network on one image (1, C, H, W)."""
+    if form in ("torch", "compiled"):
+        model = load(place) if form == "torch" else torch.compile(load(place))
+        return lambda: model(image)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(place / FILES[form]), options, providers=["CPUExecutionProvider"])
+    feed = {"images": image.numpy()}
+    return lambda: session.run(None, feed)[0]
+
+
+@torch.inference_mode()
+def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
+    """Time the networks of one model in turn; return medians in ms, and medians of the ratios to the whole."""
+    config: Any = load(folder / "whole").pretrained_cfg
+    image = torch.randn(1, *config["input_size"])
+    keys = [(network, form) for form in FORMS for network in BUDGETS]
+    runs = {key: runner(folder / key[0], key[1], image) for key in keys}
+    repeats = {}
+    for key, run in runs.items():
+        _milliseconds(run, 2)  # first calls allocate
+        repeats[key] = max(1, round(20 / _milliseconds(run, 1)))  # about 20 ms for each sample
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key in keys}
+    for _ in range(rounds):
+        for key, run in runs.items():
+            samples[key].append(_milliseconds(run, repeats[key]))
+    result: dict[str, Any] = {"name": name, "rounds": rounds, "ms": {}, "ratio": {}}
+    for network, form in keys:
+        pairs = zip(samples[network, form], samples["whole", form], strict=True)
+        result["ms"].setdefault(network, {})[form] = statistics.median(samples[network, form])
+        result["ratio"].setdefault(network, {})[form] = statistics.median(a / b for a, b in pairs)
+    return result
+
+
+def _milliseconds(run: Callable[[], Any], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) * 1000 / repeats
+
+
+def table(results: list[dict[str, Any]], work: Path) -> str:
+    """Return the table: one row a network, sizes in MB, times in ms, and in brackets the ratio to the whole."""
+    columns = ["safetensors, MB", "ONNX, MB", "int8, MB", *(f"{title}, ms" for title in FORMS.values())]
+    lines = [f"| model | MACs | {' | '.join(columns)} | gap | gap, int8 |", "|---" * (len(columns) + 4) + "|"]
+    for result in results:
+        for network in BUDGETS:
+            facts = read_facts(folder_of(work, result["name"]) / network)
+            whole = read_facts(folder_of(work, result["name"]) / "whole")
+            sizes = [f"{facts['bytes'][f] / 1e6:.1f} ({facts['bytes'][f] / whole['bytes'][f]:.2f})" for f in FILES]
+            times = [f"{result['ms'][network][f]:.1f} ({result['ratio'][network][f]:.2f})" for f in FORMS]
+            gaps = [f"{max(facts['gap']['compiled'], facts['gap']['onnx']):.0e}", f"{facts['gap']['int8']:.2f}"]
+            cells = [result["name"], f"{facts['macs'] / 1e6:,.0f}M", *sizes, *times, *gaps]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def read_facts(place: Path) -> dict[str, Any]:
+    """Return what `prepare` wrote of one network."""
+    facts: dict[str, Any] = json.loads((place / "facts.json").read_text(encoding="utf-8"))
+    return facts
+
+
+def folder_of(work: Path, name: str) -> Path:
+    """Return the folder of one model's networks."""
+    return work / name.replace("/", "-")
+
+
+def main() -> None:
+    """Prepare, measure, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/deploy"), help="folder of networks and results")
+    parser.add_argument("--models", nargs="+", default=MODELS, help="timm names, or torchvision/NAME")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--only-prepare", action="store_true", help="measure nothing")
+    parser.add_argument("--only-table", action="store_true", help="prepare and measure nothing")
+    parser.add_argument("--table", type=Path, help="write the table between its markers in this page")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
+    file = args.work / "results.jsonl"
+    results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {result["name"] for result in results}
+    for name in tqdm([] if args.only_table else [n for n in args.models if n not in done], unit="model"):
+        prepare(name, folder_of(args.work, name))
+        if not args.only_prepare:
+            results.append(measure(name, folder_of(args.work, name), args.rounds))
+            with file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(results[-1]) + "\n")
+    order = {name: i for i, name in enumerate(args.models)}
+    text = table(sorted(results, key=lambda r: order.get(r["name"], len(order))), args.work)
+    print(text)
+    if args.table:
+        page = args.table.read_text(encoding="utf-8")
+        before, after = page.split(BEGIN)[0], page.split(END)[1]
+        part = args.table.with_name(args.table.name + ".part")
+        part.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        os.replace(part, args.table)
+
+
+if __name__ == "__main__":
+    main()
