@@ -1,7 +1,19 @@
-"""What README and docs show is run, and what they point to is there."""
+"""What README and docs show is run, and what they point to is there.
 
+Fences marked `python` run: those of one page one after another, in one folder. Commands in fences marked `sh` are held
+to the parsers of what they start, and `inspect` runs. `text` marks what is shown and does not run: output, signatures,
+diagrams, and commands with names that only a reader can fill in.
+"""
+
+import contextlib
+import importlib.util
+import itertools
+import os
 import re
+import shlex
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -9,25 +21,134 @@ import pytest
 from timm_autoslim.__main__ import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import common  # noqa: E402
 
 
-def blocks(page, language):
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def name_of(page):
+    return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for block in blocks(page, "python"):
-        exec(compile(block, page.name, "exec"), {"__name__": "__main__"})
+def blocks(page, *languages):
+    """The fenced blocks of a page in these languages; "" are those without any."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [block for language, block in found if language in languages]
+
+
+def commands(page):
+    """Every command of a page as its words; CONFIG=FILE lines are put in where $CONFIG stands."""
+    found, values = [], {}
+    for line in re.sub(r"\\\n", " ", "\n".join(blocks(page, "sh", "bash", ""))).splitlines():
+        assignment = re.fullmatch(r"([A-Z]+)=(\S+)", line)
+        if assignment:
+            values[f"${assignment[1]}"] = assignment[2]
+            continue
+        words = [values.get(word, word) for word in shlex.split(line, comments=True)]
+        cuts = [-1, *(i for i, word in enumerate(words) if word == "&&"), len(words)]
+        found += [words[a + 1 : b] for a, b in itertools.pairwise(cuts) if words[a + 1 : b]]
+    return found
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
+def test_python_blocks_run(page, tmp_path):
+    # in a fork: a page may register a rule, seed, or set threads
+    with tempfile.TemporaryFile("w+") as log:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                os.chdir(tmp_path)
+                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                    names = {"__name__": "__main__"}
+                    for block in blocks(page, "python"):
+                        exec(compile(block, page.name, "exec"), names)
+                status = 0
+            except BaseException:
+                traceback.print_exc(file=log)
+            finally:
+                log.flush()
+                os._exit(status)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        log.seek(0)
+        assert code == 0, log.read()[-3000:]
 
 
 def test_readme_shows_the_library_in_use():
     assert blocks(ROOT / "README.md", "python")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_hides_in_no_other_fence(page):
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"^```(\w+)\n", text, re.MULTILINE)) <= {"python", "sh", "text"}
+    assert len(re.findall(r"^```", text, re.MULTILINE)) % 2 == 0
+    for block in blocks(page, "sh", "text", ""):
+        assert not re.search(r"^(import|from) \w+", block, re.MULTILINE), f"mark it `python`, so that it runs:\n{block}"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=name_of)
+def test_commands_are_understood(page, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    for words in commands(page):
+        scripts = [i for i, word in enumerate(words) if word.endswith((".py", ".sh"))]
+        if scripts:
+            check_script(words[scripts[0]], words[scripts[0] + 1 :])
+        elif words[:4] == ["python", "-m", "timm_autoslim", "inspect"]:
+            assert main(words[3:]) == 0
+            capsys.readouterr()
+        else:
+            assert words[:2] in (["pip", "install"], ["python3", "-m"]) or words[0].endswith("/pip"), words
+    assert all((ROOT / word).exists() for words in commands(page) for word in words if word.startswith("recipes/"))
+
+
+def check_script(script, arguments):
+    """Hold the arguments of a recipe to its own parser, and those of a benchmark to the flags in its text."""
+    path = ROOT / script
+    assert path.is_file(), script
+    if path.parent.name == "benchmarks" or path.suffix == ".sh":
+        text = path.read_text(encoding="utf-8")
+        assert all(f'"{word}"' in text for word in arguments if word.startswith("--")), (script, arguments)
+    elif path.stem == "run":
+        spec = importlib.util.spec_from_file_location("road", path)
+        road = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(road)
+        own = {"-c", "--config", "--num-processes"}
+        cut = [i for i, word in enumerate(arguments) if word in own]
+        left = [word for i, word in enumerate(arguments) if i not in cut and i - 1 not in cut]
+        common.values_for("train", road.overrides(left))
+    else:
+        common.parse_args(path.stem, None, arguments)
+
+
+def test_the_reference_is_that_of_this_code():
+    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
+    make_api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_api)
+    written = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert written == make_api.render(), "write it anew: python docs/make_api.py"
+    import timm_autoslim
+
+    public = [name for name in timm_autoslim.__all__ if name != "AutoSlimError"]
+    assert all(f"### {name}\n" in written for name in public)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_page_can_be_reached(page):
+    """From README, by links alone."""
+    reached, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        here = waiting.pop()
+        if here in reached:
+            continue
+        reached.add(here)
+        links = re.findall(r"\]\(([^)#]+\.md)", here.read_text(encoding="utf-8"))
+        waiting += [(here.parent / link).resolve() for link in links if not link.startswith("http")]
+    assert page in reached
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_and_files_exist(page):
     text = page.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]

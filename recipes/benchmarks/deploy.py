@@ -36,7 +36,7 @@ from timm_autoslim.bases import create_base
 
 MODELS = ("resnet50", "mobilenetv2_100", "convnext_nano", "vit_small_patch16_224", "torchvision/mobilenet_v3_large")
 BUDGETS = {"whole": "100%", "half": "50%", "quarter": "25%"}  # of the MACs
-FORMS = {"torch": "PyTorch", "compiled": "torch.compile", "onnx": "ONNX Runtime", "int8": "ONNX Runtime, int8"}
+FORMS = {"torch": "PyTorch", "onnx": "ONNX Runtime", "int8": "ONNX Runtime, int8"}
 FILES = {"torch": "exported/model.safetensors", "onnx": "model.onnx", "int8": "int8.onnx"}
 BEGIN, END = "<!-- deploy: made by recipes/benchmarks/deploy.py -->", "<!-- deploy: end -->"
 
@@ -88,7 +88,7 @@ def _deploy(place: Path, images: Tensor) -> dict[str, Any]:
     (place / "plain.onnx").unlink()
     with torch.inference_mode():
         want = model(images[:1]).numpy()
-        gaps = {form: np.abs(np.asarray(runner(place, form, images[:1])()) - want).max() for form in FORMS}
+        gaps = {form: np.abs(runner(place, form, images[:1])() - want).max() for form in ("onnx", "int8")}
     return {
         "bytes": {form: (place / file).stat().st_size for form, file in FILES.items()},
         "gap": {form: float(gap / np.abs(want).max()) for form, gap in gaps.items()},
@@ -103,8 +103,8 @@ def load(place: Path) -> nn.Module:
 
 def runner(place: Path, form: str, image: Tensor) -> Callable[[], Any]:
     """Return a function without arguments that runs one form of one network on one image (1, C, H, W)."""
-    if form in ("torch", "compiled"):
-        model = load(place) if form == "torch" else torch.compile(load(place))
+    if form == "torch":
+        model = load(place)
         return lambda: model(image)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -151,9 +151,9 @@ def table(results: list[dict[str, Any]], work: Path) -> str:
         for network in BUDGETS:
             facts = read_facts(folder_of(work, result["name"]) / network)
             whole = read_facts(folder_of(work, result["name"]) / "whole")
-            sizes = [f"{facts['bytes'][f] / 1e6:.1f} ({facts['bytes'][f] / whole['bytes'][f]:.2f})" for f in FILES]
+            sizes = [f"{facts['bytes'][f] / 1e6:.1f} ({facts['bytes'][f] / whole['bytes'][f]:.2f})" for f in FORMS]
             times = [f"{result['ms'][network][f]:.1f} ({result['ratio'][network][f]:.2f})" for f in FORMS]
-            gaps = [f"{max(facts['gap']['compiled'], facts['gap']['onnx']):.0e}", f"{facts['gap']['int8']:.2f}"]
+            gaps = [f"{facts['gap']['onnx']:.0e}", f"{facts['gap']['int8']:.2f}"]
             cells = [result["name"], f"{facts['macs'] / 1e6:,.0f}M", *sizes, *times, *gaps]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
