@@ -60,13 +60,12 @@ def _signature(name: str, function: Any) -> str:
     """Return the signature as it stands in the source, on one line, or with an argument a line where that is long."""
     function = inspect.unwrap(getattr(function, "__func__", function))
     node: Any = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    names = ast.unparse(node.args)
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    line = f"{name}({re.sub(r'^(self|cls)(, )?', '', names)}){returns}"
+    arguments = _arguments(node.args)
+    line = f"{name}({', '.join(arguments)}){returns}"
     if len(line) <= 100:
         return line
-    lines = [f"    {argument}," for argument in _arguments(node.args)]
-    return "\n".join([f"{name}(", *lines, f"){returns}"])
+    return "\n".join([f"{name}(", *(f"    {argument}," for argument in arguments), f"){returns}"])
 
 
 def _arguments(args: ast.arguments) -> list[str]:
