@@ -4,10 +4,10 @@
     python recipes/benchmarks/deploy.py                                             # measures what is prepared
     python recipes/benchmarks/deploy.py --only-table --table docs/benchmarks.md     # writes the table
 
-Each model is cut uniformly to a half and a quarter of its MACs. The three networks of a model, in PyTorch and in ONNX
-Runtime, are timed in turn, round by round, so that whatever else the machine does falls on all of them; a ratio is the
-median over the rounds. Weights are random: they change neither sizes nor times. A run that is started again goes on
-with what is missing. Needs the extra `onnx`.
+Each model is cut uniformly to a half of its MACs, channel by channel, and to a half and a quarter with widths that are
+multiples of 16. The networks of a model, in PyTorch and in ONNX Runtime, are timed in turn, round by round, so that
+whatever else the machine does falls on all of them; a ratio is the median over the rounds. Weights are random: they
+change neither sizes nor times. A run that is started again goes on with what is missing. Needs the extra `onnx`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ import timm_autoslim
 from timm_autoslim.bases import create_base
 
 MODELS = ("resnet50", "mobilenetv2_100", "convnext_nano", "vit_small_patch16_224", "torchvision/mobilenet_v3_large")
-BUDGETS = {"whole": "100%", "half": "50%", "quarter": "25%"}  # of the MACs
+# share of the MACs, and what all widths are multiples of
+NETWORKS = {"whole": (1.0, 1), "half": (0.5, 1), "half-of-16s": (0.5, 16), "quarter-of-16s": (0.25, 16)}
 FORMS = {"torch": "PyTorch", "onnx": "ONNX Runtime", "int8": "ONNX Runtime, int8"}
 FILES = {"torch": "exported/model.safetensors", "onnx": "model.onnx", "int8": "int8.onnx"}
 BEGIN, END = "<!-- deploy: made by recipes/benchmarks/deploy.py -->", "<!-- deploy: end -->"
@@ -56,16 +57,17 @@ class Images(CalibrationDataReader):  # type: ignore[misc]
 def prepare(name: str, folder: Path) -> None:
     """Write the networks of one model: an exported folder, model.onnx, int8.onnx and facts.json each."""
     torch.manual_seed(0)
-    supernet = timm_autoslim.convert(create_base(name).eval(), base=name)
-    config: Any = supernet.model.pretrained_cfg
+    model = create_base(name).eval()
+    config: Any = model.pretrained_cfg
     images = torch.randn(8, *config["input_size"])  # (N, C, H, W)
-    for network, budget in BUDGETS.items():
+    for network, (share, multiple) in NETWORKS.items():
         place = folder / network
         if (place / "facts.json").exists():
             continue
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        widths = supernet.space.max() if network == "whole" else timm_autoslim.uniform_at(supernet, "macs", budget)
+        supernet = timm_autoslim.convert(model, base=name, divisor=multiple)
+        widths = choose(supernet, share)
         plain = supernet.extract(widths)
         timm_autoslim.calibrate(plain, [images])
         timm_autoslim.export(plain, place / "exported")
@@ -74,6 +76,13 @@ def prepare(name: str, folder: Path) -> None:
         part = place / "facts.part"
         part.write_text(json.dumps(facts), encoding="utf-8")
         os.replace(part, place / "facts.json")
+
+
+def choose(supernet: timm_autoslim.Supernet, share: float) -> timm_autoslim.Widths:
+    """Return the widest uniform multiplier within a share of the MACs, in steps of 1 %, each width on its choices."""
+    limit = share * timm_autoslim.cost(supernet).macs
+    every = (supernet.space.uniform(percent / 100) for percent in range(100, 0, -1))
+    return next(widths for widths in every if timm_autoslim.cost(supernet, widths).macs <= limit)
 
 
 def _deploy(place: Path, images: Tensor) -> dict[str, Any]:
@@ -118,7 +127,7 @@ def measure(name: str, folder: Path, rounds: int) -> dict[str, Any]:
     """Time the networks of one model in turn; return medians in ms, and medians of the ratios to the whole."""
     config: Any = load(folder / "whole").pretrained_cfg
     image = torch.randn(1, *config["input_size"])
-    keys = [(network, form) for form in FORMS for network in BUDGETS]
+    keys = [(network, form) for form in FORMS for network in NETWORKS]
     runs = {key: runner(folder / key[0], key[1], image) for key in keys}
     repeats = {}
     for key, run in runs.items():
@@ -146,15 +155,17 @@ def _milliseconds(run: Callable[[], Any], repeats: int) -> float:
 def table(results: list[dict[str, Any]], work: Path) -> str:
     """Return the table: one row a network, sizes in MB, times in ms, and in brackets the ratio to the whole."""
     columns = ["safetensors, MB", "ONNX, MB", "int8, MB", *(f"{title}, ms" for title in FORMS.values())]
-    lines = [f"| model | MACs | {' | '.join(columns)} | gap | gap, int8 |", "|---" * (len(columns) + 4) + "|"]
+    head = ["model", "MACs", "widths of", *columns, "gap", "gap, int8"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for result in results:
-        for network in BUDGETS:
+        for network, (_, multiple) in NETWORKS.items():
             facts = read_facts(folder_of(work, result["name"]) / network)
             whole = read_facts(folder_of(work, result["name"]) / "whole")
             sizes = [f"{facts['bytes'][f] / 1e6:.1f} ({facts['bytes'][f] / whole['bytes'][f]:.2f})" for f in FORMS]
             times = [f"{result['ms'][network][f]:.1f} ({result['ratio'][network][f]:.2f})" for f in FORMS]
             gaps = [f"{facts['gap']['onnx']:.0e}", f"{facts['gap']['int8']:.2f}"]
-            cells = [result["name"], f"{facts['macs'] / 1e6:,.0f}M", *sizes, *times, *gaps]
+            macs = f"{facts['macs'] / 1e6:,.0f}M ({facts['macs'] / whole['macs']:.2f})"
+            cells = [result["name"], macs, "16s" if multiple > 1 else "any", *sizes, *times, *gaps]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
