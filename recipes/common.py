@@ -76,6 +76,14 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--min-width", type=float, help="narrowest share of every group's channels")
     group.add_argument("--divisor", type=int, help="widths are multiples of this")
     group.add_argument(
+        "--choices",
+        nargs="*",
+        default={},
+        action=ParseKwargs,
+        metavar="GLOB=[...]",
+        help="the widths of the groups that a glob matches, such as layer1*=[8,16,32]; wins over the two above",
+    )
+    group.add_argument(
         "--dataset",
         help="'digits' (scikit-learn's, the default without --data-dir) or a name that timm's create_dataset knows",
     )
@@ -90,36 +98,68 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
 
 def training_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the recipes that train; names and defaults are those of timm's train.py where it has them."""
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=300)
-    group.add_argument("--lr", type=float, help="learning rate; overrides --lr-base")
-    group.add_argument("--lr-base", type=float, default=0.1, help="learning rate at 256 images a step; scales")
+    group = parser.add_argument_group("device and distributed")
+    group.add_argument("--grad-accum-steps", type=int, default=1, help="batches of an update, with the same widths")
+    group.add_argument("--sync-bn", action=ON_OFF, default=False, help="BatchNorm over the batches of all processes")
+    group = parser.add_argument_group("optimizer")
     group.add_argument("--opt", default="sgd", help="a timm optimizer")
+    group.add_argument("--opt-eps", type=float, help="the optimizer's own if not given")
+    group.add_argument("--opt-betas", type=float, nargs="+", help="the optimizer's own if not given")
+    group.add_argument("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
     group.add_argument("--momentum", type=float, default=0.9)
     group.add_argument("--weight-decay", type=float, default=2e-5)
-    group.add_argument("--clip-grad", type=float, help="norm above which gradients are clipped")
+    group.add_argument("--clip-grad", type=float, help="value above which gradients are clipped, once an update")
+    group.add_argument("--clip-mode", choices=("norm", "value", "agc"), default="norm")
+    group = parser.add_argument_group("learning rate schedule")
+    group.add_argument("--epochs", type=int, default=300)
+    group.add_argument("--lr", type=float, help="learning rate; overrides --lr-base")
+    group.add_argument("--lr-base", type=float, default=0.1, help="learning rate at --lr-base-size images an update")
+    group.add_argument("--lr-base-size", type=int, default=256)
+    group.add_argument(
+        "--lr-base-scale",
+        choices=("linear", "sqrt"),
+        help="how it grows with the images of an update; by default sqrt for adaptive optimizers, else linear",
+    )
     group.add_argument("--sched", default="cosine", help="a timm scheduler")
     group.add_argument("--warmup-epochs", type=float, default=0)
     group.add_argument("--warmup-lr", type=float, default=1e-5)
     group.add_argument("--min-lr", type=float, default=0.0)
     group.add_argument("--decay-epochs", type=float, default=90, help="interval of the step schedule")
     group.add_argument("--decay-rate", type=float, default=0.1, help="factor of step, exponent of poly")
-    group.add_argument("--model-ema", action=ON_OFF, default=False, help="the result is the weights' moving average")
-    group.add_argument("--model-ema-decay", type=float, default=0.9998)
-    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
-    group = parser.add_argument_group("augmentation")
+    group = parser.add_argument_group("augmentation and regularization")
     group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
     group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect of the random crop")
     group.add_argument("--hflip", type=float, default=0.5)
+    group.add_argument("--vflip", type=float, default=0.0)
     group.add_argument("--color-jitter", type=float, default=0.4)
     group.add_argument("--aa", help="timm's AutoAugment policy, such as rand-m9-mstd0.5")
     group.add_argument("--reprob", type=float, default=0.0, help="probability of random erasing")
+    group.add_argument("--remode", default="pixel", help="mode of random erasing")
+    group.add_argument("--recount", type=int, default=1, help="count of random erasing")
     group.add_argument("--mixup", type=float, default=0.0)
     group.add_argument("--cutmix", type=float, default=0.0)
-    group = parser.add_argument_group("run")
-    group.add_argument("--resume", action=ON_OFF, default=False, help="go on after the last whole epoch")
-    group.add_argument("--log-interval", type=int, default=20, help="steps between updates of the progress bar's loss")
+    group.add_argument("--mixup-prob", type=float, default=1.0, help="probability of mixup or cutmix")
+    group.add_argument("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix if both are on")
+    group.add_argument("--mixup-off-epoch", type=int, default=0, help="turn them off after this epoch; 0: never")
+    group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group = parser.add_argument_group("model exponential moving average")
+    group.add_argument("--model-ema", action=ON_OFF, default=False, help="the result is the weights' moving average")
+    group.add_argument("--model-ema-decay", type=float, default=0.9998)
+    group = parser.add_argument_group("checkpoints and tracking")
+    group.add_argument("--resume", action=ON_OFF, default=False, help="go on after the last checkpoint")
+    group.add_argument(
+        "--recovery-interval",
+        type=int,
+        default=0,
+        help="updates between checkpoints within an epoch; 0: only after each epoch",
+    )
+    group.add_argument("--checkpoint-hist", type=int, default=2, help="how many checkpoints are kept")
+    group.add_argument("--val-interval", type=int, default=1, help="epochs between validations")
+    group.add_argument("--log-interval", type=int, default=20, help="updates between looks at the loss")
     group.add_argument("--calibration-images", type=int, default=2048, help="training images that measure BatchNorms")
+    group.add_argument("--log-tensorboard", action=ON_OFF, default=False, help="curves in RUN/tensorboard")
+    group.add_argument("--log-wandb", action=ON_OFF, default=False, help="curves at Weights & Biases")
+    group.add_argument("--wandb-project", default="timm-autoslim", help="project of --log-wandb")
 
 
 def train_flags(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +184,14 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
         action=ON_OFF,
         default=False,
         help="all but the widest run without dropout and drop path (BigNAS)",
+    )
+    group.add_argument(
+        "--val-widths",
+        type=float,
+        nargs="*",
+        default=[0.75, 0.5, 0.25],
+        metavar="SHARE",
+        help="uniform subnets that are validated besides the widest and the narrowest",
     )
     group.add_argument("--output", default="runs", help="folder of runs")
     group.add_argument("--experiment", help="name of the run's folder; the model's name if not given")
@@ -347,6 +395,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
+    sync(part)
     os.replace(part, path)
 
 
@@ -354,7 +403,19 @@ def write_weights(path: Path, model: nn.Module) -> None:
     """Write a model's parameters and buffers as safetensors, whole or not at all."""
     part = path.with_name(path.name + ".part")
     save_model(model, str(part))
+    sync(part)
     os.replace(part, path)
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder to the disk, so that a rename cannot outlive its content in a crash of the machine."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders, and needs no such thing
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_weights(path: Path, model: nn.Module) -> None:
@@ -416,7 +477,7 @@ def make_supernet(args: argparse.Namespace, pretrained: bool = False) -> timm_au
     resolve_input(args, model)
     example = torch.zeros(2, args.in_chans, args.img_size, args.img_size)  # (N, C, H, W)
     return timm_autoslim.convert(
-        model, example, freeze=args.freeze, min=args.min_width, divisor=args.divisor,
+        model, example, freeze=args.freeze, min=args.min_width, divisor=args.divisor, choices=args.choices,
         base=args.model, base_args=base_args(args),
     )  # fmt: skip
 

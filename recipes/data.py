@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from common import write_json
@@ -33,19 +37,49 @@ class Images:
 
 
 class Subset(Dataset):
-    """Some images of a source; timm's create_loader sets `transform`."""
+    """Some images of a source; timm's create_loader sets `transform`.
 
-    def __init__(self, source: Any, indices: Sequence[int] | None = None):
-        self.source = source
+    With a seed, what the transform draws depends on (seed, epoch, image) alone: not on the number of processes and
+    workers, nor on the images before. So a resumed run sees the images that the uninterrupted one sees.
+    """
+
+    def __init__(self, source: Any, classes: int, indices: Sequence[int] | None = None, seed: int | None = None):
+        self.source, self.classes, self.seed = source, classes, seed
         self.indices = range(len(source)) if indices is None else indices
         self.transform: Callable[[Image.Image], Any] | None = None
+        self.epoch = 0
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, item: int) -> tuple[Any, int]:
-        image, target = self.source[self.indices[item]]
-        return (self.transform(image) if self.transform else image), int(target)
+        index = self.indices[item]
+        image, target = self.source[index]
+        if not 0 <= int(target) < self.classes:
+            raise DataError(
+                f"Image {index} has the class {int(target)}, but the model has {self.classes} classes (0 to "
+                f"{self.classes - 1}): give the --num-classes of the data."
+            )
+        if self.transform is None:
+            return image, int(target)
+        with drawing(f"{self.seed} {self.epoch} {index}") if self.seed is not None else contextlib.nullcontext():
+            return self.transform(image), int(target)
+
+
+@contextlib.contextmanager
+def drawing(key: str) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's random numbers by a text for the length of a block; restore on leaving."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
+    try:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 class Digits(Dataset):
@@ -204,14 +238,16 @@ def training_loader(args: argparse.Namespace, source: Any, indices: Sequence[int
     if len(indices) < args.batch_size:
         raise DataError(f"{len(indices)} training images do not fill a batch of {args.batch_size}: lower --batch-size.")
     return create_loader(
-        Subset(source, indices), is_training=True, scale=args.scale, ratio=args.ratio, hflip=args.hflip,
-        color_jitter=args.color_jitter, auto_augment=args.aa, re_prob=args.reprob, **_shared(args),
+        Subset(source, args.num_classes, indices, args.seed), is_training=True, scale=args.scale, ratio=args.ratio,
+        hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter, auto_augment=args.aa, re_prob=args.reprob,
+        re_mode=args.remode, re_count=args.recount, **_shared(args),
     )  # fmt: skip
 
 
 def plain_loader(args: argparse.Namespace, source: Any, indices: Sequence[int] | None = None) -> DataLoader:
     """Timm's evaluation loader over some images of a source, or all of them."""
-    return create_loader(Subset(source, indices), is_training=False, crop_pct=args.crop_pct, **_shared(args))
+    subset = Subset(source, args.num_classes, indices)
+    return create_loader(subset, is_training=False, crop_pct=args.crop_pct, **_shared(args))
 
 
 def _shared(args: argparse.Namespace) -> dict[str, Any]:
@@ -240,5 +276,17 @@ def in_memory(
 def calibration_batches(
     args: argparse.Namespace, source: Any, indices: Sequence[int], accelerator: Accelerator
 ) -> list[Tensor]:
-    """Training images without augmentation, in memory; every process holds the same ones and so measures the same."""
-    return [inputs for inputs, _ in in_memory(args, source, indices[: args.calibration_images], accelerator)]
+    """This process's share of --calibration-images, without augmentation, in memory: as many batches as each other's.
+
+    Raises:
+        DataError: there are too few images for a batch of two in every process.
+    """
+    used, processes = list(indices[: args.calibration_images]), accelerator.num_processes
+    if args.calibration_images < 1 or len(used) < 2 * processes:
+        raise DataError(
+            f"--calibration-images {args.calibration_images}: {len(used)} images do not measure a BatchNorm in "
+            f"{processes} process(es), which needs two in each and should have hundreds."
+        )
+    own = len(used) // processes  # what is left over is left out
+    share = used[accelerator.process_index * own :][:own]
+    return [inputs for inputs, _ in in_memory(args, source, share, accelerator)]

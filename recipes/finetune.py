@@ -18,8 +18,10 @@ import torch
 from accelerate.utils import set_seed
 from common import base_args, command, load_supernet, make_supernet, parse_args, read_args, write_args, write_json
 from data import calibration_batches, open_images, plain_loader, training_loader, used_training
-from loop import evaluate, fit, make_accelerator, make_loss
+from loop import Backward, Trainer, make_loss
+from processes import make_accelerator, synchronize_norms
 from torch import Tensor, nn
+from validation import check_batch, evaluate
 
 import timm_autoslim
 from timm_autoslim.errors import ConfigError, OutputExistsError
@@ -37,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     if (folder / "checkpoints").exists() and not args.resume:
         raise OutputExistsError(f"{folder} holds a training already: add --resume, or remove the folder.")
 
-    accelerator = make_accelerator(args)
+    accelerator = make_accelerator(args, folder)
     images = open_images(args)
     training = used_training(run, len(images.train))
     set_seed(args.seed)
@@ -45,7 +47,15 @@ def main(argv: list[str] | None = None) -> None:
     plain = supernet.extract(supernet.space.from_dict(entry["widths"])).to(accelerator.device)
     if args.channels_last:
         plain.to(memory_format=torch.channels_last)
+    if args.sync_bn:
+        synchronize_norms(accelerator, plain)
+    example = torch.zeros(args.batch_size, args.in_chans, args.img_size, args.img_size, device=accelerator.device)
+    check_batch(plain, plain, example, accelerator.num_processes)
     folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(accelerator, args, folder, {
+        "network": entry["name"], "widths": entry["widths"], "training_images": len(training),
+        "from_scratch": args.from_scratch,
+    })  # fmt: skip
     if accelerator.is_main_process:
         write_args(folder, args)
     accelerator.print(f"{entry['name']}: {entry['macs'] / 1e6:.2f}M MACs, {entry['params'] / 1e6:.3f}M parameters, "
@@ -54,14 +64,14 @@ def main(argv: list[str] | None = None) -> None:
     loss_fn = make_loss(args)
     calibration = calibration_batches(args, images.train, training, accelerator)
 
-    def step(network: nn.Module, inputs: Tensor, targets: Tensor, update: int) -> dict[str, Tensor]:
+    def step(network: nn.Module, inputs: Tensor, targets: Tensor, update: int, backward: Backward) -> dict[str, Tensor]:
         loss = loss_fn(network(inputs), targets)
-        accelerator.backward(loss)
+        backward(loss)
         return {"loss": loss}
 
-    fit(accelerator, args, plain, plain, training_loader(args, images.train, training), step, dict, folder)
+    trainer.fit(plain, plain, training_loader(args, images.train, training), step)
     plain = accelerator.unwrap_model(plain, keep_fp32_wrapper=False)
-    timm_autoslim.calibrate(plain, calibration)
+    timm_autoslim.calibrate(plain, calibration, distributed=True)
     test = evaluate(accelerator, plain, accelerator.prepare(plain_loader(args, images.test)))
 
     if accelerator.is_main_process:

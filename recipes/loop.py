@@ -1,70 +1,47 @@
-"""The epoch loop that train.py and finetune.py share: Accelerate, timm's parts, exact resuming."""
+"""The training loop that train.py and finetune.py share: timm's parts, exact resuming."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, set_seed
-from common import read_weights, write_json, write_weights
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import set_seed
+from checkpoints import Checkpoints, Progress, check_same, restore
+from common import write_text
+from processes import start_trackers
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
+from timm.models import model_parameters
+from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, distribute_bn, update_summary
+from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn, update_summary
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+from validation import Validation
 
-from timm_autoslim.errors import AutoSlimError, ConfigError
+from timm_autoslim.errors import AutoSlimError, ConfigError, DataError
 
-REFUSED = {
-    "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",
-    "FSDP": "ACCELERATE_USE_FSDP",
-    "Megatron-LM": "ACCELERATE_USE_MEGATRON_LM",
-}
+# A resumed run may differ in these without a word: they do not change the weights.
+SILENT = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "log_interval", "checkpoint_hist",
+          "log_wandb", "log_tensorboard", "wandb_project", "val_widths", "val_interval")  # fmt: skip
 
-Step = Callable[[nn.Module, Tensor, Tensor, int], dict[str, Tensor | None]]
+Backward = Callable[[Tensor], object]
+Step = Callable[[nn.Module, Tensor, Tensor, int, Backward], Mapping[str, Tensor | None]]
 
 
 class NotFiniteError(AutoSlimError, FloatingPointError):
     """A loss or a weight has turned infinite or NaN: the training has diverged."""
-
-
-def make_accelerator(args: argparse.Namespace) -> Accelerator:
-    """Set up processes, device and precision.
-
-    Raises:
-        ConfigError: Accelerate is configured for DeepSpeed, FSDP or Megatron-LM.
-    """
-    for name, variable in REFUSED.items():
-        # DeepSpeed steps its engine in every backward, and the others flatten parameters that a subnet must slice.
-        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
-            raise ConfigError(
-                f"{name} cannot train a supernet: a step has several backward passes over slices of the parameters. "
-                "Launch with --multi_gpu (plain data parallelism) instead."
-            )
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return Accelerator(
-        mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[args.amp_dtype] if args.amp else None,
-        kwargs_handlers=[
-            # Slicing gives every parameter a gradient, and each subnet is one forward: nothing to look for.
-            DistributedDataParallelKwargs(find_unused_parameters=False, static_graph=False, broadcast_buffers=False)
-        ],
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-    )
 
 
 def make_loss(args: argparse.Namespace) -> Callable[[Tensor, Tensor], Tensor]:
@@ -74,145 +51,308 @@ def make_loss(args: argparse.Namespace) -> Callable[[Tensor, Tensor], Tensor]:
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
 
-@torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader) -> dict[str, float]:
-    """Cross-entropy and top-1 accuracy in percent over a prepared loader, from all processes together."""
-    model.eval()
-    loss, correct, total = 0.0, 0, 0
-    for inputs, targets in loader:
-        with accelerator.autocast():
-            outputs = model(inputs).float()  # (N, classes)
-        losses = F.cross_entropy(outputs, targets, reduction="none")  # (N,)
-        losses, hits = accelerator.gather_for_metrics((losses, outputs.argmax(dim=1) == targets))
-        loss, correct, total = loss + losses.double().sum().item(), correct + int(hits.sum()), total + len(hits)
-    return {"loss": loss / total, "top1": 100 * correct / total}
-
-
-def fit(
-    accelerator: Accelerator,
-    args: argparse.Namespace,
-    network: nn.Module,
-    plain: nn.Module,
-    loader: DataLoader,
-    step: Step,
-    validate: Callable[[], dict[str, float]],
-    folder: Path,
-    *,
-    begin: Callable[[int, nn.Module | None], None] | None = None,
-    describe: Callable[[str, int, int], str] | None = None,
-) -> dict[str, float]:
-    """Train for args.epochs, with a row of summary.csv and a checkpoint after each, and return the last metrics.
-
-    Args:
-        accelerator: as made by `make_accelerator`.
-        args: the training flags.
-        network: what is trained, on the device (a supernet or a plain model).
-        plain: the module whose weights are kept: `supernet.model`, or `network` itself.
-        loader: the training loader, not prepared.
-        step: `step(prepared network, inputs, targets, update)`; runs its backward passes and returns losses by name:
-            scalars, whose mean is recorded; None for what this step lacks; vectors, which are only checked.
-        validate: metrics after an epoch; called on every process, on averaged weights if --model-ema is on.
-        folder: holds summary.csv and checkpoints/.
-        begin: `begin(updates, ema)`, called once before the first step: how many updates the whole training has, and
-            the moving average (in eval mode) or None.
-        describe: `describe(name, index, update)`, what had that loss; for the error when it is not finite.
-
-    Raises:
-        NotFiniteError: a loss or a weight is NaN or infinite; no such weights are kept as a checkpoint.
-    """
-    if not args.epochs:
-        return {}
-    rate = args.lr or args.lr_base * args.batch_size * accelerator.num_processes / 256
-    optimizer = create_optimizer_v2(
-        plain, opt=args.opt, lr=rate, weight_decay=args.weight_decay, momentum=args.momentum
-    )  # of the bare optimizer, so that the scheduler sees its groups
-    prepared, stepper, loader = accelerator.prepare(network, optimizer, loader)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, sched=args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs, warmup_lr=args.warmup_lr,
-        min_lr=args.min_lr, decay_epochs=args.decay_epochs, decay_rate=args.decay_rate,
-        step_on_epochs=False, updates_per_epoch=len(loader),
+def make_mixup(args: argparse.Namespace) -> Mixup | None:
+    """Timm's mixup and cutmix, if they are on."""
+    if args.mixup <= 0 and args.cutmix <= 0:
+        return None
+    return Mixup(
+        args.mixup, args.cutmix, prob=args.mixup_prob, switch_prob=args.mixup_switch_prob,
+        label_smoothing=args.smoothing, num_classes=args.num_classes,
     )  # fmt: skip
-    ema = ModelEmaV3(plain, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
-    checkpoints = Checkpoints(folder, plain, optimizer, ema, accelerator.scaler)
-    start, metrics = checkpoints.load() if args.resume else (0, {})
-    if begin:
-        begin(args.epochs * len(loader), ema.module if ema else None)
-    if scheduler:
-        scheduler.step_update(start * len(loader))
-    for epoch in range(start, args.epochs):
-        set_seed(args.seed + 1000 * epoch, device_specific=True)  # so that resuming goes on exactly
-        loader.set_epoch(epoch)
-        prepared.train()
-        try:
-            losses = _epoch(accelerator, args, prepared, plain, stepper, scheduler, ema, loader, step, describe, epoch)
-            _check_weights(plain, f"after epoch {epoch + 1} of {args.epochs}")
-        except NotFiniteError as error:
-            raise NotFiniteError(f"{error} {checkpoints.way_back()}") from None
-        if accelerator.num_processes > 1:
-            for model in (plain, ema.module) if ema else (plain,):
-                distribute_bn(model, accelerator.num_processes, reduce=True)
-        with averaged(plain, ema):
-            metrics = validate()
-        if accelerator.is_main_process:
-            summary = folder / "summary.csv"
-            _trim(summary, epoch)
-            update_summary(epoch, losses, metrics, summary, lr=optimizer.param_groups[0]["lr"], write_header=epoch == 0)
-            checkpoints.save(epoch, metrics)
-            figures = "  ".join(
-                f"{name} {value:.4g}" for name, value in (losses | metrics).items() if value is not None
+
+
+def learning_rate(args: argparse.Namespace, images: int) -> float:
+    """--lr; or --lr-base at --lr-base-size images, scaled to the images of an update as timm's train.py does."""
+    if args.lr is not None:
+        return float(args.lr)
+    adaptive = any(name in args.opt.lower() for name in ("ada", "lamb"))
+    share = images / args.lr_base_size
+    scale = args.lr_base_scale or ("sqrt" if adaptive else "linear")
+    return float(args.lr_base * (share**0.5 if scale == "sqrt" else share))
+
+
+# ---------------------------------------------------------------------------------------------------- the training
+
+
+class Trainer:
+    """A training that can be killed at any moment and goes on from its last checkpoint as if nothing had happened.
+
+    Every random draw is a function of the seed and of what it is for: the images of a batch and their augmentation of
+    (seed, epoch, image), mixup and dropout of (seed, batch, process), widths of (seed, update). So no generator's
+    state has to be kept.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, args: argparse.Namespace, folder: Path, fixed: Mapping[str, object]
+    ) -> None:
+        """Find out where to begin. `fixed` is what a resumed run must have in common with the one before.
+
+        Raises:
+            ConfigError: the run cannot go on with these flags.
+            CheckpointError: all of its checkpoints are damaged.
+        """
+        self.accelerator, self.args, self.folder = accelerator, args, folder
+        for flag in ("epochs", "recovery_interval"):
+            if getattr(args, flag) < 0:
+                raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: needed 0 or more.")
+        for flag in ("batch_size", "grad_accum_steps", "checkpoint_hist", "log_interval", "val_interval"):
+            if getattr(args, flag) < 1:
+                raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: needed 1 or more.")
+        self.images = args.batch_size * accelerator.num_processes * args.grad_accum_steps  # of one update
+        everything = {**fixed, "images_per_update": self.images, "opt": args.opt, "seed": args.seed,
+                      "model_ema": args.model_ema}  # fmt: skip
+        self.fixed: dict[str, Any] = json.loads(json.dumps(everything))
+        self.flags = json.loads(json.dumps({**vars(args), "processes": accelerator.num_processes}))
+        self.checkpoints = Checkpoints(folder, args.checkpoint_hist)
+        self.path: Path | None = None
+        self.progress = Progress()
+        if args.resume:
+            self._find()
+
+    def _find(self) -> None:
+        with self.accelerator.main_process_first():  # which puts damaged checkpoints aside
+            found = self.checkpoints.newest()
+        if found:
+            self.path, self.progress = found
+        totals = self.accelerator.gather(torch.tensor([self.progress.total], device=self.accelerator.device))
+        if len(set(totals.tolist())) > 1:
+            raise ConfigError(
+                f"The processes find checkpoints of different ages in {self.checkpoints.folder} (updates "
+                f"{totals.tolist()}): --output must lie on a disk that all machines share."
             )
-            tqdm.write(f"epoch {epoch + 1}/{args.epochs}  {figures}")
-        accelerator.wait_for_everyone()
-    if ema:
-        plain.load_state_dict(ema.module.state_dict())
-    return metrics
+        if not found:
+            return
+        check_same(self.progress.fixed, self.fixed)
+        before = self.progress.flags
+        changed = [name for name, value in self.flags.items() if name not in SILENT and before.get(name) != value]
+        self.accelerator.print(f"Going on from {self.path.name if self.path else ''} (epoch {self.progress.epoch + 1})")
+        if changed:
+            told = ", ".join(f"{name} {self.flags[name]} (was {before.get(name)})" for name in changed)
+            self.accelerator.print(f"Changed since: {told}. The result is not that of the uninterrupted run.")
 
+    def fit(
+        self, network: nn.Module, plain: nn.Module, loader: DataLoader, step: Step,
+        validate: Validation | None = None, *,
+        begin: Callable[[int, nn.Module | None], None] | None = None,
+        describe: Callable[[str, int, int], str] | None = None,
+    ) -> dict[str, float]:  # fmt: skip
+        """Train for args.epochs, with a row of summary.csv and a checkpoint after each, and return the last metrics.
 
-def _epoch(
-    accelerator: Accelerator, args: argparse.Namespace, prepared: nn.Module, plain: nn.Module, stepper: Any,
-    scheduler: Any, ema: ModelEmaV3 | None, loader: DataLoader, step: Step,
-    describe: Callable[[str, int, int], str] | None, epoch: int,
-) -> dict[str, float | None]:  # fmt: skip
-    """One pass over the training images; returns the mean of each loss, over the steps that had it."""
-    mixup = None
-    if args.mixup > 0 or args.cutmix > 0:
-        mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=args.num_classes)
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    recent: list[tuple[int, dict[str, Tensor]]] = []  # not looked at yet: a look waits for the device
-    bar = tqdm(loader, desc=f"epoch {epoch + 1}/{args.epochs}", disable=not accelerator.is_main_process, leave=False)
-    for index, (inputs, targets) in enumerate(bar):
-        update = epoch * len(loader) + index
+        Args:
+            network: what is trained, on the device (a supernet or a plain model).
+            plain: the module whose weights are kept: `supernet.model`, or `network` itself.
+            loader: the training loader, not prepared.
+            step: `step(prepared network, inputs, targets, update, backward)`; runs its backward passes and returns
+                losses by name: scalars, whose mean is recorded; None for what this step lacks; vectors, which are only
+                checked. It is called --grad-accum-steps times an update.
+            validate: metrics after an epoch; called on every process, on averaged weights if --model-ema is on.
+            begin: `begin(updates, ema)`, called once before the first step: how many updates the whole training has,
+                and the moving average (in eval mode) or None.
+            describe: `describe(name, index, update)`, what had that loss; for the error when it is not finite.
+
+        Raises:
+            NotFiniteError: a loss or a weight is NaN or infinite; no such weights are kept as a checkpoint.
+        """
+        args, accelerator = self.args, self.accelerator
+        if not args.epochs:
+            return {}
+        self.plain, self.step, self.describe = plain, step, describe
+        rate = learning_rate(args, self.images)
+        options = optimizer_kwargs(argparse.Namespace(**{**vars(args), "lr": rate})) | args.opt_kwargs
+        optimizer = create_optimizer_v2(plain, **options)  # the bare one, so that the scheduler sees its groups
+        self.optimizer = optimizer
+        self.network, self.stepper, self.loader = accelerator.prepare(network, optimizer, loader)
+        self.per_epoch = len(self.loader) // args.grad_accum_steps
+        if not self.per_epoch:
+            raise DataError(
+                f"{len(loader.dataset)} training images do not fill one update of {self.images}: lower --batch-size "
+                "or --grad-accum-steps."
+            )
+        self.scheduler, _ = create_scheduler_v2(
+            optimizer, sched=args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs,
+            warmup_lr=args.warmup_lr, min_lr=args.min_lr, decay_epochs=args.decay_epochs, decay_rate=args.decay_rate,
+            step_on_epochs=False, updates_per_epoch=self.per_epoch,
+        )  # fmt: skip
+        self.ema = ModelEmaV3(plain, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
+        if self.path:
+            restore(self.path, plain, optimizer, self.ema, accelerator.scaler)
+        if begin:
+            begin(args.epochs * self.per_epoch, self.ema.module if self.ema else None)
+        if self.scheduler:
+            self.scheduler.step_update(self.progress.total)
+        start_trackers(accelerator, args, self.folder, self.progress.total)
+        while self.progress.epoch < args.epochs:
+            losses = self._epoch()
+            self._finish_epoch(losses, validate)
+        if self.ema:
+            plain.load_state_dict(self.ema.module.state_dict())
+        return self.progress.metrics
+
+    def _epoch(self) -> dict[str, float | None]:
+        """What is left of one pass over the images; returns the mean of each loss, over the steps that had it."""
+        args, progress, accum = self.args, self.progress, self.args.grad_accum_steps
+        mixup = make_mixup(args)
+        if mixup and args.mixup_off_epoch and progress.epoch >= args.mixup_off_epoch:
+            mixup.mixup_enabled = False
+        self.recent: list[tuple[int, dict[str, Tensor]]] = []  # not looked at: a look waits for the device
+        self.recorded: list[str] = []
+        self.loader.set_epoch(progress.epoch)
+        self.loader.dataset.epoch = progress.epoch
+        self.network.train()
+        done = progress.updates * accum
+        loader = skip_first_batches(self.loader, done) if done else self.loader
+        bar = tqdm(
+            total=self.per_epoch, initial=progress.updates, desc=f"epoch {progress.epoch + 1}/{args.epochs}",
+            disable=not self.accelerator.is_main_process, leave=False,
+        )  # fmt: skip
+        self.begun, self.trained = time.perf_counter(), 0
+        with bar:
+            for index, (inputs, targets) in enumerate(loader, done):
+                if index >= self.per_epoch * accum:
+                    continue  # too few are left for an update
+                self._batch(inputs, targets, mixup, index, bar)
+        return {name: progress.sums[name] / progress.counts[name] if name in progress.counts else None
+                for name in self.recorded}  # fmt: skip
+
+    def _batch(self, inputs: Tensor, targets: Tensor, mixup: Mixup | None, index: int, bar: tqdm) -> None:
+        """One batch; every --grad-accum-steps of them make an update."""
+        args, accelerator, progress, accum = self.args, self.accelerator, self.progress, self.args.grad_accum_steps
+        ordinal = progress.epoch * self.per_epoch * accum + index
+        seed = (args.seed * 1_000_003 + ordinal) * accelerator.num_processes + accelerator.process_index
+        set_seed(seed % 2**32)  # of mixup, dropout and drop path
         if mixup:
             inputs, targets = mixup(inputs, targets)
         if args.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        losses = step(prepared, inputs, targets, update)
-        if args.clip_grad:
-            accelerator.clip_grad_norm_(prepared.parameters(), args.clip_grad)
-        stepper.step()
-        stepper.zero_grad()
-        if scheduler:
-            scheduler.step_update(update + 1)
-        if ema:
-            ema.update(plain, step=update + 1)
+        last = (index + 1) % accum == 0
+        with contextlib.nullcontext() if last else accelerator.no_sync(self.network):
+            losses = self.step(self.network, inputs, targets, progress.total, self._backward)
         had = {name: loss.detach().float() for name, loss in losses.items() if loss is not None}
-        recent.append((update, had))
-        recorded = [name for name, loss in losses.items() if loss is None or not loss.dim()]
-        for name in had.keys() & recorded:
-            sums[name], counts[name] = sums.get(name, 0) + had[name], counts.get(name, 0) + 1
-        if index % args.log_interval == 0 or index + 1 == len(loader):
-            _check_losses(recent, f"epoch {epoch + 1} of {args.epochs}", describe)
-            recent.clear()
-            means = {name: sums[name].item() / counts[name] if name in sums else None for name in recorded}
-            bar.set_postfix({name: f"{value:.3f}" for name, value in means.items() if value is not None})
-    return means
+        self.recent.append((progress.total, had))
+        self.recorded = [name for name, loss in losses.items() if loss is None or not loss.dim()]
+        self.trained += len(inputs) * accelerator.num_processes
+        if last:
+            self._update()
+            bar.update()
+            self._look(bar)
+
+    def _backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss / self.args.grad_accum_steps)
+
+    def _update(self) -> None:
+        """One optimizer step, of gradients that are exchanged already."""
+        args, progress = self.args, self.progress
+        if args.clip_grad:
+            self.accelerator.unscale_gradients()  # of fp16
+            parameters = model_parameters(self.plain, exclude_head="agc" in args.clip_mode)
+            dispatch_clip_grad(parameters, args.clip_grad, args.clip_mode)
+        self.stepper.step()
+        self.stepper.zero_grad()
+        progress.total += 1
+        progress.updates += 1
+        if self.scheduler:
+            self.scheduler.step_update(progress.total)
+        if self.ema:
+            self.ema.update(self.plain, step=progress.total)
+
+    def _look(self, bar: tqdm) -> None:
+        """At intervals and at the end, look at the losses; at intervals, keep a checkpoint."""
+        args, progress = self.args, self.progress
+        ends = progress.updates == self.per_epoch
+        keep = args.recovery_interval and progress.updates % args.recovery_interval == 0 and not ends
+        if not (ends or keep or progress.updates % args.log_interval == 0):
+            return
+        self._record(reduce=bool(ends or keep))
+        means = {name: progress.sums[name] / progress.counts[name] for name in progress.counts}
+        bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+        speed = self.trained / (time.perf_counter() - self.begun)
+        figures = {f"train/{name}": value for name, value in means.items()}
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.accelerator.log({**figures, "train/images_per_s": speed, "lr": rate}, step=progress.total)
+        if keep:
+            self._save()
+
+    def _record(self, reduce: bool) -> None:
+        """Add the recent losses to the epoch's sums, and stop if one is not finite."""
+        progress = self.progress
+        try:
+            check_losses(self.recent, f"epoch {progress.epoch + 1} of {self.args.epochs}", self.describe)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error} {self._way_back()}") from None
+        for _, losses in self.recent:
+            for name in self.recorded:
+                if name in losses:
+                    progress.sums[name] = progress.sums.get(name, 0.0) + losses[name].item()
+                    progress.counts[name] = progress.counts.get(name, 0) + 1
+        self.recent.clear()
+        if reduce and self.accelerator.num_processes > 1 and progress.sums:
+            sums = torch.tensor(list(progress.sums.values()), dtype=torch.float64, device=self.accelerator.device)
+            sums = self.accelerator.reduce(sums, "mean")
+            progress.sums = dict(zip(progress.sums, sums.tolist(), strict=True))
+
+    def _settle(self) -> None:
+        """Make sure that weights may be kept, and that all processes have the same BatchNorm statistics."""
+        progress = self.progress
+        try:
+            check_weights(self.plain, f"at step {progress.total} (epoch {progress.epoch + 1} of {self.args.epochs})")
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error} {self._way_back()}") from None
+        if self.accelerator.num_processes > 1:
+            for model in (self.plain, self.ema.module) if self.ema else (self.plain,):
+                distribute_bn(model, self.accelerator.num_processes, reduce=True)
+
+    def _save(self, settled: bool = False) -> None:
+        if not settled:
+            self._settle()
+        if self.accelerator.is_main_process:
+            progress = dataclasses.replace(self.progress, fixed=self.fixed, flags=self.flags)
+            self.checkpoints.save(progress, self.plain, self.optimizer, self.ema, self.accelerator.scaler)
+        self.accelerator.wait_for_everyone()
+
+    def _finish_epoch(self, losses: dict[str, float | None], validate: Validation | None) -> None:
+        args, progress, epoch = self.args, self.progress, self.progress.epoch
+        speed = self.trained / (time.perf_counter() - self.begun)
+        self._settle()
+        metrics: dict[str, float | None] = dict.fromkeys(validate.names if validate else ())
+        if validate and ((epoch + 1) % args.val_interval == 0 or epoch + 1 == args.epochs):
+            with averaged(self.plain, self.ema):
+                progress.metrics = validate()
+            metrics |= progress.metrics
+        rate = self.optimizer.param_groups[0]["lr"]
+        known = {name: value for name, value in metrics.items() if value is not None}
+        self.accelerator.log({f"val/{name}": value for name, value in known.items()}, step=progress.total)
+        if self.accelerator.is_main_process:
+            summary = self.folder / "summary.csv"
+            trim(summary, epoch)
+            update_summary(epoch, losses | {"images_per_s": speed}, metrics, summary, lr=rate, write_header=epoch == 0)
+            shown = {name: value for name, value in (losses | known).items() if value is not None}
+            figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            tqdm.write(f"epoch {epoch + 1}/{args.epochs}  {figures}  trained {speed:.0f} images/s")
+        self.progress = Progress(epoch=epoch + 1, total=progress.total, metrics=progress.metrics)
+        self._save(settled=True)
+
+    def _way_back(self) -> str:
+        """Say how to go on after the training has diverged."""
+        names = self.checkpoints.names()
+        mend = "lower --lr, or set --clip-grad or --warmup-epochs"
+        if not names:
+            return f"There is no checkpoint yet: {mend}, and start again."
+        return f"The last good checkpoint is {names[-1]}: {mend}, and --resume from it."
 
 
-def _check_losses(
+# ------------------------------------------------------------------------------------------------------- its parts
+
+
+def check_losses(
     recent: list[tuple[int, dict[str, Tensor]]], epoch: str, describe: Callable[[str, int, int], str] | None
 ) -> None:
-    if torch.cat([loss.flatten() for _, losses in recent for loss in losses.values()]).isfinite().all():
+    """Stop at the first loss that is not finite.
+
+    Raises:
+        NotFiniteError: with its step, its value and what had it.
+    """
+    every = [loss.flatten() for _, losses in recent for loss in losses.values()]
+    if not every or torch.cat(every).isfinite().all():
         return
     for update, losses in recent:
         for name, loss in losses.items():
@@ -222,8 +362,12 @@ def _check_losses(
                     raise NotFiniteError(f"The loss is not finite at step {update} ({epoch}): {name} is {value}{what}.")
 
 
-def _check_weights(model: nn.Module, when: str) -> None:
-    # The last step of an epoch may have ruined the weights after its loss was seen, and a checkpoint would keep them.
+def check_weights(model: nn.Module, when: str) -> None:
+    """Stop if a weight is not finite: the last step may have ruined it after its loss was seen.
+
+    Raises:
+        NotFiniteError: with the first such weight.
+    """
     running = (
         (name, buffer) for name, buffer in model.named_buffers() if name.endswith(("running_mean", "running_var"))
     )
@@ -246,62 +390,9 @@ def averaged(plain: nn.Module, ema: ModelEmaV3 | None) -> Iterator[None]:
         plain.load_state_dict(own)
 
 
-class Checkpoints:
-    """checkpoints/epoch-NNNN of a run: written whole (a folder that is renamed), only the newest one kept."""
-
-    def __init__(self, folder: Path, plain: nn.Module, optimizer: Any, ema: ModelEmaV3 | None, scaler: Any):
-        self.folder = folder / "checkpoints"
-        self.weights = {"model.safetensors": plain} | ({"ema.safetensors": ema.module} if ema else {})
-        self.states = {"optimizer": optimizer} | ({"scaler": scaler} if scaler else {})
-
-    def save(self, epoch: int, metrics: dict[str, float]) -> None:
-        """Keep everything that the next epoch needs."""
-        older = list(self.folder.glob("epoch-*")) if self.folder.is_dir() else []
-        target = self.folder / f"epoch-{epoch:04d}"
-        part = self.folder / "part"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        for name, model in self.weights.items():
-            write_weights(part / name, model)
-        torch.save({name: state.state_dict() for name, state in self.states.items()}, part / "optimizer.pt")
-        write_json(part / "progress.json", {"epoch": epoch, "metrics": metrics})
-        os.replace(part, target)
-        for path in older:
-            shutil.rmtree(path)
-
-    def newest(self) -> Path | None:
-        """The last whole checkpoint's folder."""
-        return max(self.folder.glob("epoch-*"), default=None) if self.folder.is_dir() else None
-
-    def way_back(self) -> str:
-        """Say how to go on after the training has diverged."""
-        newest = self.newest()
-        mend = "lower --lr, or set --clip-grad or --warmup-epochs"
-        if newest is None:
-            return f"There is no checkpoint yet: {mend}, and start again."
-        return f"The last good checkpoint is {newest}: {mend}, and --resume from it."
-
-    def load(self) -> tuple[int, dict[str, float]]:
-        """Load the newest; returns the epoch to go on with (0 if there is none) and the metrics so far."""
-        newest = self.newest()
-        if newest is None:
-            return 0, {}
-        for name, model in self.weights.items():
-            read_weights(newest / name, model)
-        states = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
-        groups = self.states["optimizer"].param_groups
-        flags = [{key: group[key] for key in ("lr", "weight_decay")} for group in groups]
-        for name, state in self.states.items():
-            state.load_state_dict(states[name])
-        for group, given in zip(self.states["optimizer"].param_groups, flags, strict=True):
-            group.update(given)  # so that a run may go on with a lower --lr, with or without a schedule
-        progress = json.loads((newest / "progress.json").read_text(encoding="utf-8"))
-        return progress["epoch"] + 1, progress["metrics"]
-
-
-def _trim(summary: Path, epoch: int) -> None:
-    """Drop rows that an interrupted run wrote after its last checkpoint."""
+def trim(summary: Path, epoch: int) -> None:
+    """Drop rows that an interrupted run wrote after its last checkpoint, and what it wrote of a row half."""
     if summary.is_file():
         with summary.open(encoding="utf-8") as lines:
             kept = list(itertools.islice(lines, epoch + 1 if epoch else 0))
-        summary.write_text("".join(kept), encoding="utf-8")
+        write_text(summary, "".join(kept))

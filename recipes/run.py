@@ -26,7 +26,8 @@ import torch
 import yaml
 from common import command, parse_args, read_args, read_config, values_for, write_text
 from data import open_images, plain_loader
-from loop import evaluate, make_accelerator
+from processes import make_accelerator
+from validation import evaluate
 
 import timm_autoslim  # noqa: F401  (registers the exported models with timm)
 from timm_autoslim.errors import ArtifactError, ConfigError

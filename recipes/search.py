@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from common import command, load_supernet, parse_args, read_args, write_json
 from data import in_memory, open_images, read_split
-from loop import make_accelerator
+from processes import make_accelerator
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm

@@ -5,8 +5,8 @@
         --data-dir /data/imagenet
 
 The run folder (OUTPUT/EXPERIMENT) then holds args.yaml, held_out.json (which training images the search may use),
-summary.csv (loss and held-out accuracy of the widest, the half-wide and the narrowest subnet after each epoch),
-checkpoints/ (for --resume) and, once finished, supernet.safetensors. Test images are not touched.
+summary.csv (losses, and accuracies of several subnets on the held-out images, after each epoch), checkpoints/ (for
+--resume) and, once finished, supernet.safetensors. Test images are not touched.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from common import command, make_supernet, make_teacher, parse_args, write_args, write_weights
 from data import calibration_batches, open_images, plain_loader, split_training, training_loader
-from loop import evaluate, fit, make_accelerator, make_loss
+from loop import Backward, Trainer, make_loss
+from processes import make_accelerator, synchronize_norms
 from torch import Tensor, nn
+from validation import Validation, check_batch, subnets
 
-from timm_autoslim import SearchSpace, Widths, calibrate, sandwich_step
+from timm_autoslim import SearchSpace, Widths, sandwich_step
 from timm_autoslim.errors import ConfigError, DataError, OutputExistsError
 from timm_autoslim.sandwich import adaptive_alpha_divergence, soft_cross_entropy
 
@@ -36,10 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
     args = parse_args("train", __doc__, argv)
     check_flags(args)
-    accelerator = make_accelerator(args)
-    accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}")
-
     run = Path(args.output, args.experiment or args.model.replace("/", "-"))
+    accelerator = make_accelerator(args, run)
+    precision = accelerator.mixed_precision.replace("no", "fp32")
+    accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}, {precision}")
+
     begun = [name for name in ("supernet.safetensors", "checkpoints") if (run / name).exists()]
     if begun and not args.resume:
         raise OutputExistsError(f"{run} holds a training ({begun[0]}): --resume it, or give another --experiment.")
@@ -50,12 +53,22 @@ def main(argv: list[str] | None = None) -> None:
     supernet = make_supernet(args, args.pretrained).to(accelerator.device)
     if args.channels_last:
         supernet.to(memory_format=torch.channels_last)
+    if args.sync_bn:
+        synchronize_norms(accelerator, supernet.model)
     space, plain = supernet.space, supernet.model
+    subnets(space, args.val_widths)  # refuses what is out of range
+    example = torch.zeros(args.batch_size, args.in_chans, args.img_size, args.img_size, device=accelerator.device)
+    check_batch(plain, lambda images: supernet(images, space.min()), example, accelerator.num_processes)
     with accelerator.main_process_first():
         run.mkdir(parents=True, exist_ok=True)
         training, held_out = split_training(args, len(images.train), run)
     if not held_out:
         raise DataError("--held-out 0 leaves no images to search on: give a share or a number of the training images.")
+    trainer = Trainer(accelerator, args, run, {
+        "model": args.model, "num_classes": args.num_classes, "in_chans": args.in_chans,
+        "training_images": len(training), "limit_train": args.limit_train, "held_out": args.held_out,
+        "widths": {group.name: list(group.choices) for group in space.groups},
+    })  # fmt: skip
     if accelerator.is_main_process:
         write_args(run, args)
     accelerator.print(f"{args.model}: {len(training)} training and {len(held_out)} held-out images\n{space}")
@@ -67,18 +80,9 @@ def main(argv: list[str] | None = None) -> None:
             teacher.model.to(memory_format=torch.channels_last)
     sandwich = Sandwich(accelerator, args, space, teacher)
     calibration = calibration_batches(args, images.train, training, accelerator)
-    held_out_loader = accelerator.prepare(plain_loader(args, images.train, held_out))
-
-    def validate() -> dict[str, float]:
-        results = {"widest_top1": evaluate(accelerator, plain, held_out_loader)["top1"]}
-        for name, widths in (("half", space.uniform(0.5)), ("narrowest", space.min())):
-            subnet = supernet.extract(widths)
-            calibrate(subnet, calibration)
-            results[f"{name}_top1"] = evaluate(accelerator, subnet, held_out_loader)["top1"]
-        return results
-
-    fit(
-        accelerator, args, supernet, plain, training_loader(args, images.train, training), sandwich, validate, run,
+    validation = Validation(accelerator, args, supernet, calibration, plain_loader(args, images.train, held_out))
+    trainer.fit(
+        supernet, plain, training_loader(args, images.train, training), sandwich, validation,
         begin=sandwich.begin, describe=sandwich.describe,
     )  # fmt: skip
     if accelerator.is_main_process:
@@ -141,14 +145,16 @@ class Sandwich:
         """By (seed, step): every process draws the same widths, and a resumed run those of the uninterrupted one."""
         return torch.Generator().manual_seed(self.args.seed * 1_000_003 + update)
 
-    def __call__(self, network: nn.Module, inputs: Tensor, targets: Tensor, update: int) -> dict[str, Tensor | None]:
-        """Add the gradients of one step; returns the losses."""
+    def __call__(
+        self, network: nn.Module, inputs: Tensor, targets: Tensor, update: int, backward: Backward
+    ) -> dict[str, Tensor | None]:
+        """Add the gradients of one batch; returns the losses. All batches of an update have the same widths."""
         alone = update < self.delay
         done = sandwich_step(
             network, self.space, inputs, targets, self.loss_fn, generator=self.generator(update), n=self.args.sandwich,
             sample=self.sample, distill=self.distill, teacher=self.teacher, teach_widest=self.args.teach_widest,
             only_widest=alone, regularize_widest_only=self.args.regularize_widest_only,
-            backward=self.accelerator.backward, no_sync=lambda: self.accelerator.no_sync(network),
+            backward=backward, no_sync=lambda: self.accelerator.no_sync(network),
         )  # fmt: skip
         losses = {"widest_loss": done.losses[0], "narrowest_loss": None if alone else done.losses[1]}
         if len(done.losses) > 2:

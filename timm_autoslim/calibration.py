@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_autoslim.errors import DataError, StaleStatisticsError
 
 
-def calibrate(plain: nn.Module, batches: Iterable[Tensor]) -> None:
+def calibrate(plain: nn.Module, batches: Iterable[Tensor], *, distributed: bool = False) -> None:
     """Measure the running statistics of every BatchNorm anew, as the average over `batches`.
 
     A subnet's statistics are not those of the network that it was cut from, and with foreign ones its accuracy is near
@@ -24,34 +24,39 @@ def calibrate(plain: nn.Module, batches: Iterable[Tensor]) -> None:
     Args:
         plain: the model, changed in place; one without running statistics is left alone.
         batches: inputs (N, C, H, W) on the model's device, all of the same size; a few thousand images are plenty.
+        distributed: the processes of torch.distributed measure together, each on batches of its own, and end with the
+            same statistics: the average over the batches of all of them. Without it every process is on its own, and
+            should be given the same batches. `SyncBatchNorm` joins the batches of all processes in any case.
 
     Raises:
-        DataError: `batches` is empty, or its first item is not a tensor.
+        DataError: `batches` is empty (with `distributed`, in every process), its first item is not a tensor, or a model
+            with `SyncBatchNorm` is given unequal numbers of batches.
     """
     norms = [module for module in _norms(plain) if module.track_running_stats and module.running_mean is not None]
     if not norms:
         return
-    iterator = iter(batches)
-    first = next(iterator, None)
-    if first is None:
-        raise DataError(
-            f"calibrate() got no batches, but {type(plain).__name__} has {len(norms)} BatchNorms to measure: "
-            "give it an iterable of at least one input tensor (a generator that was read before is empty)."
-        )
-    if not isinstance(first, Tensor):
-        raise DataError(
-            f"calibrate() needs input tensors (N, C, H, W), but the first batch is a {type(first).__name__}: "
-            "if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`."
-        )
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    joined = several and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    checked = _checked(batches)
     kept = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
     momenta = [norm.momentum for norm in norms]
+    device = next(iter(kept[0].values())).device
     try:
         with _modes(plain, training=set(norms)), torch.no_grad():
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # cumulative average
-            for inputs in itertools.chain([first], iterator):
+            count = 0
+            for inputs in _in_step(checked, device) if joined else checked:
                 plain(inputs)
+                count += 1
+        if distributed and several:
+            count = _average_over_processes(norms, count, device)
+        if not count:
+            raise DataError(
+                f"calibrate() got no batches, but {type(plain).__name__} has {len(norms)} BatchNorms to measure: "
+                "give it an iterable of at least one input tensor (a generator that was read before is empty)."
+            )
     except BaseException:
         for norm, buffers in zip(norms, kept, strict=True):
             for name, buffer in buffers.items():
@@ -60,6 +65,51 @@ def calibrate(plain: nn.Module, batches: Iterable[Tensor]) -> None:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+def _checked(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    for index, inputs in enumerate(batches):
+        if not index and not isinstance(inputs, Tensor):
+            raise DataError(
+                f"calibrate() needs input tensors (N, C, H, W), but the first batch is a {type(inputs).__name__}: "
+                "if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`."
+            )
+        yield inputs
+
+
+def _in_step(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Yield batches as long as every process has one; SyncBatchNorm would wait forever for a process that has none."""
+    while True:
+        inputs = next(batches, None)
+        ready = torch.tensor([float(inputs is not None)], device=device)
+        dist.all_reduce(ready)  # of how many processes
+        if not ready:
+            return
+        if inputs is None or ready != dist.get_world_size():
+            raise DataError(
+                "calibrate() got a model with SyncBatchNorm, and not as many batches in each process: needed equal "
+                "numbers; leave out what is left over, or convert the model without SyncBatchNorm."
+            )
+        yield inputs
+
+
+def _average_over_processes(norms: list[_BatchNorm], count: int, device: torch.device) -> int:
+    """Weigh every process's statistics by its batches; returns how many batches there were in all."""
+    parts = [torch.tensor([float(count)], dtype=torch.float64, device=device)]
+    for norm in norms:
+        mean, var, batches = (norm.get_buffer(n) for n in ("running_mean", "running_var", "num_batches_tracked"))
+        parts += [(x.double() * batches).flatten() for x in (mean, var)] + [batches.double().view(1)]
+    flat = torch.cat(parts)
+    dist.all_reduce(flat)
+    sums = iter(torch.split(flat, [len(part) for part in parts]))
+    total = int(next(sums))
+    for norm in norms:
+        mean, var, batches = next(sums), next(sums), next(sums)
+        if batches:  # else nothing reached this one, in no process
+            norm.get_buffer("running_mean").copy_(mean / batches)
+            norm.get_buffer("running_var").copy_(var / batches)
+            norm.get_buffer("num_batches_tracked").fill_(int(batches))
+    return total
 
 
 @contextlib.contextmanager

@@ -1,0 +1,117 @@
+"""What a network is worth: accuracies of a plain model, and of several subnets of a supernet during its training."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from timm_autoslim import SearchSpace, Supernet, Widths, batch_statistics, calibrate
+from timm_autoslim.errors import ConfigError
+
+
+@torch.no_grad()
+def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader, name: str = "") -> dict[str, float]:
+    """Cross-entropy, top-1 and top-5 accuracy in percent over a prepared loader, from all processes together."""
+    model.eval()
+    loss, total = 0.0, 0
+    hits = torch.zeros(2, dtype=torch.long)  # top-1, top-5
+    quiet = not (name and accelerator.is_main_process)
+    for inputs, targets in tqdm(loader, desc=f"validate {name}", disable=quiet, leave=False):
+        with accelerator.autocast():
+            outputs = model(inputs).float()  # (N, classes)
+        losses = F.cross_entropy(outputs, targets, reduction="none")  # (N,)
+        ranked = outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]  # (N, 5)
+        losses, ranked = accelerator.gather_for_metrics((losses, ranked))
+        loss, total = loss + losses.double().sum().item(), total + len(losses)
+        hits += torch.stack([ranked[:, 0].sum(), ranked.sum()]).cpu()
+    return {"loss": loss / total, "top1": 100 * hits[0].item() / total, "top5": 100 * hits[1].item() / total}
+
+
+class Validation:
+    """Accuracies of the widest, some uniform and the narrowest subnet, each with BatchNorm statistics of its own.
+
+    The widest keeps the running statistics of its training; the others are cut out of the supernet and calibrated, each
+    process on its share of the calibration images.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, args: argparse.Namespace, supernet: Supernet, calibration: Sequence[Tensor],
+        loader: DataLoader,
+    ) -> None:  # fmt: skip
+        self.accelerator, self.supernet, self.calibration = accelerator, supernet, calibration
+        self.loader = accelerator.prepare(loader)
+        self.images = len(loader.dataset)
+        self.subnets = subnets(supernet.space, args.val_widths)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all figures, in order."""
+        return [f"{name}_{key}" for name in self.subnets for key in ("loss", "top1", "top5")] + ["images_per_s"]
+
+    def __call__(self) -> dict[str, float]:
+        """Measure; to be called by every process."""
+        begin = time.perf_counter()
+        results: dict[str, float] = {}
+        for name, widths in self.subnets.items():
+            subnet = self.supernet.model
+            if name != "widest":
+                subnet = self.supernet.extract(widths)
+                calibrate(subnet, self.calibration, distributed=True)
+            figures = evaluate(self.accelerator, subnet, self.loader, name)
+            results |= {f"{name}_{key}": value for key, value in figures.items()}
+        speed = self.images * len(self.subnets) / (time.perf_counter() - begin)
+        return results | {"images_per_s": speed}
+
+
+def subnets(space: SearchSpace, shares: Sequence[float]) -> dict[str, Widths]:
+    """The widest, the uniform subnets of some shares from wide to narrow, and the narrowest, by name.
+
+    Raises:
+        ConfigError: a share is out of range.
+    """
+    for share in shares:
+        if not 0 < share <= 1:
+            raise ConfigError(f"--val-widths {share:g}: needed shares of the channels, above 0 and at most 1.")
+    uniform = {f"uniform_{share:g}": space.uniform(share) for share in sorted(set(shares), reverse=True)}
+    return {"widest": space.max(), **uniform, "narrowest": space.min()}
+
+
+def check_batch(plain: nn.Module, forward: Callable[[Tensor], object], images: Tensor, processes: int = 1) -> None:
+    """Make sure that every BatchNorm sees more than one value per channel in training, where a variance exists.
+
+    Args:
+        plain: the model with the BatchNorms; its statistics stay as they are.
+        forward: runs the model, or a subnet of it, on `images`.
+        images: (N, C, H, W), as many as a step has in one process.
+        processes: over how many processes SyncBatchNorm joins its batches.
+
+    Raises:
+        ConfigError: a BatchNorm would see a single value.
+    """
+    paths = {module: path for path, module in plain.named_modules() if isinstance(module, _BatchNorm)}
+
+    def look(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].numel() // inputs[0].shape[1]
+        if values * (processes if isinstance(norm, nn.SyncBatchNorm) else 1) < 2:
+            raise ConfigError(
+                f"--batch-size {len(images)} is too small: {paths[norm]} is a BatchNorm over one value per channel "
+                f"(its input is {tuple(inputs[0].shape)}), which has no variance. Give --batch-size 2 or more"
+                + (", or --sync-bn." if processes > 1 else ".")
+            )
+
+    hooks = [norm.register_forward_pre_hook(look) for norm in paths]
+    try:
+        with batch_statistics(plain), torch.no_grad():
+            forward(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
