@@ -325,9 +325,10 @@ class Trainer:
             summary = self.folder / "summary.csv"
             trim(summary, epoch)
             update_summary(epoch, losses | {"images_per_s": speed}, metrics, summary, lr=rate, write_header=epoch == 0)
-            shown = {name: value for name, value in (losses | known).items() if value is not None}
+            shown = {name: value for name, value in losses.items() if value is not None}
+            shown |= {f"val {name}": value for name, value in known.items() if name.endswith("top1")}
             figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            tqdm.write(f"epoch {epoch + 1}/{args.epochs}  {figures}  trained {speed:.0f} images/s")
+            tqdm.write(f"epoch {epoch + 1}/{args.epochs}  {figures}  trained at {speed:.0f} images/s")
         self.progress = Progress(epoch=epoch + 1, total=progress.total, metrics=progress.metrics)
         self._save(settled=True)
 

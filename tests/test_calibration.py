@@ -1,11 +1,16 @@
+import contextlib
 import copy
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn.parallel import DistributedDataParallel
 
-from timm_autoslim import batch_statistics, calibrate, convert
+from timm_autoslim import batch_statistics, calibrate, convert, sandwich_step
 from timm_autoslim.calibration import check_batch_statistics
 from timm_autoslim.errors import DataError, StaleStatisticsError
 
@@ -172,3 +177,168 @@ def test_caches_of_evaluation_mode_do_not_outlive_a_call(training):
     with batch_statistics(model):
         model(torch.randn(4, 3, 2, 2))
     assert model.cache is None
+
+
+# -------------------------------------------------------------------------------------------- several processes
+
+
+def deeper():
+    """Two BatchNorms, the second behind the first, and one that no input reaches."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6))
+    model.add_module("unused", Skipped())
+    return model
+
+
+class Skipped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return x
+
+
+class JointNorm(nn.SyncBatchNorm):
+    """What SyncBatchNorm does on GPUs, on a CPU: statistics over the batches of all processes, gradients too."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        total = all_reduce(torch.stack([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))]))  # (2, C)
+        values = dist.get_world_size() * x.numel() / x.shape[1]
+        mean, var = total[0] / values, total[1] / values - (total[0] / values) ** 2
+        if self.track_running_stats:
+            self.num_batches_tracked += 1
+            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, float(share))
+                self.running_var.lerp_(var * values / (values - 1), float(share))
+        wide = [part.view(-1, 1, 1) for part in (mean, var, self.weight, self.bias)]
+        return (x - wide[0]) / (wide[1] + self.eps).sqrt() * wide[2] + wide[3]
+
+
+def joint(model):
+    """The model with its BatchNorms replaced, as `convert_sync_batchnorm` would."""
+    for module in list(model.modules()):
+        for name, norm in module.named_children():
+            if isinstance(norm, nn.BatchNorm2d):
+                other = JointNorm(norm.num_features, momentum=norm.momentum)
+                other.load_state_dict(norm.state_dict())
+                setattr(module, name, other)
+    return model
+
+
+def in_two_processes(work, folder):
+    """What `work(rank)` returns in each of two processes."""
+    mp.start_processes(_work, (work, str(folder)), nprocs=2, start_method="fork")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def _work(rank, work, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    assert dist.get_world_size() == 2
+    torch.save(work(rank), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def attempt(function):
+    try:
+        function()
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shares", [(2, 3), (5, 0)])
+def test_two_processes_measure_as_one_on_all_batches(tmp_path, shares):
+    every = batches(5)
+
+    def work(rank):
+        model = deeper()
+        calibrate(model, every[: shares[0]] if rank == 0 else every[shares[0] :], distributed=True)
+        return state(model)
+
+    first, second = in_two_processes(work, tmp_path)
+    assert_same(first, second)
+    alone = deeper()
+    calibrate(alone, every)
+    close(first, state(alone))
+    assert first["1.num_batches_tracked"] == 5
+    assert first["unused.norm.num_batches_tracked"] == 0
+
+
+def test_synchronised_norms_measure_the_joined_batches(tmp_path):
+    every = batches(3)
+
+    def work(rank):
+        model = joint(deeper())
+        calibrate(model, [part[rank * 4 : rank * 4 + 4] for part in every])
+        return state(model)
+
+    first, second = in_two_processes(work, tmp_path)
+    close(second, first)
+    alone = deeper()
+    calibrate(alone, every)
+    close(first, state(alone))
+
+
+def test_processes_without_batches_are_refused_in_all_of_them(tmp_path):
+    def work(rank):
+        empty, uneven = deeper(), joint(deeper())
+        before = state(empty), state(uneven)
+        said = [
+            attempt(lambda: calibrate(empty, [], distributed=True)),
+            attempt(lambda: calibrate(uneven, batches(2 + rank))),
+        ]
+        assert_same(before[0], state(empty))
+        assert_same(before[1], state(uneven))
+        return said
+
+    for said in in_two_processes(work, tmp_path):
+        assert "got no batches" in said[0]
+        assert "SyncBatchNorm, and not as many batches in each process: needed equal numbers" in said[1]
+
+
+@pytest.mark.parametrize("synchronised", [True, False])
+def test_two_processes_of_a_sandwich_are_one_if_their_norms_are_synchronised(tmp_path, synchronised):
+    generator = torch.Generator().manual_seed(3)
+    images, labels = torch.randn(12, 3, 8, 8, generator=generator), torch.arange(12) % 5
+
+    def train(model, rank=None):
+        supernet = convert(nn.Sequential(model, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 5)),
+                           torch.zeros(2, 3, 8, 8), divisor=1, min=0.5).train()  # fmt: skip
+        network = supernet
+        if rank is not None:
+            supernet.model[0] = joint(supernet.model[0]) if synchronised else supernet.model[0]
+            network = DistributedDataParallel(supernet, broadcast_buffers=False)
+        optimizer = torch.optim.SGD(supernet.parameters(), lr=0.05, momentum=0.9)
+        for update in range(3):
+            sandwich_step(
+                network, supernet.space, images[rank::2] if rank is not None else images,
+                labels[rank::2] if rank is not None else labels, nn.functional.cross_entropy,
+                generator=torch.Generator().manual_seed(update),
+                no_sync=network.no_sync if rank is not None else contextlib.nullcontext,
+            )  # fmt: skip
+            optimizer.step()
+            optimizer.zero_grad()
+        return state(supernet.model)
+
+    def norms():
+        return deeper()[:5]
+
+    first, second = in_two_processes(lambda rank: train(norms(), rank), tmp_path)
+    alone = train(norms())
+    assert all(torch.equal(value, second[name]) for name, value in first.items() if "running" not in name)
+    if synchronised:  # running statistics, which the widest alone moved, too
+        assert first["0.1.num_batches_tracked"] == 3
+        for name, value in alone.items():
+            torch.testing.assert_close(first[name], value, atol=1e-5, rtol=1e-4)
+    else:
+        assert not torch.allclose(first["0.3.weight"], alone["0.3.weight"], atol=1e-5, rtol=1e-4)

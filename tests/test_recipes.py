@@ -1,55 +1,24 @@
 import argparse
-import copy
 import csv
 import io
 import json
-import os
-import subprocess
-import sys
 import tarfile
-from pathlib import Path
 
+import data
+import finetune
 import pytest
+import run
+import search
 import timm
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
-from timm.models import save_for_hf
-from torch.nn import functional as F
+from recipe_tools import RECIPES, common, launch, parse, train, write_config
 
 import timm_autoslim
 from timm_autoslim.errors import AutoSlimError, BudgetError, ConfigError, DataError, OutputExistsError
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import common  # noqa: E402
-import data  # noqa: E402
-import finetune  # noqa: E402
-import loop  # noqa: E402
-import run  # noqa: E402
-import search  # noqa: E402
-import train  # noqa: E402
-
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
-TINY = {
-    "model": "resnet10t", "model_kwargs": {"channels": [8, 8, 16, 16], "stem_width": 8}, "in_chans": 1, "img_size": 16,
-    "mean": [0.5], "std": [0.5], "limit_train": 160, "held_out": 32, "batch_size": 32, "calibration_images": 64,
-    "threads": 1, "color_jitter": 0.0, "warmup_epochs": 0, "lr": 0.05, "epochs": 1, "search_steps": 2,
-    "budgets": ["macs=60%"],
-}  # fmt: skip
-
-
-def write_config(folder, **changes):
-    path = Path(folder) / "config.yaml"
-    path.write_text(yaml.safe_dump(TINY | changes))
-    return str(path)
-
-
-def parse(recipe, config, *argv):
-    return common.parse_args(recipe, None, [*argv, "-c", config])
 
 
 # ------------------------------------------------------------------------------------------------- configuration
@@ -131,13 +100,6 @@ def test_budgets_are_read_or_refused():
             search.read_budgets([wrong])
 
 
-@pytest.mark.parametrize("name", sorted(loop.REFUSED))
-def test_engines_that_cannot_train_a_supernet_are_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setenv(loop.REFUSED[name], "true")
-    with pytest.raises(ConfigError, match=f"{name} cannot train a supernet"):
-        loop.make_accelerator(parse("train", write_config(tmp_path)))
-
-
 # ---------------------------------------------------------------------------------------------------------- data
 
 
@@ -149,7 +111,7 @@ def make_images(folder, classes, count=4):
 
 
 def data_args(**changes):
-    args = {"dataset": None, "data_dir": None, "in_chans": 3, "num_classes": None, "workers": 0}
+    args = {"dataset": None, "data_dir": None, "in_chans": 3, "num_classes": None, "workers": 0, "seed": 0}
     return argparse.Namespace(**args | changes)
 
 
@@ -227,205 +189,7 @@ def test_impossible_splits_are_refused(tmp_path, limit, held, text):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------- training options
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--sandwich 1", "--sandwich 1: the widest and the narrowest are always trained"),
-        ("--sandwich-delay 1", "--sandwich-delay 1.0: needed a share of the steps, from 0 to below 1"),
-        ("--sandwich-delay -0.1", "--sandwich-delay -0.1: needed"),
-        ("--distill-temperature 0", "--distill-temperature 0.0: needed a number above 0"),
-        ("--distill-temperature nan", "--distill-temperature nan: needed"),
-        ("--teacher resnet18 --teach-widest 1.5", "--teach-widest 1.5: needed a share from 0 to 1"),
-        ("--teach-widest 0.5", "--teach-widest needs an outside --teacher"),
-        ("--distill-teacher ema", "--distill-teacher ema needs the moving average: add --model-ema"),
-        ("--distill-teacher ema --model-ema --teacher resnet18", "are two teachers: give one"),
-    ],
-)
-def test_options_that_cannot_be_are_refused(tmp_path, flags, message):
-    with pytest.raises(ConfigError, match=message):
-        trained(tmp_path, "never", *flags.split())
-    assert not (tmp_path / "never").exists()
-
-
-@pytest.fixture(scope="module")
-def supernet(tmp_path_factory):
-    args = parse("train", write_config(tmp_path_factory.mktemp("options"), model_kwargs={"drop_rate": 0.5}))
-    args.num_classes = 10
-    torch.manual_seed(0)
-    return common.make_supernet(args).train()
-
-
-UPDATE = 7
-
-
-def one_step(folder, supernet, *argv, teacher=None, ema=None):
-    """The losses of one step with these flags, of the same supernet and batch, and what took it."""
-    args = parse("train", write_config(folder), *argv)
-    sandwich = train.Sandwich(loop.make_accelerator(args), args, supernet.space, teacher)
-    sandwich.begin(10, ema)
-    torch.manual_seed(5)
-    inputs, targets = torch.randn(8, 1, 16, 16), torch.randint(0, 10, (8,))
-    losses = sandwich(supernet, inputs, targets, UPDATE)
-    supernet.zero_grad()
-    flat = [torch.full((1,), float("nan")) if loss is None else loss.flatten() for loss in losses.values()]
-    return torch.cat(flat).tolist(), sandwich, inputs
-
-
-@pytest.mark.parametrize(
-    ("flags", "differ"),
-    [
-        ("", []),
-        ("--distill-temperature 1 --distill-loss kl --sampler independent --teach-widest 0", []),
-        ("--sandwich-delay 0.7", []),  # 7 of 10 steps: over before update 7
-        ("--sampler multiplier", [2, 3]),
-        ("--distill-temperature 4", [1, 2, 3]),
-        ("--distill-loss alpha", [1, 2, 3]),
-        ("--distill-loss alpha --distill-temperature 4", [1, 2, 3]),
-        ("--regularize-widest-only", [1, 2, 3]),
-        ("--smoothing 0.3", [0]),
-    ],
-)
-def test_an_option_changes_what_it_says_and_nothing_else(tmp_path, supernet, flags, differ):
-    before, _, _ = one_step(tmp_path, supernet)
-    after, _, _ = one_step(tmp_path, supernet, *flags.split())
-    assert [index for index in range(4) if before[index] != after[index]] == differ
-
-
-def test_the_delay_trains_the_widest_alone(tmp_path, supernet):
-    before, _, _ = one_step(tmp_path, supernet)
-    after, sandwich, inputs = one_step(tmp_path, supernet, "--sandwich-delay", "0.8")
-    assert after[0] == before[0]
-    assert sandwich(supernet, inputs, torch.zeros(8, dtype=torch.long), UPDATE)["narrowest_loss"] is None
-    assert sandwich(supernet, inputs, torch.zeros(8, dtype=torch.long), 8)["narrowest_loss"] > 0
-    supernet.zero_grad()
-
-
-def test_the_sampler_is_the_one_asked_for(tmp_path, supernet):
-    def drawn(*argv):
-        _, sandwich, _ = one_step(tmp_path, supernet, *argv)
-        return [widths for update in range(20) for widths in sandwich.random_widths(update)]
-
-    uniform = {supernet.space.uniform(share / 1000) for share in range(1, 1001)}
-    assert drawn("--sampler", "multiplier") == drawn("--sampler", "multiplier")
-    assert drawn("--sampler", "multiplier") != drawn("--sampler", "multiplier", "--seed", "3")
-    assert set(drawn("--sampler", "multiplier")) <= uniform
-    assert not set(drawn()) & uniform
-
-
-def test_the_subnet_of_a_loss_is_described(tmp_path, supernet):
-    losses, sandwich, inputs = one_step(tmp_path, supernet, "--regularize-widest-only", teacher=(teach := Fixed()))
-    assert sandwich.describe("narrowest_loss", 0, UPDATE) == "the narrowest subnet"
-    for index in (0, 1):
-        before, widths = sandwich.describe("random_loss", index, UPDATE).split("widths ")
-        assert before == "the random subnet with the "
-        with torch.no_grad(), timm_autoslim.sandwich.without_dropout(supernet):
-            outputs = supernet(inputs, supernet.space.from_dict(json.loads(widths)))
-        assert F.cross_entropy(outputs, teach(inputs).softmax(1)).item() == pytest.approx(losses[2 + index], rel=1e-5)
-
-
-class Fixed(torch.nn.Module):
-    """A teacher that answers by the images' mean."""
-
-    def forward(self, inputs):
-        return inputs.mean((1, 2, 3))[:, None] * torch.arange(10.0)
-
-
-def test_the_moving_average_teaches_if_it_shall(tmp_path, supernet):
-    ema = copy.deepcopy(supernet.model).eval()
-    flags = ["--regularize-widest-only", "--model-ema"]
-    before, _, _ = one_step(tmp_path, supernet, *flags, ema=ema)
-    after, _, inputs = one_step(tmp_path, supernet, *flags, "--distill-teacher", "ema", ema=ema)
-    assert [index for index in range(4) if before[index] != after[index]] == [1, 2, 3]
-    with torch.no_grad(), timm_autoslim.sandwich.without_dropout(supernet):
-        outputs = supernet(inputs, supernet.space.min())
-        assert after[1] == pytest.approx(F.cross_entropy(outputs, ema(inputs).softmax(1)).item(), rel=1e-5)
-    assert all(parameter.grad is None for parameter in ema.parameters())
-
-
-def save_teacher(folder, num_classes=10, **config):
-    torch.manual_seed(1)
-    model = timm.create_model("resnet10t", num_classes=num_classes, in_chans=1).eval()
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (1, 16, 16), "num_classes": num_classes, **config}
-    save_for_hf(model, folder, safe_serialization=True)
-    return model
-
-
-def test_an_outside_teacher_sees_images_normalised_as_its_own(tmp_path):
-    images = torch.rand(3, 1, 16, 16)
-    args = parse("train", write_config(tmp_path), "--teacher", str(tmp_path / "teacher"))
-    args.num_classes = 10
-    for mean, std in (((0.5,), (0.5,)), ((0.2,), (0.8,))):
-        model = save_teacher(tmp_path / "teacher", mean=mean, std=std)
-        teacher = common.make_teacher(args)
-        assert not teacher.training
-        assert not any(parameter.requires_grad for parameter in teacher.parameters())
-        with torch.no_grad():
-            expected = model((images - mean[0]) / std[0])
-            torch.testing.assert_close(teacher((images - 0.5) / 0.5), expected, atol=1e-5, rtol=1e-4)
-
-
-def test_an_outside_teacher_teaches(tmp_path):
-    save_teacher(tmp_path / "teacher")
-    options = ["--distill-loss", "alpha", "--channels-last"]
-    teacher = ["--teacher", f"local-dir:{tmp_path / 'teacher'}"]
-    folders = [
-        trained(tmp_path, name, *options, *more)
-        for name, more in {"alone": [], "taught": teacher, "both": [*teacher, "--teach-widest", "0.5"]}.items()
-    ]
-    alone, taught, both = (load_file(folder / "supernet.safetensors") for folder in folders)
-    assert taught.keys() == alone.keys()  # the teacher is no part of what is kept
-    for first, second in ((alone, taught), (taught, both)):
-        assert any(not torch.equal(first[name], second[name]) for name in first)
-
-
-def test_teachers_that_do_not_fit_are_refused(tmp_path):
-    save_teacher(tmp_path / "seven", num_classes=7)
-    (tmp_path / "empty").mkdir()
-    for name, message in (
-        (str(tmp_path / "seven"), r"has outputs \(7,\), but the data have 10 classes: fine-tune it"),
-        (str(tmp_path / "empty"), r"gives no logits of images \(1, 16, 16\): "),
-        ("resnet_of_nobody", r"gives no logits of images \(1, 16, 16\): .*resnet_of_nobody"),
-        ("test_resnet_nowhere.in1k", r"gives no logits"),
-    ):
-        args = parse("train", write_config(tmp_path), "--teacher", name)
-        args.num_classes = 10
-        with pytest.raises(ConfigError, match=message):
-            common.make_teacher(args)
-
-
-def test_help_groups_the_options(capsys):
-    with pytest.raises(SystemExit):
-        common.parse_args("train", None, ["--help"])
-    groups = capsys.readouterr().out.split("\n\n")
-    for title, flags in {
-        "supernet:": ("--sandwich", "--sampler", "--sandwich-delay", "--regularize-widest-only"),
-        "distillation:": (
-            "--distill-loss",
-            "--distill-temperature",
-            "--distill-teacher",
-            "--teacher",
-            "--teach-widest",
-        ),
-    }.items():
-        begin = next(index for index, group in enumerate(groups) if group.startswith(title))
-        text = "\n\n".join(groups[begin : begin + 2])
-        assert all(flag in text for flag in flags)
-
-
 # ---------------------------------------------------------------------------------------------------------- roads
-
-
-def trained(folder, name, *argv, **changes):
-    train.main(["-c", write_config(folder, **changes), "--output", str(folder), "--experiment", name, *argv])
-    return folder / name
-
-
-def launch(*command, **variables):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
 
 
 def test_the_whole_road_with_one_command(tmp_path, monkeypatch, capsys):
@@ -465,65 +229,6 @@ def test_the_whole_road_with_one_command(tmp_path, monkeypatch, capsys):
         search.main([str(folder), "--budgets", "macs=0.1%"])
 
 
-def test_an_interrupted_training_goes_on_exactly(tmp_path, monkeypatch):
-    # Four steps an epoch, and the widest alone for the first five: the second part begins in the delay.
-    options = ["--model-ema", "--distill-teacher", "ema", "--sandwich-delay", "0.6", "--sampler", "multiplier"]
-    whole = trained(tmp_path, "whole", *options, epochs=2)
-    save = loop.Checkpoints.save
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.Checkpoints, "save", lambda self, *given: (save(self, *given), interrupt()))
-        with pytest.raises(KeyboardInterrupt):
-            trained(tmp_path, "parts", *options, epochs=2)
-    assert not (tmp_path / "parts" / "supernet.safetensors").exists()
-    with pytest.raises(ConfigError, match=r"holds no supernet.safetensors: finish its training first"):
-        search.main([str(tmp_path / "parts")])
-    with pytest.raises(OutputExistsError, match=r"holds a training \(checkpoints\)"):
-        trained(tmp_path, "parts", *options, epochs=2)
-    parts = trained(tmp_path, "parts", *options, "--resume", epochs=2)
-    first, second = (load_file(folder / "supernet.safetensors") for folder in (whole, parts))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert (whole / "summary.csv").read_text() == (parts / "summary.csv").read_text()
-    assert [path.name for path in (parts / "checkpoints").iterdir()] == ["epoch-0001"]
-    rows = list(csv.DictReader(io.StringIO((whole / "summary.csv").read_text())))
-    assert rows[0]["train_narrowest_loss"] == ""
-    assert float(rows[1]["train_narrowest_loss"]) > 0
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def test_mixup_clipping_and_no_epochs(tmp_path):
-    trained(tmp_path, "mixed", "--mixup", "0.2", "--clip-grad", "1", "--channels-last", "--lr-base", "0.1")
-    assert (trained(tmp_path, "untrained", epochs=0) / "supernet.safetensors").is_file()
-
-
-def test_a_diverged_training_stops_and_names_the_way_back(tmp_path):
-    start = r"The loss is not finite at step 1 \(epoch 1 of 1\): widest_loss is nan of the widest subnet\."
-    with pytest.raises(loop.NotFiniteError, match=start + " There is no checkpoint yet: lower --lr"):
-        trained(tmp_path, "broken", lr=1e30)
-    good = trained(tmp_path, "good")
-    (good / "supernet.safetensors").unlink()
-    kept = good / "checkpoints" / "epoch-0000"
-    # One step an epoch: its loss is seen before it ruins the weights, so the weights are looked at too.
-    message = rf"The weights are not finite after epoch 2 of 2, .* is {kept}: lower --lr, .* and --resume from it"
-    with pytest.raises(loop.NotFiniteError, match=message):
-        trained(tmp_path, "good", "--resume", "--lr", "1e38", "--weight-decay", "1e6", "--batch-size", "128", epochs=2)
-    assert list((good / "checkpoints").iterdir()) == [kept]
-    trained(tmp_path, "good", "--resume", epochs=2)
-    with pytest.raises(FloatingPointError, match="not finite"):  # an ordinary run's handlers catch it too
-        trained(tmp_path, "again", lr=1e30)
-
-
-def test_the_first_bad_loss_is_named():
-    losses = [{"widest_loss": torch.tensor(1.0), "random_loss": torch.tensor([1.0, 2.0])} for _ in range(3)]
-    losses[1]["random_loss"][1] = float("inf")
-    losses[2]["widest_loss"] = torch.tensor(float("nan"))
-    with pytest.raises(loop.NotFiniteError, match=r"at step 8 \(epoch 3\): random_loss is inf of random_loss, 1, 8\."):
-        loop._check_losses(list(enumerate(losses, 7)), "epoch 3", lambda *what: ", ".join(map(str, what)))
-    loop._check_losses(list(enumerate(losses[:1])), "epoch 3", None)
-
-
 def test_errors_reach_the_shell_as_messages(tmp_path):
     with pytest.raises(SystemExit, match="ConfigError: it was so"):
         common.command(lambda: (_ for _ in ()).throw(ConfigError("it was so")))
@@ -532,27 +237,7 @@ def test_errors_reach_the_shell_as_messages(tmp_path):
         search.main([str(tmp_path)])
     with pytest.raises(ConfigError, match=r"holds no search.json: search first"):
         finetune.main([str(tmp_path)])
-
-
-def test_two_processes_train_together(tmp_path):
-    launcher = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-    ]
-    recipe = [str(RECIPES / "train.py"), "-c", write_config(tmp_path), "--output", str(tmp_path), "--experiment", "two"]
-    recipe += ["--model-ema", "--distill-teacher", "ema", "--sandwich-delay", "0.5"]  # two steps, one of each kind
-    done = launch(*launcher, *recipe, ACCELERATE_USE_CPU="true")
-    assert done.returncode == 0, done.stderr
-    assert "2 process(es) on cpu" in done.stdout
-    assert (tmp_path / "two" / "supernet.safetensors").is_file()
+    args = parse("train", write_config(tmp_path))
+    common.write_args(tmp_path, args)
+    with pytest.raises(ConfigError, match=r"holds no supernet.safetensors: finish its training first"):
+        search.main([str(tmp_path)])
