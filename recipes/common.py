@@ -45,6 +45,7 @@ def general_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("-b", "--batch-size", type=int, default=128, help="images per process and step")
     group.add_argument("-j", "--workers", type=int, default=0, help="processes that load images")
     group.add_argument("--seed", type=int, default=42)
+    group = parser.add_argument_group("device and precision")
     group.add_argument("--threads", type=int, default=0, help="CPU threads per process; 0: leave torch's choice")
     group.add_argument("--amp", action=ON_OFF, default=False, help="mixed precision")
     group.add_argument("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16")
@@ -98,9 +99,6 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
 
 def training_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the recipes that train; names and defaults are those of timm's train.py where it has them."""
-    group = parser.add_argument_group("device and distributed")
-    group.add_argument("--grad-accum-steps", type=int, default=1, help="batches of an update, with the same widths")
-    group.add_argument("--sync-bn", action=ON_OFF, default=False, help="BatchNorm over the batches of all processes")
     group = parser.add_argument_group("optimizer")
     group.add_argument("--opt", default="sgd", help="a timm optimizer")
     group.add_argument("--opt-eps", type=float, help="the optimizer's own if not given")
@@ -110,6 +108,7 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weight-decay", type=float, default=2e-5)
     group.add_argument("--clip-grad", type=float, help="value above which gradients are clipped, once an update")
     group.add_argument("--clip-mode", choices=("norm", "value", "agc"), default="norm")
+    group.add_argument("--grad-accum-steps", type=int, default=1, help="batches of an update, with the same widths")
     group = parser.add_argument_group("learning rate schedule")
     group.add_argument("--epochs", type=int, default=300)
     group.add_argument("--lr", type=float, help="learning rate; overrides --lr-base")
@@ -142,6 +141,9 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mixup-switch-prob", type=float, default=0.5, help="probability of cutmix if both are on")
     group.add_argument("--mixup-off-epoch", type=int, default=0, help="turn them off after this epoch; 0: never")
     group.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    group = parser.add_argument_group("batch norm")
+    group.add_argument("--sync-bn", action=ON_OFF, default=False, help="statistics over the batches of all processes")
+    group.add_argument("--calibration-images", type=int, default=2048, help="training images that measure statistics")
     group = parser.add_argument_group("model exponential moving average")
     group.add_argument("--model-ema", action=ON_OFF, default=False, help="the result is the weights' moving average")
     group.add_argument("--model-ema-decay", type=float, default=0.9998)
@@ -156,7 +158,6 @@ def training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--checkpoint-hist", type=int, default=2, help="how many checkpoints are kept")
     group.add_argument("--val-interval", type=int, default=1, help="epochs between validations")
     group.add_argument("--log-interval", type=int, default=20, help="updates between looks at the loss")
-    group.add_argument("--calibration-images", type=int, default=2048, help="training images that measure BatchNorms")
     group.add_argument("--log-tensorboard", action=ON_OFF, default=False, help="curves in RUN/tensorboard")
     group.add_argument("--log-wandb", action=ON_OFF, default=False, help="curves at Weights & Biases")
     group.add_argument("--wandb-project", default="timm-autoslim", help="project of --log-wandb")

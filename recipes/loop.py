@@ -34,7 +34,7 @@ from timm_autoslim.errors import AutoSlimError, ConfigError, DataError
 
 # A resumed run may differ in these without a word: they do not change the weights.
 SILENT = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "log_interval", "checkpoint_hist",
-          "log_wandb", "log_tensorboard", "wandb_project", "val_widths", "val_interval")  # fmt: skip
+          "log_wandb", "log_tensorboard", "wandb_project", "val_interval")  # fmt: skip
 
 Backward = Callable[[Tensor], object]
 Step = Callable[[nn.Module, Tensor, Tensor, int, Backward], Mapping[str, Tensor | None]]

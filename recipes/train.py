@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(accelerator, args, run, {
         "model": args.model, "num_classes": args.num_classes, "in_chans": args.in_chans,
         "training_images": len(training), "limit_train": args.limit_train, "held_out": args.held_out,
+        "val_widths": args.val_widths,  # which are columns of summary.csv
         "widths": {group.name: list(group.choices) for group in space.groups},
     })  # fmt: skip
     if accelerator.is_main_process:

@@ -6,17 +6,20 @@ accelerate launch --multi_gpu --num_processes 2 tests/launched.py NOTES RUN ARGU
 import itertools
 import sys
 
+import loop
 import torch
+import validation
 from accelerate import Accelerator, PartialState
 from recipe_tools import train
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from tqdm import tqdm
 
 
 def watched(argv):
     """Run train.py; returns the gradients that the optimizer got, exchanges by batch, and the random widths."""
-    gradients, exchanges, widths = [], [], []
+    gradients, exchanges, widths, hidden = [], [], [], []
     plain, reduced = train.Sandwich.__call__, []
 
     def exchange(state, bucket):  # what the wrapper does with its gradients, counted
@@ -36,14 +39,19 @@ def watched(argv):
         grads = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
         gradients.append(torch.cat(grads).clone())
 
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            hidden.append(kwargs["disable"])
+            super().__init__(*args, **kwargs)
+
     hook = register_optimizer_step_pre_hook(note)
-    train.Sandwich.__call__ = counted
+    train.Sandwich.__call__, loop.tqdm, validation.tqdm = counted, Bar, Bar
     try:
         train.main(argv)
     finally:
-        train.Sandwich.__call__ = plain
+        train.Sandwich.__call__, loop.tqdm, validation.tqdm = plain, tqdm, tqdm
         hook.remove()
-    return {"gradients": gradients, "exchanges": exchanges, "widths": widths}
+    return {"gradients": gradients, "exchanges": exchanges, "widths": widths, "hidden": hidden}
 
 
 def main(notes, *argv):

@@ -5,15 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import common
+import train
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-import common  # noqa: E402
-import train  # noqa: E402
-
 TINY = {
     "model": "resnet10t", "model_kwargs": {"channels": [8, 8, 16, 16], "stem_width": 8}, "in_chans": 1, "img_size": 16,
     "mean": [0.5], "std": [0.5], "limit_train": 160, "held_out": 32, "batch_size": 32, "calibration_images": 64,

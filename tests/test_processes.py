@@ -94,6 +94,12 @@ def test_processes_draw_the_same_widths_in_every_batch_of_an_update(notes):
         assert rank["accumulated"]["widths"] == [widths for widths in expected for _ in range(2)]
 
 
+def test_the_main_process_alone_shows_progress(notes):
+    _, _, ranks, _ = notes
+    assert set(ranks[0]["two"]["hidden"]) == {False}
+    assert set(ranks[1]["two"]["hidden"]) == {True}
+
+
 def test_a_run_goes_on_with_other_processes_for_the_same_images_an_update(notes):
     folder, _, ranks, said = notes
     assert "Going on from update-00000003 (epoch 1)" in said

@@ -5,7 +5,10 @@ import copy
 import csv
 import json
 import random
+import sys
+from types import SimpleNamespace
 
+import accelerate
 import data
 import loop
 import numpy as np
@@ -203,6 +206,12 @@ def test_help_groups_the_options(capsys):
         common.parse_args("train", None, ["--help"])
     groups = capsys.readouterr().out.split("\n\n")
     for title, flags in {
+        "optimizer:": ("--opt", "--clip-grad", "--grad-accum-steps"),
+        "learning rate schedule:": ("--epochs", "--lr-base", "--sched", "--warmup-epochs"),
+        "augmentation and regularization:": ("--aa", "--mixup", "--reprob", "--smoothing"),
+        "batch norm:": ("--sync-bn", "--calibration-images"),
+        "model exponential moving average:": ("--model-ema", "--model-ema-decay"),
+        "checkpoints and tracking:": ("--resume", "--recovery-interval", "--log-wandb"),
         "supernet:": ("--sandwich", "--sampler", "--sandwich-delay", "--regularize-widest-only"),
         "distillation:": (
             "--distill-loss",
@@ -425,6 +434,28 @@ def test_trackers_that_are_not_installed_are_refused(tmp_path, monkeypatch):
     for name in ("tensorboard", "wandb"):
         with pytest.raises(ConfigError, match=f"--log-{name}: {name} is not installed: pip install {name}"):
             trained(tmp_path, "never", f"--log-{name}")
+
+
+def test_a_resumed_run_is_the_same_run_at_weights_and_biases(tmp_path, monkeypatch):
+    started = []
+    fake = SimpleNamespace(init=lambda **given: started.append(given) or SimpleNamespace(log=logged, finish=print))
+    steps = []
+
+    def logged(values, step, **_):
+        steps.append((step, sorted(values)[:2]))
+
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [accelerate.utils.LoggerType.WANDB])
+    run = trained(tmp_path, "run", "--log-wandb", "--wandb-project", "mine")
+    trained(tmp_path, "run", "--log-wandb", "--wandb-project", "mine", "--resume", epochs=2)
+    first, second = started
+    assert first["project"] == "mine"
+    assert first["id"] == second["id"] == (run / "wandb_id.txt").read_text()
+    assert (first["resume"], first["name"], first["dir"]) == ("allow", "run", str(run))
+    assert first["config"]["batch_size"] == 32
+    assert [step for step, _ in steps] == [4, 4, 8, 8]
+    assert [names[0] for _, names in steps] == ["lr", "val/images_per_s"] * 2
 
 
 def test_images_are_augmented_by_seed_epoch_and_image_alone(tmp_path):
