@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import set_seed
 from common import base_args, command, load_supernet, make_supernet, parse_args, read_args, write_args, write_json
 from data import calibration_batches, open_images, plain_loader, training_loader, used_training
-from loop import Backward, Trainer, make_loss
+from loop import Backward, Trainer, check_training, make_loss
 from processes import make_accelerator, synchronize_norms
 from torch import Tensor, nn
 from validation import check_batch, evaluate
@@ -30,6 +30,7 @@ from timm_autoslim.errors import ConfigError, OutputExistsError
 def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
     args = parse_args("finetune", __doc__, argv)
+    check_training(args)
     run = Path(args.run)
     entry = find_network(run, args.network)
     args = read_args(run, args)

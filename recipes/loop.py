@@ -74,6 +74,21 @@ def learning_rate(args: argparse.Namespace, images: int) -> float:
 # ---------------------------------------------------------------------------------------------------- the training
 
 
+def check_training(args: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be, before any work is done.
+
+    Raises:
+        ConfigError: one is too small.
+    """
+    for least, flags in {
+        0: ("epochs", "recovery_interval", "workers", "warmup_epochs"),
+        1: ("batch_size", "grad_accum_steps", "checkpoint_hist", "log_interval", "val_interval", "lr_base_size"),
+    }.items():
+        for flag in flags:
+            if getattr(args, flag) < least:
+                raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: needed {least} or more.")
+
+
 class Trainer:
     """A training that can be killed at any moment and goes on from its last checkpoint as if nothing had happened.
 
@@ -92,12 +107,6 @@ class Trainer:
             CheckpointError: all of its checkpoints are damaged.
         """
         self.accelerator, self.args, self.folder = accelerator, args, folder
-        for flag in ("epochs", "recovery_interval"):
-            if getattr(args, flag) < 0:
-                raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: needed 0 or more.")
-        for flag in ("batch_size", "grad_accum_steps", "checkpoint_hist", "log_interval", "val_interval"):
-            if getattr(args, flag) < 1:
-                raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: needed 1 or more.")
         self.images = args.batch_size * accelerator.num_processes * args.grad_accum_steps  # of one update
         everything = {**fixed, "images_per_update": self.images, "opt": args.opt, "seed": args.seed,
                       "model_ema": args.model_ema}  # fmt: skip

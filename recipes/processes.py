@@ -77,7 +77,7 @@ def start_trackers(accelerator: Accelerator, args: argparse.Namespace, folder: P
     if accelerator.is_main_process and args.log_wandb and not known.is_file():
         write_text(known, uuid.uuid4().hex[:16])
     accelerator.wait_for_everyone()
-    settings: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": total + 1} if total else {}}
+    settings: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": total + 1}}  # drops what was logged later
     if args.log_wandb:
         settings["wandb"] = {"id": known.read_text(encoding="utf-8"), "name": folder.name, "dir": str(folder),
                              "resume": "allow", "config": vars(args)}  # fmt: skip

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from common import command, make_supernet, make_teacher, parse_args, write_args, write_weights
 from data import calibration_batches, open_images, plain_loader, split_training, training_loader
-from loop import Backward, Trainer, make_loss
+from loop import Backward, Trainer, check_training, make_loss
 from processes import make_accelerator, synchronize_norms
 from torch import Tensor, nn
 from validation import Validation, check_batch, subnets
@@ -98,6 +98,7 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: a number is out of range, or two flags contradict each other.
     """
+    check_training(args)
     if args.sandwich < 2:
         raise ConfigError(
             f"--sandwich {args.sandwich}: the widest and the narrowest are always trained: give 2 or more."

@@ -224,7 +224,7 @@ def joint(model):
         for name, norm in module.named_children():
             if isinstance(norm, nn.BatchNorm2d):
                 other = JointNorm(norm.num_features, momentum=norm.momentum)
-                other.load_state_dict(norm.state_dict())
+                other._parameters, other._buffers = norm._parameters, norm._buffers
                 setattr(module, name, other)
     return model
 
@@ -316,8 +316,9 @@ def test_two_processes_of_a_sandwich_are_one_if_their_norms_are_synchronised(tmp
                            torch.zeros(2, 3, 8, 8), divisor=1, min=0.5).train()  # fmt: skip
         network = supernet
         if rank is not None:
-            supernet.model[0] = joint(supernet.model[0]) if synchronised else supernet.model[0]
             network = DistributedDataParallel(supernet, broadcast_buffers=False)
+            if synchronised:  # only now, as it would tell that there is no GPU
+                joint(supernet.model)
         optimizer = torch.optim.SGD(supernet.parameters(), lr=0.05, momentum=0.9)
         for update in range(3):
             sandwich_step(

@@ -4,7 +4,8 @@ import csv
 import json
 
 import pytest
-from test_recipes import common, search, trained, write_config
+import search
+from recipe_tools import common, trained, write_config
 
 from timm_autoslim.errors import BudgetError, ConfigError
 
