@@ -81,8 +81,6 @@ class Checkpoints:
         files = {path.name: _fingerprint(path) for path in sorted(part.iterdir())}
         write_json(part / PROGRESS, {"format": 2, "files": files, **dataclasses.asdict(progress)})
         sync(part)
-        if target.exists():
-            self._drop(target)
         os.replace(part, target)
         sync(self.folder)
         for path in self.names()[: -self.history]:

@@ -162,15 +162,29 @@ class Trainer:
         Raises:
             NotFiniteError: a loss or a weight is NaN or infinite; no such weights are kept as a checkpoint.
         """
-        args, accelerator = self.args, self.accelerator
-        if not args.epochs:
+        if not self.args.epochs:
             return {}
         self.plain, self.step, self.describe = plain, step, describe
+        self._prepare(network, loader)
+        if begin:
+            begin(self.args.epochs * self.per_epoch, self.ema.module if self.ema else None)
+        if self.scheduler:
+            self.scheduler.step_update(self.progress.total)
+        start_trackers(self.accelerator, self.args, self.folder, self.progress.total)
+        while self.progress.epoch < self.args.epochs:
+            losses = self._epoch()
+            self._finish_epoch(losses, validate)
+        if self.ema:
+            plain.load_state_dict(self.ema.module.state_dict())
+        return self.progress.metrics
+
+    def _prepare(self, network: nn.Module, loader: DataLoader) -> None:
+        """Set up optimizer, schedule and moving average, as the flags or the last checkpoint have them."""
+        args, accelerator = self.args, self.accelerator
         rate = learning_rate(args, self.images)
         options = optimizer_kwargs(argparse.Namespace(**{**vars(args), "lr": rate})) | args.opt_kwargs
-        optimizer = create_optimizer_v2(plain, **options)  # the bare one, so that the scheduler sees its groups
-        self.optimizer = optimizer
-        self.network, self.stepper, self.loader = accelerator.prepare(network, optimizer, loader)
+        self.optimizer = create_optimizer_v2(self.plain, **options)  # the bare one, whose groups the scheduler sees
+        self.network, self.stepper, self.loader = accelerator.prepare(network, self.optimizer, loader)
         self.per_epoch = len(self.loader) // args.grad_accum_steps
         if not self.per_epoch:
             raise DataError(
@@ -178,24 +192,13 @@ class Trainer:
                 "or --grad-accum-steps."
             )
         self.scheduler, _ = create_scheduler_v2(
-            optimizer, sched=args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs,
+            self.optimizer, sched=args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs,
             warmup_lr=args.warmup_lr, min_lr=args.min_lr, decay_epochs=args.decay_epochs, decay_rate=args.decay_rate,
             step_on_epochs=False, updates_per_epoch=self.per_epoch,
         )  # fmt: skip
-        self.ema = ModelEmaV3(plain, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
+        self.ema = ModelEmaV3(self.plain, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
         if self.path:
-            restore(self.path, plain, optimizer, self.ema, accelerator.scaler)
-        if begin:
-            begin(args.epochs * self.per_epoch, self.ema.module if self.ema else None)
-        if self.scheduler:
-            self.scheduler.step_update(self.progress.total)
-        start_trackers(accelerator, args, self.folder, self.progress.total)
-        while self.progress.epoch < args.epochs:
-            losses = self._epoch()
-            self._finish_epoch(losses, validate)
-        if self.ema:
-            plain.load_state_dict(self.ema.module.state_dict())
-        return self.progress.metrics
+            restore(self.path, self.plain, self.optimizer, self.ema, accelerator.scaler)
 
     def _epoch(self) -> dict[str, float | None]:
         """What is left of one pass over the images; returns the mean of each loss, over the steps that had it."""

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_model
 
 from timm_autoslim.errors import ConfigError, OutputExistsError
 
-# Two epochs of four updates, the widest alone for the first three; a checkpoint every second update. Augmentation,
+# Two epochs of four updates, the widest alone for the first three; a checkpoint after every update. Augmentation,
 # dropout, mixup, warmup, momentum, the moving average and a tracker are all on.
 OPTIONS = [
     *("--model-ema", "--distill-teacher", "ema", "--sandwich-delay", "0.4", "--sampler", "multiplier"),
-    *("--recovery-interval", "2", "--mixup", "0.2", "--reprob", "0.3", "--aa", "rand-m5-n1", "--clip-grad", "1"),
+    *("--recovery-interval", "1", "--mixup", "0.2", "--reprob", "0.3", "--aa", "rand-m5-n1", "--clip-grad", "1"),
     *("--log-tensorboard", "--log-interval", "1"),
 ]
 CHANGES = {"epochs": 2, "warmup_epochs": 1, "val_widths": []}
@@ -125,7 +125,7 @@ def same_summaries(first, second):
 def same_files(first, second):
     """Weights, moving average, optimizer and progress of the checkpoints, and the result."""
     assert (first / "supernet.safetensors").read_bytes() == (second / "supernet.safetensors").read_bytes()
-    for name in ("update-00000006", "update-00000008"):
+    for name in ("update-00000007", "update-00000008"):
         for file in (checkpoints.MODEL, checkpoints.EMA):
             tensors = [load_file(folder / "checkpoints" / name / file) for folder in (first, second)]
             assert all(torch.equal(value, tensors[1][key]) for key, value in tensors[0].items())
@@ -152,7 +152,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(whole, tmp_
         assert not (tmp_path / "run" / "supernet.safetensors").exists()
         kept = checkpoints.Checkpoints(tmp_path / "run", 2)
         reached.append(kept.newest()[1].total if kept.names() else 0)
-    assert reached == [0, 0, 0, 2, 2, 2, 2, 2, 6, 8, 8]
+    assert reached == [0, 0, 0, 3, 3, 3, 3, 3, 4, 5, 8]
     run = train_run(tmp_path, "run", "--resume")
     same_files(whole, run)
     rows = same_summaries(whole, run)
@@ -197,11 +197,11 @@ def test_a_damaged_checkpoint_is_named_and_put_aside(whole, tmp_path, capsys, na
     shutil.copytree(whole, run)
     damage(run / "checkpoints" / "update-00000008" / name)
     path, progress = checkpoints.Checkpoints(run, 2).newest()
-    assert (path.name, progress.total, progress.updates) == ("update-00000006", 6, 2)
+    assert (path.name, progress.total, progress.updates) == ("update-00000007", 7, 3)
     out = " ".join(capsys.readouterr().out.split())
-    assert re.search(rf"checkpoint \S*update-00000008 is damaged: {said}.* Going on from update-00000006\.", out)
+    assert re.search(rf"checkpoint \S*update-00000008 is damaged: {said}.* Going on from update-00000007\.", out)
     names = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert names == ["damaged-update-00000008", "update-00000006"]
+    assert names == ["damaged-update-00000008", "update-00000007"]
 
 
 def test_a_run_goes_on_from_before_a_damaged_checkpoint_as_if_nothing_had_been(whole, tmp_path):
@@ -219,7 +219,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_so(whole, tmp_path):
     shutil.copytree(whole, run)
     for path in checkpoints.Checkpoints(run, 2).names():
         truncate(path / checkpoints.MODEL)
-    message = r"update-00000008 is damaged: .*update-00000006 is damaged: .* No other checkpoint is left in .*: start"
+    message = r"update-00000008 is damaged: .*update-00000007 is damaged: .* No other checkpoint is left in .*: start"
     with pytest.raises(checkpoints.CheckpointError, match=message):
         train_run(tmp_path, "run", "--resume")
     assert len(checkpoints.Checkpoints(run, 2).names()) == 2  # nothing was put aside
@@ -240,12 +240,7 @@ def test_no_checkpoint_holds_pickled_code(whole):
     ("flags", "message"),
     [
         ("--min-width 0.5", r"widths of conv1\.0 \(and of 10 more\) \[1, 2, .*\], and now it is \[3, 4"),
-        ("--choices layer2*=[4,8]", r"widths of layer2\.0\.conv1 \(and of 1 more\) \[1, .*\], and now it is \[4, 8\]"),
-        ("--model resnet14t", "model resnet10t, and now it is resnet14t"),
         ("--seed 3", "seed 42, and now it is 3: give the same as before, or start another --experiment"),
-        ("--opt adamw", "opt sgd, and now it is adamw"),
-        ("--no-model-ema --distill-teacher widest", "model_ema True, and now it is False"),
-        ("--held-out 16", "held_out 32.*, and now it is 16"),
         ("--grad-accum-steps 2", r"images_per_update 32, and now it is 64: .* must stay 32"),
     ],
 )
@@ -256,6 +251,16 @@ def test_what_cannot_change_in_the_middle_is_refused(whole, tmp_path, flags, mes
     with pytest.raises(ConfigError, match=f"--resume: this run was begun with {message}"):
         train_run(tmp_path, "run", "--resume", *flags.split())
     assert (run / "args.yaml").read_text() == before
+
+
+def test_what_a_run_must_keep_is_in_its_checkpoints(whole):
+    fixed = checkpoints.Checkpoints(whole, 2).newest()[1].fixed
+    names = {"model", "num_classes", "in_chans", "opt", "model_ema", "limit_train", "held_out", "training_images"}
+    assert names | {"widths", "seed", "images_per_update", "val_widths"} == set(fixed)
+    for name in names:
+        with pytest.raises(ConfigError, match=f"this run was begun with {name} .*, and now it is other: give the same"):
+            checkpoints.check_same(fixed, {**fixed, name: "other"})
+    checkpoints.check_same(fixed, fixed)
 
 
 def test_what_may_change_is_told(whole, tmp_path, capsys):
