@@ -48,7 +48,7 @@ def make_accelerator(args: argparse.Namespace, folder: Path | None = None) -> Ac
             DistributedDataParallelKwargs(find_unused_parameters=False, static_graph=False, broadcast_buffers=False)
         ],
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
-        log_with=_trackers(args) if folder else None,
+        log_with=(_trackers(args) or None) if folder else None,
         project_config=ProjectConfiguration(str(folder), str(folder / "tensorboard")) if folder else None,
     )
     if accelerator.gradient_accumulation_steps != 1:  # it would divide every loss, and exchange gradients as before
