@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from zoo import Plain, assert_same, randomise, snapshot
 
-from timm_autoslim.slicing import MAX_RUNS, Slices, applied, extract, set_attribute, shrink_, take
+from timm_autoslim.slicing import Slices, applied, extract, set_attribute, shrink_, take
 from timm_autoslim.tracing.graph import _runs
 
 
@@ -54,7 +54,7 @@ def test_take_keeps_what_a_mask_keeps_and_in_any_number_of_runs(rows, columns):
     assert torch.equal(take(tensor, axes), expected)
 
 
-@pytest.mark.parametrize("runs", [((2, 3),), ((0, 1), (4, 2)), tuple((2 * i, 1) for i in range(MAX_RUNS + 1))])
+@pytest.mark.parametrize("runs", [((2, 3),), ((0, 1), (4, 2)), ((0, 1), (3, 1), (6, 1))])
 def test_take_is_contiguous_and_sends_gradients_back_to_the_kept_places(runs):
     tensor = torch.rand(4, 20, requires_grad=True)
     piece = take(tensor, (None, runs))
@@ -115,7 +115,7 @@ def test_a_block_puts_everything_back_when_its_body_raises():
 @pytest.mark.parametrize(
     ("slices", "error"),
     [
-        (Slices({**TIED.tensors, "third.weight": (HALF,)}, {}), AttributeError),
+        (Slices({**TIED.tensors, "third.weight": (HALF,)}, {}), KeyError),
         (Slices({**TIED.tensors, "first.gain": (HALF,)}, {}), KeyError),
         (Slices({**TIED.tensors, "scale": (((0, 7),),)}, {}), RuntimeError),
         (Slices(TIED.tensors, {"width": 3, "height": 3}), KeyError),

@@ -105,7 +105,7 @@ def permute(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.int64]])
         moved = moved.clone()
         memo[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
     plain = copy.deepcopy(model, memo)
-    forget(plain, changed)
+    forget({plain.get_submodule(name.rpartition(".")[0]) for name in changed})
     return plain
 
 

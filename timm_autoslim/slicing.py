@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,8 @@ Axis = tuple[tuple[int, int], ...] | None
 Value = int | float | tuple[int, ...]
 M = TypeVar("M", bound=nn.Module)
 
-# Above this many runs one gather is cheaper than a concatenation of views.
-MAX_RUNS = 8
+# Above this many blocks one gather or scatter is cheaper than a view for each.
+MAX_BLOCKS = 64
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,84 @@ class Slices:
     tensors: Mapping[str, tuple[Axis, ...]]
     attributes: Mapping[str, Value]
 
+    @cached_property
+    def _by_module(self) -> list[tuple[list[str], list[tuple[str, tuple[Axis, ...]]]]]:
+        """The tensors of each module: the parts of its path, and for each tensor its own name and what is kept."""
+        found: dict[str, list[tuple[str, tuple[Axis, ...]]]] = {}
+        for name, axes in self.tensors.items():
+            path, _, leaf = name.rpartition(".")
+            found.setdefault(path, []).append((leaf, axes))
+        return [(path.split(".") if path else [], members) for path, members in found.items()]
+
 
 def take(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """Keep the runs of each axis. Differentiable; contiguous, so that the same kernels run as on an extracted model."""
+    layout = _layout(tensor)
     for dim, runs in enumerate(axes):
         if runs is None:
             continue
         if len(runs) == 1:
             tensor = tensor.narrow(dim, *runs[0])
-        elif len(runs) <= MAX_RUNS:
+        elif _regular(runs):
+            tensor = _blocks(tensor, dim, runs).flatten(dim, dim + 1)
+        elif len(runs) <= MAX_BLOCKS:
             tensor = torch.cat([tensor.narrow(dim, start, length) for start, length in runs], dim)
         else:
-            index = torch.cat([torch.arange(start, start + length) for start, length in runs])
-            tensor = tensor.index_select(dim, index.to(tensor.device))
-    return tensor.contiguous()
+            tensor = tensor.index_select(dim, _index(runs).to(tensor.device))
+    return tensor.contiguous(memory_format=layout)
+
+
+def add(whole: Tensor, piece: Tensor, axes: tuple[Axis, ...]) -> None:
+    """Add `piece`, of the size that `take(whole, axes)` has, to the places of `whole` that it was taken from."""
+    irregular = [runs for runs in axes if runs is not None and len(runs) > 1 and not _regular(runs)]
+    if math.prod(map(len, irregular)) > MAX_BLOCKS:
+        kept = [((0, n),) if runs is None else runs for n, runs in zip(whole.shape, axes, strict=True)]
+        last = len(kept) - 1
+        index = tuple(_index(runs).to(whole.device).view(-1, *[1] * (last - dim)) for dim, runs in enumerate(kept))
+        whole.index_put_(index, whole[index] + piece)
+        return
+    pairs = [(whole, piece)]
+    for dim, runs in reversed(list(enumerate(axes))):  # from the last, so that blocks do not move the dims to come
+        if runs is None:
+            continue
+        if len(runs) == 1:
+            pairs = [(big.narrow(dim, *runs[0]), small) for big, small in pairs]
+        elif _regular(runs):
+            split = (len(runs), runs[0][1])
+            pairs = [(_blocks(big, dim, runs), small.unflatten(dim, split)) for big, small in pairs]
+        else:
+            lengths = [n for _, n in runs]
+            pairs = [
+                (big.narrow(dim, *run), part)
+                for big, small in pairs
+                for run, part in zip(runs, small.split(lengths, dim), strict=True)
+            ]
+    for big, small in pairs:
+        big.add_(small)
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    """Channels last if the tensor is so and not contiguous as well, so that its slices stay as it is."""
+    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _regular(runs: tuple[tuple[int, int], ...]) -> bool:
+    """Whether the runs are of one length and evenly spaced, such as the heads of a fused projection."""
+    (first, length), step = runs[0], runs[1][0] - runs[0][0]
+    return all(run == (first + i * step, length) for i, run in enumerate(runs))
+
+
+def _blocks(tensor: Tensor, dim: int, runs: tuple[tuple[int, int], ...]) -> Tensor:
+    """View regular runs of one dimension as two: (runs, length of a run)."""
+    start, length = runs[0]
+    inside = tensor.narrow(dim, start, runs[-1][0] + length - start)
+    return inside.unfold(dim, length, runs[1][0] - start).movedim(-1, dim + 1)
+
+
+def _index(runs: tuple[tuple[int, int], ...]) -> Tensor:
+    return torch.tensor([i for start, length in runs for i in range(start, start + length)])
 
 
 def within(runs: Iterable[tuple[int, int]], old: int | Sequence[Sequence[int]] | None) -> int | list[list[int]]:
@@ -95,29 +161,41 @@ def _child(target: Any, part: str) -> Any:
     return target.__dict__[part]
 
 
-def _located(model: nn.Module, slices: Slices) -> list[tuple[dict[str, Any], str, Tensor, tuple[Axis, ...]]]:
-    """Find the tensors that `slices` names: the dict that holds each, its key there, the tensor, what is kept of it."""
-    found: list[tuple[dict[str, Any], str, Tensor, tuple[Axis, ...]]] = []
-    for name, axes in slices.tensors.items():
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
-        store = next((s for s in stores if leaf in s), None)
-        if store is None:
-            raise KeyError(name)
-        found.append((store, leaf, store[leaf], axes))
+class _Located(NamedTuple):
+    """A tensor that is sliced: its module, the dict of it that holds it, its key there, itself, what is kept."""
+
+    module: nn.Module
+    store: dict[str, Any]
+    leaf: str
+    whole: Tensor
+    axes: tuple[Axis, ...]
+
+
+def _locate(model: nn.Module, slices: Slices) -> list[_Located]:
+    """Find the tensors that `slices` names."""
+    found: list[_Located] = []
+    for parts, members in slices._by_module:
+        module: nn.Module | None = model
+        for part in parts:
+            module = module._modules.get(part) if module else None
+        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__) if module else ()
+        for leaf, axes in members:
+            store = next((s for s in stores if leaf in s), None)
+            if store is None or module is None:
+                raise KeyError(".".join((*parts, leaf)))
+            found.append(_Located(module, store, leaf, store[leaf], axes))
     return found
 
 
-def forget(model: nn.Module, changed: Iterable[str]) -> list[tuple[dict[str, Any], str, dict[Any, Any]]]:
-    """Empty what the modules of changed tensors keep from call to call in dicts, such as LeViT's attention biases.
+def forget(modules: Iterable[nn.Module]) -> list[tuple[dict[str, Any], str, dict[Any, Any]]]:
+    """Empty what modules keep from call to call in dicts of tensors, such as LeViT's attention biases.
 
     Returns:
         What was found: the dict that holds each cache, its key there, and the cache.
     """
     found = []
-    for path in {name.rpartition(".")[0] for name in changed}:
-        own = model.get_submodule(path).__dict__
+    for module in modules:
+        own = module.__dict__
         for name, value in own.items():
             if type(value) is dict and not name.startswith("_") and any(isinstance(v, Tensor) for v in value.values()):
                 found.append((own, name, value))
@@ -133,12 +211,13 @@ def applied(model: nn.Module, slices: Slices) -> Iterator[None]:
     Parameters stay connected: gradients of the slices reach the whole parameters. Buffers are copies, so that a
     narrower subnet never moves the running statistics of the widest. What modules cache at one width serves no other.
     """
-    located = _located(model, slices)
+    located = _locate(model, slices)
+    modules = dict.fromkeys(place.module for place in located)
     restored: list[tuple[str, Value]] = []
     done: dict[int, Tensor] = {}
-    caches = forget(model, slices.tensors)
+    caches = forget(modules)
     try:
-        for store, leaf, whole, axes in located:
+        for _, store, leaf, whole, axes in located:
             if id(whole) not in done:
                 done[id(whole)] = _connected(whole, axes)
             store[leaf] = done[id(whole)]
@@ -146,10 +225,10 @@ def applied(model: nn.Module, slices: Slices) -> Iterator[None]:
             restored.append((path, set_attribute(model, path, value)))
         yield
     finally:
-        forget(model, slices.tensors)
+        forget(modules)
         for own, name, cache in caches:
             own[name] = cache
-        for store, leaf, whole, _ in located:
+        for _, store, leaf, whole, _ in located:
             store[leaf] = whole
         for path, value in reversed(restored):
             set_attribute(model, path, value)
@@ -157,13 +236,64 @@ def applied(model: nn.Module, slices: Slices) -> Iterator[None]:
 
 def _connected(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """A slice for the length of a call: of a parameter a view with a gradient, of a buffer a copy."""
-    piece = take(whole, axes)
     if not isinstance(whole, nn.Parameter):
-        return piece.detach().clone()
+        return take(whole.detach(), axes).clone()
+    if whole.requires_grad and torch.is_grad_enabled() and any(axes):
+        piece: Tensor = _Slice.apply(whole, axes)  # type: ignore[no-untyped-call]
+        return piece
+    piece = take(whole, axes)
     if piece.requires_grad != whole.requires_grad:
         # Without gradients too: torch's matmul picks its kernel by this flag of the weight.
         piece.requires_grad_(whole.requires_grad)
     return piece
+
+
+class _Slice(torch.autograd.Function):
+    """`take` of a parameter, whose backward adds to the kept places of the parameter's `.grad` and touches no other.
+
+    Autograd's own way would fill a gradient of the whole parameter with zeros and add all of it. It is still gone where
+    the gradient is wanted elsewhere than in `.grad` (`autograd.grad`, a graph of the gradient) or a hook must see it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+        ctx.whole, ctx.axes = whole, axes
+        return take(whole, axes)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+        whole = ctx.whole
+        if torch.is_grad_enabled() or not _accumulates(whole, ctx.next_functions[0][0]):
+            return _Pad.apply(gradient, whole, ctx.axes), None  # type: ignore[no-untyped-call]
+        if whole.grad is None:
+            whole.grad = torch.zeros_like(whole)
+        add(whole.grad, gradient, ctx.axes)
+        return None, None
+
+
+class _Pad(torch.autograd.Function):
+    """The gradient of a whole parameter from that of its slice: zero where nothing was kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+        ctx.axes = axes
+        padded = torch.zeros_like(whole, dtype=gradient.dtype)
+        add(padded, gradient, axes)
+        return padded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return take(gradient, ctx.axes), None, None
+
+
+def _accumulates(whole: Tensor, node: Any) -> bool:
+    """Whether the backward that runs now adds to `whole.grad`, and nothing looks at what it adds."""
+    if whole._backward_hooks or whole._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+        return False
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # torch's answer in autograd.grad()
+        return False
 
 
 def _piece(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
@@ -177,15 +307,15 @@ def _piece(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
 def extract(model: M, slices: Slices) -> M:
     """Return a copy of `model` that keeps only what `slices` keeps; no second full copy of the weights is made."""
     memo: dict[int, object] = {}
-    for _, _, whole, axes in _located(model, slices):
-        if id(whole) not in memo:
-            memo[id(whole)] = _piece(whole, axes)
+    for place in _locate(model, slices):
+        if id(place.whole) not in memo:
+            memo[id(place.whole)] = _piece(place.whole, place.axes)
     for module in model.modules():  # activations that modules keep: autograd's results cannot be copied
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
     plain = copy.deepcopy(model, memo)
-    forget(plain, slices.tensors)
+    forget({place.module for place in _locate(plain, slices)})
     for path, value in slices.attributes.items():
         set_attribute(plain, path, value)
     return plain
@@ -194,7 +324,7 @@ def extract(model: M, slices: Slices) -> M:
 def shrink_(model: nn.Module, slices: Slices) -> None:
     """Keep of `model`, in place and for good, only what `slices` keeps; tied parameters stay tied."""
     pieces: dict[int, Tensor] = {}
-    for store, leaf, whole, axes in _located(model, slices):
+    for _, store, leaf, whole, axes in _locate(model, slices):
         if id(whole) not in pieces:
             pieces[id(whole)] = _piece(whole, axes)
         store[leaf] = pieces[id(whole)]
