@@ -139,6 +139,8 @@ class ChannelGraph:
     # -- solving ------------------------------------------------------------------------------------------------
 
     def _solve(self) -> None:
+        # what `described` has found: every new subnet asks for it
+        self._known: dict[int, tuple[Sequence[AttributeUse], int, dict[str, Scaled]]] = {}
         roots = self._flow.atoms.roots()
         self._units, self._unit_of = np.unique(roots, return_inverse=True)  # unit by atom
         constraints = self._flow.constraints
@@ -433,9 +435,13 @@ class ChannelGraph:
     def described(self, uses: Sequence[AttributeUse]) -> dict[str, Scaled]:
         """Return those of `uses` that change with the widths, by path; the first use of a path counts."""
         found: dict[str, Scaled] = {}
+        known = self._known.get(id(uses))
+        if known is not None and known[0] is uses and known[1] == len(uses):
+            return known[2]
         for use in uses:
             if use.vector is not None and (self._atom_strand[use.vector] >= 0).any():
                 found.setdefault(use.path, Scaled(use.value, len(use.vector), self.count(use.vector), use.power))
+        self._known[id(uses)] = uses, len(uses), found
         return found
 
     def slices(self, widths: Sequence[int], described: Sequence[AttributeUse] = ()) -> Slices:
