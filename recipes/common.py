@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import timm_autoslim
 from timm_autoslim import registry
 from timm_autoslim.errors import AutoSlimError, ConfigError
+from timm_autoslim.importance import CRITERIA
 
 ON_OFF = argparse.BooleanOptionalAction
 
@@ -62,8 +63,7 @@ def model_flags(parser: argparse.ArgumentParser) -> None:
         default={},
         action=ParseKwargs,
         metavar="KEY=VALUE",
-        help="such as drop_rate=0.2 drop_path_rate=0.1; zero_init_last=True starts the last BatchNorm of each residual "
-        "branch at 0 (BigNAS), in timm models that know it",
+        help="such as drop_rate=0.2 drop_path_rate=0.1",
     )
     group.add_argument("--pretrained", action=ON_OFF, default=False, help="start from pretrained weights")
     group.add_argument("--num-classes", type=int, help="taken from the data if not given")
@@ -187,6 +187,14 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
         help="all but the widest run without dropout and drop path (BigNAS)",
     )
     group.add_argument(
+        "--subnet-sizes",
+        type=int,
+        nargs="*",
+        default=[],
+        metavar="PIXELS",
+        help="every subnet but the widest sees its images at a random one of these sizes (MutualNet)",
+    )
+    group.add_argument(
         "--val-widths",
         type=float,
         nargs="*",
@@ -222,6 +230,31 @@ def train_flags(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="SHARE",
         help="share of the outside teacher's loss in that of the widest; the rest is the labels'",
+    )
+
+
+def starting_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of train.py about where it starts; --pretrained is among those of the model."""
+    group = parser.add_argument_group("starting point", "fresh weights if nothing is given")
+    group.add_argument(
+        "--initial-checkpoint",
+        metavar="FILE",
+        help="local .safetensors, .pth or .bin file of weights of the model; of other classes, all but the classifier",
+    )
+    group.add_argument(
+        "--zero-init-last",
+        action=ON_OFF,
+        default=False,
+        help="fresh weights with the scale of the last BatchNorm of every residual branch at 0 (BigNAS)",
+    )
+    group.add_argument(
+        "--order",
+        choices=sorted(CRITERIA),
+        help="first sort the channels by importance, so that narrow subnets have the best (Once-for-All); a criterion "
+        "of torch-pruning",
+    )
+    group.add_argument(
+        "--order-images", type=int, default=512, help="training images whose gradients --order taylor looks at"
     )
 
 
@@ -272,7 +305,7 @@ def finetune_flags(parser: argparse.ArgumentParser) -> None:
 
 
 FLAGS = {
-    "train": (general_flags, model_flags, training_flags, train_flags),
+    "train": (general_flags, model_flags, starting_flags, training_flags, train_flags),
     "search": (general_flags, search_flags),
     "finetune": (general_flags, training_flags, finetune_flags),
 }
@@ -472,9 +505,9 @@ def _per_channel(values: Sequence[float], channels: int) -> list[float]:
     return values if len(values) == channels else [sum(values) / len(values)] * channels
 
 
-def make_supernet(args: argparse.Namespace, pretrained: bool = False) -> timm_autoslim.Supernet:
-    """Create the base model and convert it."""
-    model = make_model(args, pretrained)
+def make_supernet(args: argparse.Namespace, model: nn.Module | None = None) -> timm_autoslim.Supernet:
+    """Convert the base model; without one create it, with fresh weights."""
+    model = make_model(args) if model is None else model
     resolve_input(args, model)
     example = torch.zeros(2, args.in_chans, args.img_size, args.img_size)  # (N, C, H, W)
     return timm_autoslim.convert(

@@ -24,12 +24,13 @@ from common import command, make_supernet, make_teacher, parse_args, write_args,
 from data import calibration_batches, open_images, plain_loader, split_training, training_loader
 from loop import Backward, Trainer, check_training, make_loss
 from processes import make_accelerator, synchronize_norms
+from starting import check_starting_flags, order_channels, start_model
 from torch import Tensor, nn
 from validation import Validation, check_batch, subnets
 
-from timm_autoslim import SearchSpace, Widths, sandwich_step
+from timm_autoslim import SearchSpace, Supernet, Widths, sandwich_step
 from timm_autoslim.errors import ConfigError, DataError, OutputExistsError
-from timm_autoslim.sandwich import adaptive_alpha_divergence, soft_cross_entropy
+from timm_autoslim.sandwich import adaptive_alpha_divergence, resized, soft_cross_entropy
 
 DISTILL = {"kl": soft_cross_entropy, "alpha": adaptive_alpha_divergence}
 
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     images = open_images(args)
     args.num_classes = images.num_classes
     set_seed(args.seed)
-    supernet = make_supernet(args, args.pretrained).to(accelerator.device)
+    supernet = make_supernet(args, start_model(args)).to(accelerator.device)
     if args.channels_last:
         supernet.to(memory_format=torch.channels_last)
     if args.sync_bn:
@@ -59,11 +60,16 @@ def main(argv: list[str] | None = None) -> None:
     subnets(space, args.val_widths)  # refuses what is out of range
     example = torch.zeros(args.batch_size, args.in_chans, args.img_size, args.img_size, device=accelerator.device)
     check_batch(plain, lambda images: supernet(images, space.min()), example, accelerator.num_processes)
+    check_sizes(args, supernet, example)
     with accelerator.main_process_first():
         run.mkdir(parents=True, exist_ok=True)
         training, held_out = split_training(args, len(images.train), run)
     if not held_out:
         raise DataError("--held-out 0 leaves no images to search on: give a share or a number of the training images.")
+    if args.order:
+        looked_at = plain_loader(args, images.train, training[: args.order_images])
+        batches = (tuple(t.to(accelerator.device) for t in batch) for batch in looked_at)
+        order_channels(supernet, args.order, torch.nn.functional.cross_entropy, batches)
     trainer = Trainer(accelerator, args, run, {
         "model": args.model, "num_classes": args.num_classes, "in_chans": args.in_chans,
         "training_images": len(training), "limit_train": args.limit_train, "held_out": args.held_out,
@@ -103,6 +109,9 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--sandwich {args.sandwich}: the widest and the narrowest are always trained: give 2 or more."
         )
+    check_starting_flags(args)
+    if any(side < 1 for side in args.subnet_sizes):
+        raise ConfigError(f"--subnet-sizes {args.subnet_sizes}: needed sides of images, in pixels.")
     if not 0 <= args.sandwich_delay < 1:
         raise ConfigError(f"--sandwich-delay {args.sandwich_delay}: needed a share of the steps, from 0 to below 1.")
     if not 0 < args.distill_temperature < float("inf"):
@@ -115,6 +124,28 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError("--distill-teacher ema needs the moving average: add --model-ema.")
     if args.distill_teacher == "ema" and args.teacher:
         raise ConfigError("--distill-teacher ema and --teacher are two teachers: give one of them.")
+
+
+def check_sizes(args: argparse.Namespace, supernet: Supernet, images: Tensor) -> None:
+    """Make sure that the model takes images (N, C, H, W) of all --subnet-sizes.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    training = supernet.training
+    supernet.eval()
+    try:
+        for side in args.subnet_sizes:
+            try:
+                with torch.no_grad():
+                    supernet(resized(images[:1], side), supernet.space.min())
+            except Exception as error:  # whatever a forward raises
+                raise ConfigError(
+                    f"--subnet-sizes {side}: {args.model} does not take such images: {error} Give sizes that it takes; "
+                    "many transformers take one size, or --model-kwargs dynamic_img_size=True."
+                ) from error
+    finally:
+        supernet.train(training)
 
 
 class Sandwich:
@@ -156,6 +187,7 @@ class Sandwich:
             network, self.space, inputs, targets, self.loss_fn, generator=self.generator(update), n=self.args.sandwich,
             sample=self.sample, distill=self.distill, teacher=self.teacher, teach_widest=self.args.teach_widest,
             only_widest=alone, regularize_widest_only=self.args.regularize_widest_only,
+            sizes=self.args.subnet_sizes,
             backward=backward, no_sync=lambda: self.accelerator.no_sync(network),
         )  # fmt: skip
         losses = {"widest_loss": done.losses[0], "narrowest_loss": None if alone else done.losses[1]}

@@ -22,6 +22,7 @@ ROOMS = [
     "tracing.twin",
     "tracing.prove",
     "tracing.trace",
+    "residual",
     "costs",
     "space",
     "importance",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +165,13 @@ class _NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def resized(images: Tensor, side: int) -> Tensor:
+    """Resize images (N, C, H, W) to (N, C, side, side), bilinearly and without aliasing."""
+    if images.shape[-2:] == (side, side):
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
+
+
 def sandwich_step(
     model: nn.Module,
     space: SearchSpace,
@@ -180,6 +187,7 @@ def sandwich_step(
     teach_widest: float = 0.0,
     only_widest: bool = False,
     regularize_widest_only: bool = False,
+    sizes: Sequence[int] = (),
     backward: Callable[[Tensor], object] = Tensor.backward,
     no_sync: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> SandwichStep:
@@ -209,6 +217,9 @@ def sandwich_step(
             al., arXiv 2407.06167).
         regularize_widest_only: all but the widest run without dropout and drop path (Yu et al., "BigNAS", arXiv
             2003.11142).
+        sizes: sides, in pixels, of the images (N, C, side, side) for all but the widest, one drawn for each subnet; the
+            widest and a teacher see the images as they are. Empty: all do (Yang et al., "MutualNet", arXiv
+            1909.12978).
         backward: takes one loss; `accelerator.backward`, for instance.
         no_sync: makes the context in which gradients stay local: `lambda: accelerator.no_sync(model)`. All but the last
             subnet run in it, forward and backward.
@@ -225,6 +236,9 @@ def sandwich_step(
         )
     sample = sample or space.sample
     subnets = (space.max(),) if only_widest else (space.max(), space.min(), *(sample(generator) for _ in range(n - 2)))
+    drawn = (
+        torch.randint(len(sizes), (len(subnets),), generator=generator).tolist() if sizes else []
+    )  # after the widths
     soft: Tensor | None = None  # (N, classes), the logits that are learnt from
     if teacher is not None and (teach_widest or not only_widest):
         with torch.no_grad():
@@ -237,7 +251,8 @@ def sandwich_step(
                 around.enter_context(no_sync())
             if regularize_widest_only and index:
                 around.enter_context(without_dropout(model))
-            outputs = model(inputs, widths)  # (N, classes)
+            images = resized(inputs, sizes[drawn[index]]) if sizes and index else inputs
+            outputs = model(images, widths)  # (N, classes)
             if widest is None:
                 widest = outputs.detach()
                 if soft is not None and soft.shape != widest.shape:

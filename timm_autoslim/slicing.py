@@ -78,13 +78,13 @@ def add(whole: Tensor, piece: Tensor, axes: tuple[Axis, ...]) -> None:
             pairs = [(big.narrow(dim, *runs[0]), small) for big, small in pairs]
         elif _regular(runs):
             split = (len(runs), runs[0][1])
-            pairs = [(_blocks(big, dim, runs), small.unflatten(dim, split)) for big, small in pairs]
+            pairs = [(_blocks(big, dim, runs), small.unflatten(dim, split)) for big, small in pairs]  # type: ignore[no-untyped-call]
         else:
             lengths = [n for _, n in runs]
             pairs = [
                 (big.narrow(dim, *run), part)
                 for big, small in pairs
-                for run, part in zip(runs, small.split(lengths, dim), strict=True)
+                for run, part in zip(runs, torch.split(small, lengths, dim), strict=True)
             ]
     for big, small in pairs:
         big.add_(small)
@@ -239,7 +239,7 @@ def _connected(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     if not isinstance(whole, nn.Parameter):
         return take(whole.detach(), axes).clone()
     if whole.requires_grad and torch.is_grad_enabled() and any(axes):
-        piece: Tensor = _Slice.apply(whole, axes)  # type: ignore[no-untyped-call]
+        piece: Tensor = _Slice.apply(whole, axes)
         return piece
     piece = take(whole, axes)
     if piece.requires_grad != whole.requires_grad:
@@ -261,10 +261,10 @@ class _Slice(torch.autograd.Function):
         return take(whole, axes)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
         whole = ctx.whole
         if torch.is_grad_enabled() or not _accumulates(whole, ctx.next_functions[0][0]):
-            return _Pad.apply(gradient, whole, ctx.axes), None  # type: ignore[no-untyped-call]
+            return _Pad.apply(gradient, whole, ctx.axes), None
         if whole.grad is None:
             whole.grad = torch.zeros_like(whole)
         add(whole.grad, gradient, ctx.axes)
@@ -282,13 +282,13 @@ class _Pad(torch.autograd.Function):
         return padded
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return take(gradient, ctx.axes), None, None
 
 
 def _accumulates(whole: Tensor, node: Any) -> bool:
     """Whether the backward that runs now adds to `whole.grad`, and nothing looks at what it adds."""
-    if whole._backward_hooks or whole._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+    if whole._backward_hooks or whole._post_accumulate_grad_hooks:
         return False
     try:
         return bool(torch._C._will_engine_execute_node(node))
