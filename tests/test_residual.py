@@ -13,7 +13,9 @@ def silent(model):
     return [path for path, norm in norms if not norm.weight.any()]
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "seresnet33ts", "regnety_002", "resnest14d", "skresnet18", "cs3darknet_s"])
+@pytest.mark.parametrize(
+    "name", ["resnet10t", "seresnet33ts", "regnety_002", "resnest14d", "skresnet18", "cs3darknet_s"]
+)
 def test_the_branches_are_those_that_timm_finds_model_by_model(name):
     expected = silent(timm.create_model(name, zero_init_last=True))
     model = timm.create_model(name, zero_init_last=False)
