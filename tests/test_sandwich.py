@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from timm_autoslim import convert, sandwich_step
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.sandwich import adaptive_alpha_divergence, soft_cross_entropy, without_dropout
+from timm_autoslim.sandwich import adaptive_alpha_divergence, resized, soft_cross_entropy, without_dropout
 
 
 def small_supernet(norm=True):
@@ -401,6 +401,31 @@ def test_only_the_widest_moves_the_running_statistics():
     alone(inputs)
     for ours, expected in zip(supernet.buffers(), alone.buffers(), strict=True):
         assert torch.equal(ours, expected)
+
+
+def test_all_but_the_widest_see_images_of_random_sizes_and_the_widths_stay():
+    supernet = small_supernet()
+    inputs, targets = batch()
+    seen = []
+
+    def network(images, widths):
+        seen.append((tuple(images.shape), widths))
+        return supernet(images, widths)
+
+    def step(seed, sizes):
+        seen.clear()
+        draw = torch.Generator().manual_seed(seed)
+        sandwich_step(network, supernet.space, inputs, targets, F.cross_entropy, generator=draw, sizes=sizes)
+        return list(seen)
+
+    plain, smaller = step(3, ()), step(3, (6, 5, 4))
+    assert [widths for _, widths in plain] == [widths for _, widths in smaller]
+    assert {shape for shape, _ in plain} == {(12, 3, 8, 8)} == {smaller[0][0]}
+    drawn = [shape[2:] for seed in range(8) for shape, _ in step(seed, (6, 5, 4))[1:]]
+    assert set(drawn) == {(6, 6), (5, 5), (4, 4)}
+    assert step(3, (6, 5, 4)) == smaller
+    assert torch.equal(resized(inputs, 8), inputs)
+    torch.testing.assert_close(resized(torch.ones(1, 3, 8, 8), 5), torch.ones(1, 3, 5, 5))
 
 
 def test_fewer_than_two_subnets_are_refused():

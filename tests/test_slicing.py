@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from zoo import Plain, assert_same, randomise, snapshot
 
-from timm_autoslim.slicing import Slices, applied, extract, set_attribute, shrink_, take
+from timm_autoslim.slicing import Slices, add, applied, extract, set_attribute, shrink_, take
 from timm_autoslim.tracing.graph import _runs
 
 
@@ -193,3 +193,66 @@ def test_extracting_makes_no_full_copy_of_what_is_cut(monkeypatch):
     monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(self.shape) or self)
     extract(model, TIED)
     assert copied == []
+
+
+# --------------------------------------------------------------------------------- gradients of a subnet's parameters
+
+RUNS = [None, ((1, 3),), ((0, 2), (4, 2)), ((0, 1), (2, 3)), tuple((i * (i + 3) // 2, 1) for i in range(9))]
+
+
+@pytest.mark.parametrize("second", RUNS)
+@pytest.mark.parametrize("first", RUNS)
+def test_backward_adds_to_the_kept_places_and_to_no_other(first, second):
+    torch.manual_seed(0)
+    layer = nn.Linear(60, 60, bias=False)
+    with torch.no_grad():
+        layer.weight.grad = torch.rand(60, 60)
+    before, slices = layer.weight.grad.clone(), Slices({"weight": (first, second)}, {})
+    with applied(layer, slices):
+        factor = torch.rand_like(layer.weight)
+        (layer.weight * factor).sum().backward(retain_graph=True)
+        own = layer.weight
+    kept = torch.zeros(60, 60)
+    add(kept, factor, (first, second))
+    assert torch.equal(take(kept, (first, second)), factor)
+    assert kept.count_nonzero() == factor.count_nonzero()
+    assert torch.equal(layer.weight.grad, before + kept)
+    (wanted,) = torch.autograd.grad((own * factor).sum(), layer.weight)  # asked for, so handed over and not added
+    assert torch.equal(wanted, kept)
+    assert torch.equal(layer.weight.grad, before + kept)
+
+
+def test_hooks_of_a_parameter_see_the_whole_gradient():
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        layer, seen = nn.Linear(4, 4, bias=False), []
+        getattr(layer.weight, register)(lambda value, seen=seen: seen.append(value.shape))
+        with applied(layer, Slices({"weight": (HALF, HALF)}, {})):
+            layer.weight.sum().backward()
+        assert seen == [(4, 4)]
+        assert layer.weight.grad.sum() == 9
+
+
+def test_gradients_of_gradients_reach_the_whole_parameters():
+    layer = nn.Linear(4, 4, bias=False).double()
+    with applied(layer, Slices({"weight": (HALF, HALF)}, {})):
+        out = (layer.weight**3).sum()
+    (first,) = torch.autograd.grad(out, layer.weight, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), layer.weight)
+    expected = torch.zeros(4, 4, dtype=torch.double)
+    expected[:3, :3] = 6 * layer.weight.detach()[:3, :3]
+    torch.testing.assert_close(second, expected)
+
+
+def test_backward_to_other_inputs_leaves_the_parameter_alone():
+    layer, inputs = nn.Linear(4, 4, bias=False), torch.rand(2, 3, requires_grad=True)
+    with applied(layer, Slices({"weight": (HALF, HALF)}, {})):
+        layer(inputs).sum().backward(inputs=[inputs])
+    assert inputs.grad.any()
+    assert layer.weight.grad is None
+
+
+def test_slices_of_channels_last_weights_are_channels_last():
+    weight = torch.rand(8, 6, 3, 3).to(memory_format=torch.channels_last)
+    piece = take(weight, (HALF, ((1, 4),), None, None))
+    assert piece.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(piece, weight[:3, 1:5])

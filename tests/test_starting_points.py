@@ -12,9 +12,9 @@ from timm_autoslim.importance import CRITERIA
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 
-import common  # noqa: E402
-import starting  # noqa: E402
-import train  # noqa: E402
+import common
+import starting
+import train
 
 MODEL = {"channels": [8, 8, 16, 16], "stem_width": 8}
 TINY = {
