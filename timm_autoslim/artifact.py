@@ -20,12 +20,12 @@ from timm.models import PretrainedCfg
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 
-from timm_autoslim.bases import ARCHITECTURE
+from timm_autoslim.bases import ARCHITECTURE, TORCHVISION, feature_taps
 from timm_autoslim.errors import ArtifactError, OutputExistsError, StaleStatisticsError
-from timm_autoslim.registry import build_slimmed, check_recipe, pool_type
+from timm_autoslim.folder import CONFIG, WEIGHTS
+from timm_autoslim.recipe import check_recipe
+from timm_autoslim.registry import build_slimmed, pool_type
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
 CARD = "README.md"
 
 
@@ -239,6 +239,8 @@ def _config(
     if pool:
         config["global_pool"] = pool
     config["model_args"] = {"recipe": recipe, **{k: v for k, v in settings.items() if k == "global_pool"}}
+    if recipe["base"].startswith(TORCHVISION):  # what a forward of the narrow model would show at every loading
+        config["model_args"]["taps"] = feature_taps(rebuilt)
     config["pretrained_cfg"] = filter_pretrained_cfg(cfg, remove_source=True, remove_null=True)
     return config
 

@@ -100,7 +100,9 @@ def _located(model: nn.Module, slices: Slices) -> list[tuple[dict[str, Any], str
     found: list[tuple[dict[str, Any], str, Tensor, tuple[Axis, ...]]] = []
     for name, axes in slices.tensors.items():
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
+        module = model
+        for part in path.split(".") if path else ():
+            module = module._modules[part]  # type: ignore[assignment]
         stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
         store = next((s for s in stores if leaf in s), None)
         if store is None:
@@ -168,7 +170,9 @@ def _connected(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
 
 def _piece(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """A slice that lives on its own: a parameter stays a parameter."""
-    piece = take(whole.detach(), axes).clone()
+    piece = take(whole.detach(), axes)
+    if piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+        piece = piece.clone()
     if isinstance(whole, nn.Parameter):
         return nn.Parameter(piece, requires_grad=whole.requires_grad)
     return piece
