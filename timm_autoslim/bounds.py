@@ -21,8 +21,10 @@ MAX_ITEMS = 1_000
 MAX_DEPTH = 8
 # Elements that building a base may allocate: 2 GiB at float32, unless the base needs more without any arguments.
 MAX_ELEMENTS = 2**29
-# Where the file of the weights is known, its elements bound the base further.
-MIN_ELEMENTS = 2**27
+# Where the file of the weights is known, its elements bound the base further: an eighth of all widths is a sixty-fourth
+# of the weights.
+FILE_RATIO = 64
+MIN_ELEMENTS = 2**26
 # Tensors that building a base may create, several times what the deepest of timm's models do.
 MAX_TENSORS = 20_000
 # Results up to this many elements are counted once they are there; larger ones are foretold on the meta device.
@@ -151,18 +153,20 @@ def _tensors(out: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def bounded(base: str, limit: int, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+def bounded(base: str, file_elements: int | None, function: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Call what builds a part of a base; arguments may make it large only as far as the plain base is large.
 
     Args:
         base: its name.
-        limit: elements of all tensors that it may create; four times as many as the base creates without arguments
-            are always granted.
+        file_elements: elements of the weights that it is to be filled with after slimming, None if there are none.
+            They bound the base, whatever its name.
         function, *args, **kwargs: what is called.
 
     Raises:
         ArtifactError: more elements were asked for. None were allocated for the tensor that exceeds the limit.
     """
+    fits = None if file_elements is None else max(FILE_RATIO * file_elements, MIN_ELEMENTS)
+    limit = MAX_ELEMENTS if fits is None else min(MAX_ELEMENTS, fits)
     guard = Bounded(limit)
     try:
         with guard:
@@ -170,14 +174,13 @@ def bounded(base: str, limit: int, function: Any, /, *args: Any, **kwargs: Any) 
     except Exception as error:
         if guard.left >= 0:
             raise
-        usual = _usual(base)
-        if 4 * usual <= limit:
-            raise fail(
-                "base_args",
-                kwargs or args,
-                f"arguments that build at most {limit:,} numbers in {MAX_TENSORS:,} tensors",
-            ) from error
-    with Bounded(4 * usual):
+        usual = 4 * _usual(base) if limit == MAX_ELEMENTS else 0
+        granted = usual if fits is None else min(usual, fits)
+        if granted <= limit:
+            beside = "" if fits is None else f" beside weights of {file_elements:,}"
+            needed = f"arguments that build at most {limit:,} numbers{beside} in {MAX_TENSORS:,} tensors"
+            raise fail("base_args", kwargs or args, needed) from error
+    with Bounded(granted):
         return function(*args, **kwargs)
 
 
@@ -191,12 +194,3 @@ def _usual(base: str) -> int:
     except ArtifactError:
         return 0
     return endless - meter.left
-
-
-def limit_for(elements: int) -> int:
-    """Return what the base of a folder may create whose weights have so many elements.
-
-    Slimmed models are seldom below an eighth of every width: an eighth of the width is a sixty-fourth of the weights.
-    Of large files a smaller multiple must do.
-    """
-    return max(min(64 * elements, MAX_ELEMENTS), MIN_ELEMENTS, 8 * elements)

@@ -24,7 +24,7 @@ from timm_autoslim.bases import (
     describe_features,
     is_int,
 )
-from timm_autoslim.bounds import MAX_ELEMENTS, bounded, fail, limit_for
+from timm_autoslim.bounds import bounded, fail
 from timm_autoslim.errors import ArtifactError, AutoSlimError
 from timm_autoslim.folder import (
     CONFIG,
@@ -55,12 +55,12 @@ def build_slimmed(
     Raises:
         ArtifactError: the recipe has no base, is malformed, or does not fit what its base builds.
     """
-    return _build(check_recipe(recipe), MAX_ELEMENTS, None, num_classes, global_pool, **kwargs)
+    return _build(check_recipe(recipe), None, None, num_classes, global_pool, **kwargs)
 
 
 def _build(
     checked: dict[str, Any],
-    limit: int,
+    file_elements: int | None,
     taps: Any,
     num_classes: int | None = None,
     global_pool: str | None = None,
@@ -79,7 +79,7 @@ def _build(
     wanted = native if num_classes is None else num_classes
     # The recipe holds the head's tensors if its base had a head: such a base is built, and the head changed afterwards.
     args["num_classes"] = wanted if bool(wanted) == bool(native) else native
-    model = apply_checked(bounded(base, limit, create_raw, base, **args), checked)
+    model = apply_checked(bounded(base, file_elements, create_raw, base, **args), checked)
     if base.startswith(TORCHVISION):
         describe_features(model, taps)
         if global_pool is not None or (wanted and not native):
@@ -91,7 +91,7 @@ def _build(
         getattr(model, "num_classes", native) != wanted or global_pool not in (None, pool_type(model))
     ):
         head = (wanted,) if global_pool is None else (wanted, global_pool)
-        bounded(base, limit, construct, model.reset_classifier, base, *head)
+        bounded(base, file_elements, construct, model.reset_classifier, base, *head)
     return model
 
 
@@ -184,7 +184,7 @@ class _Source:
         place: its name, for messages.
         recipe: the recipe in config.json.
         cfg: timm's data settings, with the file of the weights.
-        header: the head of that file, None if weights are not wanted.
+        header: the head of that file, None if weights are not wanted and none are at hand.
     """
 
     place: str
@@ -210,7 +210,8 @@ def _find(given: Any, pretrained: bool, kwargs: Mapping[str, Any]) -> _Source | 
 
     config = read_config(path(CONFIG))
     cfg = check_data_settings(given)
-    header = read_header(path(WEIGHTS)) if pretrained else None
+    there = pretrained or (kind == "local-dir" and path(WEIGHTS).exists())
+    header = read_header(path(WEIGHTS)) if there else None
     # As a file, every version of timm reads safetensors; of a folder 1.0.16 reads pickles, and all do if it has others.
     cfg.update(source=None, file=str(header.path) if header else None)
     return _Source(place, config["model_args"]["recipe"], cfg, header)
@@ -227,11 +228,11 @@ def _load(
     yields = {"img_size"} & set(recipe["base_args"]) - set(kwargs)
     # timm keeps a dict that is not empty, so the builder can still fill it in once there is a model to look at
     features: dict[str, Any] = {"out_indices": (0, 1, 2, 3, 4)}
-    taps, limit = kwargs.pop("taps", None), limit_for(header.elements) if header else MAX_ELEMENTS
+    taps, elements = kwargs.pop("taps", None), header.elements if header else None
 
     def build(**args: Any) -> nn.Module:
-        model = _build(recipe, limit, taps, **{key: value for key, value in args.items() if key not in yields})
-        if header is not None:
+        model = _build(recipe, elements, taps, **{key: value for key, value in args.items() if key not in yields})
+        if header is not None and pretrained:
             other = bool(kwargs.get("features_only")) or getattr(model, "num_classes", None) != cfg.get("num_classes")
             check_weights(header, model, {**cfg, "first_conv": first_conv}, other, args.get("in_chans", channels))
         if kwargs.get("features_only"):
