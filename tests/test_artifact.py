@@ -80,7 +80,7 @@ def test_what_is_loaded_equals_what_was_exported(base, tmp_path):
     assert same(state(plain), state(again))
     with torch.no_grad():
         assert torch.equal(plain(image(plain)), again(image(plain)))
-    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "widths.png"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     size = (3, 96, 96) if base == "test_vit" else plain.pretrained_cfg["input_size"]
     expected = {**plain.pretrained_cfg, "num_classes": plain.num_classes, "input_size": size}
@@ -440,7 +440,7 @@ def test_an_existing_output_is_refused_and_untouched(kind, tmp_path):
         assert out.is_symlink()
 
 
-@pytest.mark.parametrize("step", ["save_file", "_card", "_sync"])
+@pytest.mark.parametrize("step", ["save_file", "write_card", "_sync"])
 @pytest.mark.parametrize("fault", [OSError("disk full"), KeyboardInterrupt("stop")])
 def test_a_failed_write_leaves_nothing(step, fault, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
@@ -459,7 +459,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path, monkeypatch):
         return "card"
 
     model = slim("torchvision/squeezenet1_1")
-    monkeypatch.setattr(artifact, "_card", race)
+    monkeypatch.setattr(artifact, "write_card", race)
     with pytest.raises(OutputExistsError):
         export(model, tmp_path / "out")
     assert os.listdir(tmp_path) == ["out"]

@@ -302,7 +302,5 @@ def test_changed_weights(exported, data):
 def test_what_the_run_took(capsys):
     if EXAMPLES > 60:
         with capsys.disabled():
-            print(
-                f"\n{EXAMPLES} folders of each kind; at most {worst['memory'] / 2**20:.0f} MiB, {worst['seconds']:.1f} s"
-            )
+            print(f"\n{EXAMPLES} of each kind: {worst['memory'] / 2**20:.0f} MiB and {worst['seconds']:.1f} s at most")
     assert worst["seconds"] > 0, "run with the other tests of this file"

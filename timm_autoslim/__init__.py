@@ -6,6 +6,7 @@ from timm_autoslim.calibration import batch_statistics, calibrate
 from timm_autoslim.costs import Cost, cost, uniform_at
 from timm_autoslim.errors import AutoSlimError
 from timm_autoslim.folder import check_folder
+from timm_autoslim.hub import push
 from timm_autoslim.sandwich import SandwichStep, sandwich_step
 from timm_autoslim.slimming import Found, SearchResult, Step, search
 from timm_autoslim.space import ChannelGroup, SearchSpace, Widths
@@ -31,6 +32,7 @@ __all__ = [
     "convert",
     "cost",
     "export",
+    "push",
     "sandwich_step",
     "search",
     "uniform_at",

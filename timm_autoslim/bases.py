@@ -78,8 +78,9 @@ def construct(function: Any, name: str, /, *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
     except Exception as error:  # a constructor may raise anything at all on arguments that it does not expect
+        said = str(error) if len(str(error)) <= 500 else f"{str(error)[:500]}..."
         raise ArtifactError(
-            f"base {name!r} cannot be created with {reprlib.repr(kwargs)}: {type(error).__name__}: {error}; "
+            f"base {name!r} cannot be created with {reprlib.repr(kwargs)}: {type(error).__name__}: {said}; "
             "change base_args= or the keyword arguments of create_model"
         ) from error
 

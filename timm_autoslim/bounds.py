@@ -29,6 +29,8 @@ MIN_ELEMENTS = 2**26
 MAX_TENSORS = 20_000
 # Results up to this many elements are counted once they are there; larger ones are foretold on the meta device.
 SMALL = 2**22
+# Functions that constructors call all the time and that return no new tensor.
+QUIET = frozenset(("__get__", "__set__", "__bool__", "_set_grad_enabled", "device", "dim", "item", "numel", "size"))
 
 
 def fail(where: str, got: object, needed: str) -> ArtifactError:
@@ -48,8 +50,8 @@ def check_plain(where: str, value: object, depth: int = MAX_DEPTH) -> None:
     """
     if depth and isinstance(value, Mapping | list | tuple) and len(value) <= MAX_ITEMS:
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            if not isinstance(key, str | int):
-                raise fail(where, key, "a text key")
+            if not isinstance(key, str | int) or (isinstance(key, str) and len(key) > MAX_ITEMS):
+                raise fail(where, key, f"a text key of at most {MAX_ITEMS} letters")
             check_plain(f"{where}.{key}", item, depth - 1)
     elif isinstance(value, int | float):
         if not abs(value) <= MAX_ARG:
@@ -91,8 +93,7 @@ class Bounded(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__") and not name.startswith("resize")
-        if in_place or name in ("__get__", "__set__"):
+        if name in QUIET or (name[-1:] == "_" and name[-2:] != "__" and not name.startswith("resize")):  # in place
             return func(*args, **kwargs)
         size, given = _at_most((args, kwargs))
         if size > SMALL:

@@ -10,7 +10,7 @@ from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from timm_autoslim.bases import is_int
-from timm_autoslim.bounds import check_plain, copy_plain, fail
+from timm_autoslim.bounds import MAX_ITEMS, check_plain, copy_plain, fail
 from timm_autoslim.slicing import Axis, Slices, shrink_
 
 FORMAT = 1
@@ -39,7 +39,7 @@ def check_recipe(recipe: object) -> dict[str, Any]:
         raise fail("keys", got, f"a mapping with exactly {', '.join(RECIPE_KEYS)}")
     if not is_int(recipe["format"]) or recipe["format"] != FORMAT:
         raise fail("format", recipe["format"], f"{FORMAT} (a newer one needs a newer timm-autoslim)")
-    if recipe["base"] is not None and not isinstance(recipe["base"], str):
+    if recipe["base"] is not None and not (isinstance(recipe["base"], str) and len(recipe["base"]) <= MAX_ITEMS):
         raise fail("base", recipe["base"], "a name, or None")
     for part in ("base_args", "sizes", "attributes", "widths"):
         if not isinstance(recipe[part], Mapping) or not all(isinstance(key, str) for key in recipe[part]):

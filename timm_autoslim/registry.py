@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -170,8 +171,9 @@ def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     except AutoSlimError:
         raise
     except Exception as error:  # timm and constructors may raise anything at all on what they do not expect
+        said = str(error) if len(str(error)) <= 500 else f"{str(error)[:500]}..."
         raise ArtifactError(
-            f"{source.place}: cannot be loaded with {sorted(kwargs)}: {type(error).__name__}: {error}; "
+            f"{source.place}: cannot be loaded with {reprlib.repr(sorted(kwargs))}: {type(error).__name__}: {said}; "
             "leave these arguments out, or export the model anew"
         ) from error
 
