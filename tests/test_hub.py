@@ -110,6 +110,8 @@ class FakeApi:
 
 def test_what_timm_pushes_is_the_exported_model(exported, tmp_path, monkeypatch):
     model, folder = exported
+    if not hasattr(timm.models._hub, "HfApi"):
+        pytest.skip("this timm calls huggingface_hub in another way")
     monkeypatch.setattr("timm.models._hub.HfApi", FakeApi)
     monkeypatch.setattr(FakeApi, "uploads", tmp_path)
     name = timm_autoslim.push(folder, "me/slim", card={"top-1": 71.5}, private=True, commit_message="slim")
