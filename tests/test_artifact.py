@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from test_registry import RESNET, RESNET_ATTRIBUTES, changed, make_recipe, same, state
 from timm.models._hub import has_hf_hub, save_for_hf
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import timm_autoslim.artifact as artifact
 from timm_autoslim.artifact import export
@@ -80,7 +81,9 @@ def test_what_is_loaded_equals_what_was_exported(base, tmp_path):
     assert same(state(plain), state(again))
     with torch.no_grad():
         assert torch.equal(plain(image(plain)), again(image(plain)))
-    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "config.json", "model.safetensors", "widths.png"]
+    pruned = [] if base == "test_vit" or base.startswith("torchvision") else ["pruned.txt"]
+    expected = ["README.md", "config.json", "model.safetensors", *pruned, "widths.png"]
+    assert sorted(path.name for path in folder.iterdir()) == expected
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     size = (3, 96, 96) if base == "test_vit" else plain.pretrained_cfg["input_size"]
     expected = {**plain.pretrained_cfg, "num_classes": plain.num_classes, "input_size": size}
@@ -320,6 +323,50 @@ def test_the_card_has_figures_and_the_two_lines(tmp_path):
         assert line in text.splitlines()
     assert "`resnet10t`, slimmed" in text
     assert str(tmp_path) not in text
+
+
+def test_the_card_says_what_the_model_and_its_base_cost(resnet):
+    plain, folder = resnet
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    params = sum(parameter.numel() for parameter in plain.parameters())
+    whole = create_base("resnet10t")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        plain(torch.zeros(1, 3, *plain.pretrained_cfg["input_size"][1:]))
+    macs = counter.get_total_flops() // 2
+    assert "| | MACs | parameters |" in text.splitlines()
+    assert f"| this model | {macs:,} | {params:,} |" in text.splitlines()
+    assert f"| {sum(parameter.numel() for parameter in whole.parameters()):,} |" in text.replace("`resnet10t`", "")
+    assert "![Output channels of every layer, and of the base's](widths.png)" in text
+    assert (folder / "widths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_no_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr("timm_autoslim.card.importlib.util.find_spec", lambda name: None)
+    folder = export(slim("torchvision/squeezenet1_1"), tmp_path / "out")
+    assert not (folder / "widths.png").exists()
+    assert "widths.png" not in (folder / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("base", ["resnet10t", "mobilenetv2_035"])
+def test_timm_alone_loads_the_folder_by_the_lines_of_the_card(base, tmp_path, monkeypatch):
+    plain = slim(base)
+    text = (export(plain, tmp_path / "out") / "README.md").read_text(encoding="utf-8")
+    code = text.split("With timm alone, in this folder:")[1].split("```python\n")[1].split("```")[0]
+    assert "autoslim" not in code
+    monkeypatch.chdir(tmp_path / "out")
+    scope = {}
+    exec(code, scope)
+    again = scope["model"].eval()
+    assert type(again) is type(plain)
+    assert same(state(plain), state(again))
+    assert torch.equal(again(image(plain)), plain(image(plain)))
+
+
+def test_what_timms_text_cannot_say_is_not_written(tmp_path):
+    model = slim("resnet10t")
+    model.num_features = 64  # as after a change that the text knows nothing of
+    assert not (export(model, tmp_path / "out") / "pruned.txt").exists()
+    assert not (export(slim("resnet10t").half(), tmp_path / "half") / "pruned.txt").exists()
 
 
 @pytest.mark.parametrize("card", [{"MACs": [1]}, {1: 2}])

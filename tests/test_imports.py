@@ -36,6 +36,7 @@ ROOMS = [
     "folder",
     "registry",
     "card",
+    "pruned",
     "artifact",
     "hub",
 ]

@@ -25,6 +25,7 @@ from timm_autoslim.bases import ARCHITECTURE, TORCHVISION, feature_taps
 from timm_autoslim.card import check_figures, write_card
 from timm_autoslim.errors import ArtifactError, OutputExistsError, StaleStatisticsError
 from timm_autoslim.folder import CONFIG, WEIGHTS
+from timm_autoslim.pruned import PRUNED, write_pruned
 from timm_autoslim.recipe import check_recipe
 from timm_autoslim.registry import build_slimmed, pool_type
 
@@ -78,7 +79,8 @@ def export(
     with _created(folder) as draft:
         save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
         (draft / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        write_card(draft / CARD, folder.name, config, figures, rebuilt)
+        plain_timm = write_pruned(draft / PRUNED, plain, recipe, settings)
+        write_card(draft / CARD, folder.name, config, figures, rebuilt, plain_timm)
     return folder
 
 

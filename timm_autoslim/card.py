@@ -59,7 +59,9 @@ def measure(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int
     return {"MACs": counter.get_total_flops() // 2, **found}
 
 
-def write_card(path: Path, name: str, config: Mapping[str, Any], figures: Mapping[str, str], plain: nn.Module) -> None:
+def write_card(
+    path: Path, name: str, config: Mapping[str, Any], figures: Mapping[str, str], plain: nn.Module, plain_timm: str
+) -> None:
     """Write the card, and beside it the figure of the widths if matplotlib is installed.
 
     Args:
@@ -68,6 +70,7 @@ def write_card(path: Path, name: str, config: Mapping[str, Any], figures: Mappin
         config: the content of the folder's config.json.
         figures: by label, what the user wants to say.
         plain: the slimmed model; its data are not read.
+        plain_timm: the lines that load it without this package, or nothing.
     """
     recipe, cfg = config["model_args"]["recipe"], config["pretrained_cfg"]
     base = make_base(recipe, config["num_classes"], cfg["input_size"][0])
@@ -97,6 +100,7 @@ def write_card(path: Path, name: str, config: Mapping[str, Any], figures: Mappin
         f'model = timm.create_model("local-dir:{name}", pretrained=True)',
         *("```", ""),
         *("`num_classes=`, `in_chans=`, `features_only=True` and timm's other arguments work as on the base.", ""),
+        *(["With timm alone, in this folder:", "", "```python", plain_timm, "```", ""] if plain_timm else []),
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
 
