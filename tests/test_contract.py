@@ -17,9 +17,8 @@ import timm_autoslim
 from timm_autoslim.bases import create_hollow
 
 ALL = os.environ.get("AUTOSLIM_CONTRACT") == "all"
-SMALL = ["resnet10t", "mobilenetv3_small_050", "regnety_002", "test_vit", "test_efficientnet", "test_convnext"]
-SMALL += ["test_resnet", "test_byobnet", "test_nfnet", "test_mambaout", "ese_vovnet19b_slim_dw", "repghostnet_050"]
-SMALL += ["torchvision/mobilenet_v2", "torchvision/squeezenet1_1"]
+SMALL = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "test_byobnet", "test_nfnet", "test_mambaout"]
+SMALL += ["mobilenetv3_small_050", "ese_vovnet19b_slim_dw", "torchvision/squeezenet1_1"]
 SCRIPTED = ["test_resnet", "test_efficientnet", "test_vit"]
 
 
@@ -29,8 +28,8 @@ def cases():
     found |= {name: value for name, value in MEMBERS.items() if not name.startswith("torchvision/")}
     if ALL:
         return found
-    extra = {"torchvision/mobilenet_v2": (64, {"width_mult": 0.35}), "torchvision/squeezenet1_1": (64, {})}
-    return {name: (found | extra)[name] for name in SMALL}
+    found["torchvision/squeezenet1_1"] = (64, {})
+    return {name: found[name] for name in SMALL}
 
 
 CASES = cases()
