@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import timm
-from test_artifact import slim
+from exported import slim
 from test_registry import same, state
 
 import timm_autoslim.artifact as artifact

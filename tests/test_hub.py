@@ -11,8 +11,8 @@ import pytest
 import timm
 import torch
 import torchvision
+from exported import image, load, needs_hub, slim
 from safetensors.torch import load_file
-from test_artifact import image, load, needs_hub, slim
 from test_registry import same, state
 
 import timm_autoslim
