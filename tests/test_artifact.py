@@ -7,14 +7,14 @@ import timm
 import torch
 from exported import CASES, image, load, needs_hub, slim
 from safetensors.torch import load_file
-from test_registry import same, state
+from test_registry import make_recipe, same, state
 from timm.models._hub import save_for_hf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_autoslim.artifact import export
 from timm_autoslim.errors import ArtifactError
-from timm_autoslim.registry import create_base
+from timm_autoslim.registry import build_slimmed, create_base
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +162,22 @@ def test_the_model_stays_as_it_was(tmp_path):
     assert same(before, state(plain))
     assert plain.autoslim == recipe
     assert plain.pretrained_cfg == cfg
+
+
+def test_a_fine_tuned_model_and_its_drop_rates_are_exported(tmp_path):
+    narrow, attributes, _ = CASES["resnet10t"]
+    rates = {"drop_rate": 0.1, "drop_path_rate": 0.1, "num_classes": 3}
+    model = build_slimmed(make_recipe("resnet10t", narrow, attributes, **rates)).train()
+    before = state(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(4, 3, 64, 64)).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(before["fc.weight"], model.fc.weight)
+    again = load(export(model, tmp_path / "out"))
+    assert model.training
+    assert same(state(model), state(again))
+    assert again.drop_rate == 0.1
+    assert again.layer4[0].drop_path.drop_prob > 0
 
 
 # ---- the card

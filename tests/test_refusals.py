@@ -41,22 +41,6 @@ def test_stale_statistics_are_refused(tmp_path):
     refused(StaleStatisticsError, message, tmp_path, model)
 
 
-def test_a_fine_tuned_model_and_its_drop_rates_are_exported(tmp_path):
-    narrow, attributes, _ = CASES["resnet10t"]
-    rates = {"drop_rate": 0.1, "drop_path_rate": 0.1, "num_classes": 3}
-    model = build_slimmed(make_recipe("resnet10t", narrow, attributes, **rates)).train()
-    before = state(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model(torch.randn(4, 3, 64, 64)).square().mean().backward()
-    optimizer.step()
-    assert not torch.equal(before["layer4.0.conv2.weight"], model.layer4[0].conv2.weight)
-    again = load(export(model, tmp_path / "out"))
-    assert model.training
-    assert same(state(model), state(again))
-    assert again.drop_rate == 0.1
-    assert again.layer4[0].drop_path.drop_prob > 0
-
-
 def test_the_widest_model_keeps_the_statistics_of_the_base(tmp_path):
     model = apply_recipe(create_base("resnet10t"), make_recipe("resnet10t", {}))
     assert same(state(model), state(load(export(model, tmp_path / "out"))))
