@@ -47,7 +47,7 @@ REFUSED = [
     ((*ARGS, "embed_dim"), 960_000, "arguments that build at most"),
     ((*ARGS, "depth"), 900_000, "arguments that build at most"),
     ((*ARGS, "num_classes"), 1_000_000_000, "a number of at most"),
-    (("num_classes",), 1_000_000_000_000, "arguments that build at most"),
+    (("num_classes",), 1_000_000_000_000, "an integer from 0 to 1000000"),
 ]
 
 

@@ -32,8 +32,14 @@ ROOMS = [
     "slimming",
     "baselines",
     "bases",
+    "bounds",
+    "recipe",
+    "folder",
     "registry",
+    "card",
+    "pruned",
     "artifact",
+    "hub",
 ]
 # what the rooms above are for: it imports from all of them, and none of them from it
 FRONT_DOORS = ["__init__", "__main__"]
@@ -111,7 +117,7 @@ def test_loading_a_searched_model_needs_neither_tracing_nor_a_supernet():
         room = waiting.pop()
         reached.add(room)
         waiting.extend(imports[room] - reached)
-    assert reached <= {"registry", "bases", "slicing", "errors"}
+    assert reached <= {"registry", "folder", "recipe", "bounds", "bases", "slicing", "errors"}
 
 
 def test_the_library_knows_neither_recipes_nor_their_tools():
@@ -123,7 +129,8 @@ def test_the_library_knows_neither_recipes_nor_their_tools():
             for alias in node.names
         }
         foreign = {"accelerate", "argparse", "recipes", "yaml", "sklearn", "matplotlib"}
-        assert not tops & (foreign if name != "__main__" else foreign - {"argparse"}), name
+        allowed = {"__main__": {"argparse"}, "card": {"matplotlib"}}  # the figure is drawn only where it is installed
+        assert not tops & (foreign - allowed.get(name, set())), name
 
 
 def test_the_reader_of_imports_sees_every_kind():

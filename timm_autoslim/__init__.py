@@ -5,6 +5,8 @@ from timm_autoslim.baselines import baseline
 from timm_autoslim.calibration import batch_statistics, calibrate
 from timm_autoslim.costs import Cost, cost, uniform_at
 from timm_autoslim.errors import AutoSlimError
+from timm_autoslim.folder import check_folder
+from timm_autoslim.hub import push
 from timm_autoslim.sandwich import SandwichStep, sandwich_step
 from timm_autoslim.slimming import Found, SearchResult, Step, search
 from timm_autoslim.space import ChannelGroup, SearchSpace, Widths
@@ -26,9 +28,11 @@ __all__ = [
     "baseline",
     "batch_statistics",
     "calibrate",
+    "check_folder",
     "convert",
     "cost",
     "export",
+    "push",
     "sandwich_step",
     "search",
     "uniform_at",

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import reprlib
 import shutil
 import uuid
@@ -20,12 +21,19 @@ from timm.models import PretrainedCfg
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 
-from timm_autoslim.bases import ARCHITECTURE
+from timm_autoslim.bases import ARCHITECTURE, TORCHVISION, feature_taps
+from timm_autoslim.card import check_figures, write_card
 from timm_autoslim.errors import ArtifactError, OutputExistsError, StaleStatisticsError
-from timm_autoslim.registry import build_slimmed, check_recipe, pool_type
+from timm_autoslim.folder import CONFIG, WEIGHTS
+from timm_autoslim.pruned import PRUNED, write_pruned
+from timm_autoslim.recipe import check_recipe
+from timm_autoslim.registry import build_slimmed, pool_type
 
-WEIGHTS = "model.safetensors"
-CONFIG = "config.json"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 CARD = "README.md"
 
 
@@ -40,7 +48,8 @@ def export(
     """Write a slimmed model to a new folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
 
     The model's base is rebuilt, shrunk and compared with `plain` before anything is written, so a folder that exists
-    also loads. It appears at once or not at all. Loading needs `import timm_autoslim` and `timm.create_model`.
+    also loads. It appears at once or not at all, also when the process is killed. Loading needs `import timm_autoslim`
+    and `timm.create_model`.
 
     Args:
         plain: a model from `supernet.extract`, fine-tuned or calibrated; its head and its input channels may have
@@ -60,7 +69,7 @@ def export(
     """
     folder = Path(out)
     _refuse_existing(folder)
-    figures = _figures(card)
+    figures = check_figures(card)
     recipe = _recipe(plain, base, base_args)
     _refuse_stale(plain, recipe)
     rebuilt, settings = _prove(plain, recipe)
@@ -70,7 +79,8 @@ def export(
     with _created(folder) as draft:
         save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
         (draft / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        (draft / CARD).write_text(_card(folder.name, config, figures), encoding="utf-8")
+        plain_timm = write_pruned(draft / PRUNED, plain, recipe, settings)
+        write_card(draft / CARD, folder.name, config, figures, rebuilt, plain_timm)
     return folder
 
 
@@ -239,65 +249,30 @@ def _config(
     if pool:
         config["global_pool"] = pool
     config["model_args"] = {"recipe": recipe, **{k: v for k, v in settings.items() if k == "global_pool"}}
+    if recipe["base"].startswith(TORCHVISION):  # what a forward of the narrow model would show at every loading
+        config["model_args"]["taps"] = feature_taps(rebuilt)
     config["pretrained_cfg"] = filter_pretrained_cfg(cfg, remove_source=True, remove_null=True)
     return config
 
 
-def _figures(card: Mapping[str, object] | None) -> dict[str, str]:
-    rows: dict[str, str] = {}
-    for label, value in (card or {}).items():
-        if not isinstance(label, str) or not (isinstance(value, str | int | float) or value is None):
-            raise ArtifactError(
-                f"card {label!r}: got {reprlib.repr(value)}, needed a number or text under a text label; flatten it"
-            )
-        text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-        rows[label] = " ".join(text.split()).replace("|", "\\|")
-    return rows
-
-
-def _card(name: str, config: Mapping[str, Any], figures: Mapping[str, str]) -> str:
-    recipe, cfg = config["model_args"]["recipe"], config["pretrained_cfg"]
-    head = ["---", "library_name: timm", "pipeline_tag: image-classification", "tags:", "- timm", "- timm-autoslim"]
-    if cfg.get("license"):
-        head.append(f"license: {cfg['license']}")
-    table = ["| Figure | Value |", "| --- | --- |", *(f"| {label} | {value} |" for label, value in figures.items())]
-    size = " x ".join(map(str, cfg["input_size"]))
-    lines = [
-        *head,
-        "---",
-        "",
-        f"# {name}",
-        "",
-        f"`{recipe['base']}`, slimmed by timm-autoslim. Channel groups that are narrower than in the base: "
-        f"{len(recipe['widths'])}. Input: {size}. Classes: {config['num_classes']}. The recipe is in `{CONFIG}`.",
-        "",
-        *([*table, ""] if figures else []),
-        "## Load it",
-        "",
-        "```python",
-        "import timm, timm_autoslim",
-        f'model = timm.create_model("local-dir:{name}", pretrained=True)',
-        "```",
-        "",
-        "`num_classes=`, `in_chans=`, `features_only=True` and timm's other arguments work as on the base.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
 @contextlib.contextmanager
 def _created(folder: Path) -> Iterator[Path]:
-    """A folder that appears under its name when the block ends well, and leaves no trace when it does not."""
+    """A folder that appears under its name when the block ends well, and leaves no trace when it does not.
+
+    A process that is killed leaves a hidden draft, which the next export to the same name removes.
+    """
     folder = Path(os.path.abspath(folder))
     made = [parent for parent in folder.parents if not parent.exists()]  # nearest first
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         draft.mkdir(parents=True)
-        yield draft
-        for path in (*draft.iterdir(), draft):
-            _sync(path)
-        _refuse_existing(folder)  # a rename would silently replace an empty folder
-        os.rename(draft, folder)
+        with _locked(draft):
+            _remove_abandoned(folder)
+            yield draft
+            for path in (*draft.iterdir(), draft):
+                _sync(path)
+            _refuse_existing(folder)  # a rename would silently replace an empty folder
+            os.rename(draft, folder)
         _sync(folder.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -305,6 +280,34 @@ def _created(folder: Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def _locked(draft: Path) -> Iterator[bool]:
+    """Hold a draft as its owner does, until its process ends. Yields False where another one holds it."""
+    if fcntl is None:
+        yield False
+        return
+    handle = os.open(draft, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held by another process, or a file system without locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the drafts of this folder whose processes were killed."""
+    draft_name = re.compile(re.escape(f".{folder.name}.") + "[0-9a-f]{32}")
+    for path in folder.parent.iterdir():
+        if draft_name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            with _locked(path) as mine:
+                if mine:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

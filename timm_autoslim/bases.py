@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import timm
@@ -77,8 +78,9 @@ def construct(function: Any, name: str, /, *args: Any, **kwargs: Any) -> Any:
     try:
         return function(*args, **kwargs)
     except Exception as error:  # a constructor may raise anything at all on arguments that it does not expect
+        said = str(error) if len(str(error)) <= 500 else f"{str(error)[:500]}..."
         raise ArtifactError(
-            f"base {name!r} cannot be created with {reprlib.repr(kwargs)}: {type(error).__name__}: {error}; "
+            f"base {name!r} cannot be created with {reprlib.repr(kwargs)}: {type(error).__name__}: {said}; "
             "change base_args= or the keyword arguments of create_model"
         ) from error
 
@@ -164,12 +166,49 @@ def _torchvision_cfg(name: str, model: nn.Module, stem: str | None) -> dict[str,
     return cfg
 
 
-def describe_features(model: Any) -> None:
+def describe_features(model: Any, taps: Sequence[Sequence[Any]] | None = None) -> None:
     """Set `feature_info`, `num_features` and `head_hidden_size` of a torchvision model as it stands, slimmed or not.
 
     The taps are the last stage at each resolution, as in timm; a stage is a child of the model or of one of its
-    Sequentials or ModuleLists. They are measured by one small forward.
+    Sequentials or ModuleLists. They are measured by one small forward, unless they are known.
+
+    Args:
+        model: the model, with its `pretrained_cfg`.
+        taps: what `feature_taps` returned for a model like this one.
+
+    Raises:
+        ArtifactError: the taps are malformed, or name modules that the model lacks.
     """
+    known = _measure_taps(model) if taps is None else _check_taps(model, taps)
+    head: Any = model.get_submodule(_head_names(model)[0])
+    hidden = getattr(head, "in_features", None) or getattr(head, "in_channels", None)
+    model.feature_info = [{"num_chs": n, "reduction": step, "module": k} for k, n, step in known]
+    model.num_features = known[-1][1] if known else hidden or 0
+    model.head_hidden_size = hidden or model.num_features
+
+
+def feature_taps(model: Any) -> list[list[Any]]:
+    """Return `feature_info` as plain data: of each tap its module, channels and reduction of the image."""
+    return [[info["module"], info["num_chs"], info["reduction"]] for info in model.feature_info]
+
+
+def _check_taps(model: nn.Module, taps: Any) -> list[Any]:
+    modules = dict(model.named_modules())
+
+    def is_tap(tap: Any) -> bool:
+        if not isinstance(tap, list | tuple) or len(tap) != 3 or not isinstance(tap[0], str):
+            return False
+        return tap[0] in modules and all(is_int(n) and n > 0 for n in tap[1:])
+
+    if not isinstance(taps, list | tuple) or not all(map(is_tap, taps)):
+        raise ArtifactError(
+            f"taps: got {reprlib.repr(taps)}, needed lists of a module of the model, its channels and its reduction; "
+            "export the model anew"
+        )
+    return list(taps)
+
+
+def _measure_taps(model: Any) -> list[tuple[str, int, int]]:
     names = _head_names(model)
     stages = dict(model.named_children())
     for child, module in model.named_children():
@@ -186,11 +225,7 @@ def describe_features(model: Any) -> None:
         taps = _measure(model.eval(), stages)
     finally:
         model.train(training)
-    model.feature_info = [{"num_chs": n, "reduction": step, "module": k} for step, (k, n) in sorted(taps.items())]
-    head: Any = model.get_submodule(names[0])
-    hidden = getattr(head, "in_features", None) or getattr(head, "in_channels", None)
-    model.num_features = taps[max(taps)][1] if taps else hidden or 0
-    model.head_hidden_size = hidden or model.num_features
+    return [(name, channels, step) for step, (name, channels) in sorted(taps.items())]
 
 
 def _measure(model: Any, stages: dict[str, nn.Module]) -> dict[int, tuple[str, int]]:

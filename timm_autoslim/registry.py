@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import reprlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.models import FeatureInfo, PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, register_model
+from timm.models._hub import download_from_hf
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_autoslim.bases import (
     ARCHITECTURE,
@@ -26,262 +25,21 @@ from timm_autoslim.bases import (
     describe_features,
     is_int,
 )
-from timm_autoslim.errors import ArtifactError
-from timm_autoslim.slicing import Axis, Slices, shrink_
+from timm_autoslim.bounds import bounded, fail
+from timm_autoslim.errors import ArtifactError, AutoSlimError
+from timm_autoslim.folder import (
+    CONFIG,
+    FORBIDDEN_SETTINGS,
+    WEIGHTS,
+    Header,
+    check_data_settings,
+    check_weights,
+    read_config,
+    read_header,
+)
+from timm_autoslim.recipe import apply_checked, apply_recipe, check_recipe
 
 __all__ = ["apply_recipe", "autoslim", "build_slimmed", "check_recipe", "create_base"]
-
-FORMAT = 1
-RECIPE_KEYS = ("format", "base", "base_args", "sizes", "attributes", "widths")
-# A recipe may come from a stranger: it may say how the base is built, never where weights or settings come from.
-FORBIDDEN_ARGS = frozenset(
-    (
-        *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path"),
-        *("cache_dir", "weights", "progress", "recipe", "device", "dtype"),
-        *("features_only", "out_indices", "feature_cls", "feature_cfg"),
-    )
-)
-# Far above anything timm's or torchvision's constructors are called with, far below what exhausts memory by itself.
-MAX_ARG = 1_000_000
-MAX_ITEMS = 1_000
-MAX_DEPTH = 8
-# Elements that building a base may allocate: 2 GiB at float32, unless the base needs more without any arguments.
-MAX_ELEMENTS = 2**29
-# Tensors that building a base may create, several times what the deepest of timm's models do.
-MAX_TENSORS = 20_000
-# timm keeps some of these for itself, so they are refused where config.json's model_args would pass them on.
-FORBIDDEN_SETTINGS = frozenset(
-    ("checkpoint_path", "weights", "progress", "pruned", "model_cfg", "kwargs_filter", "pretrained_strict")
-)
-# Where config.json would have weights come from, or how they are read: a folder holds its weights itself.
-FOREIGN_SOURCES = ("url", "state_dict", "custom_load", "hf_hub_filename", "label_offset")
-
-
-# ------------------------------------------------------------------------------------------------ the recipe
-
-
-def _fail(where: str, got: object, needed: str) -> ArtifactError:
-    where = where if len(where) <= 200 else f"{where[:200]}..."
-    return ArtifactError(
-        f"recipe {where!r}: got {reprlib.repr(got)}, needed {needed}; "
-        "export the model again, with the base= and base_args= that it was created with"
-    )
-
-
-def check_recipe(recipe: object) -> dict[str, Any]:
-    """Check a recipe as far as that goes without its base, and return a copy of it.
-
-    Args:
-        recipe: plain data, as `model.autoslim` or the `model_args` of an exported config.json hold it.
-
-    Raises:
-        ArtifactError: an unknown format or key, a value of the wrong type, or base_args that would load something.
-    """
-    if not isinstance(recipe, Mapping) or set(recipe) != set(RECIPE_KEYS):
-        got = sorted(map(str, recipe)) if isinstance(recipe, Mapping) else recipe
-        raise _fail("keys", got, f"a mapping with exactly {', '.join(RECIPE_KEYS)}")
-    if not is_int(recipe["format"]) or recipe["format"] != FORMAT:
-        raise _fail("format", recipe["format"], f"{FORMAT} (a newer one needs a newer timm-autoslim)")
-    if recipe["base"] is not None and not isinstance(recipe["base"], str):
-        raise _fail("base", recipe["base"], "a name, or None")
-    for part in ("base_args", "sizes", "attributes", "widths"):
-        if not isinstance(recipe[part], Mapping) or not all(isinstance(key, str) for key in recipe[part]):
-            raise _fail(part, recipe[part], "a mapping from names")
-    for name, size in recipe["widths"].items():
-        if not is_int(size) or size < 1:
-            raise _fail(f"widths.{name}", size, "a positive integer")
-    refused = sorted(FORBIDDEN_ARGS & set(recipe["base_args"]))
-    if refused:
-        raise _fail(f"base_args.{refused[0]}", recipe["base_args"][refused[0]], "only arguments that shape the base")
-    _check_plain("base_args", recipe["base_args"], MAX_DEPTH)
-    for part in ("sizes", "attributes"):
-        _check_depth(part, recipe[part], MAX_DEPTH)
-    return copy.deepcopy(dict(recipe))
-
-
-def _check_plain(where: str, value: object, depth: int) -> None:
-    """JSON-like data of a bounded size."""
-    if depth and isinstance(value, Mapping | list | tuple) and len(value) <= MAX_ITEMS:
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            if not isinstance(key, str | int):
-                raise _fail(where, key, "a text key")
-            _check_plain(f"{where}.{key}", item, depth - 1)
-    elif isinstance(value, int | float):
-        if not abs(value) <= MAX_ARG:
-            raise _fail(where, value, f"a number of at most {MAX_ARG}")
-    elif not (value is None or (isinstance(value, str) and len(value) <= MAX_ITEMS)):
-        raise _fail(where, value, f"plain data of at most {MAX_ITEMS} items and {MAX_DEPTH} levels")
-
-
-def _check_depth(where: str, value: object, depth: int) -> None:
-    """Bound the levels, so that neither a copy nor a comparison of the recipe runs out of stack."""
-    if isinstance(value, Mapping | list | tuple):
-        if not depth:
-            raise _fail(where, value, f"data of at most {MAX_DEPTH} levels")
-        for item in value.values() if isinstance(value, Mapping) else value:
-            _check_depth(where, item, depth - 1)
-
-
-def apply_recipe(model: nn.Module, recipe: Mapping[str, Any]) -> nn.Module:
-    """Shrink a freshly created base in place to what its recipe says; everything is checked before anything changes.
-
-    Args:
-        model: the recipe's base, as `create_base` returns it.
-        recipe: the plain data of an extracted model's `autoslim` attribute. Each size is the length of the prefix
-            that is kept of its axis; or the runs that are kept, for tensors that no checkpoint holds.
-
-    Returns:
-        The same model, with the recipe as its `autoslim` attribute.
-
-    Raises:
-        ArtifactError: the recipe is malformed, or does not fit the model; the model is unchanged.
-    """
-    checked = check_recipe(recipe)
-    tensors = {name: _axes(model, name, sizes) for name, sizes in checked["sizes"].items()}
-    shared: dict[int, tuple[str, tuple[Axis, ...]]] = {}
-    for name, axes in tensors.items():
-        first, other = shared.setdefault(id(_tensor(model, name)), (name, axes))
-        if axes != other:
-            raise _fail(f"sizes.{name}", checked["sizes"][name], f"the sizes of {first}, the same tensor")
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in shared:  # tied parameters stay tied, whichever of their names the recipe lists
-            tensors[name] = shared[id(parameter)][1]
-    attributes = {path: _value(model, path, value) for path, value in checked["attributes"].items()}
-    shrink_(model, Slices(tensors=tensors, attributes=attributes))
-    model.autoslim = checked  # type: ignore[assignment]
-    return model
-
-
-def _walk(model: nn.Module, name: str) -> tuple[nn.Module, list[str]]:
-    """The deepest submodule on a dotted path, and the rest of the path. Runs no property of the model."""
-    parts = name.split(".")
-    while len(parts) > 1 and isinstance(model._modules.get(parts[0]), nn.Module):
-        model = model._modules[parts.pop(0)]  # type: ignore[assignment]
-    return model, parts
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor | None:
-    module, parts = _walk(model, name)
-    if len(parts) == 1:
-        for store in (module._parameters, module._buffers, module.__dict__):
-            found = store.get(parts[0])
-            if isinstance(found, Tensor):
-                return found
-    return None
-
-
-def _axes(model: nn.Module, name: str, sizes: object) -> tuple[Axis, ...]:
-    where = f"sizes.{name}"
-    tensor = _tensor(model, name)
-    if tensor is None:
-        raise _fail(where, sizes, f"a tensor of {type(model).__name__}, which has none of this name")
-    if not isinstance(sizes, list | tuple) or len(sizes) != tensor.ndim:
-        raise _fail(where, sizes, f"a list of {tensor.ndim} sizes for the shape {tuple(tensor.shape)}")
-    for size, full in zip(sizes, tensor.shape, strict=True):
-        if not _fits(size, full):
-            need = f"for each axis None, an integer from 1 to the size in {tuple(tensor.shape)}, or runs within it"
-            raise _fail(where, sizes, need)
-    return tuple(((0, size),) if is_int(size) else size and tuple(map(tuple, size)) for size in sizes)
-
-
-def _fits(size: object, full: int) -> bool:
-    """Whether this says what is kept of an axis: all (None), the first few, or ascending runs of (start, length)."""
-    if size is None or (is_int(size) and 1 <= size <= full):
-        return True
-    end = 0
-    for run in size if isinstance(size, list | tuple) else ():
-        if not isinstance(run, list | tuple) or len(run) != 2 or not all(map(is_int, run)):
-            return False
-        if not end <= run[0] < run[0] + run[1] <= full:
-            return False
-        end = run[0] + run[1]
-    return end > 0
-
-
-def _current(model: nn.Module, path: str) -> object:
-    """What the base holds under an attribute's path, or None; steps where `slicing.set_attribute` does, no further."""
-    module, parts = _walk(model, path)
-    if any(part.startswith("_") for part in parts):
-        return None
-    found: object = vars(module).get(parts[0])
-    for part in parts[1:]:
-        if isinstance(found, list | tuple) and part.isdecimal() and part.isascii() and len(part) < 10:
-            found = found[int(part)] if int(part) < len(found) else None
-        elif isinstance(found, dict):
-            found = found.get(part)
-        elif isinstance(found, FeatureInfo):
-            found = vars(found).get(part)
-        else:
-            return None
-    return found
-
-
-def _value(model: nn.Module, path: str, value: object) -> Any:
-    where = f"attributes.{path}"
-    now = _current(model, path)
-    if is_int(now):
-        if not (is_int(value) and 1 <= value <= now):
-            raise _fail(where, value, f"an integer from 1 to {now}")
-        return value
-    if isinstance(now, float):
-        # the only floats that widths move are scales such as head_dim ** -0.5, which grow as the width shrinks
-        if not (isinstance(value, float) and math.isfinite(value) and value * now > 0):
-            raise _fail(where, value, f"a finite number of the sign of {now}")
-        return value
-    if isinstance(now, Sequence) and not isinstance(now, str) and now and all(map(is_int, now)):
-        given = value if isinstance(value, list | tuple) and len(value) == len(now) else [0] * len(now)
-        if not all(is_int(v) and 1 <= v <= n for v, n in zip(given, now, strict=True)):
-            raise _fail(where, value, f"{len(now)} positive integers, none above {tuple(now)}")
-        return list(given) if isinstance(now, list) else tuple(given)
-    raise _fail(where, value, f"a number or integers of {type(model).__name__}, which has none under this path")
-
-
-# ------------------------------------------------------------------------------------------------ the entrypoint
-
-
-class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuse to create tensors beyond a number of elements, before memory is taken for the one that exceeds it."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.left = limit
-        self.tensors = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # tensors are born with a size as their first argument: empty, zeros, ones, full, randn
-        size = args[0] if args else None
-        if isinstance(size, list | tuple) and all(map(is_int, size)):
-            self.left -= math.prod(size)
-            self.tensors += 1
-        if self.tensors > MAX_TENSORS:
-            self.left = -1
-        if self.left < 0:
-            raise MemoryError("too many elements for a base of this name")
-        return func(*args, **(kwargs or {}))
-
-
-def _bounded(base: str, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Call what builds a part of the base; arguments may make it large only as far as the plain base is large."""
-    guard = _Bounded(MAX_ELEMENTS)
-    try:
-        with guard:
-            return function(*args, **kwargs)
-    except Exception as error:
-        if guard.left >= 0:
-            raise
-        try:
-            with torch.device("meta"):
-                usual = sum(parameter.numel() for parameter in create_raw(base).parameters())
-        except ArtifactError:  # it needs arguments, or has no model without data
-            usual = 0
-        if 4 * usual <= MAX_ELEMENTS:
-            raise _fail(
-                "base_args",
-                kwargs or args,
-                f"arguments that build at most {MAX_ELEMENTS:,} numbers in {MAX_TENSORS:,} tensors",
-            ) from error
-    with _Bounded(4 * usual):
-        return function(*args, **kwargs)
 
 
 def build_slimmed(
@@ -298,23 +56,33 @@ def build_slimmed(
     Raises:
         ArtifactError: the recipe has no base, is malformed, or does not fit what its base builds.
     """
-    checked = check_recipe(recipe)
+    return _build(check_recipe(recipe), None, None, num_classes, global_pool, **kwargs)
+
+
+def _build(
+    checked: dict[str, Any],
+    file_elements: int | None,
+    taps: Any,
+    num_classes: int | None = None,
+    global_pool: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
     base = checked["base"]
     if base is None:
         raise ArtifactError("recipe 'base': got None, needed the name that creates the base; export with base=")
     args = {**checked["base_args"], **kwargs}
     refused = sorted(FORBIDDEN_SETTINGS & set(kwargs))
     if refused:
-        raise _fail(f"model_args.{refused[0]}", kwargs[refused[0]], "only arguments that shape the model")
+        raise fail(f"model_args.{refused[0]}", kwargs[refused[0]], "only arguments that shape the model")
     native = checked["base_args"].get("num_classes", _base_cfg(base).num_classes)
     if not is_int(native) or native < 0:
-        raise _fail("base_args.num_classes", native, "an integer, 0 for no head")
+        raise fail("base_args.num_classes", native, "an integer, 0 for no head")
     wanted = native if num_classes is None else num_classes
     # The recipe holds the head's tensors if its base had a head: such a base is built, and the head changed afterwards.
     args["num_classes"] = wanted if bool(wanted) == bool(native) else native
-    model = apply_recipe(_bounded(base, create_raw, base, **args), checked)
+    model = apply_checked(bounded(base, file_elements, create_raw, base, **args), checked)
     if base.startswith(TORCHVISION):
-        describe_features(model)
+        describe_features(model, taps)
         if global_pool is not None or (wanted and not native):
             what = f"global_pool={global_pool!r}" if global_pool is not None else f"num_classes={wanted} without a head"
             raise ArtifactError(f"base {base!r} cannot take {what}: torchvision models have fixed heads; leave it out")
@@ -324,7 +92,7 @@ def build_slimmed(
         getattr(model, "num_classes", native) != wanted or global_pool not in (None, pool_type(model))
     ):
         head = (wanted,) if global_pool is None else (wanted, global_pool)
-        _bounded(base, construct, model.reset_classifier, base, *head)
+        bounded(base, file_elements, construct, model.reset_classifier, base, *head)
     return model
 
 
@@ -344,21 +112,6 @@ def _base_cfg(base: str) -> Any:
     found = None if base.startswith(TORCHVISION) else construct(get_pretrained_cfg, base, base)
     cfg = (found or PretrainedCfg()).to_dict(remove_source=True)
     return PretrainedCfg(**{k: v for k, v in cfg.items() if k not in ("architecture", "custom_load", "label_offset")})
-
-
-def _source_cfg(base: str, given: Any) -> dict[str, Any]:
-    """The data settings and the place of the weights, as timm's loader takes them."""
-    if not given or isinstance(given, str):
-        return dict(_base_cfg(base).to_dict())
-    cfg = dict(given if isinstance(given, Mapping) else given.to_dict())
-    cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
-    if cfg.get("source") in ("local-dir", "hf-hub"):
-        cfg = {key: value for key, value in cfg.items() if key not in FOREIGN_SOURCES}
-    weights = Path(cfg.get("file") or "") / "model.safetensors"
-    if cfg.get("source") == "local-dir" and weights.is_file():
-        # timm 1.0.16 reads a folder's weights with torch.load; as a file, every version reads safetensors
-        cfg.update(source=None, file=str(weights))
-    return cfg
 
 
 def _with_versions(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
@@ -404,11 +157,72 @@ def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
             "load a folder by timm.create_model('local-dir:FOLDER', pretrained=True), or make one with "
             "timm_autoslim.export"
         )
-    recipe = check_recipe(kwargs.pop("recipe"))
+    source = _find(kwargs.pop("pretrained_cfg", None), pretrained, kwargs)
     refused = sorted(FORBIDDEN_SETTINGS & set(kwargs))
     if refused:
-        raise _fail(f"model_args.{refused[0]}", kwargs[refused[0]], "only arguments that shape the model")
-    cfg = _source_cfg(recipe["base"] or "", kwargs.pop("pretrained_cfg", None))
+        raise fail(f"model_args.{refused[0]}", kwargs[refused[0]], "only arguments that shape the model")
+    if source is None:
+        recipe = check_recipe(kwargs.pop("recipe"))
+        return _load(recipe, None, pretrained, dict(_base_cfg(recipe["base"] or "").to_dict()), kwargs)
+    recipe = kwargs.pop("recipe")
+    recipe = source.recipe if recipe == source.recipe else check_recipe(recipe)
+    try:
+        return _load(recipe, source.header, pretrained, source.cfg, kwargs)
+    except AutoSlimError:
+        raise
+    except Exception as error:  # timm and constructors may raise anything at all on what they do not expect
+        said = str(error) if len(str(error)) <= 500 else f"{str(error)[:500]}..."
+        raise ArtifactError(
+            f"{source.place}: cannot be loaded with {reprlib.repr(sorted(kwargs))}: {type(error).__name__}: {said}; "
+            "leave these arguments out, or export the model anew"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model is loaded from, checked.
+
+    Attributes:
+        place: its name, for messages.
+        recipe: the recipe in config.json.
+        cfg: timm's data settings, with the file of the weights.
+        header: the head of that file, None if weights are not wanted and none are at hand.
+    """
+
+    place: str
+    recipe: dict[str, Any]
+    cfg: dict[str, Any]
+    header: Header | None
+
+
+def _find(given: Any, pretrained: bool, kwargs: Mapping[str, Any]) -> _Source | None:
+    """What timm found in a folder or on the Hub, read again and checked; None where it found the recipe elsewhere."""
+    if not given or isinstance(given, str):
+        return None
+    given = given if isinstance(given, Mapping) else given.to_dict()
+    kind = given.get("source")
+    if kind not in ("local-dir", "hf-hub"):
+        return None
+    place = str(given["file" if kind == "local-dir" else "hf_hub_id"])
+
+    def path(name: str) -> Path:
+        if kind == "local-dir":
+            return Path(place, name)
+        return Path(download_from_hf(place, name, cache_dir=kwargs.get("cache_dir")))
+
+    config = read_config(path(CONFIG))
+    cfg = check_data_settings(given)
+    there = pretrained or (kind == "local-dir" and path(WEIGHTS).exists())
+    header = read_header(path(WEIGHTS)) if there else None
+    # As a file, every version of timm reads safetensors; of a folder 1.0.16 reads pickles, and all do if it has others.
+    cfg.update(source=None, file=str(header.path) if header else None)
+    return _Source(place, config["model_args"]["recipe"], cfg, header)
+
+
+def _load(
+    recipe: dict[str, Any], header: Header | None, pretrained: bool, cfg: dict[str, Any], kwargs: dict[str, Any]
+) -> nn.Module:
+    """Let timm build the model, fill it and wrap it."""
     channels, first_conv = (cfg.get("input_size") or (3,))[0], cfg.get("first_conv")
     if channels != 3 and kwargs.get("in_chans", channels) == channels:
         cfg["first_conv"] = None  # nothing to adapt, but older timm takes every checkpoint for one of three channels
@@ -416,9 +230,13 @@ def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     yields = {"img_size"} & set(recipe["base_args"]) - set(kwargs)
     # timm keeps a dict that is not empty, so the builder can still fill it in once there is a model to look at
     features: dict[str, Any] = {"out_indices": (0, 1, 2, 3, 4)}
+    taps, elements = kwargs.pop("taps", None), header.elements if header else None
 
     def build(**args: Any) -> nn.Module:
-        model = build_slimmed(recipe, **{key: value for key, value in args.items() if key not in yields})
+        model = _build(recipe, elements, taps, **{key: value for key, value in args.items() if key not in yields})
+        if header is not None and pretrained:
+            other = bool(kwargs.get("features_only")) or getattr(model, "num_classes", None) != cfg.get("num_classes")
+            check_weights(header, model, {**cfg, "first_conv": first_conv}, other, args.get("in_chans", channels))
         if kwargs.get("features_only"):
             features.update({k: v for k, v in _feature_cfg(model, recipe).items() if k not in kwargs})
         return model

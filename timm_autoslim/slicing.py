@@ -177,8 +177,10 @@ def _locate(model: nn.Module, slices: Slices) -> list[_Located]:
     for parts, members in slices._by_module:
         module: nn.Module | None = model
         for part in parts:
-            module = module._modules.get(part) if module else None
-        stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__) if module else ()
+            module = None if module is None else module._modules.get(part)
+        stores: tuple[dict[str, Any], ...] = ()
+        if module is not None:  # not its truth: a module may have a length
+            stores = (module._parameters, module._buffers, module.__dict__)
         for leaf, axes in members:
             store = next((s for s in stores if leaf in s), None)
             if store is None or module is None:
@@ -298,7 +300,9 @@ def _accumulates(whole: Tensor, node: Any) -> bool:
 
 def _piece(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """A slice that lives on its own: a parameter stays a parameter."""
-    piece = take(whole.detach(), axes).clone()
+    piece = take(whole.detach(), axes)
+    if piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+        piece = piece.clone()
     if isinstance(whole, nn.Parameter):
         return nn.Parameter(piece, requires_grad=whole.requires_grad)
     return piece

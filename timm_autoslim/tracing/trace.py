@@ -201,7 +201,10 @@ class _Watch:
             self.described.append(AttributeUse(path, value, match[0]))
 
     def describe_model(self) -> None:
-        """Note what timm promises about a model: num_features, head_hidden_size, and the channels in feature_info."""
+        """Note what timm promises about a model: num_features, head_hidden_size, and the channels in feature_info.
+
+        Some models make a new head by `embed_dim`, which then is their `num_features`.
+        """
         for i, info in enumerate(getattr(self.twin, "feature_info", None) or []):
             if not isinstance(info, dict) or "num_chs" not in info:
                 continue
@@ -212,7 +215,9 @@ class _Watch:
         features = self.outputs.get("forward_features")
         value = self.twin.__dict__.get("num_features")
         if features and isinstance(value, int):
-            self.note("num_features", int(value), features[1])
+            for name in ("num_features", "embed_dim"):
+                if self.twin.__dict__.get(name) == value:
+                    self.note(name, int(value), features[1])
         hidden = self.twin.__dict__.get("head_hidden_size")
         if features and isinstance(hidden, int):
             forward_head: Any = self.twin.forward_head

@@ -1,0 +1,108 @@
+"""How long an exported model takes to load, beside its base: python recipes/benchmarks/loading.py runs/loading
+
+Each base is narrowed to half its widths and exported. Then four things are timed in turn, `--rounds` times over: the
+base's construction with random weights, the folder's with random weights, the base's with weights from a file, and the
+folder's with its weights. The table has medians, in milliseconds of this process's own time on one thread. The folders
+and the finished rows stay in the output folder, so an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+import timm_autoslim
+from timm_autoslim.bases import create_base
+
+MODELS = (
+    *("resnet50", "mobilenetv3_small_050", "efficientnet_b0", "convnext_tiny", "vit_small_patch16_224"),
+    *("swin_tiny_patch4_window7_224", "hrnet_w18_small", "nasnetalarge", "torchvision/resnet50"),
+    "torchvision/mobilenet_v2",
+)
+HEAD = ("| base | tensors | base | folder | over | ratio | base with weights | folder with weights | over | ratio |\n"
+        "|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+
+
+def main() -> None:
+    """Run the benchmark and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--rounds", type=int, default=9)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = {}
+    for name in tqdm(args.models):
+        path = args.output / f"{name.replace('/', '_')}.json"
+        if not path.is_file():
+            row = measure(name, args.output / name.replace("/", "_"), args.rounds)
+            path.write_text(json.dumps(row), encoding="utf-8")
+        rows[name] = json.loads(path.read_text(encoding="utf-8"))
+    print(HEAD)
+    for name, row in rows.items():
+        empty, full = row["folder"] - row["base"], row["folder_weights"] - row["base_weights"]
+        print(
+            f"| {name} | {row['tensors']} | {row['base']:.0f} | {row['folder']:.0f} | {empty:+.0f} | "
+            f"{row['folder'] / row['base']:.2f} | {row['base_weights']:.0f} | {row['folder_weights']:.0f} | "
+            f"{full:+.0f} | {row['folder_weights'] / row['base_weights']:.2f} |"
+        )
+
+
+def measure(name: str, folder: Path, rounds: int) -> dict[str, float]:
+    """Time one model; milliseconds by what was timed, and the number of its tensors."""
+    model = create_base(name)
+    weights = folder.with_suffix(".base.safetensors")
+    if not folder.exists():
+        supernet = timm_autoslim.convert(model, base=name)
+        plain = supernet.extract(supernet.space.uniform(0.5))
+        for module in plain.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
+                module.num_batches_tracked.fill_(1)  # the accuracy does not matter here
+        timm_autoslim.export(plain, folder)
+    save_file(model.state_dict(), weights)
+
+    builder = name.partition("torchvision/")[2]
+
+    def base_alone() -> nn.Module:
+        made: nn.Module = torchvision.models.get_model(builder) if builder else timm.create_model(name)
+        return made
+
+    def base_with_weights() -> nn.Module:
+        if not builder:
+            made: nn.Module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)})
+            return made
+        made = base_alone()
+        made.load_state_dict(load_file(weights))
+        return made
+
+    timed: dict[str, Callable[[], object]] = {
+        "base": base_alone,
+        "folder": lambda: timm.create_model(f"local-dir:{folder}"),
+        "base_weights": base_with_weights,
+        "folder_weights": lambda: timm.create_model(f"local-dir:{folder}", pretrained=True),
+    }
+    taken: dict[str, list[float]] = {key: [] for key in timed}
+    for turn in range(rounds + 1):
+        for key, function in timed.items():
+            start = time.process_time()
+            function()
+            if turn:  # the first turn fills caches
+                taken[key].append((time.process_time() - start) * 1000)
+    weights.unlink()
+    return {**{key: statistics.median(times) for key, times in taken.items()}, "tensors": len(model.state_dict())}
+
+
+if __name__ == "__main__":
+    main()

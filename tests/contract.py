@@ -1,0 +1,219 @@
+"""What timm promises of its models, as facts that a slimmed model must share with its base.
+
+The assertions are those of tests/test_models.py in timm's repository. A fact is true, false, or the name of what was
+raised: where a base breaks a promise itself (some do), its slimmed model may break the same one, and no other.
+"""
+
+import copy
+
+import timm
+import torch
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+
+def channels(out, fmt):
+    """The number of channels of a feature map."""
+    return out.shape[1] if fmt == "NCHW" and out.ndim == 4 else out.shape[-1]
+
+
+def facts(make, pixels, chans=3):
+    """Ask a model everything.
+
+    Args:
+        make: returns the model, given arguments of `timm.create_model`.
+        pixels: the side of its images.
+        chans: their channels.
+    """
+    torch.manual_seed(0)
+    images = torch.randn(2, chans, pixels, pixels)
+    found = {}
+    for part in (_forward, _heads, _features, _training, _settings):
+        for name, fact in part(make, images):
+            try:
+                found[name] = fact()
+            except Exception as error:
+                found[name] = type(error).__name__
+    return found
+
+
+@torch.no_grad()
+def _forward(make, images):
+    model = make().eval()
+    classes, cfg = model.num_classes, model.pretrained_cfg
+    names = set(model.state_dict())
+
+    def listed(key):
+        given = cfg[key]
+        return (given,) if isinstance(given, str) else given
+
+    yield "forward", lambda: model(images).shape == (2, classes) and bool(model(images).isfinite().all())
+    yield "one image", lambda: model(images[:1]).shape == (1, classes)
+    yield "default_cfg", lambda: model.default_cfg is model.pretrained_cfg
+    yield "classifier", lambda: all(f"{name}.weight" in names for name in listed("classifier"))
+    yield "first_conv", lambda: all(f"{name}.weight" in names for name in listed("first_conv"))
+    yield "get_classifier", lambda: model.get_classifier() is model.get_submodule(listed("classifier")[0])
+    yield "classifier fits", lambda: model.get_submodule(listed("classifier")[0]).weight.shape[0] == classes
+
+
+def _heads(make, images):
+    fmt = getattr(make(), "output_fmt", "NCHW")
+
+    def fresh(*args):
+        model = make().eval()
+        if args:
+            model.reset_classifier(*args)
+        return model
+
+    def run(*args):
+        with torch.no_grad():
+            return fresh(*args)(images)
+
+    def features_are(model):
+        with torch.no_grad():
+            return channels(model.forward_features(images), fmt) == model.num_features
+
+    def pre_logits(model):
+        with torch.no_grad():
+            out = model.forward_head(model.forward_features(images), pre_logits=True)
+        return out.shape == (2, model.head_hidden_size)
+
+    hidden, width = fresh().head_hidden_size, fresh().num_features
+    yield "forward_features", lambda: features_are(fresh())
+    yield "pre_logits", lambda: pre_logits(fresh())
+    yield "pre_logits without a head", lambda: pre_logits(fresh(0))
+    yield "reset_classifier(7)", lambda: run(7).shape == (2, 7) and fresh(7).num_classes == 7
+    yield "reset_classifier(0)", lambda: run(0).shape == (2, hidden)
+    yield "reset_classifier(0) again", lambda: fresh(0).num_classes == 0 and features_are(fresh(0))
+    yield "reset_classifier(0, '')", lambda: (run(0, "").ndim, channels(run(0, ""), fmt) == width)
+    yield "reset_classifier(3, 'avg')", lambda: run(3, "avg").shape == (2, 3)
+    yield "head is gone", lambda: not set(fresh().state_dict()) <= set(fresh(0).state_dict())
+
+    def created(**args):
+        with torch.no_grad():
+            return make(**args).eval()(images)
+
+    yield "num_classes=0", lambda: created(num_classes=0).shape == (2, hidden)
+    yield "num_classes=7", lambda: created(num_classes=7).shape == (2, 7)
+    yield (
+        "num_classes=0, global_pool=''",
+        lambda: (
+            channels(created(num_classes=0, global_pool=""), fmt) == width,
+            created(num_classes=0, global_pool="").ndim,
+        ),
+    )
+    yield "global_pool='max'", lambda: created(global_pool="max").shape[0] == 2
+
+
+@torch.no_grad()
+def _features(make, images):
+    base = make().eval()
+    fmt = getattr(base, "output_fmt", "NCHW")
+    side = images.shape[-1]
+
+    def extracted(**args):
+        net = make(features_only=True, **args).eval()
+        outs = net(images)
+        info = net.feature_info
+        kind = getattr(net, "output_fmt", None)
+        kind = str(getattr(kind, "value", kind or "NCHW"))
+        wide = [channels(out, kind) for out in outs] == info.channels() == [d["num_chs"] for d in info.get_dicts()]
+        steps = [out.shape[2] if kind == "NCHW" else out.shape[1] for out in outs]
+        near = all(abs(step - side / by) <= 1 for step, by in zip(steps, info.reduction(), strict=True))
+        return wide, near, len(outs), [name in dict(base.named_modules()) for name in info.module_name()]
+
+    yield "features_only", lambda: extracted()
+    yield "out_indices", lambda: extracted(out_indices=(1,))
+    yield "out_indices from the end", lambda: extracted(out_indices=(-1,))
+    yield "feature_info", lambda: [sorted(info) for info in getattr(base.feature_info, "info", base.feature_info)]
+
+    def intermediates():
+        last, maps = base.forward_intermediates(images)
+        wide = [m.shape[1] for m in maps] == [info["num_chs"] for info in base.feature_info]
+        return torch.equal(last, base.forward_features(images)), wide, len(maps), {m.ndim for m in maps}
+
+    def pruned():
+        cut = copy.deepcopy(base)
+        kept = cut.prune_intermediate_layers(1, prune_head=True)
+        some = cut.forward_intermediates(images, indices=kept, intermediates_only=True)
+        return all(map(torch.equal, some, base.forward_intermediates(images, indices=kept, intermediates_only=True)))
+
+    yield "forward_intermediates", intermediates
+    yield "prune_intermediate_layers", pruned
+    yield "output_fmt", lambda: fmt
+
+
+def _training(make, images):
+    def gradients():
+        torch.manual_seed(0)
+        model = make().train()
+        out = model(images)
+        (out if isinstance(out, torch.Tensor) else out[0]).mean().backward()
+        return sorted(name for name, p in model.named_parameters() if p.grad is None)
+
+    def checkpointed():
+        torch.manual_seed(0)
+        model = make().eval()
+        plain = model(images)
+        model.set_grad_checkpointing(True)
+        return torch.equal(model.train(False)(images), plain)
+
+    yield "backward", gradients
+    yield "grad checkpointing", checkpointed
+    yield "layer decay", lambda: [len(g["params"]) for g in param_groups_layer_decay(make(), layer_decay=0.75)]
+    yield "group_matcher", lambda: len(group_parameters(make(), make().group_matcher(coarse=True)))
+    yield "no_weight_decay", lambda: sorted(make().no_weight_decay())
+
+
+def _settings(make, images):
+    def out(**args):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return make(**args).eval()
+
+    yield "drop_rate", lambda: out(drop_rate=0.3)(images).shape[0]
+    yield (
+        "drop_path_rate",
+        lambda: sorted({type(m).__name__ for m in out(drop_path_rate=0.2).modules() if getattr(m, "drop_prob", 0)}),
+    )
+    yield "in_chans", lambda: out(in_chans=1)(images[:, :1]).shape[0]
+    yield "exportable", lambda: torch.equal(out(exportable=True)(images), out()(images))
+    yield "state", lambda: len(out().state_dict())
+    yield "modules", lambda: [type(m).__name__ for m in out().modules()]
+
+
+def scripted(make, pixels):
+    """Whether TorchScript takes the model and gives what it gives."""
+    torch.manual_seed(0)
+    images = torch.randn(2, 3, pixels, pixels)
+    try:
+        model = make(scriptable=True).eval()
+        with torch.no_grad():
+            return torch.allclose(torch.jit.script(model)(images), model(images), rtol=1e-4, atol=1e-5)
+    except Exception as error:
+        return type(error).__name__
+
+
+def maker(name, **given):
+    """Make a model by timm's function or, of torchvision, by ours, with the same weights every time."""
+    from timm_autoslim.bases import create_base
+
+    def make(**args):
+        torch.manual_seed(1)
+        args = {**given, **args}
+        if name.startswith("torchvision/"):
+            for ours in ("exportable", "scriptable"):
+                args.pop(ours, None)
+            return create_base(name, **args)
+        return timm.create_model(name, **args)
+
+    return make
+
+
+def calibrated(model):
+    """Mark the BatchNorm statistics as the model's own."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
+            module.num_batches_tracked.fill_(1)
+    return model

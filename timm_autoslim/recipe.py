@@ -1,0 +1,173 @@
+"""A recipe: how a slimmed model differs from its base, as plain data; checked, and applied to a fresh base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+
+from timm_autoslim.bases import is_int
+from timm_autoslim.bounds import MAX_ITEMS, check_plain, copy_plain, fail
+from timm_autoslim.slicing import Axis, Slices, shrink_
+
+FORMAT = 1
+RECIPE_KEYS = ("format", "base", "base_args", "sizes", "attributes", "widths")
+# A recipe may come from a stranger: it may say how the base is built, never where weights or settings come from.
+FORBIDDEN_ARGS = frozenset(
+    (
+        *("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path"),
+        *("cache_dir", "weights", "progress", "recipe", "device", "dtype"),
+        *("features_only", "out_indices", "feature_cls", "feature_cfg"),
+    )
+)
+
+
+def check_recipe(recipe: object) -> dict[str, Any]:
+    """Check a recipe as far as that goes without its base, and return a copy of it.
+
+    Args:
+        recipe: plain data, as `model.autoslim` or the `model_args` of an exported config.json hold it.
+
+    Raises:
+        ArtifactError: an unknown format or key, a value of the wrong type, or base_args that would load something.
+    """
+    if not isinstance(recipe, Mapping) or set(recipe) != set(RECIPE_KEYS):
+        got = sorted(map(str, recipe)) if isinstance(recipe, Mapping) else recipe
+        raise fail("keys", got, f"a mapping with exactly {', '.join(RECIPE_KEYS)}")
+    if not is_int(recipe["format"]) or recipe["format"] != FORMAT:
+        raise fail("format", recipe["format"], f"{FORMAT} (a newer one needs a newer timm-autoslim)")
+    if recipe["base"] is not None and not (isinstance(recipe["base"], str) and len(recipe["base"]) <= MAX_ITEMS):
+        raise fail("base", recipe["base"], "a name, or None")
+    for part in ("base_args", "sizes", "attributes", "widths"):
+        if not isinstance(recipe[part], Mapping) or not all(isinstance(key, str) for key in recipe[part]):
+            raise fail(part, recipe[part], "a mapping from names")
+    for name, size in recipe["widths"].items():
+        if not is_int(size) or size < 1:
+            raise fail(f"widths.{name}", size, "a positive integer")
+    refused = sorted(FORBIDDEN_ARGS & set(recipe["base_args"]))
+    if refused:
+        raise fail(f"base_args.{refused[0]}", recipe["base_args"][refused[0]], "only arguments that shape the base")
+    check_plain("base_args", recipe["base_args"])
+    return {key: copy_plain(key, value) for key, value in recipe.items()}
+
+
+def apply_recipe(model: nn.Module, recipe: Mapping[str, Any]) -> nn.Module:
+    """Shrink a freshly created base in place to what its recipe says; everything is checked before anything changes.
+
+    Args:
+        model: the recipe's base, as `create_base` returns it.
+        recipe: the plain data of an extracted model's `autoslim` attribute. Each size is the length of the prefix
+            that is kept of its axis; or the runs that are kept, for tensors that no checkpoint holds.
+
+    Returns:
+        The same model, with the recipe as its `autoslim` attribute.
+
+    Raises:
+        ArtifactError: the recipe is malformed, or does not fit the model; the model is unchanged.
+    """
+    return apply_checked(model, check_recipe(recipe))
+
+
+def apply_checked(model: nn.Module, checked: dict[str, Any]) -> nn.Module:
+    """As `apply_recipe`, of a recipe that `check_recipe` returned; it becomes the model's own."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tensors: dict[str, tuple[Axis, ...]] = {}
+    shared: dict[int, tuple[str, tuple[Axis, ...]]] = {}
+    for name, sizes in checked["sizes"].items():
+        tensor = _tensor(modules, name)
+        axes = tensors[name] = _axes(model, name, tensor, sizes)
+        first, other = shared.setdefault(id(tensor), (name, axes))
+        if axes != other:
+            raise fail(f"sizes.{name}", sizes, f"the sizes of {first}, the same tensor")
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in shared:  # tied parameters stay tied, whichever of their names the recipe lists
+            tensors[name] = shared[id(parameter)][1]
+    values = {path: _value(model, modules, path, value) for path, value in checked["attributes"].items()}
+    shrink_(model, Slices(tensors=tensors, attributes=values))
+    model.autoslim = checked  # type: ignore[assignment]
+    return model
+
+
+def _tensor(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
+    """The tensor of this name; runs no property of a module."""
+    path, _, leaf = name.rpartition(".")
+    module = modules.get(path)
+    if module is not None:
+        for store in (module._parameters, module._buffers, module.__dict__):
+            found = store.get(leaf)
+            if isinstance(found, Tensor):
+                return found
+    return None
+
+
+def _axes(model: nn.Module, name: str, tensor: Tensor | None, sizes: object) -> tuple[Axis, ...]:
+    where = f"sizes.{name}"
+    if tensor is None:
+        raise fail(where, sizes, f"a tensor of {type(model).__name__}, which has none of this name")
+    if not isinstance(sizes, list | tuple) or len(sizes) != tensor.ndim:
+        raise fail(where, sizes, f"a list of {tensor.ndim} sizes for the shape {tuple(tensor.shape)}")
+    for size, full in zip(sizes, tensor.shape, strict=True):
+        if not _fits(size, full):
+            need = f"for each axis None, an integer from 1 to the size in {tuple(tensor.shape)}, or runs within it"
+            raise fail(where, sizes, need)
+    return tuple(((0, size),) if is_int(size) else size and tuple(map(tuple, size)) for size in sizes)
+
+
+def _fits(size: object, full: int) -> bool:
+    """Whether this says what is kept of an axis: all (None), the first few, or ascending runs of (start, length)."""
+    if size is None or (is_int(size) and 1 <= size <= full):
+        return True
+    end = 0
+    for run in size if isinstance(size, list | tuple) else ():
+        if not isinstance(run, list | tuple) or len(run) != 2 or not all(map(is_int, run)):
+            return False
+        if not end <= run[0] < run[0] + run[1] <= full:
+            return False
+        end = run[0] + run[1]
+    return end > 0
+
+
+def _current(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> object:
+    """What the base holds under an attribute's path, or None; steps where `slicing.set_attribute` does, no further."""
+    above, _, leaf = path.rpartition(".")
+    module, parts = modules.get(above, model), [leaf]
+    if above not in modules:  # within a list, a tuple or a dict of a module
+        parts = path.split(".")
+        while len(parts) > 1 and isinstance(child := module._modules.get(parts[0]), nn.Module):
+            module, parts = child, parts[1:]
+    if any(part.startswith("_") for part in parts):
+        return None
+    found: object = vars(module).get(parts[0])
+    for part in parts[1:]:
+        if isinstance(found, list | tuple) and part.isdecimal() and part.isascii() and len(part) < 10:
+            found = found[int(part)] if int(part) < len(found) else None
+        elif isinstance(found, dict):
+            found = found.get(part)
+        elif isinstance(found, FeatureInfo):
+            found = vars(found).get(part)
+        else:
+            return None
+    return found
+
+
+def _value(model: nn.Module, modules: Mapping[str, nn.Module], path: str, value: object) -> Any:
+    where = f"attributes.{path}"
+    now = _current(model, modules, path)
+    if is_int(now):
+        if not (is_int(value) and 1 <= value <= now):
+            raise fail(where, value, f"an integer from 1 to {now}")
+        return value
+    if isinstance(now, float):
+        # the only floats that widths move are scales such as head_dim ** -0.5, which grow as the width shrinks
+        if not (isinstance(value, float) and math.isfinite(value) and value * now > 0):
+            raise fail(where, value, f"a finite number of the sign of {now}")
+        return value
+    if isinstance(now, Sequence) and not isinstance(now, str) and now and all(map(is_int, now)):
+        given = value if isinstance(value, list | tuple) and len(value) == len(now) else [0] * len(now)
+        if not all(is_int(v) and 1 <= v <= n for v, n in zip(given, now, strict=True)):
+            raise fail(where, value, f"{len(now)} positive integers, none above {tuple(now)}")
+        return list(given) if isinstance(now, list) else tuple(given)
+    raise fail(where, value, f"a number or integers of {type(model).__name__}, which has none under this path")
