@@ -34,7 +34,7 @@ class Progress(dict[str, Any]):
     def _read(self) -> dict[str, Any]:
         try:
             kept = json.loads(self.path.read_text(encoding="utf-8"))
-            before, scores = kept["setting"], dict(kept["scores"])
+            before, scores = dict(kept["setting"]), dict(kept["scores"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{self.path} is no progress of a search ({error}): remove it to start anew.") from error
         changed = sorted(key for key in before.keys() | self.setting.keys() if before.get(key) != self.setting.get(key))

@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     supernet = load_supernet(run, args)
     widest = timm_autoslim.cost(supernet)
     asked = {parse_limits(text, widest): text for text in texts}
+    texts = list(asked.values())  # each budget once
     for budget in read_budgets(supernet, texts):  # refuses those out of reach
         limits = " and ".join(f"{limit / 1e6:.3f}M {unit}" for unit, limit in budget.limits)
         accelerator.print(f"budget {asked[budget]}: at most {limits}; within reach")
