@@ -118,9 +118,8 @@ class Scorer:
         if not jobs:
             return
         team = self.team
-        each = -(-len(jobs) // team.count)
         done: list[tuple[str, Any]] = []
-        for job in jobs[team.index * each : (team.index + 1) * each]:
+        for job in jobs[team.index :: team.count]:
             try:
                 done.append((_key(job), self._scored(job)))
             except AutoSlimError as error:  # the other processes wait for this one, and must be told
