@@ -271,10 +271,10 @@ def search_flags(parser: argparse.ArgumentParser) -> None:
         "'macs<=300M and params<=2M'",
     )
     group.add_argument(
-        "--method",
-        choices=("greedy", "uniform", "random", "importance", "evolutionary"),
-        default="greedy",
-        help="greedy slimming, or a baseline to compare it with, scored and counted in the same way",
+        "--mode",
+        choices=("fast", "reference"),
+        default="fast",
+        help="fast: score few candidates on some of the images; reference: all on all, as published",
     )
     group.add_argument(
         "--rank",
@@ -285,6 +285,13 @@ def search_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=int, default=10, help="steps from a group's full width to its narrowest")
     group.add_argument(
         "--refine", action=ON_OFF, default=True, help="fill what the greedy descent leaves of a budget, to within 1 %%"
+    )
+    group.add_argument(
+        "--baselines",
+        nargs="*",
+        choices=("uniform", "random", "importance", "evolutionary"),
+        default=["uniform"],
+        help="simpler methods to compare the search with, scored and counted in the same way",
     )
     group.add_argument("--candidates", type=int, default=100, help="subnets that random and evolutionary draw a budget")
     group.add_argument(
@@ -401,7 +408,11 @@ def _typed(action: argparse.Action, key: str, value: object, where: str) -> obje
             items = value if isinstance(value, list) else [value]
             if isinstance(action.nargs, int) and len(items) != action.nargs:
                 raise ValueError
-            return [convert(_expect(str(item) if not isinstance(item, (dict, list)) else item, str)) for item in items]
+            items = [convert(_expect(str(item) if not isinstance(item, (dict, list)) else item, str)) for item in items]
+            if action.choices and not set(items) <= set(action.choices):
+                needed = "a list of " + ", ".join(map(repr, action.choices))
+                raise ValueError
+            return items
         result = convert(_expect(value if isinstance(value, (dict, list, bool)) else str(value), str))
         if action.choices and result not in action.choices:
             needed = "one of " + ", ".join(map(repr, action.choices))

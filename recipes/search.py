@@ -1,30 +1,42 @@
 """Search the widths of every layer by greedy slimming, for several budgets in one descent.
 
     python recipes/search.py runs/digits --budgets macs=50% macs=25%
+    accelerate launch --multi_gpu --num_processes 8 recipes/search.py runs/imagenet --budgets macs=300M
 
-Candidates are scored by their cross-entropy on the run's held-out training images, the same ones for all, each
-normalised by batch statistics. The run folder then holds search.json (the networks found, the uniformly narrowed ones
-that meet the same budgets, and every step of the descent) and search.csv (the steps as a table). With --method, a
-baseline chooses the widths instead; it makes no steps.
+Candidates are scored by their cross-entropy on the run's held-out training images, the same ones for all, in batches
+that are normalised by their own statistics. The run folder then holds search.json (the networks found, the uniformly
+narrowed ones that meet the same budgets, and every step of the descent) and search.csv (the steps as a table).
+--baselines adds further methods to compare with; `python -m timm_autoslim report RUN` shows them all.
+
+Several processes share the scoring and find what one would find. While a search runs, search-progress.json keeps what
+was scored: the same command goes on from there after an interruption, and comes to the same result.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
+import dataclasses
+import hashlib
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from common import command, load_supernet, parse_args, read_args, write_json
 from data import in_memory, open_images, read_split
-from processes import make_accelerator
+from loop import make_accelerator
+from progress import Progress
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import timm_autoslim
-from timm_autoslim.costs import UNITS, Budget, parse_limits, uniform_within
+from timm_autoslim import HeldOut, Team
+from timm_autoslim.costs import UNITS, Budget, cost_by_module, parse_limits, read_budgets
 from timm_autoslim.errors import BudgetError, ConfigError, DataError
 
 
@@ -37,76 +49,74 @@ def main(argv: list[str] | None = None) -> None:
         raise ConfigError(f"--candidates {args.candidates}: at least 1 is needed.")
     args = read_args(run, args)
     accelerator = make_accelerator(args)
-    if accelerator.num_processes > 1:
-        raise ConfigError(f"search.py runs in one process, but {accelerator.num_processes} were launched.")
+    accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}")
 
-    supernet = load_supernet(run, args).to(accelerator.device)
+    supernet = load_supernet(run, args)
+    widest = timm_autoslim.cost(supernet)
+    asked = {parse_limits(text, widest): text for text in texts}
+    texts = list(asked.values())  # each budget once
+    for budget in read_budgets(supernet, texts):  # refuses those out of reach
+        limits = " and ".join(f"{limit / 1e6:.3f}M {unit}" for unit, limit in budget.limits)
+        accelerator.print(f"budget {asked[budget]}: at most {limits}; within reach")
+    chunks = held_out_images(args, run, accelerator)
+    supernet.to(accelerator.device)
+    if args.channels_last:
+        supernet.to(memory_format=torch.channels_last)
+
+    def score(subnet: Callable[[Tensor], Tensor], chunk: tuple[Tensor, Tensor]) -> float:
+        inputs, targets = chunk
+        with accelerator.autocast():
+            outputs = subnet(inputs)  # (N, classes)
+        return F.cross_entropy(outputs.float(), targets).item()
+
+    total = sum(len(targets) for _, targets in chunks)
+    accelerator.print(
+        f"{args.model}: {widest.macs / 1e6:.2f}M MACs, {widest.params / 1e6:.3f}M params; "
+        f"{total} held-out images in {len(chunks)} batches"
+    )
+    team = Team(accelerator.process_index, accelerator.num_processes, gather_object)
+    progress = Progress(run / "search-progress.json", setting(run, args, total), accelerator)
+    begin = time.perf_counter()
+    with progress, Descent(widest, list(asked), disable=not accelerator.is_main_process) as descent:
+        shared = {"scores": progress, "team": team, "seed": args.seed}
+        evaluate = HeldOut(chunks, score)
+        results = {"searched": timm_autoslim.search(
+            supernet, texts, evaluate, mode=args.mode, rank=args.rank, steps=args.steps, refine=args.refine,
+            on_step=descent.show, **shared,
+        )}  # fmt: skip
+        seconds = time.perf_counter() - begin
+        for kind in dict.fromkeys(args.baselines):
+            descent.set_postfix_str(f"baseline {kind}")
+            results[kind] = timm_autoslim.baseline(
+                supernet, texts, evaluate, kind, candidates=args.candidates, criterion=args.criterion, **shared
+            )
+    if accelerator.is_main_process:
+        write_results(run, args, supernet, asked, results, {"images": total, "seconds": seconds})
+        progress.path.unlink(missing_ok=True)
+    accelerator.end_training()
+
+
+def held_out_images(args: argparse.Namespace, run: Path, accelerator: Accelerator) -> list[tuple[Tensor, Tensor]]:
+    """The run's held-out images in batches: inputs (N, C, H, W) and targets (N,).
+
+    Raises:
+        DataError: the run's split holds out none, or fewer than --images.
+    """
     images = open_images(args)
     _, held_out = read_split(run, len(images.train))
+    if not held_out:
+        raise DataError(f"{run}/held_out.json lists no held-out images: train a supernet with --held-out above 0.")
     if args.images > len(held_out):
         raise DataError(f"--images {args.images}: {run}/held_out.json lists {len(held_out)} only; 0 takes all of them.")
-    chunks = in_memory(args, images.train, held_out[: args.images or None], accelerator)
-    total = sum(len(targets) for _, targets in chunks)
+    return in_memory(args, images.train, held_out[: args.images or None], accelerator)
 
-    @torch.no_grad()
-    def evaluate(subnet: Callable[[Tensor], Tensor]) -> float:
-        loss = torch.zeros((), dtype=torch.float64, device="cpu")
-        for inputs, targets in chunks:
-            with accelerator.autocast():
-                outputs = subnet(inputs)  # (N, classes)
-            loss += F.cross_entropy(outputs.float(), targets, reduction="sum").double().cpu()
-        return loss.item() / total
 
-    widest = timm_autoslim.cost(supernet, supernet.space.max())
-    print(f"{args.model}: {widest.macs / 1e6:.2f}M MACs, {widest.params / 1e6:.3f}M params; {total} held-out images")
-    asked = {parse_limits(text, widest): text for text in texts}
-    texts = list(asked.values())
-    if args.method == "greedy":
-        with Descent(widest, list(asked)) as descent:
-            result = timm_autoslim.search(
-                supernet, texts, evaluate, rank=args.rank, steps=args.steps, refine=args.refine, on_step=descent.show
-            )
-    else:
-        with tqdm(unit=" subnets") as bar:
-
-            def counted(subnet: Callable[[Tensor], Tensor]) -> float:
-                bar.update()
-                return evaluate(subnet)
-
-            result = timm_autoslim.baseline(
-                supernet, texts, counted, args.method, candidates=args.candidates, criterion=args.criterion,
-                seed=args.seed,
-            )  # fmt: skip
-
-    networks = []
-    for found in result.networks:
-        budget = Budget(tuple(found.limits.items()))
-        units, amounts = zip(*(part.replace(" ", "").split("<=") for part in asked[budget].split(" and ")), strict=True)
-        name = "-".join(f"{u}-{a.replace('%', 'pct')}" for u, a in zip(units, amounts, strict=True))
-        kinds = [("searched" if args.method == "greedy" else args.method, found.widths, found.error)]
-        if args.method != "uniform":
-            uniform = uniform_within(supernet, budget)
-            with supernet.at(uniform), timm_autoslim.batch_statistics(supernet.model):
-                kinds.append(("uniform", uniform, evaluate(supernet)))
-        for kind, widths, loss in kinds:
-            cost = timm_autoslim.cost(supernet, widths)
-            networks.append({
-                "name": f"{name}-{kind}", "kind": kind, "unit": " and ".join(units), "asked": " and ".join(amounts),
-                "budget": found.budget, "limits": dict(found.limits), "macs": cost.macs, "params": cost.params,
-                "error": loss, "widths": widths.to_dict(),
-            })  # fmt: skip
-            figures = f"{cost.macs / 1e6:10.2f}M MACs {cost.params / 1e6:8.3f}M params  loss {loss:.4f}"
-            print(f"{networks[-1]['name']:28s} {figures}")
-
-    steps = result.to_dict()["steps"]
-    write_trace(run / "search.csv", steps)
-    write_json(run / "search.json", {
-        "format": 1, "model": args.model, "method": args.method, "rank": args.rank, "refine": args.refine,
-        "images": total, "budgets": args.budgets, "widest": {"macs": widest.macs, "params": widest.params},
-        "networks": networks, "evaluations": result.evaluations, "evaluated_macs": result.evaluated_macs,
-        "steps": steps,
-    })  # fmt: skip
-    print(f"Search: {run / 'search.json'}, {result.evaluations} subnets scored")
+def setting(run: Path, args: argparse.Namespace, images: int) -> dict[str, Any]:
+    """What a score depends on besides the widths: weights, images, and how they are run."""
+    weights = hashlib.sha256((run / "supernet.safetensors").read_bytes()).hexdigest()
+    split = hashlib.sha256((run / "held_out.json").read_bytes()).hexdigest()
+    flags = {key: vars(args)[key] for key in ("data_dir", "dataset", "batch_size", "amp", "amp_dtype", "channels_last")}
+    return {"supernet": weights, "held_out": split, "images": images, **flags}
 
 
 def budget_texts(given: Sequence[str]) -> list[str]:
@@ -115,12 +125,12 @@ def budget_texts(given: Sequence[str]) -> list[str]:
     Raises:
         BudgetError: not of the form UNIT=AMOUNT, or an unknown unit.
     """
-    read_budgets([text for text in given if "<=" not in text])
+    amounts_by_unit([text for text in given if "<=" not in text])
     texts = [text if "<=" in text else text.replace("=", "<=", 1) for text in given]
     return list(dict.fromkeys(" ".join(text.split()) for text in texts))
 
 
-def read_budgets(given: list[str]) -> dict[str, list[str]]:
+def amounts_by_unit(given: list[str]) -> dict[str, list[str]]:
     """`macs=50%` and the like, by unit.
 
     Raises:
@@ -135,6 +145,42 @@ def read_budgets(given: list[str]) -> dict[str, list[str]]:
     return budgets
 
 
+def write_results(
+    run: Path,
+    args: argparse.Namespace,
+    supernet: timm_autoslim.Supernet,
+    asked: dict[Budget, str],
+    results: dict[str, timm_autoslim.SearchResult],
+    figures: dict[str, Any],
+) -> None:
+    """Write search.json and search.csv, and print the networks."""
+    networks = []
+    for group in zip(*(result.networks for result in results.values()), strict=True):  # of one budget
+        text = asked[Budget(tuple(group[0].limits.items()))]
+        units, amounts = zip(*(part.replace(" ", "").split("<=") for part in text.split(" and ")), strict=True)
+        name = "-".join(f"{u}-{a.replace('%', 'pct')}" for u, a in zip(units, amounts, strict=True))
+        for kind, found in zip(results, group, strict=True):
+            networks.append({
+                "name": f"{name}-{kind}", "kind": kind, "asked": " and ".join(amounts),
+                **found.to_dict(), "unit": " and ".join(units), "layers": cost_by_module(supernet, found.widths),
+            })  # fmt: skip
+            spent = f"{found.cost.macs / 1e6:10.2f}M MACs {found.cost.params / 1e6:8.3f}M params"
+            print(f"{networks[-1]['name']:32s} {spent}  loss {found.error:.4f}")
+    searched = results["searched"].to_dict()
+    write_trace(run / "search.csv", searched["steps"])
+    flags = {key: vars(args)[key] for key in ("model", "mode", "rank", "refine", "steps", "budgets", "seed")}
+    write_json(run / "search.json", {
+        "format": 1, **flags, **figures, "groups": {g.name: g.size for g in supernet.space.groups},
+        "widest": {**dataclasses.asdict(timm_autoslim.cost(supernet)), "layers": cost_by_module(supernet)},
+        "work": {k: {"evaluations": r.evaluations, "evaluated_macs": r.evaluated_macs} for k, r in results.items()},
+        **searched, "networks": networks,
+    })  # fmt: skip
+    for kind, result in results.items():
+        work = f"{result.evaluated_macs / 1e12:.4g}T MACs of forward work (images x MACs)"
+        print(f"{kind}: {result.evaluations} subnets scored, {work}")
+    print(f"Search: {run / 'search.json'}")
+
+
 def write_trace(path: Path, steps: list[dict[str, Any]]) -> None:
     """The steps of the descent as a table."""
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -147,8 +193,9 @@ def write_trace(path: Path, steps: list[dict[str, Any]]) -> None:
 class Descent(tqdm):
     """Progress bar of the descent: how far towards the smallest budgets, and what the last step did."""
 
-    def __init__(self, widest: timm_autoslim.Cost, budgets: Sequence[Budget]):
-        super().__init__(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining} {postfix}")
+    def __init__(self, widest: timm_autoslim.Cost, budgets: Sequence[Budget], disable: bool = False) -> None:
+        bar_format = "{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
+        super().__init__(total=100, unit="%", bar_format=bar_format, disable=disable)
         self.widest = {unit: getattr(widest, unit) for unit in UNITS}
         limits = [limit for budget in budgets for limit in budget.limits]
         self.goals = {

@@ -1,15 +1,24 @@
-"""recipes/search.py: every method, and budgets of several limits, on one tiny run."""
+"""recipes/search.py: budgets, baselines, progress, several processes and the report, on one tiny run."""
 
 import csv
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-import search
-from recipe_tools import common, trained, write_config
+from test_recipes import RECIPES, ROOT, common, data, launch, search, train, trained, write_config
 
-from timm_autoslim.errors import BudgetError, ConfigError
+from timm_autoslim.__main__ import main as command_line
+from timm_autoslim.errors import BudgetError, ConfigError, DataError, EvaluationError
 
 JOINT = "macs<=60% and params <= 50%"
+KINDS = ["uniform", "random", "importance", "evolutionary"]
+PARTS = ["--batch-size", "8"]  # 32 held-out images in four parts
 
 
 @pytest.fixture(scope="module")
@@ -18,28 +27,51 @@ def folder(tmp_path_factory):
 
 
 def found(folder, *argv):
-    search.main([str(folder), "-c", write_config(folder.parent), *argv])
+    search.main([str(folder), "-c", write_config(folder.parent), *PARTS, *argv])
     return json.loads((folder / "search.json").read_text())
 
 
-@pytest.mark.parametrize("method", ["greedy", "uniform", "random", "importance", "evolutionary"])
-def test_every_method_meets_every_budget(folder, method):
-    result = found(folder, "--budgets", "macs=60%", JOINT, "--method", method, "--candidates", "4")
-    kinds = {"greedy": ["searched", "uniform"], "uniform": ["uniform"]}.get(method, [method, "uniform"])
+def result(folder):
+    """What a search found, without how long it took."""
+    content = json.loads((folder / "search.json").read_text())
+    content.pop("seconds")
+    return content, (folder / "search.csv").read_text()
+
+
+@pytest.mark.parametrize("mode", ["fast", "reference"])
+def test_search_and_baselines_meet_every_budget(folder, capsys, mode):
+    argv = ["--budgets", "macs=60%", JOINT, "--baselines", *KINDS, "--candidates", "4", "--mode", mode]
+    content = found(folder, *argv)
+    printed = capsys.readouterr().out
     names = ["macs-60pct", "macs-60pct-params-50pct"]
-    assert [network["name"] for network in result["networks"]] == [f"{n}-{k}" for n in names for k in kinds]
-    assert [(n["unit"], n["asked"]) for n in result["networks"][:: len(kinds)]] == [
+    kinds = ["searched", *KINDS]
+    assert [network["name"] for network in content["networks"]] == [f"{n}-{k}" for n in names for k in kinds]
+    assert {(n["unit"], n["asked"]) for n in content["networks"]} == {
         ("macs", "60%"),
         ("macs and params", "60% and 50%"),
-    ]
-    for network in result["networks"]:
+    }
+    for network in content["networks"]:
         assert all(network[unit] <= limit for unit, limit in network["limits"].items())
-    scored = {"uniform": [2], "importance": [2], "random": range(2, 9), "evolutionary": range(2, 9)}
-    assert result["evaluations"] in scored.get(method, range(10, 1000))
-    assert result["evaluated_macs"] > 0
+        assert sum(network["layers"].values()) == network["macs"]
+    for kind, work in content["work"].items():
+        assert work["evaluations"] in {"uniform": [2], "importance": [2], "searched": range(10, 999)}.get(
+            kind, range(2, 9)
+        )
+        line = rf"^{kind}: {work['evaluations']} subnets scored, {work['evaluated_macs'] / 1e12:.4g}T MACs of forward"
+        assert re.search(line, printed, re.MULTILINE)
+    assert content["work"]["searched"]["evaluated_macs"] == content["evaluated_macs"] > 0
+    assert printed.index("budget macs<=60%: at most ") < printed.index("held-out images in 4 batches")
     table = list(csv.reader((folder / "search.csv").open()))
-    assert len(table) == 1 + len(result["steps"])
-    assert bool(result["steps"]) == (method == "greedy")
+    assert len(table) == 1 + len(content["steps"]) > 1
+    assert not (folder / "search-progress.json").exists()
+
+
+def test_the_report_shows_the_run(folder):
+    found(folder, "--budgets", "macs=60%", "macs=40%", "--baselines", "uniform", "random", "--candidates", "2")
+    assert command_line(["report", str(folder)]) == 0
+    page = (folder / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert page.count('<tr class="random">') == 2
 
 
 def test_refining_can_be_turned_off(folder):
@@ -52,11 +84,172 @@ def test_refining_can_be_turned_off(folder):
 
 
 def test_budgets_become_texts():
-    assert search.budget_texts(["macs=50%", JOINT, "params=1M", "macs<=50%"]) == ["macs<=50%", JOINT, "params<=1M"]
+    assert search.budget_texts(["macs=50%", JOINT, "params=1M", "macs<=50%"]) == [
+        "macs<=50%",
+        "macs<=60% and params <= 50%",
+        "params<=1M",
+    ]
     with pytest.raises(BudgetError, match="needed UNIT=AMOUNT"):
         search.budget_texts([JOINT, "50%"])
 
 
-def test_no_candidates_are_refused(folder):
+# -- the held-out images ----------------------------------------------------------------------------------------------
+
+
+def test_only_held_out_training_images_are_scored(folder, monkeypatch):
+    split = json.loads((folder / "held_out.json").read_text())
+    assert not set(split["training"]) & set(split["held_out"])
+    loaded = []
+    in_memory = data.in_memory
+
+    def watched(args, source, indices, accelerator):
+        loaded.append((source, list(indices)))
+        return in_memory(args, source, indices, accelerator)
+
+    class Untouchable:
+        def __len__(self):
+            raise AssertionError("the test images were touched")
+
+        __getitem__ = __len__
+
+    opened = data.open_images
+    monkeypatch.setattr(search, "in_memory", watched)
+    monkeypatch.setattr(search, "open_images", lambda args: data.Images(opened(args).train, Untouchable(), 10))
+    found(folder, "--baselines", *KINDS, "--candidates", "2")
+    assert [indices for _, indices in loaded] == [split["held_out"]]
+    assert type(loaded[0][0]) is data.Digits
+    assert json.loads((folder / "held_out.json").read_text()) == split
+
+
+def test_training_never_sees_the_held_out_images(folder, tmp_path, monkeypatch):
+    seen = []
+    loader = data.training_loader
+
+    def watched(args, source, indices):
+        seen.append(list(indices))
+        return loader(args, source, indices)
+
+    monkeypatch.setattr(train, "training_loader", watched)
+    other = trained(tmp_path, "other", "--seed", "7")
+    split = json.loads((other / "held_out.json").read_text())
+    assert split == json.loads((folder / "held_out.json").read_text())  # whatever the seed
+    assert seen == [split["training"]]
+
+
+def test_an_empty_split_is_refused(folder, tmp_path):
+    run = shutil.copytree(folder, tmp_path / "run")
+    split = json.loads((run / "held_out.json").read_text())
+    (run / "held_out.json").write_text(json.dumps(split | {"held_out": []}))
+    with pytest.raises(DataError, match=r"held_out.json lists no held-out images: train a supernet with --held-out"):
+        found(run)
+
+
+# -- interruptions ----------------------------------------------------------------------------------------------------
+
+
+def test_a_search_killed_at_any_moment_goes_on_to_the_same_result(folder, tmp_path, monkeypatch):
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    argv = ["--budgets", "macs=60%", "macs=40%", "--baselines", "uniform", "random", "--candidates", "3"]
+    found(whole, *argv)
+    parts = shutil.copytree(folder, tmp_path / "parts")
+    (parts / "search.json").unlink(missing_ok=True)
+    command = [str(RECIPES / "search.py"), str(parts), "-c", write_config(tmp_path), *PARTS, *argv]
+    # every score is written at once, and the process is killed without a warning as soon as there are some
+    at_once = "import sys, runpy, progress; progress.SAVED_EVERY = 0; del sys.argv[0]; "
+    at_once += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", at_once, *command],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{RECIPES}", "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    path = parts / "search-progress.json"
+    known = 0
+    while process.poll() is None and known < 20:
+        time.sleep(0.01)
+        known = len(json.loads(path.read_text())["scores"]) if path.is_file() else 0
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (parts / "search.json").exists()
+    known = len(json.loads(path.read_text())["scores"])
+    assert known >= 20
+    with pytest.raises(ConfigError, match=r"is of an interrupted search with other settings \(batch_size\): give the"):
+        search.main([str(parts), "-c", write_config(tmp_path), "--batch-size", "16", *argv])
+    assert len(json.loads(path.read_text())["scores"]) == known
+    found(parts, *argv)
+    assert result(parts) == result(whole)
+    assert not path.exists()
+
+
+def test_an_evaluate_that_fails_keeps_the_progress(folder, monkeypatch):
+    calls = []
+
+    def broken(outputs, targets):
+        calls.append(1)
+        loss = cross_entropy(outputs, targets)
+        return loss * float("nan") if len(calls) == 12 else loss
+
+    before = found(folder)
+    cross_entropy = search.F.cross_entropy
+    with monkeypatch.context() as patch:
+        patch.setattr(search.F, "cross_entropy", broken)
+        with pytest.raises(EvaluationError, match=r"evaluate returned nan; .*at the widths \{'conv1"):
+            found(folder)
+    assert len(json.loads((folder / "search-progress.json").read_text())["scores"]) == 11
+    after = found(folder)
+    assert {**after, "seconds": 0} == {**before, "seconds": 0}
+
+
+def test_a_file_that_is_no_progress_is_told_and_kept(folder):
+    path = folder / "search-progress.json"
+    for text in ("{", "[]", '{"scores": {}}'):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=r"is no progress of a search .*: remove it to start anew"):
+            found(folder)
+        assert path.read_text() == text
+    path.unlink()
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+LAUNCHER = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCHER += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+def test_two_processes_find_what_one_finds(folder, tmp_path):
+    argv = ["--budgets", "macs=60%", "macs=40%", "--baselines", "uniform", "evolutionary", "--candidates", "6"]
+    found(folder, *argv)
+    two = shutil.copytree(folder, tmp_path / "two")
+    (two / "search.json").unlink()
+    recipe = [str(RECIPES / "search.py"), str(two), "-c", write_config(tmp_path), *PARTS, *argv]
+    done = launch(*LAUNCHER, *recipe, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es) on cpu" in done.stdout
+    assert result(two) == result(folder)
+
+
+# -- progress bar, bad input ------------------------------------------------------------------------------------------
+
+
+def test_the_bar_tells_layer_width_error_and_distance(folder, capsys):
+    content = found(folder, "--budgets", "macs=60%", "macs=40%")
+    bar = capsys.readouterr().err
+    for step in (content["steps"][0], content["steps"][-1]):
+        assert f"{step['group']} -> {step['width']}, loss {step['error']:.4f}, " in bar
+    assert re.search(r"\+\d+\.\d% macs to \d+\.\d+M", bar)
+
+
+def test_bad_input_is_refused_before_anything_is_evaluated(folder, monkeypatch, capsys):
+    monkeypatch.setattr(search, "in_memory", lambda *_: pytest.fail("images were loaded"))
+    for budget, message in (
+        ("macs=0.1%", r"is out of reach: the narrowest subnet"),
+        ("macs<=60% and params<=1%", r"of [\d,]+ params is out of reach"),
+        ("flops=3", r"needed UNIT=AMOUNT"),
+        ("watts<=3", r"got a budget in 'watts'; needed: one of"),
+        ("macs=much", r"got the budget 'much'"),
+    ):
+        with pytest.raises(BudgetError, match=message):
+            found(folder, "--budgets", budget)
     with pytest.raises(ConfigError, match=r"--candidates 0: at least 1 is needed"):
-        search.main([str(folder), "--method", "random", "--candidates", "0"])
+        found(folder, "--candidates", "0")
+    with pytest.raises(ConfigError, match=r"baselines: .* needs a list of 'uniform', 'random'"):
+        common.parse_args("search", None, ["r", "-c", write_config(folder.parent, baselines=["greedy"])])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from zoo import Plain, assert_same, randomise, snapshot
 
-from timm_autoslim import convert, cost, search
+from timm_autoslim import HeldOut, convert, cost, search
 from timm_autoslim.costs import Budget
 from timm_autoslim.errors import BudgetError, EvaluationError, StaleStatisticsError
 
@@ -65,11 +65,13 @@ def best(supernet, unit, budget, price):
     return min(found)
 
 
+@pytest.mark.parametrize("mode", ["fast", "reference"])
 @pytest.mark.parametrize("unit", ["macs", "params"])
 @pytest.mark.parametrize("share", ["75%", "50%", "25%"])
 @pytest.mark.parametrize("price", [{"a": 5.0, "b": 1.0, "c": 3.0}, {"a": 1.0, "b": 7.0, "c": 0.25}])
-def test_where_costs_add_up_greedy_by_cost_is_the_best_there_is(supernet, unit, share, price):
-    found = search(supernet, {unit: share}, missing(supernet, **price), steps=100, refine=False).networks[0]
+def test_where_costs_add_up_greedy_by_cost_is_the_best_there_is(supernet, mode, unit, share, price):
+    evaluate = missing(supernet, **price)
+    found = search(supernet, {unit: share}, evaluate, mode=mode, steps=100, refine=False).networks[0]
     assert getattr(found.cost, unit) <= found.budget
     assert found.error == pytest.approx(best(supernet, unit, found.budget, price))
     assert found.error == pytest.approx(sum(price[n] * (SIZES[n] - found.widths[n]) for n in SIZES))
@@ -192,6 +194,7 @@ def test_no_subnet_is_scored_twice(supernet):
 
     def evaluate(subnet):
         seen.append(tuple(supernet.model.get_submodule(name).weight.shape[0] for name in SIZES))
+        subnet(IMAGE)
         return float(sum(seen[-1]))
 
     result = search(supernet, {"macs": "30%"}, evaluate)
@@ -319,7 +322,7 @@ def test_where_wider_is_worse_the_descent_is_not_refined(supernet):
         return sum(width_of(supernet).values())
 
     # 45 of the 64 channels, of which one alone cannot be cut
-    rough, refined = (search(supernet, {"macs": "70.4%"}, evaluate, refine=r) for r in (False, True))
+    rough, refined = (search(supernet, {"macs": "70.4%"}, evaluate, refine=r, mode="reference") for r in (False, True))
     assert rough.networks[0].cost.macs < 0.99 * rough.networks[0].budget
     assert refined.networks == rough.networks
     assert refined.evaluations == rough.evaluations + sum(w < SIZES[n] for n, w in rough.networks[0].widths.items())
@@ -373,6 +376,61 @@ def test_a_list_of_texts_says_what_a_dict_says(supernet):
     assert texts == search(supernet, {"macs": ["60%", "30%"]}, missing(supernet, a=5, b=1, c=3))
 
 
+# -- the two modes, and ties ------------------------------------------------------------------------------------------
+
+
+def in_parts(supernet, prices, parts=16):
+    """Return an evaluate in parts: what narrow groups cost grows as they narrow, and a little with the part."""
+
+    def score(subnet, part):
+        subnet(IMAGE)
+        widths = width_of(supernet)
+        return sum(p * (1 + 0.2 * ((i + part) % 3)) / widths[n] for i, (n, p) in enumerate(prices.items()))
+
+    return HeldOut(range(parts), score)
+
+
+def test_the_reference_scores_every_group_at_every_step_on_all_images():
+    supernet = convert(Chain([(40, False)] * 6), IMAGE)
+    seen = []
+    evaluate = in_parts(supernet, dict.fromkeys(supernet.space.names, 1.0), parts=2)
+    whole = HeldOut(evaluate.batches, lambda s, part: (seen.append(width_of(supernet)), evaluate.score(s, part))[1])
+    result = search(supernet, {"macs": "60%"}, whole, mode="reference", rank="error", refine=False)
+    widths, scored = supernet.space.max(), {supernet.space.max()}
+    for step in result.steps:
+        groups = supernet.space.groups
+        now = {widths.replaced(g.name, max(c for c in g.choices if c < widths[g.name])) for g in groups}
+        scored |= now
+        widths = widths.replaced(step.group, step.width)
+        assert widths in now
+    assert {supernet.space.from_dict(w) for w in seen} == scored
+    assert len(seen) == 2 * len(scored) == 2 * result.evaluations
+
+
+def test_the_fast_mode_is_ten_times_cheaper_and_as_good():
+    supernet = convert(Chain([(24, False)] * 12), IMAGE)
+    draw = random.Random(0)
+    evaluate = in_parts(supernet, {n: draw.uniform(0.5, 5) for n in supernet.space.names}, parts=6)
+    budgets = {"macs": ["75%", "50%"]}
+    slow, fast = (search(supernet, budgets, evaluate, mode=mode, steps=5) for mode in ("reference", "fast"))
+    assert 10 * fast.evaluated_macs < slow.evaluated_macs
+    assert 4 * fast.evaluations < slow.evaluations
+    for one, other in zip(fast.networks, slow.networks, strict=True):
+        assert one.error <= 1.01 * other.error
+        assert 0.99 * one.budget <= one.cost.macs <= one.budget
+
+
+@pytest.mark.parametrize("mode", ["fast", "reference"])
+def test_ties_are_decided_by_the_seed(mode):
+    supernet = convert(Chain([(32, False)] * 6), IMAGE)
+
+    def found(seed):
+        return search(supernet, {"macs": "50%"}, lambda subnet: 1.0, mode=mode, seed=seed, rank="error").to_dict()
+
+    assert found(3) == found(3)
+    assert len({json.dumps(found(seed)["steps"][:3]) for seed in range(6)}) > 1
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -409,6 +467,7 @@ def test_budgets_are_refused_before_anything_is_evaluated(supernet, budgets, mes
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"mode": "slow"}, r"got mode='slow'; needed: one of \['fast', 'reference'\]"),
         ({"rank": "loss"}, r"got rank='loss'; needed: one of \['error', 'per_cost'\]"),
         ({"steps": 0}, "got steps=0; needed: at least 1"),
     ],

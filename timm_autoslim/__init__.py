@@ -8,6 +8,7 @@ from timm_autoslim.errors import AutoSlimError
 from timm_autoslim.folder import check_folder
 from timm_autoslim.hub import push
 from timm_autoslim.sandwich import SandwichStep, sandwich_step
+from timm_autoslim.scoring import HeldOut, Team
 from timm_autoslim.slimming import Found, SearchResult, Step, search
 from timm_autoslim.space import ChannelGroup, SearchSpace, Widths
 from timm_autoslim.supernet import Supernet, convert
@@ -19,11 +20,13 @@ __all__ = [
     "ChannelGroup",
     "Cost",
     "Found",
+    "HeldOut",
     "SandwichStep",
     "SearchResult",
     "SearchSpace",
     "Step",
     "Supernet",
+    "Team",
     "Widths",
     "baseline",
     "batch_statistics",

@@ -1,4 +1,4 @@
-"""Command line: `python -m timm_autoslim inspect MODEL` and `python -m timm_autoslim run SCRIPT [ARGS...]`."""
+"""Command line: `python -m timm_autoslim inspect MODEL`, `... report RUN` and `... run SCRIPT [ARGS...]`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import sys
 import time
 import types
 from collections import Counter
+from pathlib import Path
 
 import torch
 
 from timm_autoslim.bases import create_hollow
 from timm_autoslim.costs import cost_by_module, reach
-from timm_autoslim.errors import AutoSlimError
+from timm_autoslim.errors import ArtifactError, AutoSlimError
 from timm_autoslim.supernet import Supernet, convert
 
 
@@ -61,6 +62,19 @@ def inspect(name: str, size: int | None = None, modules: bool = False) -> str:
         )
     lines += [f"  {share:6.2%} of the MACs held by: {reason}" for reason, share in found.held[:5]]
     return "\n".join([*lines, "", "fixed axes, and why:", *_fixed(supernet)])
+
+
+def report(run: Path) -> Path:
+    """Write the report of a run folder's search, and return the path of its page.
+
+    Raises:
+        ArtifactError: the folder holds no search that can be shown, or a package that draws is not installed.
+    """
+    try:
+        from timm_autoslim.report import write_report  # what it draws with is an extra
+    except ModuleNotFoundError as error:
+        raise ArtifactError(f"the report needs {error.name}: pip install 'timm-autoslim[recipes]'") from error
+    return write_report(run)
 
 
 def run(script: str, args: list[str]) -> int:
@@ -112,6 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     look.add_argument("model", help="a timm name, or torchvision/NAME")
     look.add_argument("--size", type=int, help="height and width of the images")
     look.add_argument("--modules", action="store_true", help="also list the MACs of every module")
+    show = commands.add_parser("report", help="write RUN/report.html and figures of the search in a run folder")
+    show.add_argument("run", metavar="RUN", type=Path, help="folder with a search.json")
     start = commands.add_parser(
         "run",
         help="run a script, such as timm's validate.py, that is to load exported folders: --model local-dir:FOLDER",
@@ -123,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
         return run(words[1], words[2:])  # past argparse, which would drop a `--` among the script's arguments
     args = parser.parse_args(words)
     try:
-        print(inspect(args.model, args.size, args.modules))
+        print(report(args.run) if args.command == "report" else inspect(args.model, args.size, args.modules))
     except AutoSlimError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from timm_autoslim.costs import Budget, Budgets, cost, read_budgets, uniform_within, widest_within
 from timm_autoslim.errors import WidthError
-from timm_autoslim.slimming import FILLED, Evaluate, Found, Scorer, SearchResult
+from timm_autoslim.scoring import Evaluate, Scorer, Scores, Team
+from timm_autoslim.slimming import FILLED, Found, SearchResult
 from timm_autoslim.space import Widths
 from timm_autoslim.supernet import Supernet
 
@@ -30,6 +31,8 @@ def baseline(
     population: int = 20,
     criterion: str = "l2",
     seed: int = 0,
+    scores: Scores | None = None,
+    team: Team | None = None,
 ) -> SearchResult:
     """Choose widths for every budget by a baseline instead of by greedy slimming.
 
@@ -54,6 +57,7 @@ def baseline(
         population: subnets that "evolutionary" keeps.
         criterion: a name in `timm_autoslim.importance.CRITERIA`; "taylor" needs gradients in `supernet.model`.
         seed: of all random draws; each budget starts from it anew.
+        scores, team: as for `search`.
 
     Returns:
         A result without steps.
@@ -76,10 +80,10 @@ def baseline(
             "of at least 2"
         )
     ordered = read_budgets(supernet, budgets)
-    score = Scorer(supernet, evaluate)
+    score = Scorer(supernet, evaluate, scores, team)
     choose: dict[Kind, Callable[[Budget], Widths]] = {
         "uniform": lambda budget: uniform_within(supernet, budget),
-        "random": lambda budget: min(_random(supernet, budget, candidates, _generator(seed)), key=score),
+        "random": lambda budget: _best(_random(supernet, budget, candidates, _generator(seed)), score),
         "importance": lambda budget: _ranked(supernet, budget, _unit_scores(supernet, criterion, seed)),
         "evolutionary": lambda budget: _evolved(supernet, budget, score, candidates, population, _generator(seed)),
     }
@@ -88,6 +92,13 @@ def baseline(
         widths = choose[kind](budget)
         networks.append(Found.of(budget, widths, cost(supernet, widths), score(widths)))
     return SearchResult(tuple(networks), (), score.evaluations, score.macs)
+
+
+def _best(subnets: Iterable[Widths], score: Scorer) -> Widths:
+    """Return the subnet with the lowest error; of equals the first."""
+    found = list(subnets)
+    errors = score.many(found)
+    return found[errors.index(min(errors))]
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -151,6 +162,7 @@ def _evolved(
     alive += _random(supernet, budget, min(population, candidates) - 1, generator)
     drawn = len(alive)
     while True:
+        score.many(alive)  # together, so that the processes of a team can share them
         alive = sorted(dict.fromkeys(alive), key=score)[:population]
         if drawn >= candidates:
             return alive[0]

@@ -1,0 +1,151 @@
+"""Scoring: each subnet once, counted in images times MACs, in parts, by several processes, and from what is known."""
+
+import threading
+
+import pytest
+import torch
+from test_slimming import IMAGE, Branches, width_of
+from zoo import randomise
+
+from timm_autoslim import HeldOut, Team, baseline, convert, cost, search
+from timm_autoslim.errors import DataError, EvaluationError
+from timm_autoslim.scoring import Scorer
+
+PRICES = {"a": 5.0, "b": 1.0, "c": 3.0}
+
+
+def make_supernet():
+    return convert(randomise(Branches()), IMAGE, min=2, divisor=2)
+
+
+def held_out(supernet, parts=4, seen=None):
+    """Return an evaluate in parts of 1, 2, 3... images, whose prices differ a little from part to part."""
+
+    def score(subnet, part):
+        assert subnet(IMAGE.repeat(part + 1, 1, 1, 1)).shape == (part + 1, 4)
+        if seen is not None:
+            seen.append((supernet.space.from_dict(width_of(supernet)), part))
+        return sum(PRICES[n] * (1 + 0.1 * part) / w for n, w in width_of(supernet).items())
+
+    return HeldOut(range(parts), score)
+
+
+def test_forward_work_is_images_times_macs():
+    supernet, seen = make_supernet(), []
+    score = Scorer(supernet, held_out(supernet, seen=seen))
+    narrow, wide = supernet.space.min(), supernet.space.max()
+    whole = score.many([narrow, wide, narrow])
+    assert whole[0] == whole[2] > whole[1]
+    assert whole[1] == pytest.approx(sum(PRICES[n] * 1.15 / w for n, w in wide.items()))
+    assert seen == [(w, part) for w in (narrow, wide) for part in range(4)]
+    assert score.macs == (1 + 2 + 3 + 4) * (cost(supernet, narrow).macs + cost(supernet, wide).macs)
+    assert score.evaluations == 2
+
+
+def test_more_parts_are_scored_only_when_they_are_needed():
+    supernet, seen = make_supernet(), []
+    score = Scorer(supernet, held_out(supernet, seen=seen))
+    wide = supernet.space.max()
+    first = score.many([wide], parts=1)
+    assert [part for _, part in seen] == [0]
+    assert score.many([wide], parts=3)[0] == pytest.approx(first[0] * 1.1)
+    assert [part for _, part in seen] == [0, 1, 2]
+    assert score(wide) == pytest.approx(first[0] * 1.15)
+    assert [part for _, part in seen] == [0, 1, 2, 3]
+    assert score.evaluations == 1
+
+
+def test_held_out_is_an_ordinary_evaluate_too():
+    supernet = make_supernet()
+    evaluate = held_out(supernet)
+    whole = sum(PRICES[n] * 1.15 / w for n, w in width_of(supernet).items())
+    assert evaluate(supernet) == pytest.approx(whole)
+    with pytest.raises(DataError, match=r"HeldOut\(\) got no batches"):
+        HeldOut([], lambda subnet, batch: 0.0)
+
+
+METHODS = {
+    "fast": lambda s, e, **more: search(s, {"macs": ["60%", "30%"]}, e, **more),
+    "reference": lambda s, e, **more: search(s, {"macs": ["60%", "30%"]}, e, mode="reference", **more),
+    "random": lambda s, e, **more: baseline(s, {"macs": "40%"}, e, "random", candidates=12, **more),
+    "evolutionary": lambda s, e, **more: baseline(
+        s, {"macs": "40%"}, e, "evolutionary", candidates=20, population=6, **more
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_known_is_not_scored_again_and_the_result_is_the_same(method):
+    supernet, scores, seen = make_supernet(), {}, []
+    whole = METHODS[method](supernet, held_out(supernet), scores=scores)
+    again = METHODS[method](supernet, held_out(supernet, seen=seen), scores=dict(scores))
+    assert not seen
+    assert again == whole
+    assert again.to_dict() == whole.to_dict()
+    half = dict(list(scores.items())[: len(scores) // 2])
+    assert METHODS[method](supernet, held_out(supernet, seen=seen), scores=half) == whole
+    assert len(seen) == len(scores) - len(scores) // 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_team_finds_what_one_finds_and_shares_the_work(method, count):
+    """Threads with a supernet each stand for processes; they meet at a barrier as processes do."""
+    alone = METHODS[method](one := make_supernet(), held_out(one))
+    barrier, lists = threading.Barrier(count), [None] * count
+    results, seen = [None] * count, [[] for _ in range(count)]
+
+    def work(index):
+        def gather(items):
+            lists[index] = items
+            barrier.wait(60)
+            joined = [item for part in lists for item in part]
+            barrier.wait(60)
+            return joined
+
+        supernet = make_supernet()
+        results[index] = METHODS[method](
+            supernet, held_out(supernet, seen=seen[index]), team=Team(index, count, gather)
+        )
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert [result.to_dict() for result in results] == [alone.to_dict()] * count
+    jobs = [job for part in seen for job in part]
+    assert len(jobs) == len(set(jobs))
+    if method == "fast":  # looks at two candidates at a time, so a third process often has nothing to do
+        assert max(len(part) for part in seen) < 0.7 * len(jobs)
+    else:
+        assert min(len(part) for part in seen) > 0.5 * len(jobs) / count
+
+
+def test_a_failure_in_one_process_reaches_all_and_keeps_what_was_scored():
+    supernet, known = make_supernet(), {}
+
+    def score(subnet, part):
+        subnet(IMAGE)
+        return float("nan") if part == 3 else 1.0
+
+    other = [("1,1,1:0", [1.0, 1]), ("2,2,2:0", EvaluationError("of another process"))]
+    scorer = Scorer(supernet, HeldOut(range(4), score), known, Team(0, 2, lambda items: [*items, *other]))
+    with pytest.raises(EvaluationError, match="of another process"):
+        scorer.many([supernet.space.max()])
+    alone = Scorer(supernet, HeldOut(range(4), score), known := {})
+    with pytest.raises(EvaluationError, match=r"evaluate returned nan; .*at the widths \{'a': 16"):
+        alone.many([supernet.space.max()])
+    assert list(known) == ["16,16,32:0", "16,16,32:1", "16,16,32:2"]
+    assert supernet._held is None
+    assert not supernet.model._forward_pre_hooks
+
+
+def test_an_evaluate_without_a_forward_costs_nothing():
+    supernet = make_supernet()
+    scorer = Scorer(supernet, lambda subnet: 1.0)
+    assert scorer(supernet.space.min()) == 1.0
+    assert (scorer.evaluations, scorer.macs) == (1, 0)
+    named = Scorer(supernet, lambda subnet: float(subnet(x=torch.zeros(7, 3, 8, 8)).sum()))
+    named(supernet.space.max())
+    assert named.macs == 7 * cost(supernet).macs

@@ -1,0 +1,180 @@
+"""Score subnets on held-out images: each once, counted, by one process or several; most of the time of a search."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_autoslim.calibration import batch_statistics, check_batch_statistics
+from timm_autoslim.costs import cost
+from timm_autoslim.errors import AutoSlimError, DataError, EvaluationError
+from timm_autoslim.space import Widths
+from timm_autoslim.supernet import Supernet
+from timm_autoslim.tracing.twin import tensors_in
+
+Subnet = Callable[[Tensor], Tensor]
+Evaluate = Callable[[Subnet], float]
+
+
+class HeldOut:
+    """An `evaluate` in parts, so that a search can score a candidate on some of the held-out images first.
+
+    Called like any other `evaluate`, it returns the mean over all parts, each counting the same.
+
+    Args:
+        batches: the parts; each should hold several hundred images, for it is normalised by its own statistics.
+        score: `score(subnet, batch)`, the error or loss of a callable subnet on one of them, a float.
+
+    Raises:
+        DataError: there are no batches.
+    """
+
+    def __init__(self, batches: Sequence[Any], score: Callable[[Subnet, Any], float]) -> None:
+        if not len(batches):
+            raise DataError("HeldOut() got no batches; needed: at least one batch of held-out images.")
+        self.batches, self.score = batches, score
+
+    def __call__(self, subnet: Subnet) -> float:
+        """Return the mean over all parts."""
+        return math.fsum(float(self.score(subnet, batch)) for batch in self.batches) / len(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+@dataclass(frozen=True)
+class Team:
+    """Processes that share the scoring of a search; all of them call it, with the same arguments.
+
+    Attributes:
+        index, count: which process this is, of how many.
+        gather: takes a list, and returns the lists of all processes one after the other, by index; such as
+            `accelerate.utils.gather_object`.
+    """
+
+    index: int = 0
+    count: int = 1
+    gather: Callable[[list[Any]], list[Any]] = list
+
+
+# Error of a subnet on one part, and how many images it ran on, by the widths and the part; plain data, for JSON.
+Scores = MutableMapping[str, Sequence[float]]
+_Job = tuple[Widths, int]
+
+
+class Scorer:
+    """Scores subnets with batch-statistics BatchNorm, each once, and counts what that costs.
+
+    Attributes:
+        parts: into how many parts `evaluate` can be divided.
+        evaluations: subnets scored so far, on some parts or on all.
+        macs: forward work of them, images times MACs.
+    """
+
+    def __init__(
+        self, supernet: Supernet, evaluate: Evaluate, scores: Scores | None = None, team: Team | None = None
+    ) -> None:
+        self.supernet, self.evaluate, self.team = supernet, evaluate, team or Team()
+        self.parts = len(evaluate) if isinstance(evaluate, HeldOut) else 1
+        self.macs = 0
+        self._scores: Scores = {} if scores is None else scores
+        self._used: dict[Widths, set[int]] = {}
+
+    @property
+    def evaluations(self) -> int:
+        """Return the number of subnets scored so far."""
+        return len(self._used)
+
+    def __call__(self, widths: Widths) -> float:
+        """Return the error of the subnet of these widths, on all parts; raises as `many` does."""
+        return self.many([widths])[0]
+
+    def many(self, subnets: Sequence[Widths], parts: int | None = None) -> list[float]:
+        """Return the error of each subnet, on the first `parts` parts or on all.
+
+        What was scored before is not scored again; the rest is divided among the processes of the team.
+
+        Raises:
+            EvaluationError: evaluate raised or returned no finite number; the text names the widths.
+            StaleStatisticsError: evaluate switched BatchNorm back to running statistics.
+        """
+        chosen = range(self.parts if parts is None else min(parts, self.parts))
+        jobs = [(widths, part) for widths in dict.fromkeys(subnets) for part in chosen]
+        self._run([job for job in jobs if _key(job) not in self._scores])
+        for widths, part in jobs:
+            used = self._used.setdefault(widths, set())
+            if part not in used:  # scores known from an earlier, interrupted search count as well
+                used.add(part)
+                self.macs += int(self._scores[_key((widths, part))][1]) * cost(self.supernet, widths).macs
+        return [math.fsum(self._scores[_key((w, part))][0] for part in chosen) / len(chosen) for w in subnets]
+
+    def _run(self, jobs: list[_Job]) -> None:
+        if not jobs:
+            return
+        team = self.team
+        done: list[tuple[str, Any]] = []
+        for job in jobs[team.index :: team.count]:
+            try:
+                done.append((_key(job), self._scored(job)))
+            except AutoSlimError as error:  # the other processes wait for this one, and must be told
+                done.append((_key(job), error))
+                break
+        if team.count > 1:
+            done = team.gather(done)
+        failed: AutoSlimError | None = None
+        for key, result in done:
+            if isinstance(result, AutoSlimError):
+                failed = failed or result
+            else:
+                self._scores[key] = result
+        if failed is not None:
+            raise failed
+
+    def _scored(self, job: _Job) -> list[float]:
+        widths, part = job
+        model = self.supernet.model
+        try:
+            with torch.no_grad(), self.supernet.at(widths), batch_statistics(model), _counted(model) as images:
+                if isinstance(self.evaluate, HeldOut):
+                    error = float(self.evaluate.score(self.supernet, self.evaluate.batches[part]))
+                else:
+                    error = float(self.evaluate(self.supernet))
+                check_batch_statistics(model)
+        except AutoSlimError:
+            raise
+        except Exception as cause:  # whatever the user's callable raises, the widths must be named
+            raise EvaluationError(
+                f"evaluate raised {type(cause).__name__}: {cause}; at the widths {widths.to_dict()}"
+            ) from cause
+        if not math.isfinite(error):
+            raise EvaluationError(
+                f"evaluate returned {error}; needed: a finite error or loss; at the widths {widths.to_dict()}"
+            )
+        return [error, sum(images)]
+
+
+def _key(job: _Job) -> str:
+    widths, part = job
+    return f"{','.join(map(str, widths.values_))}:{part}"
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[list[int]]:
+    """Collect, for the length of a block, how many images each forward of the model takes."""
+    images: list[int] = []
+
+    def count(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        first = next((t for t in tensors_in((inputs, named)) if t.dim()), None)
+        images.append(1 if first is None else len(first))
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield images
+    finally:
+        handle.remove()
