@@ -268,8 +268,18 @@ def search_flags(parser: argparse.ArgumentParser) -> None:
         default=["macs=50%"],
         metavar="UNIT=AMOUNT",
         help="such as macs=50%% (of the widest), macs=300M or params=2.5M; several limits for one network are quoted: "
-        "'macs<=300M and params<=2M'",
+        "'macs<=300M and params<=2M'; units: macs, params, peak_bytes, latency_ms",
     )
+    group.add_argument("--cost-batch-size", type=int, default=1, help="images that peak_bytes and latency_ms are for")
+    group.add_argument("--latency-table", help="file of measured operators; default: latency.json of the run folder")
+    group.add_argument("--latency-device", default="cpu", help="device that latency_ms is for, such as cpu or cuda:0")
+    group.add_argument(
+        "--latency-runtime",
+        choices=("eager", "compile", "onnxruntime"),
+        default="eager",
+        help="how the network will run there",
+    )
+    group.add_argument("--latency-threads", type=int, default=1, help="threads of the processor")
     group.add_argument(
         "--mode",
         choices=("fast", "reference"),

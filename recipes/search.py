@@ -52,11 +52,12 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}")
 
     supernet = load_supernet(run, args)
+    supernet.conditions = conditions(args, texts, accelerator)
     widest = timm_autoslim.cost(supernet)
     asked = {parse_limits(text, widest): text for text in texts}
     texts = list(asked.values())  # each budget once
     for budget in read_budgets(supernet, texts):  # refuses those out of reach
-        limits = " and ".join(f"{limit / 1e6:.3f}M {unit}" for unit, limit in budget.limits)
+        limits = " and ".join(f"{said(unit, limit)} {unit}" for unit, limit in budget.limits)
         accelerator.print(f"budget {asked[budget]}: at most {limits}; within reach")
     chunks = held_out_images(args, run, accelerator)
     supernet.to(accelerator.device)
@@ -94,6 +95,29 @@ def main(argv: list[str] | None = None) -> None:
         write_results(run, args, supernet, asked, results, {"images": total, "seconds": seconds})
         progress.path.unlink(missing_ok=True)
     accelerator.end_training()
+
+
+def conditions(args: argparse.Namespace, texts: Sequence[str], accelerator: Accelerator) -> timm_autoslim.Conditions:
+    """What peak_bytes and latency_ms are counted for; the table of latencies is opened if a budget needs it.
+
+    Raises:
+        ConfigError: a budget of latency for several processes, each of which would measure times of its own.
+        LatencyError: an unknown device, or a table of another one.
+    """
+    if not any("latency_ms" in text for text in texts):
+        return timm_autoslim.Conditions(args.cost_batch_size)
+    if accelerator.num_processes > 1:
+        raise ConfigError("--budgets with latency_ms: one process is needed, since each would measure other times.")
+    table = timm_autoslim.LatencyTable(
+        args.latency_table or Path(args.run) / "latency.json", device=args.latency_device,
+        batch_size=args.cost_batch_size, runtime=args.latency_runtime, threads=args.latency_threads,
+    )  # fmt: skip
+    return timm_autoslim.Conditions(args.cost_batch_size, latency=table)
+
+
+def said(unit: str, number: float) -> str:
+    """A cost as it is printed: milliseconds as they are, all else in millions."""
+    return f"{number:.3f}" if unit == "latency_ms" else f"{number / 1e6:.3f}M"
 
 
 def held_out_images(args: argparse.Namespace, run: Path, accelerator: Accelerator) -> list[tuple[Tensor, Tensor]]:
@@ -140,7 +164,10 @@ def amounts_by_unit(given: list[str]) -> dict[str, list[str]]:
     for text in given:
         unit, _, amount = text.partition("=")
         if unit not in UNITS or not amount:
-            raise BudgetError(f"--budgets {text!r}: needed UNIT=AMOUNT, such as macs=50%, macs=300M or params=2.5M.")
+            raise BudgetError(
+                f"--budgets {text!r}: needed UNIT=AMOUNT, such as macs=50%, macs=300M or params=2.5M; "
+                f"units {list(UNITS)}."
+            )
         budgets.setdefault(unit, []).append(amount)
     return budgets
 
@@ -165,7 +192,8 @@ def write_results(
                 **found.to_dict(), "unit": " and ".join(units), "layers": cost_by_module(supernet, found.widths),
             })  # fmt: skip
             spent = f"{found.cost.macs / 1e6:10.2f}M MACs {found.cost.params / 1e6:8.3f}M params"
-            print(f"{networks[-1]['name']:32s} {spent}  loss {found.error:.4f}")
+            others = [f"{said(u, getattr(found.cost, u))} {u}" for u in units if u in ("peak_bytes", "latency_ms")]
+            print(f"{networks[-1]['name']:32s} {'  '.join([spent, *others])}  loss {found.error:.4f}")
     searched = results["searched"].to_dict()
     write_trace(run / "search.csv", searched["steps"])
     flags = {key: vars(args)[key] for key in ("model", "mode", "rank", "refine", "steps", "budgets", "seed")}
@@ -196,20 +224,20 @@ class Descent(tqdm):
     def __init__(self, widest: timm_autoslim.Cost, budgets: Sequence[Budget], disable: bool = False) -> None:
         bar_format = "{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
         super().__init__(total=100, unit="%", bar_format=bar_format, disable=disable)
-        self.widest = {unit: getattr(widest, unit) for unit in UNITS}
         limits = [limit for budget in budgets for limit in budget.limits]
         self.goals = {
             unit: sorted({number for of, number in limits if of == unit}, reverse=True)
             for unit in dict.fromkeys(of for of, _ in limits)
         }
+        self.widest = {unit: getattr(widest, unit) for unit in self.goals}
 
     def show(self, step: timm_autoslim.Step) -> None:
         """Called by the search after each step."""
         shares, ahead = [], []
         for unit, goals in self.goals.items():
-            now, start = getattr(step, unit), self.widest[unit]
-            shares.append(min(1.0, (start - now) / max(start - goals[-1], 1)))
-            ahead += [f"{now / goal - 1:+.1%} {unit} to {goal / 1e6:.2f}M" for goal in goals if now > goal][:1]
+            now, start = step.spent[unit], self.widest[unit]
+            shares.append(min(1.0, (start - now) / max(start - goals[-1], 1e-9)))
+            ahead += [f"{now / goal - 1:+.1%} {unit} to {said(unit, goal)}" for goal in goals if now > goal][:1]
         self.n = round(100 * min(shares), 1)
         self.set_postfix_str(f"{step.group} -> {step.width}, loss {step.error:.4f}, {', '.join(ahead) or 'done'}")
 

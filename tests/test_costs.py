@@ -8,10 +8,13 @@ import torch
 import torchvision
 from timm.models.efficientnet import _gen_mobilenet_v2
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from zoo import Plain
 
 from timm_autoslim import convert, cost, uniform_at
 from timm_autoslim.costs import (
+    UNITS,
     Budget,
     Cost,
     check_reach,
@@ -170,7 +173,8 @@ def test_widths_of_another_model_are_refused(supernet):
 @pytest.mark.parametrize(
     ("text", "number"),
     [(300e6, 300e6), (5, 5), ("300M", 300e6), ("1.2G", 1.2e9), ("12k", 12e3), ("2B", 2e9), ("60%", 600), (" 7 ", 7),
-     ("12.5%", 125), ("3e5", 3e5)],
+     ("12.5%", 125), ("3e5", 3e5),
+     ("20Ki", 20480), ("1.5Mi", 1572864), ("1Gi", 2**30)],
 )  # fmt: skip
 def test_budgets_are_read(text, number):
     assert parse_budget(text, 1000) == pytest.approx(number, rel=1e-12)
@@ -190,21 +194,21 @@ def test_a_budget_must_be_positive(text):
         parse_budget(text, 1000)
 
 
-def test_units_are_macs_and_params():
-    assert [check_unit(unit) for unit in ("macs", "params")] == ["macs", "params"]
-    with pytest.raises(BudgetError, match=r"got a budget in 'flops'; needed: one of \['macs', 'params'\]"):
+def test_units_are_what_a_cost_has():
+    assert [check_unit(unit) for unit in UNITS] == ["macs", "params", "peak_bytes", "latency_ms"]
+    with pytest.raises(BudgetError, match=re.escape(f"got a budget in 'flops'; needed: one of {list(UNITS)}")):
         check_unit("flops")
 
 
 def test_a_budget_out_of_reach_is_refused_with_what_the_narrowest_reaches(supernet):
     narrowest = cost(supernet, supernet.space.min())
-    check_reach(supernet.space, supernet.graph, "macs", narrowest.macs)
+    check_reach(supernet, "macs", narrowest.macs)
     message = (
         rf"the budget of {narrowest.params - 1:,} params is out of reach: the narrowest subnet of the search space has "
         rf"{narrowest.params:,} \(\d+\.\d% of the whole\); raise the budget, or lower `min` in convert\(\)"
     )
     with pytest.raises(BudgetError, match=message):
-        check_reach(supernet.space, supernet.graph, "params", narrowest.params - 1)
+        check_reach(supernet, "params", narrowest.params - 1)
     with pytest.raises(BudgetError, match="out of reach"):
         uniform_at(supernet, "params", narrowest.params - 1)
 
@@ -255,7 +259,7 @@ def test_several_limits_are_read(text, limits):
         ("macs<=5 and", "needed: a text of UNIT<=AMOUNT|got the budget '5 and'"),
         ("macs<=5 and 7", "got the budget 'macs<=5 and 7'; needed: a text of UNIT<=AMOUNT"),
         ("macs<=5, params<=7", "got the budget '5, params<=7'; needed: a number"),
-        ("flops<=5", "got a budget in 'flops'; needed: one of ['macs', 'params']"),
+        ("flops<=5", "got a budget in 'flops'; needed: one of ['macs', 'params', 'peak_bytes', 'latency_ms']"),
         ("macs<=", "got the budget ''; needed: a number"),
         ("macs<=-3", "got the budget '-3'; needed: a positive number"),
         ("macs<=5 and macs<=7", "got the budget 'macs<=5 and macs<=7', which limits macs twice"),
@@ -306,3 +310,27 @@ def test_the_widest_width_within_a_budget(supernet, share):
     # no group is narrowed, not even where nothing fits
     whole = supernet.space.max()
     assert widest_within(supernet, whole, "stem", budget) == whole
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("vit_tiny_patch16_224", {"depth": 2, "embed_dim": 96}),
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
+        ("xcit_nano_12_p16_224", {"depth": 2}),
+        ("test_vit", {}),
+    ],
+)
+@torch.no_grad()
+def test_products_of_attention_are_what_a_counter_finds(name, arguments):
+    model = timm.create_model(name, img_size=64, num_classes=10, **arguments).eval()
+    images = torch.randn(1, 3, 64, 64)
+    supernet = convert(model, images)
+    for widths in (supernet.space.max(), supernet.space.sample(torch.Generator().manual_seed(0)), supernet.space.min()):
+        # the counter does not know the fused kernel of CPUs
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            supernet.extract(widths)(images)
+        assert 2 * cost(supernet, widths).macs == counter.get_total_flops()

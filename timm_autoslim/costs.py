@@ -1,4 +1,4 @@
-"""What a subnet costs, exactly and without a forward pass: functions of the widths that the trace gave."""
+"""What a subnet costs, without a forward pass: functions of the widths that the trace gave."""
 
 from __future__ import annotations
 
@@ -7,14 +7,57 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
 
 from timm_autoslim.errors import BudgetError
-from timm_autoslim.tracing.graph import ChannelGraph
+from timm_autoslim.terms import Terms, parameter_terms
+from timm_autoslim.tracing.graph import ChannelGraph, Count
 
 if TYPE_CHECKING:
-    from timm_autoslim.space import SearchSpace, Widths
+    from timm_autoslim.space import Widths
     from timm_autoslim.supernet import Supernet
+
+
+class Latency(Protocol):
+    """What predicts how long a subnet runs, such as a `LatencyTable`."""
+
+    def predict(self, supernet: Supernet, widths: Widths) -> float:
+        """Return milliseconds for one batch."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What `peak_bytes` and `latency_ms` are counted for; MACs and parameters depend on none of it.
+
+    Attributes:
+        batch_size: images in a batch, for `peak_bytes`.
+        dtype: type of weights and activations, for `peak_bytes`; None is that of the model.
+        latency: what predicts `latency_ms`, for the device, runtime, batch size and type that it was made for.
+    """
+
+    batch_size: int = 1
+    dtype: torch.dtype | None = None
+    latency: Latency | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise BudgetError(f"got batch_size={self.batch_size!r}; needed: a positive integer")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise BudgetError(
+                f"got dtype={self.dtype!r}; needed: a floating point type, such as torch.float16, or None"
+            )
+
+
+@dataclass(frozen=True)
+class _Meter:
+    """Where the costs come from that are not read off the graph."""
+
+    supernet: Supernet
+    widths: Widths
+    conditions: Conditions
 
 
 @dataclass(frozen=True)
@@ -31,28 +74,108 @@ class Cost:
     macs: int
     params: int
 
+    _meter: ClassVar[_Meter | None] = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that inference takes at once: weights, inputs and activations of one batch, in bytes.
+
+        From the lifetimes of the tensors of the model's own forward in eval mode without gradients: views share memory,
+        in-place operators take none, and a tensor is freed when Python lets go of it. What a kernel takes and frees
+        by itself (workspace) is not counted. Batch size and type are those of `conditions`, see `cost`.
+
+        Raises:
+            TraceError: the lifetimes cannot be told, because narrower subnets run other operators.
+        """
+        meter = self._met("peak_bytes")
+        tape = meter.supernet.tape(meter.conditions.batch_size, meter.conditions.dtype)
+        return tape.peak_bytes(meter.widths.values_)
+
+    @property
+    def latency_ms(self) -> float:
+        """The milliseconds for one batch, predicted from measured operators by the `conditions`' latency table.
+
+        Raises:
+            BudgetError: there is no latency table.
+            LatencyError: the table cannot measure here.
+        """
+        meter = self._met("latency_ms")
+        if meter.conditions.latency is None:
+            raise BudgetError(
+                "latency_ms is known only for a named device; needed: a LatencyTable, as cost(..., latency=table), or "
+                "for a search supernet.conditions = Conditions(latency=table)"
+            )
+        return meter.conditions.latency.predict(meter.supernet, meter.widths)
+
+    def _met(self, unit: str) -> _Meter:
+        if self._meter is None:
+            raise BudgetError(
+                f"this cost was made of MACs and parameters alone; call cost(supernet, widths) for {unit}"
+            )
+        return self._meter
+
+
+class _Compiled:
+    """MACs and parameters of a graph as arrays."""
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self.products = graph.products
+        lengths: dict[Count, int] = {}
+        rows = [(1, 1, tuple(lengths.setdefault(c, len(lengths)) for c in p.counts)) for p in self.products]
+        self._constants = [p.constant for p in self.products]
+        self._macs = Terms(list(lengths), len(graph.group_sizes), rows)
+        self._params = parameter_terms(graph, {name: (1, *graph.shapes[name]) for name in graph.parameters})
+
+    def cost(self, widths: Sequence[int]) -> Cost:
+        """Return the cost at these widths."""
+        macs = self._macs(widths) @ self._constants
+        return Cost(round(float(macs)), int(self._params(widths).sum()))
+
+
+_COMPILED: WeakKeyDictionary[ChannelGraph, _Compiled] = WeakKeyDictionary()
+
 
 def cost_of(graph: ChannelGraph, widths: Sequence[int]) -> Cost:
-    """Return the cost of a graph at these widths, one for each group."""
-    macs = graph.macs(widths)
-    lengths: dict[str, dict[int, int]] = defaultdict(dict)
-    for (name, axis), count in graph.lengths.items():
-        lengths[name][axis] = count(widths)
-    params = 0
-    for name in graph.parameters:
-        shape = graph.shapes[name]
-        params += prod(lengths[name].get(axis, n) for axis, n in enumerate(shape)) if name in lengths else prod(shape)
-    return Cost(round(macs), params)
+    """Return MACs and parameters of a graph at these widths, one for each group."""
+    compiled = _COMPILED.get(graph)
+    if compiled is None or compiled.products is not graph.products:  # the graph was solved again
+        compiled = _COMPILED[graph] = _Compiled(graph)
+    return compiled.cost(widths)
 
 
-def cost(supernet: Supernet, widths: Widths | None = None) -> Cost:
+def cost(
+    supernet: Supernet,
+    widths: Widths | None = None,
+    *,
+    batch_size: int | None = None,
+    dtype: torch.dtype | None = None,
+    latency: Latency | None = None,
+) -> Cost:
     """Return the cost of a subnet (the widest if no widths are given), without running it.
+
+    `macs` and `params` are there at once. The first `peak_bytes` at a batch size and type runs a few subnets on the
+    meta device, about as long as converting does; all others take less than a millisecond. `latency_ms` needs a table.
+
+    Args:
+        supernet: the supernet.
+        widths: the subnet.
+        batch_size, dtype: for `peak_bytes`; by default those of `supernet.conditions`, one image in the model's type.
+        latency: for `latency_ms`; by default that of `supernet.conditions`.
 
     Raises:
         WidthError: the widths are of another model.
+        BudgetError: the batch size is not positive, or the type no floating point type.
     """
-    space = supernet.space
-    return cost_of(supernet.graph, space.check(widths if widths is not None else space.max()).values_)
+    widths = supernet.space.check(widths if widths is not None else supernet.space.max())
+    usual = supernet.conditions
+    conditions = Conditions(
+        usual.batch_size if batch_size is None else batch_size,
+        usual.dtype if dtype is None else dtype,
+        usual.latency if latency is None else latency,
+    )
+    found = cost_of(supernet.graph, widths.values_)
+    object.__setattr__(found, "_meter", _Meter(supernet, widths, conditions))
+    return found
 
 
 def cost_by_module(supernet: Supernet, widths: Widths | None = None) -> dict[str, int]:
@@ -94,12 +217,13 @@ def reach(supernet: Supernet) -> Reach:
     return Reach(whole, cost_of(graph, half), cost_of(graph, graph.floors), tuple(ranked))
 
 
-UNITS = ("macs", "params")
-_SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+UNITS = ("macs", "params", "peak_bytes", "latency_ms")
+_SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "": 1.0}
+_AMOUNT = re.compile(r"(.*?)(%|[kMGB]|[KMG]i)?", re.DOTALL)
 
 
 def parse_budget(budget: float | str, whole: float) -> float:
-    """Return a budget as a number: 300e6, "300M", "1.2G", or "60%" of `whole`.
+    """Return a budget as a number: 300e6, "300M", "1.2G", "20Mi" (of 1,048,576), or "60%" of `whole`.
 
     Raises:
         BudgetError: the text is no budget, or the number is not positive.
@@ -107,12 +231,10 @@ def parse_budget(budget: float | str, whole: float) -> float:
     number: float
     try:
         if isinstance(budget, str):
-            text = budget.strip()
-            if text.endswith("%"):
-                number = float(text[:-1]) / 100 * whole
-            else:
-                scale = _SUFFIXES.get(text[-1:], 1.0)
-                number = float(text[:-1] if scale != 1.0 else text) * scale
+            found = _AMOUNT.fullmatch(budget.strip())
+            assert found is not None
+            scale = whole / 100 if found[2] == "%" else _SUFFIXES[found[2] or ""]
+            number = float(found[1]) * scale
         else:
             number = float(budget)
     except (TypeError, ValueError):
@@ -129,14 +251,16 @@ def check_unit(unit: str) -> str:
     return unit
 
 
-def check_reach(space: SearchSpace, graph: ChannelGraph, unit: str, budget: float) -> None:
+def check_reach(supernet: Supernet, unit: str, budget: float) -> None:
     """Raise BudgetError if not even the narrowest subnet meets the budget; say what it reaches."""
-    narrowest = float(getattr(cost_of(graph, space.min().values_), unit))
+    narrowest = float(getattr(cost(supernet, supernet.space.min()), unit))
     if budget < narrowest:
-        whole = float(getattr(cost_of(graph, space.max().values_), unit))
+        whole = float(getattr(cost(supernet), unit))
+        digits = 3 if unit == "latency_ms" else 0
         raise BudgetError(
-            f"the budget of {budget:,.0f} {unit} is out of reach: the narrowest subnet of the search space has "
-            f"{narrowest:,.0f} ({narrowest / whole:.1%} of the whole); raise the budget, or lower `min` in convert()"
+            f"the budget of {budget:,.{digits}f} {unit} is out of reach: the narrowest subnet of the search space has "
+            f"{narrowest:,.{digits}f} ({narrowest / whole:.1%} of the whole); raise the budget, or lower `min` in "
+            "convert()"
         )
 
 
@@ -199,8 +323,8 @@ def read_budgets(supernet: Supernet, budgets: Budgets) -> list[Budget]:
 
     Args:
         supernet: per cent are of its widest subnet.
-        budgets: by unit ("macs", "params"), a number, a text such as "300M" or "60%", or a list of them, each a budget
-            of its own; or a list of texts such as "macs<=300M and params<=2M", where all limits of one text must hold.
+        budgets: by unit (one of `UNITS`), a number, a text such as "300M" or "60%", or a list of them, each a budget of
+            its own; or a list of texts such as "macs<=300M and params<=2M", where all limits of one text must hold.
 
     Raises:
         BudgetError: a budget is malformed, or not even the narrowest subnet meets it.
@@ -224,7 +348,7 @@ def read_budgets(supernet: Supernet, budgets: Budgets) -> list[Budget]:
     for budget in found:
         # the narrowest subnet is the least in every unit, so limits that it meets one by one hold together
         for unit, limit in budget.limits:
-            check_reach(supernet.space, supernet.graph, unit, limit)
+            check_reach(supernet, unit, limit)
     shares = {b: sorted((limit / getattr(whole, unit), unit, limit) for unit, limit in b.limits) for b in found}
     return sorted(found, key=lambda b: shares[b], reverse=True)
 
@@ -234,13 +358,13 @@ def uniform_within(supernet: Supernet, budget: Budget) -> Widths:
 
     The divisor is left out of account, so that uniform slimming, the baseline of every search, uses its budget up.
     """
-    space, graph = supernet.space, supernet.graph
+    space = supernet.space
     low, high = 0.0, 1.0
-    if budget.holds(cost_of(graph, space.max().values_)):
+    if budget.holds(cost(supernet)):
         return space.max()
-    for _ in range(40):  # the cost is monotone in the multiplier
+    for _ in range(40):  # the cost is monotone in the multiplier, a latency nearly so
         middle = (low + high) / 2
-        if budget.holds(cost_of(graph, space.uniform(middle, exact=True).values_)):
+        if budget.holds(cost(supernet, space.uniform(middle, exact=True))):
             low = middle
         else:
             high = middle
@@ -257,7 +381,7 @@ def uniform_at(supernet: Supernet, unit: str, budget: float | str) -> Widths:
     """
     check_unit(unit)
     number = parse_budget(budget, getattr(cost(supernet), unit))
-    check_reach(supernet.space, supernet.graph, unit, number)
+    check_reach(supernet, unit, number)
     return uniform_within(supernet, Budget(((unit, number),)))
 
 
@@ -268,11 +392,11 @@ def widest_within(supernet: Supernet, widths: Widths, name: str, budget: Budget)
     to the group's size is a subnet.
     """
     low, high = widths[name], supernet.space[name].size
-    if low < high and budget.holds(cost_of(supernet.graph, widths.replaced(name, high).values_)):
+    if low < high and budget.holds(cost(supernet, widths.replaced(name, high))):
         return widths.replaced(name, high)
-    while high - low > 1:  # the cost is monotone in the width
+    while high - low > 1:  # the cost is monotone in the width, a latency nearly so
         middle = (low + high) // 2
-        if budget.holds(cost_of(supernet.graph, widths.replaced(name, middle).values_)):
+        if budget.holds(cost(supernet, widths.replaced(name, middle))):
             low = middle
         else:
             high = middle

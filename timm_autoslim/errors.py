@@ -23,6 +23,10 @@ class BudgetError(AutoSlimError, ValueError):
     """A budget that is malformed, of an unknown unit, or out of reach."""
 
 
+class LatencyError(AutoSlimError, ValueError):
+    """An unknown device or runtime, or a latency table that was measured elsewhere."""
+
+
 class StaleStatisticsError(AutoSlimError, RuntimeError):
     """BatchNorm statistics that belong to another subnet would have been scored or exported."""
 

@@ -43,6 +43,7 @@ class Step:
     budget: float
     evaluations: int
     limits: Mapping[str, float] = field(hash=False)
+    spent: Mapping[str, float] = field(hash=False)  # by unit, of all that any budget of the search limits
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Found:
         """Return plain data, for JSON."""
         return {
             **asdict(self.cost),
+            **{unit: getattr(self.cost, unit) for unit in self.limits},
             "unit": self.unit,
             "budget": self.budget,
             "limits": dict(self.limits),
@@ -347,6 +349,7 @@ def search(
     draws = torch.randperm(len(supernet.space), generator=torch.Generator().manual_seed(seed)).tolist()
     order = dict(zip(supernet.space.names, draws, strict=True))
     descent = (_FastDescent if mode == "fast" else _Descent)(supernet, score, rank, steps, order)
+    units = dict.fromkeys(unit for budget in ordered for unit, _ in budget.limits)
     networks: list[Found] = []
     trail: list[Step] = []
     for budget in ordered:
@@ -363,6 +366,7 @@ def search(
                 *budget.tightest(before),
                 score.evaluations,
                 dict(budget.limits),
+                {unit: getattr(now, unit) for unit in units},
             )
             trail.append(made)
             if on_step is not None:

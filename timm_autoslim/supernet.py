@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from timm_autoslim import slicing
+from timm_autoslim.costs import Conditions
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.space import SearchSpace, Widths, build_space
+from timm_autoslim.tape import Tape
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.tracing.trace import trace as trace_model
-from timm_autoslim.tracing.twin import tensors_in
+from timm_autoslim.tracing.twin import sized, tensors_in
 
 RECIPE_FORMAT = 1
 # What timm's models say of themselves, and torchvision's do not.
@@ -34,9 +36,11 @@ class Supernet(nn.Module):
         model: the model itself, whole; its parameters are the shared weights.
         space: the search space.
         graph: the channel-dependency graph.
+        conditions: what `peak_bytes` and `latency_ms` are counted for in `cost` and in a search; set it as you like.
     """
 
     model: nn.Module
+    conditions: Conditions
 
     def __init__(
         self, model: nn.Module, found: Trace, space: SearchSpace, base: str | None, base_args: Mapping[str, Any]
@@ -49,6 +53,8 @@ class Supernet(nn.Module):
         self._base, self._base_args = base, dict(base_args)
         self._cache: OrderedDict[tuple[int, ...], slicing.Slices] = OrderedDict()
         self._held: Widths | None = None  # the widths of the `at` block that is open
+        self.conditions = Conditions()
+        self._tapes: dict[tuple[int, torch.dtype | None], Tape] = {}
 
     @property
     def repairs(self) -> tuple[str, ...]:
@@ -122,6 +128,25 @@ class Supernet(nn.Module):
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]
+
+    def tape(self, batch_size: int = 1, dtype: torch.dtype | None = None) -> Tape:
+        """Return what one forward in eval mode does, as functions of the widths; made at the first call, then kept.
+
+        Raises:
+            TraceError: narrower subnets run other operators than the widest.
+            WidthError: an `at` block is open, and the tape is not made yet.
+        """
+        key = batch_size, dtype
+        if key not in self._tapes:
+            if self._held is not None:
+                raise WidthError("a `with supernet.at(...)` block is open, and its weights are sliced; leave it first")
+            found = self._trace
+            self._tapes[key] = Tape(self.model, found.example, self.graph, found.described, batch_size, dtype)
+        return self._tapes[key]
+
+    def example(self, batch_size: int = 1) -> Any:
+        """Return inputs of the shapes that the model was traced with, of this batch size, on the meta device."""
+        return sized(self._trace.example, batch_size)
 
     def extract(self, widths: Widths | None = None) -> nn.Module:
         """Return the subnet as an ordinary model of the same type, with weights of its own.

@@ -51,6 +51,7 @@ class Trace:
     Attributes:
         unruled: operators that the forward uses and that have no rule; what enters them is fixed.
         positional: how many inputs the example gave by position.
+        example: the example on the meta device.
     """
 
     graph: ChannelGraph
@@ -58,6 +59,7 @@ class Trace:
     unruled: frozenset[str]
     repairs: list[str] = field(default_factory=list)
     positional: int = 1
+    example: Any = None
 
 
 # -- the two modes --------------------------------------------------------------------------------------------------
@@ -287,7 +289,7 @@ class Tracer:
         unruled = frozenset(name.rpartition(".")[0] for name in met if not ops.has_rule(name))
         given = self.example
         positional = len(given) if isinstance(given, tuple) else 0 if isinstance(given, Mapping) else 1
-        trace = Trace(graph, self.watch.described, unruled, positional=positional)
+        trace = Trace(graph, self.watch.described, unruled, positional=positional, example=sized(self.example, 1))
         self._prove(trace)
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):

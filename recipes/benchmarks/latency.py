@@ -1,0 +1,141 @@
+"""How far predicted latencies are from measured ones, and what the predictions cost: a table of docs/benchmarks.md.
+
+    python recipes/benchmarks/latency.py --results runs/latency                       # all models, eager
+    python recipes/benchmarks/latency.py --results runs/latency --models resnet50 --runtime onnxruntime
+    python recipes/benchmarks/latency.py --results runs/latency --page docs/benchmarks.md --only-table
+
+For each model a supernet with random weights, and subnets that the fit has not seen: one half with random widths in
+every group, one half with random multipliers. Each is predicted from the table of operators, and measured as an
+extracted model in several rounds over all subnets, so that a slow minute meets all of them alike. Run it on a machine
+that does nothing else. A run that is started again goes on with the models and runtimes that have no result yet; the
+tables of operators are kept in the results folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from tqdm import tqdm
+
+import timm_autoslim
+from timm_autoslim.latency import LatencyReport
+from timm_autoslim.space import Widths
+from timm_autoslim.stopwatch import device_name
+from timm_autoslim.supernet import Supernet
+
+MODELS = {"resnet50": 96, "mobilenetv2_100": 128, "vit_tiny_patch16_224": 112}  # with the side of their images
+START, END = "<!-- latency -->", "<!-- /latency -->"
+
+
+def build(name: str) -> Supernet:
+    """Return the supernet of a model with random weights."""
+    torch.manual_seed(0)
+    size = MODELS[name]
+    model = timm.create_model(name, **({"img_size": size} if "vit" in name else {})).eval()
+    return timm_autoslim.convert(model, torch.zeros(1, 3, size, size))
+
+
+def held_out(supernet: Supernet, count: int) -> list[Widths]:
+    """Return subnets that no fit has seen."""
+    space, generator = supernet.space, torch.Generator().manual_seed(7)
+    free = [space.sample(generator) for _ in range(count // 2)]
+    return free + [space.sample_multiplier(generator) for _ in range(count - len(free))]
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Return predicted and measured latencies of one model, and the time that predictions took."""
+    supernet = build(name)
+    table = timm_autoslim.LatencyTable(
+        args.results / f"table-{args.device}-{args.threads}.json",
+        device=args.device, threads=args.threads, batch_size=args.batch_size, runtime=args.runtime,
+    )  # fmt: skip
+    subnets = held_out(supernet, args.subnets)
+    start = time.perf_counter()
+    predicted = [table.predict(supernet, widths) for widths in tqdm(subnets, desc=f"{name}: predicted", leave=False)]
+    seconds = time.perf_counter() - start
+    rounds: list[list[float]] = [[] for _ in subnets]
+    for _ in range(args.rounds if args.runtime == "eager" else 1):  # other runtimes compile anew in each round
+        for times, widths in zip(rounds, tqdm(subnets, desc=f"{name}: measured", leave=False), strict=True):
+            times.append(table.measure(supernet, widths))
+    return {
+        "model": name, "size": MODELS[name], "runtime": args.runtime, "device": device_name(args.device),
+        "threads": args.threads, "batch_size": args.batch_size, "torch": torch.__version__, "operators": len(table),
+        "seconds": seconds, "predicted_ms": predicted, "measured_ms": [statistics.median(times) for times in rounds],
+    }  # fmt: skip
+
+
+def row(result: dict[str, Any]) -> str:
+    """Return one line of the table."""
+    measured, predicted = result["measured_ms"], result["predicted_ms"]
+    report = LatencyReport((), tuple(measured), tuple(predicted))
+    return (
+        f"| {result['model']}, {result['size']} pixels | {result['runtime']} | {len(measured)} "
+        f"| {min(measured):.1f} to {max(measured):.1f} | {report.median_error:.1%} | {max(report.errors):.1%} "
+        f"| {report.rank_correlation:.3f} | {result['seconds'] / len(measured):.1f} |"
+    )
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the part of the page between its markers."""
+    first = results[0]
+    return "\n".join([
+        f"{first['device']}, {first['threads']} thread(s), batch {first['batch_size']}, torch {first['torch']}. "
+        "Seconds are those of a prediction, measuring new operators and fitting included.", "",
+        "| model | runtime | subnets | measured ms | median error | largest error | rank correlation | s a subnet |",
+        "|---|---|---|---|---|---|---|---|", *map(row, results),
+    ])  # fmt: skip
+
+
+def write_page(path: Path, text: str) -> None:
+    """Put the table between the page's markers, in one step."""
+    before, found, rest = path.read_text(encoding="utf-8").partition(START)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise SystemExit(f"{path}: has no {START} and {END} to write between")
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(f"{before}{START}\n{text}\n{END}{after}")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("runs/latency"))
+    parser.add_argument("--page", type=Path, help="write the table between the markers of this page")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--runtime", choices=("eager", "compile", "onnxruntime"), default="eager")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--subnets", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of measurements, in eager mode")
+    parser.add_argument("--only-table", action="store_true", help="measure nothing")
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    file = args.results / "results.jsonl"
+    results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {(r["model"], r["runtime"], r["batch_size"]) for r in results}
+    todo = [] if args.only_table else [n for n in args.models if (n, args.runtime, args.batch_size) not in done]
+    for name in tqdm(todo, unit="model"):
+        results.append(measure(name, args))
+        with file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(results[-1]) + "\n")
+    if not results:
+        raise SystemExit(f"{file}: has no result yet")
+    print(table(results))
+    if args.page:
+        write_page(args.page, table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Latency: what is measured, what a table predicts from it, and what is refused."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from zoo import Plain
+
+import timm_autoslim.latency as room
+from timm_autoslim import Conditions, LatencyTable, baseline, convert, cost, measure_latency, search
+from timm_autoslim.costs import read_budgets
+from timm_autoslim.errors import BudgetError, LatencyError
+from timm_autoslim.latency import LatencyReport, anchors, fit_factors
+from timm_autoslim.stopwatch import device_name
+
+
+@pytest.fixture
+def supernet():
+    torch.manual_seed(0)
+    return convert(Plain(32), torch.zeros(1, 3, 8, 8))
+
+
+def fake_times(monkeypatch, python=2.0, factor=1.5):
+    """Let operators take a microsecond for each number of their arguments, and networks `factor` times their sum."""
+    measured = []
+
+    def numel(value):
+        if isinstance(value, room.TensorSpec):
+            return int(np.prod(value.shape))
+        return sum(map(numel, value)) if isinstance(value, tuple) else 0
+
+    def operator_ms(self, operator):
+        measured.append(operator)
+        return numel(operator.args) / 1000
+
+    def whole_ms(self, supernet, widths, repeats=10):
+        return python + factor * sum(self._sums(supernet, widths)[1:])
+
+    monkeypatch.setattr(LatencyTable, "_measured", operator_ms)
+    monkeypatch.setattr(LatencyTable, "measure", whole_ms)
+    return measured
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+class Sleeping(nn.Module):
+    """Takes ten times as long for ten times the layers, without a word about how long one takes."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Linear(256, 256) for _ in range(layers)))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_a_model_of_twenty_layers_takes_longer_than_one_of_one():
+    short, long = (measure_latency(Sleeping(n), torch.randn(64, 256)) for n in (1, 20))
+    assert 0 < 4 * short < long
+
+
+def test_measuring_leaves_model_and_threads_alone():
+    model = Plain().train()
+    before, threads = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_num_threads()
+    assert measure_latency(model, torch.randn(2, 3, 8, 8), threads=2, dtype=torch.float64, repeats=2) > 0
+    assert model.training
+    assert torch.get_num_threads() == threads
+    assert all(torch.equal(t, before[n]) and t.dtype == before[n].dtype for n, t in model.state_dict().items())
+
+
+def test_onnxruntime_runs_the_same_model():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert measure_latency(Plain(), torch.randn(2, 3, 8, 8), runtime="onnxruntime", repeats=3) > 0
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_model_is_measured():
+    assert measure_latency(nn.Linear(4, 4), torch.randn(2, 4), runtime="compile", repeats=3) > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"device": "gpu"}, "got the device 'gpu', which cannot be used here"),
+        ({"device": "cuda:77"}, "got the device 'cuda:77', which cannot be used here"),
+        ({"device": "meta"}, "got the device 'meta', on which nothing is computed"),
+        ({"runtime": "tensorrt"}, "got runtime='tensorrt'; needed: one of ['eager', 'compile', 'onnxruntime']"),
+        ({"threads": 0}, "got threads=0; needed: a positive integer"),
+        ({"dtype": torch.int8}, "got dtype=torch.int8; needed: a floating point type"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(given, message):
+    with pytest.raises(LatencyError, match=re.escape(message)):
+        measure_latency(Plain(), torch.randn(2, 3, 8, 8), **given)
+    with pytest.raises(LatencyError, match=re.escape(message)):
+        LatencyTable(**given)
+
+
+def test_a_model_without_weights_is_refused():
+    with torch.device("meta"):
+        model = Plain()
+    with pytest.raises(LatencyError, match="the model has no weights"):
+        measure_latency(model, torch.randn(2, 3, 8, 8))
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_a_table_predicts_sums_of_operators(supernet, monkeypatch):
+    fake_times(monkeypatch)
+    table = LatencyTable()
+    for widths in (supernet.space.sample(torch.Generator().manual_seed(seed)) for seed in range(5)):
+        assert table.predict(supernet, widths) == pytest.approx(table.measure(supernet, widths), rel=1e-6)
+    report = table.report(supernet, [supernet.space.uniform(r) for r in (0.2, 0.4, 0.6, 0.9)])
+    assert report.median_error < 1e-6
+    assert report.rank_correlation == pytest.approx(1)
+
+
+def test_real_operators_are_measured_and_add_up(supernet):
+    table = LatencyTable(batch_size=64)
+    narrow, wide = (table.predict(supernet, w) for w in (supernet.space.min(), supernet.space.max()))
+    assert 0 < narrow < wide
+    assert cost(supernet, latency=table).latency_ms == wide
+    names = {key.partition("float")[0] for key in table._operators}
+    assert {"aten.convolution.default(", "aten.addmm.default("} <= names
+    assert not any("view" in name or "aten.t." in name for name in names)
+
+
+def test_a_table_measures_nothing_twice(supernet, monkeypatch, tmp_path):
+    measured = fake_times(monkeypatch)
+    path = tmp_path / "new" / "table.json"
+    table = LatencyTable(path)
+    widths = supernet.space.uniform(0.4)
+    first = table.predict(supernet, widths)
+    done = len(measured)
+    assert table.predict(supernet, widths) == first
+    again = LatencyTable(path)
+    assert len(again) == len(table) == len(set(map(str, measured)))
+    assert again.predict(supernet, widths) == first
+    assert len(measured) == done
+    again.predict(supernet, widths.replaced("stem", widths["stem"] + 1))  # only what the stem touches is new
+    assert 0 < len(measured) - done < len(again._named(supernet, widths))
+    assert [p.name for p in path.parent.iterdir()] == ["table.json"]
+
+
+def test_two_tables_share_a_file(supernet, monkeypatch, tmp_path):
+    fake_times(monkeypatch)
+    path = tmp_path / "table.json"
+    one, other = LatencyTable(path), LatencyTable(path)
+    one.predict(supernet, supernet.space.from_dict({"stem": 7, "inner": 11}))
+    other.predict(supernet, supernet.space.from_dict({"stem": 9, "inner": 13}))
+    assert len(LatencyTable(path)) == len(one._operators.keys() | other._operators.keys()) > len(one)
+
+
+def test_a_table_that_cannot_be_written_leaves_the_old_one(supernet, monkeypatch, tmp_path):
+    fake_times(monkeypatch)
+    path = tmp_path / "table.json"
+    LatencyTable(path).predict(supernet, supernet.space.max())
+    before = path.read_bytes()
+
+    def refused(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(room.os, "replace", refused)
+    with pytest.raises(OSError, match="disk full"):
+        LatencyTable(path).predict(supernet, supernet.space.from_dict({"stem": 7, "inner": 11}))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("key", "value"), [("device", "Another CPU"), ("threads", 7), ("torch", "1.0.0")])
+def test_a_table_of_another_device_is_refused(supernet, monkeypatch, tmp_path, key, value):
+    fake_times(monkeypatch)
+    path = tmp_path / "table.json"
+    LatencyTable(path).predict(supernet, supernet.space.max())
+    found = json.loads(path.read_text())
+    here = found[key]
+    path.write_text(json.dumps({**found, key: value}))
+    message = f"this latency table was measured with {key} {value!r}, and asked for is {here!r}; give another path"
+    with pytest.raises(LatencyError, match=re.escape(message)):
+        LatencyTable(path)
+    assert json.loads(path.read_text())[key] == value
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1, "device": "x"}', "\x00"])
+def test_a_file_that_is_no_table_is_refused(tmp_path, text):
+    path = tmp_path / "table.json"
+    path.write_text(text)
+    with pytest.raises(LatencyError, match="is no latency table"):
+        LatencyTable(path)
+    assert path.read_text() == text
+
+
+def test_a_table_of_a_later_format_is_refused(tmp_path):
+    path = tmp_path / "table.json"
+    made_for = {"device": device_name("cpu"), "threads": 1, "torch": torch.__version__}
+    path.write_text(json.dumps({"format": 2, **made_for, "operators": {}, "fits": {}}))
+    with pytest.raises(LatencyError, match="got a latency table of format 2; needed: format 1"):
+        LatencyTable(path)
+
+
+def test_an_operator_that_cannot_be_measured_is_named(supernet):
+    table = LatencyTable()
+    broken = room.Operator("aten.mm.default", "head", (room.TensorSpec(torch.float32, (2, 3), (0, 1)),) * 2, {})
+    with pytest.raises(LatencyError, match=r"head: aten\.mm\.default cannot be measured by itself \(RuntimeError"):
+        table._measured(broken)
+
+
+# -- fitting ----------------------------------------------------------------------------------------------------------
+
+
+def test_factors_are_found_again_and_never_negative():
+    rng = np.random.default_rng(0)
+    rows = np.column_stack([np.ones(8), rng.uniform(1, 9, 8), rng.uniform(1, 9, 8)])
+    assert fit_factors(rows, rows @ [0.5, 1.2, 0.8]) == pytest.approx([0.5, 1.2, 0.8])
+    found = fit_factors(rows, rows @ [0.0, 2.0, -0.1])
+    assert min(found) == 0 < found[1]
+
+
+def test_a_report_gives_errors_and_ranks():
+    report = LatencyReport((), (1.0, 2.0, 4.0), (1.1, 2.0, 3.0))
+    assert report.errors == pytest.approx((0.1, 0.0, 0.25))
+    assert report.median_error == pytest.approx(0.1)
+    assert report.rank_correlation == pytest.approx(1)
+    assert LatencyReport((), (1.0, 2.0, 4.0), (3.0, 2.0, 1.0)).rank_correlation == pytest.approx(-1)
+
+
+def test_anchors_are_different_subnets(supernet):
+    found = anchors(supernet)
+    assert len(found) == len(set(found)) == room.ANCHORS
+
+
+# -- budgets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["search", "uniform", "random"])
+def test_a_search_keeps_a_budget_of_latency_and_macs(supernet, monkeypatch, method):
+    fake_times(monkeypatch)
+    supernet.conditions = Conditions(latency=LatencyTable())
+    whole = cost(supernet)
+    budgets = ["macs<=70% and latency_ms<=80%", f"latency_ms<={0.9 * whole.latency_ms}"]
+    if method == "search":
+        result = search(supernet, budgets, lambda subnet: 1.0)
+    else:
+        result = baseline(supernet, budgets, lambda subnet: 1.0, method, candidates=3)
+    first, second = result.networks
+    assert first.cost.latency_ms <= 0.9 * whole.latency_ms
+    assert second.cost.latency_ms <= 0.8 * whole.latency_ms
+    assert second.cost.macs <= 0.7 * whole.macs
+    assert second.cost.latency_ms > 0.75 * whole.latency_ms or second.cost.macs > 0.6 * whole.macs
+
+
+def test_a_budget_of_latency_needs_a_table(supernet):
+    with pytest.raises(BudgetError, match="latency_ms is known only for a named device; needed: a LatencyTable"):
+        search(supernet, ["macs<=50% and latency_ms<=8"], lambda subnet: 1.0)
+
+
+def test_a_budget_of_latency_out_of_reach_is_refused(supernet, monkeypatch):
+    fake_times(monkeypatch)
+    supernet.conditions = Conditions(latency=LatencyTable())
+    with pytest.raises(BudgetError, match=r"the budget of 0\.500 latency_ms is out of reach: the narrowest subnet"):
+        read_budgets(supernet, {"latency_ms": 0.5})
