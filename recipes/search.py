@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from common import command, load_supernet, parse_args, read_args, write_json
 from data import in_memory, open_images, read_split
-from loop import make_accelerator
+from processes import make_accelerator
 from progress import Progress
 from torch import Tensor
 from torch.nn import functional as F

@@ -74,7 +74,7 @@ def test_every_config_parses_and_its_budgets_are_in_reach(path):
     args.num_classes = args.num_classes or 10
     with torch.device("meta"):
         supernet = common.make_supernet(args)
-    budgets = search.read_budgets(common.parse_args("search", None, ["somewhere", "-c", str(path)]).budgets)
+    budgets = search.amounts_by_unit(common.parse_args("search", None, ["somewhere", "-c", str(path)]).budgets)
     for unit, amounts in budgets.items():
         for amount in amounts:
             widths = timm_autoslim.uniform_at(supernet, unit, amount)
@@ -94,10 +94,10 @@ def test_flags_of_run_are_configuration_values():
 
 
 def test_budgets_are_read_or_refused():
-    assert search.read_budgets(["macs=50%", "macs=10M", "params=1M"]) == {"macs": ["50%", "10M"], "params": ["1M"]}
+    assert search.amounts_by_unit(["macs=50%", "macs=10M", "params=1M"]) == {"macs": ["50%", "10M"], "params": ["1M"]}
     for wrong in ("50%", "flops=3", "macs="):
         with pytest.raises(BudgetError, match="needed UNIT=AMOUNT"):
-            search.read_budgets([wrong])
+            search.amounts_by_unit([wrong])
 
 
 # ---------------------------------------------------------------------------------------------------------- data

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from PIL import Image
-from test_recipes import RECIPES
+from recipe_tools import RECIPES
 
 from timm_autoslim.errors import ConfigError
 

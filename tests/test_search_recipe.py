@@ -10,8 +10,11 @@ import subprocess
 import sys
 import time
 
+import data
 import pytest
-from test_recipes import RECIPES, ROOT, common, data, launch, search, train, trained, write_config
+import search
+import train
+from recipe_tools import RECIPES, ROOT, common, launch_two, trained, write_config
 
 from timm_autoslim.__main__ import main as command_line
 from timm_autoslim.errors import BudgetError, ConfigError, DataError, EvaluationError
@@ -211,9 +214,6 @@ def test_a_file_that_is_no_progress_is_told_and_kept(folder):
 
 # -- several processes ------------------------------------------------------------------------------------------------
 
-LAUNCHER = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-LAUNCHER += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-
 
 def test_two_processes_find_what_one_finds(folder, tmp_path):
     argv = ["--budgets", "macs=60%", "macs=40%", "--baselines", "uniform", "evolutionary", "--candidates", "6"]
@@ -221,7 +221,7 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     two = shutil.copytree(folder, tmp_path / "two")
     (two / "search.json").unlink()
     recipe = [str(RECIPES / "search.py"), str(two), "-c", write_config(tmp_path), *PARTS, *argv]
-    done = launch(*LAUNCHER, *recipe, ACCELERATE_USE_CPU="true")
+    done = launch_two(*recipe)
     assert done.returncode == 0, done.stderr
     assert "2 process(es) on cpu" in done.stdout
     assert result(two) == result(folder)

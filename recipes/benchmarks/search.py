@@ -32,7 +32,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from common import command, make_supernet, parse_args, read_weights, write_json, write_text, write_weights
 from data import in_memory, open_images, read_split, split_training
-from loop import fit, make_accelerator
+from loop import Backward, Trainer  # noqa: E402
+from processes import make_accelerator  # noqa: E402
 from progress import Progress
 from train import Sandwich
 
@@ -86,17 +87,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 class Augmented(Dataset):
-    """Images in memory, flipped and shifted by up to four pixels at random."""
+    """Images in memory, flipped and shifted by up to four pixels: at random by (seed, epoch, image)."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor) -> None:
+    def __init__(self, inputs: Tensor, targets: Tensor, seed: int) -> None:
         self.inputs, self.targets = F.pad(inputs, (4, 4, 4, 4)), targets  # (N, 3, H + 8, W + 8), (N,)
+        self.seed, self.epoch = seed, 0  # the epoch is set by the trainer
 
     def __len__(self) -> int:
         return len(self.targets)
 
     def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
         size = self.inputs.shape[-1] - 8
-        down, right, flip = torch.randint(0, 9, (3,)).tolist()
+        generator = torch.Generator().manual_seed((self.seed * 1009 + self.epoch) * 1_000_003 + item)
+        down, right, flip = torch.randint(0, 9, (3,), generator=generator).tolist()
         image = self.inputs[item, :, down : down + size, right : right + size]
         return (image.flip(2) if flip % 2 else image), self.targets[item]
 
@@ -141,11 +144,11 @@ class Bench:
         if not path.is_file():
             args = argparse.Namespace(**vars(self.args) | TRAINING)
             sandwich = Sandwich(self.accelerator, args, self.supernet.space, None)
-            loader = DataLoader(Augmented(*self.training), args.batch_size, shuffle=True, drop_last=True)
-            fit(
-                self.accelerator, args, self.supernet, self.supernet.model, loader, sandwich, dict, self.folder,
-                begin=sandwich.begin, describe=sandwich.describe,
-            )  # fmt: skip
+            loader = DataLoader(Augmented(*self.training, args.seed), args.batch_size, shuffle=True, drop_last=True)
+            trainer = Trainer(self.accelerator, args, self.folder, {"training_images": len(self.training[1])})
+            trainer.fit(
+                self.supernet, self.supernet.model, loader, sandwich, begin=sandwich.begin, describe=sandwich.describe
+            )
             write_weights(path, self.supernet.model)
         read_weights(path, self.supernet.model)
 
@@ -179,14 +182,16 @@ class Bench:
         accelerator = make_accelerator(args)  # its seed orders the images
         plain = self.supernet.extract(self.supernet.space.from_dict(found["widths"]))
         inputs, targets = (torch.cat(parts) for parts in zip(self.training, self.held_out, strict=True))
-        loader = DataLoader(Augmented(inputs, targets), args.batch_size, shuffle=True, drop_last=True)
+        loader = DataLoader(Augmented(inputs, targets, args.seed), args.batch_size, shuffle=True, drop_last=True)
 
-        def step(network: nn.Module, inputs: Tensor, targets: Tensor, update: int) -> dict[str, Tensor | None]:
+        def step(
+            network: nn.Module, inputs: Tensor, targets: Tensor, update: int, backward: Backward
+        ) -> dict[str, Tensor | None]:
             loss = F.cross_entropy(network(inputs), targets)
-            accelerator.backward(loss)
+            backward(loss)
             return {"loss": loss}
 
-        fit(accelerator, args, plain, plain, loader, step, dict, folder)
+        Trainer(accelerator, args, folder, {"widths": found["widths"]}).fit(plain, plain, loader, step)
         timm_autoslim.calibrate(plain, self.training[0][:2048].split(256))
         write_json(path, {"method": method, "budget": share, "seed": seed, "top1": top1(plain, self.test)})
 
