@@ -32,8 +32,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 from common import command, make_supernet, parse_args, read_weights, write_json, write_text, write_weights
 from data import in_memory, open_images, read_split, split_training
-from loop import Backward, Trainer  # noqa: E402
-from processes import make_accelerator  # noqa: E402
+from loop import Backward, Trainer
+from processes import make_accelerator
 from progress import Progress
 from train import Sandwich
 
