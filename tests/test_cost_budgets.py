@@ -4,8 +4,9 @@ import json
 import re
 
 import pytest
+import search
+from recipe_tools import trained, write_config
 from test_latency import fake_times
-from test_recipes import search, trained, write_config
 
 from timm_autoslim.errors import ConfigError, LatencyError
 
