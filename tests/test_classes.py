@@ -23,6 +23,7 @@ SUMMATION = 1e-9
 FLOAT32 = 1e-6
 CASTS = {
     "efficientvit_b0": "its linear attention casts to float32",
+    "efficientvit_l1": "its linear attention casts to float32",
     "deepseek_vit_412m": "its norms cast to float32",
     "deepseek_vit_412m_enc": "its norms cast to float32",
 }
@@ -35,6 +36,7 @@ VIT = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hid
 SWIN = {"patch_size": [4, 4], "embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": [4, 4]}
 MAXVIT = {"input_size": [64, 64], "stem_channels": 32, "partition_size": 2, "block_channels": [32, 64]}
 MAXVIT |= {"block_layers": [1, 1], "head_dim": 16, "stochastic_depth_prob": 0.0}
+MNV5 = {"channel_multiplier": 0.1}
 # The image's side, the arguments, the names. Where a member takes `img_size`, it gets that side.
 MEMBERS = {
     name: (pixels, arguments)
@@ -64,6 +66,10 @@ MEMBERS = {
         (64, TWO, "naflexvit_base_patch16_gap"),
         (64, THIN, "beit_base_patch16_224 gemma4_vit_167m qwen3_vit_88m"),
         (96, THIN, "gemma4_vit_167m_enc"),
+        (64, THIN, "qwen3_vit_88m_enc"),
+        (224, {"embed_dim": [32, 48, 64], "num_heads": [2, 3, 4], "depth": [1, 1, 1], "key_dim": 16}, "levit_256d"),
+        (64, {"widths": [16, 24, 32, 48, 64], "depths": [1, 1, 1, 1, 1], "head_widths": [64, 64]}, "efficientvit_l1"),
+        (128, MNV5, "mobilenetv5_base mobilenetv5_300m_enc"),
         (32, VIT, "torchvision/VisionTransformer"),
         (64, SWIN, "torchvision/SwinTransformer"),
         (64, MAXVIT, "torchvision/MaxVit"),

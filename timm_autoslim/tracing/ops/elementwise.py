@@ -73,7 +73,7 @@ def _factory(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
 
 
 @rule("arange", "scalar_tensor", "linspace", "eye", "tril_indices", "triu_indices", "randperm", "_local_scalar_dense",
-      "empty_strided", "new_empty_strided")  # fmt: skip
+      "_assert_async", "empty_strided", "new_empty_strided")  # fmt: skip
 def _constant(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     for tensor in tensors_in(out):
         flow.set_labels(tensor, [None] * tensor.dim())
