@@ -76,7 +76,11 @@ def main(argv: list[str] | None = None) -> None:
     test = evaluate(accelerator, plain, accelerator.prepare(plain_loader(args, images.test)))
 
     if accelerator.is_main_process:
-        figures = {"MACs": entry["macs"], "params": entry["params"], "top-1": round(test["top1"], 2)}
+        limits = zip(entry["unit"].split(" and "), entry["asked"].split(" and "), strict=True)
+        figures = {
+            "budget": " and ".join(f"{unit} <= {amount}" for unit, amount in limits), "found by": entry["kind"],
+            "MACs": entry["macs"], "params": entry["params"], "test top-1, %": round(test["top1"], 2),
+        }  # fmt: skip
         describe_input(plain, args)
         plain.cpu().eval()
         timm_autoslim.export(plain, exported, base=args.model, base_args=base_args(args), card=figures)

@@ -211,6 +211,10 @@ def test_the_whole_road_with_one_command(tmp_path, monkeypatch, capsys):
         assert sum(parameter.numel() for parameter in model.parameters()) == results[name]["params"]
         assert model.pretrained_cfg["input_size"] == (1, 16, 16)
         assert f"loaded again: {name} {results[name]['top1']:.2f} %" in done.stdout
+        card = (folder / "exported" / name / "README.md").read_text()
+        expected = {"budget": "macs <= 60%", "found by": results[name]["kind"], "MACs": f"{results[name]['macs']:,}"}
+        expected |= {"params": f"{results[name]['params']:,}", "test top-1, %": round(results[name]["top1"], 2)}
+        assert all(f"| {label} | {value} |" in card for label, value in expected.items())
 
     monkeypatch.setattr(run, "launch", lambda *_: pytest.fail("a finished stage ran again"))
     run.main(command)
