@@ -56,8 +56,12 @@ def raised(fact, value):
 def test_a_slimmed_model_keeps_the_contract_of_its_base(name, tmp_path):
     base, slim, pixels = exported(name, tmp_path / "out")
     expected, got = facts(base, pixels), facts(slim, pixels)
-    # where the base itself raises, as torchvision's models do, the slimmed one may do better
-    wrong = {f: (value, got[f]) for f, value in expected.items() if got[f] != value and not raised(f, value)}
+    # where the base raises, as torchvision's models do, or breaks a promise, the slimmed one may do better
+    wrong = {
+        fact: (value, got[fact])
+        for fact, value in expected.items()
+        if got[fact] != value and not raised(fact, value) and not (value is False and got[fact] is True)
+    }
     assert not wrong, wrong
     kept = [fact for fact, value in got.items() if value is True]
     assert len(kept) >= (8 if name.startswith("torchvision/") else 15), got
