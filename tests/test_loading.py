@@ -6,9 +6,14 @@ import pytest
 import timm
 import torch
 from exported import image, load, slim
+from safetensors.torch import save_file
+from test_classes import build
 from test_registry import same, state
 
+import timm_autoslim
 from timm_autoslim.artifact import export
+from timm_autoslim.bases import find_filter
+from timm_autoslim.errors import ArtifactError
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +120,77 @@ def test_loading_logs_no_warning(resnet, caplog):
     with caplog.at_level(logging.WARNING):
         load(resnet[1])
     assert caplog.records == []
+
+
+# ---- another image size
+
+
+def at_sizes(name, folder, widths):
+    """A model exported at its own size, and how its base and its folder load at a size of choice."""
+    model, args, side = build(name)
+    supernet = timm_autoslim.convert(model, torch.zeros(1, 3, side, side), base=name, base_args=args)
+    plain = supernet.extract(supernet.space.uniform(widths)).eval()
+    for module in plain.modules():
+        if getattr(module, "num_batches_tracked", None) is not None:
+            module.num_batches_tracked.fill_(7)  # as `build` does
+    export(plain, folder / "out")
+    weights = folder / "base.safetensors"
+    save_file({key: value.contiguous().clone() for key, value in model.state_dict().items()}, weights)
+    file = {"file": str(weights), "num_classes": 10, "input_size": (3, side, side), "custom_load": False}
+
+    def base(**given):
+        return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=file, **{**args, **given}).eval()
+
+    return plain, base, lambda **given: load(folder / "out", **given), side
+
+
+@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
+def test_another_image_size_is_loaded_as_timm_loads_the_base(name, tmp_path):
+    plain, base, again, side = at_sizes(name, tmp_path, 1.0)
+    for size in (2 * side, (side, 2 * side), [side // 2, 2 * side], side // 2):
+        theirs, ours = state(base(img_size=size)), state(again(img_size=size))
+        assert same(theirs, ours)
+        assert not same(theirs, state(plain))
+    assert same(state(plain), state(again(img_size=side)))
+    assert same(state(plain), state(again(img_size=[side, side])))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
+def test_a_narrow_model_takes_another_image_size(name, tmp_path):
+    plain, base, again, side = at_sizes(name, tmp_path, 0.5)
+    wide, own = state(base(img_size=2 * side)), state(plain)
+    model = again(img_size=2 * side, num_classes=7, in_chans=1)
+    assert model(torch.randn(2, 1, 2 * side, 2 * side)).shape == (2, 7)
+    for key, value in state(again(img_size=2 * side)).items():
+        if value.shape == own[key].shape:
+            assert torch.equal(value, own[key])
+        else:  # resized, channel by channel: the first channels of what the base has
+            expected = wide[key][tuple(map(slice, value.shape))]
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
+    assert same(own, state(again(img_size=side)))
+
+
+def test_a_size_that_the_base_cannot_take_is_refused(tmp_path):
+    _, _, again, side = at_sizes("cait_xxs24_224", tmp_path, 0.5)
+    assert find_filter("torchvision/resnet18") is None
+    with pytest.raises(ArtifactError, match=r"(?s)img_size.*size mismatch for pos_embed"):
+        again(img_size=2 * side, num_classes=7)
+
+
+def test_weights_of_another_size_are_refused_whatever_is_asked(tmp_path):
+    plain, _, again, side = at_sizes("test_vit", tmp_path, 0.5)
+    tensors = {key: value.clone() for key, value in plain.state_dict().items()}
+    tensors["pos_embed"] = torch.cat([tensors["pos_embed"]] * 2, 1)
+    save_file(tensors, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(ArtifactError, match="'pos_embed': shape"):
+        again(img_size=2 * side)
+
+
+def test_the_filter_is_the_one_that_timm_passes_on():
+    assert find_filter("resnet18") is None
+    for name, given in (("vit_base_patch16_siglip_224", {}), ("flexivit_small", {"interpolation": "bilinear"})):
+        found = find_filter(name)
+        assert getattr(found, "keywords", {}).items() >= given.items()
+        assert getattr(found, "func", found).__name__ == "checkpoint_filter_fn"
+    assert find_filter("crossvit_tiny_240").__name__ == "pretrained_filter_fn"
+    assert timm.create_model("test_vit").pos_embed.shape[1] == 101  # timm itself builds on

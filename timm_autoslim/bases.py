@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from types import FunctionType
 from typing import Any, TypeGuard
 
 import timm
@@ -83,6 +85,46 @@ def construct(function: Any, name: str, /, *args: Any, **kwargs: Any) -> Any:
             f"base {name!r} cannot be created with {reprlib.repr(kwargs)}: {type(error).__name__}: {said}; "
             "change base_args= or the keyword arguments of create_model"
         ) from error
+
+
+class _Noted(BaseException):
+    """Ends an entrypoint where it would build its model."""
+
+
+def find_filter(name: str, /, **kwargs: Any) -> Callable[..., Any] | None:
+    """Return timm's function that fits weights to a base: what its entrypoint hands to timm's builder.
+
+    The entrypoint runs on a copy of its module's names, in which the builder only notes the function. timm's own
+    modules stay as they are, for other threads too.
+
+    Args:
+        name: as in `create_base`.
+        **kwargs: arguments of the constructor.
+
+    Returns:
+        A function of a state dict and a model that returns a state dict; None where the base has none.
+    """
+    if name.startswith(TORCHVISION):
+        return None
+    entrypoint: Any = timm.models.model_entrypoint(name)
+    found: list[Callable[..., Any] | None] = []
+
+    def note(*_: Any, pretrained_filter_fn: Callable[..., Any] | None = None, **__: Any) -> None:
+        found.append(pretrained_filter_fn)
+        raise _Noted
+
+    theirs = vars(sys.modules[entrypoint.__module__])
+    names = dict(theirs)
+    for key, value in theirs.items():
+        if isinstance(value, FunctionType) and value.__globals__ is theirs:
+            names[key] = FunctionType(value.__code__, names, key, value.__defaults__, value.__closure__)
+            names[key].__kwdefaults__ = value.__kwdefaults__
+    names["build_model_with_cfg"] = note
+    try:
+        construct(names.get(entrypoint.__name__, entrypoint), name, **kwargs)
+    except _Noted:
+        return found[0]
+    return None
 
 
 def _create_torchvision(name: str, kwargs: dict[str, Any]) -> nn.Module:

@@ -23,6 +23,7 @@ from timm_autoslim.bases import (
     create_raw,
     cut_heads,
     describe_features,
+    find_filter,
     is_int,
 )
 from timm_autoslim.bounds import bounded, fail
@@ -112,6 +113,34 @@ def _base_cfg(base: str) -> Any:
     found = None if base.startswith(TORCHVISION) else construct(get_pretrained_cfg, base, base)
     cfg = (found or PretrainedCfg()).to_dict(remove_source=True)
     return PretrainedCfg(**{k: v for k, v in cfg.items() if k not in ("architecture", "custom_load", "label_offset")})
+
+
+def _is_resized(recipe: Mapping[str, Any], cfg: Mapping[str, Any], asked: Any) -> bool:
+    """Whether a user asks for another image size than that of the weights."""
+    own = recipe["base_args"].get("img_size", (cfg.get("input_size") or ())[1:])
+    sizes = [tuple(size) if isinstance(size, list | tuple) else (size, size) for size in (asked, own)]
+    return asked is not None and sizes[0] != sizes[1]
+
+
+def _resize(
+    state: Mapping[str, Tensor], model: nn.Module, recipe: Mapping[str, Any], elements: int | None, size: Any
+) -> Mapping[str, Tensor]:
+    """Fit weights to another image size by the base's own function, as timm does for the base's weights."""
+    base = recipe["base"]
+    fit = bounded(base, elements, find_filter, base, **{**recipe["base_args"], "img_size": size})
+    if fit is None:
+        return state
+    fitted: dict[str, Tensor] = bounded(base, elements, construct, fit, base, dict(state), model)
+    needed = model.state_dict()
+    kept = {name: t for name, t in state.items() if name in needed and t.shape == needed[name].shape}
+    fitted = {**kept, **fitted}
+    if fitted.keys() != state.keys():
+        name = min(fitted.keys() ^ state.keys())
+        raise ArtifactError(
+            f"img_size={reprlib.repr(size)}: {name} of base {base!r} cannot be resized: its own function lost or "
+            "renamed it; leave img_size= out"
+        )
+    return fitted
 
 
 def _with_versions(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
@@ -232,21 +261,37 @@ def _load(
     features: dict[str, Any] = {"out_indices": (0, 1, 2, 3, 4)}
     taps, elements = kwargs.pop("taps", None), header.elements if header else None
 
+    size = kwargs.get("img_size")
+    resized = _is_resized(recipe, cfg, size)
+
     def build(**args: Any) -> nn.Module:
-        model = _build(recipe, elements, taps, **{key: value for key, value in args.items() if key not in yields})
+        args = {key: value for key, value in args.items() if key not in yields}
+        model = _build(recipe, elements, taps, **args)
         if header is not None and pretrained:
             other = bool(kwargs.get("features_only")) or getattr(model, "num_classes", None) != cfg.get("num_classes")
-            check_weights(header, model, {**cfg, "first_conv": first_conv}, other, args.get("in_chans", channels))
+            stored = at_own_size(args) if resized else model
+            check_weights(header, stored, {**cfg, "first_conv": first_conv}, other, args.get("in_chans", channels))
         if kwargs.get("features_only"):
             features.update({k: v for k, v in _feature_cfg(model, recipe).items() if k not in kwargs})
         return model
+
+    def at_own_size(args: Mapping[str, Any]) -> nn.Module:
+        args = {key: value for key, value in args.items() if key != "img_size"}
+        try:
+            with torch.device("meta"):
+                return _build(recipe, elements, taps, **args)
+        except ArtifactError:  # some constructors read values
+            return _build(recipe, elements, taps, **args)
+
+    def fill(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
+        return _with_versions(_resize(state, model, recipe, elements, size) if resized else state, model)
 
     model: nn.Module = build_model_with_cfg(
         build,
         ARCHITECTURE,
         pretrained,
         pretrained_cfg=cfg,
-        pretrained_filter_fn=_with_versions,
+        pretrained_filter_fn=fill,
         feature_cfg=features,
         **kwargs,
     )
