@@ -122,6 +122,16 @@ def _is_resized(recipe: Mapping[str, Any], cfg: Mapping[str, Any], asked: Any) -
     return asked is not None and sizes[0] != sizes[1]
 
 
+def _at_own_size(recipe: dict[str, Any], elements: int | None, taps: Any, args: Mapping[str, Any]) -> nn.Module:
+    """The model for images of the weights' own size; without data where that works."""
+    args = {key: value for key, value in args.items() if key != "img_size"}
+    try:
+        with torch.device("meta"):
+            return _build(recipe, elements, taps, **args)
+    except ArtifactError:  # some constructors read values
+        return _build(recipe, elements, taps, **args)
+
+
 def _resize(
     state: Mapping[str, Tensor], model: nn.Module, recipe: Mapping[str, Any], elements: int | None, size: Any
 ) -> Mapping[str, Tensor]:
@@ -130,7 +140,7 @@ def _resize(
     fit = bounded(base, elements, find_filter, base, **{**recipe["base_args"], "img_size": size})
     if fit is None:
         return state
-    fitted: dict[str, Tensor] = bounded(base, elements, construct, fit, base, dict(state), model)
+    fitted: dict[str, Tensor] = bounded(base, elements, fit, dict(state), model)
     needed = model.state_dict()
     kept = {name: t for name, t in state.items() if name in needed and t.shape == needed[name].shape}
     fitted = {**kept, **fitted}
@@ -269,19 +279,11 @@ def _load(
         model = _build(recipe, elements, taps, **args)
         if header is not None and pretrained:
             other = bool(kwargs.get("features_only")) or getattr(model, "num_classes", None) != cfg.get("num_classes")
-            stored = at_own_size(args) if resized else model
+            stored = _at_own_size(recipe, elements, taps, args) if resized else model
             check_weights(header, stored, {**cfg, "first_conv": first_conv}, other, args.get("in_chans", channels))
         if kwargs.get("features_only"):
             features.update({k: v for k, v in _feature_cfg(model, recipe).items() if k not in kwargs})
         return model
-
-    def at_own_size(args: Mapping[str, Any]) -> nn.Module:
-        args = {key: value for key, value in args.items() if key != "img_size"}
-        try:
-            with torch.device("meta"):
-                return _build(recipe, elements, taps, **args)
-        except ArtifactError:  # some constructors read values
-            return _build(recipe, elements, taps, **args)
 
     def fill(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
         return _with_versions(_resize(state, model, recipe, elements, size) if resized else state, model)
