@@ -79,7 +79,7 @@ class Checkpoints:
         torch.save(states, part / OPTIMIZER)
         sync(part / OPTIMIZER)
         files = {path.name: _fingerprint(path) for path in sorted(part.iterdir())}
-        write_json(part / PROGRESS, {"format": 2, "files": files, **dataclasses.asdict(progress)})
+        write_json(part / PROGRESS, {"format": 3, "files": files, **dataclasses.asdict(progress)})
         sync(part)
         os.replace(part, target)
         sync(self.folder)
@@ -131,7 +131,7 @@ def read_progress(path: Path) -> Progress:
     try:
         content = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
         files = content.pop("files")
-        if content.pop("format") != 2:
+        if content.pop("format") != 3:
             raise CheckpointError(f"The checkpoint {path} is of another version of train.py.")
         progress = Progress(**content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

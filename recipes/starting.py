@@ -34,6 +34,13 @@ def check_starting_flags(args: argparse.Namespace) -> None:
         raise ConfigError(f"--order-images {args.order_images}: --order taylor needs the gradients of some images.")
 
 
+def starting_point(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that say where a training started: it has one start, so a resumed run must have the same."""
+    images = args.order_images if args.order == "taylor" else None
+    return {**{name: getattr(args, name) for name in ("pretrained", "initial_checkpoint", "zero_init_last", "order")},
+            "order_images": images}  # fmt: skip
+
+
 def start_model(args: argparse.Namespace) -> nn.Module:
     """Create the model as the flags say; fills in the flags about the input that were not given.
 

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from checkpoints import Checkpoints
 from common import command, make_supernet, make_teacher, parse_args, write_args, write_weights
 from data import calibration_batches, open_images, plain_loader, split_training, training_loader
 from loop import Backward, Trainer, check_training, make_loss
 from processes import make_accelerator, synchronize_norms
-from starting import check_starting_flags, order_channels, start_model
+from starting import check_starting_flags, order_channels, start_model, starting_point
 from torch import Tensor, nn
 from validation import Validation, check_batch, subnets
 
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     images = open_images(args)
     args.num_classes = images.num_classes
     set_seed(args.seed)
-    supernet = make_supernet(args, start_model(args)).to(accelerator.device)
+    going_on = bool(args.resume and Checkpoints(run, args.checkpoint_hist).names())  # the weights are in a checkpoint
+    supernet = make_supernet(args, None if going_on else start_model(args)).to(accelerator.device)
     if args.channels_last:
         supernet.to(memory_format=torch.channels_last)
     if args.sync_bn:
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         training, held_out = split_training(args, len(images.train), run)
     if not held_out:
         raise DataError("--held-out 0 leaves no images to search on: give a share or a number of the training images.")
-    if args.order:
+    if args.order and not going_on:
         looked_at = plain_loader(args, images.train, training[: args.order_images])
         batches = (tuple(t.to(accelerator.device) for t in batch) for batch in looked_at)
         order_channels(supernet, args.order, torch.nn.functional.cross_entropy, batches)
@@ -74,6 +76,7 @@ def main(argv: list[str] | None = None) -> None:
         "model": args.model, "num_classes": args.num_classes, "in_chans": args.in_chans,
         "training_images": len(training), "limit_train": args.limit_train, "held_out": args.held_out,
         "val_widths": args.val_widths,  # which are columns of summary.csv
+        **starting_point(args),
         "widths": {group.name: list(group.choices) for group in space.groups},
     })  # fmt: skip
     if accelerator.is_main_process:

@@ -240,6 +240,10 @@ def test_no_checkpoint_holds_pickled_code(whole):
     ("flags", "message"),
     [
         ("--min-width 0.5", r"widths of conv1\.0 \(and of 10 more\) \[1, 2, .*\], and now it is \[3, 4"),
+        ("--pretrained", "pretrained False, and now it is True: give the same"),
+        ("--initial-checkpoint gone.pth", "initial_checkpoint None, and now it is gone.pth: give the same"),
+        ("--zero-init-last", "zero_init_last False, and now it is True: give the same"),
+        ("--order l1", "order None, and now it is l1: give the same"),
         ("--seed 3", "seed 42, and now it is 3: give the same as before, or start another --experiment"),
         ("--grad-accum-steps 2", r"images_per_update 32, and now it is 64: .* must stay 32"),
     ],
@@ -256,6 +260,7 @@ def test_what_cannot_change_in_the_middle_is_refused(whole, tmp_path, flags, mes
 def test_what_a_run_must_keep_is_in_its_checkpoints(whole):
     fixed = checkpoints.Checkpoints(whole, 2).newest()[1].fixed
     names = {"model", "num_classes", "in_chans", "opt", "model_ema", "limit_train", "held_out", "training_images"}
+    names |= {"pretrained", "initial_checkpoint", "zero_init_last", "order", "order_images"}
     assert names | {"widths", "seed", "images_per_update", "val_widths"} == set(fixed)
     for name in names:
         with pytest.raises(ConfigError, match=f"this run was begun with {name} .*, and now it is other: give the same"):
@@ -265,8 +270,13 @@ def test_what_a_run_must_keep_is_in_its_checkpoints(whole):
 
 def test_what_may_change_is_told(whole, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
-    train_run(tmp_path, "run", "--resume", "--lr", "0.01", "--log-interval", "3", epochs=3)
+    train_run(
+        tmp_path, "run", "--resume", "--lr", "0.01", "--log-interval", "3", "--subnet-sizes", "16", "12", epochs=3
+    )
     out = capsys.readouterr().out
     assert "Going on from update-00000008 (epoch 3)" in out
-    assert "Changed since: epochs 3 (was 2), lr 0.01 (was 0.05). The result is not that of" in out
+    assert (
+        "Changed since: epochs 3 (was 2), lr 0.01 (was 0.05), subnet_sizes [16, 12] (was []). The result is not that of"
+        in out
+    )
     assert "epoch 3/3" in out

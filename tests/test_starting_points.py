@@ -145,3 +145,14 @@ def test_an_ordered_start_resumes_to_the_same_weights(tmp_path):
     (tmp_path / "parts" / "supernet.safetensors").unlink()
     assert run_of(tmp_path, "parts", *flags, "--resume", epochs=2, sched="none") == whole
     assert run_of(tmp_path, "plain", epochs=2, sched="none") != whole
+
+
+def test_a_start_that_is_gone_is_not_missed_by_a_resumed_run(tmp_path, monkeypatch):
+    saved(tmp_path / "start.pth")
+    flags = ("--initial-checkpoint", str(tmp_path / "start.pth"), "--order", "taylor")
+    whole = run_of(tmp_path, "whole", *flags, epochs=2, sched="none")
+    run_of(tmp_path, "parts", *flags, epochs=1, sched="none")
+    (tmp_path / "parts" / "supernet.safetensors").unlink()
+    (tmp_path / "start.pth").unlink()
+    monkeypatch.delattr(train, "order_channels")
+    assert run_of(tmp_path, "parts", *flags, "--resume", epochs=2, sched="none") == whole

@@ -131,6 +131,56 @@ def test_the_subnet_of_a_loss_is_described(tmp_path, supernet):
         assert F.cross_entropy(outputs, teach(inputs).softmax(1)).item() == pytest.approx(losses[2 + index], rel=1e-5)
 
 
+def taught(folder, name, monkeypatch, *argv):
+    """Train for one update; returns its gradients, and those that labels alone and that distillation would give."""
+    found, plain = [], train.Sandwich.__call__
+
+    def noted(self, network, inputs, targets, update, backward):
+        supernet, space = network, self.space
+        subnets = [space.max(), space.min(), *self.random_widths(update)]
+        state = copy.deepcopy(supernet.state_dict())
+        with torch.no_grad():
+            soft = self.teacher(inputs) if self.teacher else supernet(inputs)
+        probabilities = (soft / self.args.distill_temperature).softmax(1)
+
+        def gradients(distilled):
+            for index, widths in enumerate(subnets):
+                outputs = supernet(inputs, widths)
+                if index and distilled:
+                    scaled = outputs / self.args.distill_temperature
+                    loss = F.cross_entropy(scaled, probabilities) * self.args.distill_temperature**2
+                else:
+                    loss = self.loss_fn(outputs, targets)
+                loss.backward()
+            return collected(supernet)
+
+        expected = [gradients(False), gradients(True)]
+        supernet.load_state_dict(state)  # running statistics
+        losses = plain(self, network, inputs, targets, update, backward)
+        found.append([collected(supernet), *expected])
+        return losses
+
+    monkeypatch.setattr(train.Sandwich, "__call__", noted)
+    trained(folder, name, *argv, limit_train=64, batch_size=32, val_widths=[], calibration_images=32)
+    return found[0]
+
+
+def collected(supernet):
+    flat = torch.cat([parameter.grad.flatten() for parameter in supernet.parameters()])
+    supernet.zero_grad()
+    return flat
+
+
+@pytest.mark.parametrize("flags", [(), ("--distill-temperature", "3"), ("--teacher", "outside")])
+def test_a_training_is_distilled(tmp_path, monkeypatch, flags):
+    if "--teacher" in flags:
+        save_teacher(tmp_path / "outside")
+        flags = ("--teacher", str(tmp_path / "outside"))
+    got, labels, formula = taught(tmp_path, "run", monkeypatch, *flags)
+    torch.testing.assert_close(got, formula, atol=1e-5, rtol=1e-4)
+    assert (got - labels).norm() > 0.1 * labels.norm()  # the same step by the labels alone
+
+
 class Fixed(torch.nn.Module):
     """A teacher that answers by the images' mean."""
 

@@ -13,6 +13,10 @@ Three questions, each answered by ratios that are taken in one run, ours and the
   in a process of its own: resident memory beyond the imports on a CPU (freed blocks of 64 KiB given back at once),
   CUDA's allocator on a GPU.
 
+On a CPU, times depend on what glibc's malloc does with freed memory: whoever grows the heap after it was given back
+pays for every page again. So "half" and "step" are timed in a process that keeps all it has (no page faults for
+either), and "defaults" is "half" again with malloc as it is, with the system's share of the time.
+
 Results are one JSON line each; a run that is started again goes on with what it lacks.
 """
 
@@ -23,6 +27,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -40,8 +45,11 @@ import timm_autoslim.importance  # not at its first use, which would count as me
 from timm_autoslim.sandwich import soft_cross_entropy
 
 MODELS = ("resnet50", "mobilenetv2_100", "vit_tiny_patch16_224")
-QUESTIONS = ("half", "step", "memory")
+QUESTIONS = ("half", "defaults", "step", "memory")
 SETTING = ("model", "batch", "size", "device", "threads", "amp", "channels_last", "torch")
+# glibc's malloc, fixed: keep every page that it ever had, or give freed blocks of 64 KiB back at once.
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else it keeps holes between activations of many sizes
 MARKS = ("<!-- speed.py writes from here -->", "<!-- to here -->")
 
 
@@ -66,17 +74,17 @@ class Bench:
             self.supernet = timm_autoslim.convert(self.model, torch.zeros(2, 3, size, size), order="l1").train()
 
     def pairs(self, ours: Callable[[], Any], theirs: Callable[[], Any], reset: Callable[[], None], n: int) -> Any:
-        """Run both by turns, once to warm up and `n` times, and return their times in seconds."""
+        """Run both by turns, once to warm up and `n` times; returns the seconds of both, in all and in the system."""
         found = []
         for index in range(n + 1):
             times = []
             for run in (ours, theirs) if index % 2 else (theirs, ours):
                 reset()
                 self._wait()
-                start = self.clock()
+                start, system = self.clock(), system_time()
                 run()
                 self._wait()
-                times.append(self.clock() - start)
+                times.append((self.clock() - start, system_time() - system))
             found.append(tuple(times if index % 2 else reversed(times)))
         return found[1:]
 
@@ -142,30 +150,36 @@ def measure_step(setting: dict[str, Any], repeats: int) -> dict[str, Any]:
     return summarise(bench.pairs(lambda: bench.sandwich(torch.Generator().manual_seed(0)), theirs, reset, repeats))
 
 
-def summarise(pairs: list[tuple[float, float]]) -> dict[str, float]:
-    """Median of the ratios, the quartiles around it, and both medians in milliseconds."""
-    ratios = [ours / theirs for ours, theirs in pairs]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    ours, theirs = (statistics.median(times) * 1e3 for times in zip(*pairs, strict=True))
-    return {"ratio": middle, "low": low, "high": high, "ours": ours, "theirs": theirs}
+def summarise(pairs: list[tuple[tuple[float, float], tuple[float, float]]]) -> dict[str, float]:
+    """Median of the ratios, the quartiles around it, and the medians in milliseconds, in all and in the system."""
+    low, middle, high = statistics.quantiles([ours[0] / theirs[0] for ours, theirs in pairs], n=4, method="inclusive")
+    result = {"ratio": middle, "low": low, "high": high}
+    for name, times in zip(("ours", "theirs"), zip(*pairs, strict=True), strict=True):
+        whole, system = (statistics.median(part) * 1e3 for part in zip(*times, strict=True))
+        result |= {name: whole, f"{name}_system": system}
+    return result
 
 
-def measure_memory(setting: dict[str, Any], repeats: int) -> dict[str, Any]:
+def system_time() -> float:
+    """Seconds that the system has worked for this process: on a CPU, for page faults above all."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_stime
+
+
+def measure_memory(setting: dict[str, Any]) -> dict[str, Any]:
     """Peak memory of sandwich steps over that of plain steps, in MiB."""
-    ours, theirs = (peak_of(setting, kind) for kind in ("sandwich", "plain"))
+    ours, theirs = (in_process(steps, (setting, kind), GIVE_BACK) for kind in ("sandwich", "plain"))
     return {"ratio": ours / theirs, "ours": ours, "theirs": theirs}
 
 
-def peak_of(setting: dict[str, Any], kind: str) -> float:
-    """Run `steps` in a fresh process and return its peak in MiB."""
-    # Fixed, so that what is freed goes back at once: else glibc keeps holes between activations of many sizes.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+def in_process(function: Callable[..., Any], arguments: tuple[Any, ...], malloc: dict[str, str]) -> Any:
+    """Call a function of this file in a fresh process, whose malloc is set so."""
+    os.environ.update(malloc)
     try:
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(1) as pool:
-            return pool.apply(steps, (setting, kind))
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(function, arguments)
     finally:
-        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+        for name in malloc:
+            del os.environ[name]
 
 
 def steps(setting: dict[str, Any], kind: str) -> float:
@@ -197,8 +211,9 @@ def resident(kind: str = "VmRSS") -> float:
 def table(results: list[dict[str, Any]]) -> str:
     """Return the table, one line for each model and setting."""
     lines = [
-        "| setting | model | batch | half, no gradient yet | half, added | step over four | peak memory |",
-        "|---|---|---|---|---|---|---|",
+        "| setting | model | batch | half, no gradient yet | half, added | half, added, malloc's defaults "
+        "| step over four | peak memory |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in results:
@@ -208,18 +223,21 @@ def table(results: list[dict[str, Any]]) -> str:
         words = [setting["device"], f"{setting['threads']} thread(s)", f"{setting['size']} px"]
         words += [name for name, on in (("bf16", setting["amp"]), ("NHWC", setting["channels_last"])) if on]
         cells = [
-            _cell(found.get("half"), "fresh_"), _cell(found.get("half"), "added_"), _cell(found.get("step"), ""),
+            _cell(found.get("half"), "fresh_"), _cell(found.get("half"), "added_"),
+            _cell(found.get("defaults"), "added_", system=True), _cell(found.get("step"), ""),
             _memory(found.get("memory")),
         ]  # fmt: skip
         lines.append(f"| {', '.join(words)} | {setting['model']} | {setting['batch']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(result: dict[str, Any] | None, prefix: str) -> str:
+def _cell(result: dict[str, Any] | None, prefix: str, system: bool = False) -> str:
     if result is None:
         return ""
-    values = {key: result[prefix + key] for key in ("ratio", "low", "high", "ours", "theirs")}
-    return "{ratio:.2f} ({low:.2f} to {high:.2f}; {ours:.0f} / {theirs:.0f} ms)".format(**values)
+    ratio, low, high, ours, theirs = (result[prefix + key] for key in ("ratio", "low", "high", "ours", "theirs"))
+    shares = (result[f"{prefix}{name}_system"] for name in ("ours", "theirs"))
+    share = ", of it in the system {:.0f} / {:.0f}".format(*shares) if system else ""
+    return f"{ratio:.2f} ({low:.2f} to {high:.2f}; {ours:.0f} / {theirs:.0f} ms{share})"
 
 
 def _memory(result: dict[str, Any] | None) -> str:
@@ -266,13 +284,19 @@ def main() -> None:
         for model in args.models
         for batch in args.batches
         for question in args.questions
+        if question != "defaults" or args.device == "cpu"
     ]
     todo = [] if args.only_table else [job for job in todo if job not in done]
-    measures = {"half": measure_half, "step": measure_step, "memory": measure_memory}
+    timed = {"half": (measure_half, KEEP), "defaults": (measure_half, {}), "step": (measure_step, KEEP)}
     with args.results.open("a", encoding="utf-8") as file, contextlib.closing(tqdm(todo, unit="measurement")) as bar:
         for question, setting in bar:
             bar.set_postfix_str(f"{setting['model']}, batch {setting['batch']}: {question}")
-            results.append({"question": question, "setting": setting, **measures[question](setting, args.repeats)})
+            if question == "memory":
+                found = measure_memory(setting)
+            else:
+                measure, malloc = timed[question]
+                found = in_process(measure, (setting, args.repeats), malloc)
+            results.append({"question": question, "setting": setting, **found})
             file.write(json.dumps(results[-1]) + "\n")
             file.flush()
     print(table(results))
