@@ -207,13 +207,13 @@ class _Watch:
 
         Some models make a new head by `embed_dim`, which then is their `num_features`.
         """
-        for i, info in enumerate(getattr(self.twin, "feature_info", None) or []):
-            if not isinstance(info, dict) or "num_chs" not in info:
+        described: set[int] = set()
+        for path, module in self.twin.named_modules():  # an encoder within a model may have its own
+            infos: Any = getattr(module, "feature_info", None)
+            if not hasattr(infos, "__getitem__") or id(infos) in described:
                 continue
-            seen = self.inputs if info.get("hook_type") == "forward_pre" else self.outputs
-            tensor_labels = seen.get(info.get("module", ""))
-            if tensor_labels:
-                self.note(f"feature_info.{i}.num_chs", int(info["num_chs"]), tensor_labels[1])
+            described.add(id(infos))
+            self.describe_features(f"{path}." if path else "", infos)
         features = self.outputs.get("forward_features")
         value = self.twin.__dict__.get("num_features")
         if features and isinstance(value, int):
@@ -225,6 +225,16 @@ class _Watch:
             forward_head: Any = self.twin.forward_head
             pooled = forward_head(features[0], pre_logits=True)
             self.note("head_hidden_size", int(hidden), self.flow.labels(pooled))
+
+    def describe_features(self, above: str, infos: Iterable[Any]) -> None:
+        """Note the channels in a `feature_info`, whose names start at the module that holds it."""
+        for i, info in enumerate(infos):
+            if not isinstance(info, dict) or "num_chs" not in info:
+                continue
+            seen = self.inputs if info.get("hook_type") == "forward_pre" else self.outputs
+            tensor_labels = seen.get(f"{above}{info.get('module', '')}")
+            if tensor_labels:
+                self.note(f"{above}feature_info.{i}.num_chs", int(info["num_chs"]), tensor_labels[1])
 
     def listen(self) -> None:
         """Note the labels that leave `forward_features`, which is a method and not a module."""
