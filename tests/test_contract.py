@@ -18,7 +18,7 @@ from timm_autoslim.bases import create_hollow
 
 ALL = os.environ.get("AUTOSLIM_CONTRACT") == "all"
 SMALL = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "test_byobnet", "test_nfnet", "test_mambaout"]
-SMALL += ["mobilenetv3_small_050", "ese_vovnet19b_slim_dw", "torchvision/squeezenet1_1"]
+SMALL += ["mobilenetv3_small_050", "ese_vovnet19b_slim_dw", "deepseek_vit_412m", "torchvision/squeezenet1_1"]
 SCRIPTED = ["test_resnet", "test_efficientnet", "test_vit"]
 
 

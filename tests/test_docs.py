@@ -5,18 +5,15 @@ to the parsers of what they start, and `inspect` runs. `text` marks what is show
 diagrams, and commands with names that only a reader can fill in.
 """
 
-import contextlib
 import importlib.util
 import itertools
-import os
 import re
 import shlex
 import sys
-import tempfile
-import traceback
 from pathlib import Path
 
 import pytest
+from apart import run_apart
 
 from timm_autoslim.__main__ import main
 
@@ -51,28 +48,17 @@ def commands(page):
     return found
 
 
+def run_blocks(page):
+    names = {"__name__": "__main__"}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), names)
+
+
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
 def test_python_blocks_run(page, tmp_path):
-    # in a fork: a page may register a rule, seed, or set threads
-    with tempfile.TemporaryFile("w+") as log:
-        pid = os.fork()
-        if pid == 0:
-            status = 1
-            try:
-                os.chdir(tmp_path)
-                with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-                    names = {"__name__": "__main__"}
-                    for block in blocks(page, "python"):
-                        exec(compile(block, page.name, "exec"), names)
-                status = 0
-            except BaseException:
-                traceback.print_exc(file=log)
-            finally:
-                log.flush()
-                os._exit(status)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        log.seek(0)
-        assert code == 0, log.read()[-3000:]
+    # apart: a page may register a rule, seed, or set threads
+    done = run_apart("test_docs", "run_blocks", page, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_readme_shows_the_library_in_use():

@@ -8,13 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
+from apart import run_apart
 from test_registry import make_recipe
 from torchvision.io import write_png
 
@@ -34,27 +33,15 @@ def python(*args, cwd):
     )
 
 
+def run_script(args, cwd):
+    sys.excepthook = sys.__excepthook__
+    sys.path.insert(0, cwd)  # as -m does
+    return main(["run", *args])
+
+
 def run(*args, cwd):
-    """As `python -m timm_autoslim run ARGS...`, in a fork of this process, which has imported everything already."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        pid = os.fork()
-        if pid == 0:
-            status = 70  # of a fault that is not the script's
-            try:
-                os.chdir(cwd)
-                sys.stdout, sys.stderr, sys.excepthook = out, err, sys.__excepthook__
-                sys.path.insert(0, str(cwd))  # as -m does
-                status = main(["run", *map(str, args)])
-            except SystemExit as exit:
-                status = exit.code
-            finally:
-                out.flush()
-                err.flush()
-                os._exit(status)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        out.seek(0)
-        err.seek(0)
-        return SimpleNamespace(returncode=code, stdout=out.read(), stderr=err.read())
+    """As `python -m timm_autoslim run ARGS...`, in a process that has imported everything already."""
+    return run_apart("test_main", "run_script", list(map(str, args)), str(cwd), cwd=cwd)
 
 
 @pytest.fixture(scope="module")

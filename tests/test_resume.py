@@ -11,6 +11,7 @@ import loop
 import pytest
 import torch
 import validation
+from apart import run_apart
 from recipe_tools import common, train, trained
 from safetensors.torch import load_file, save_model
 
@@ -100,17 +101,9 @@ KILLS = {
 }
 
 
-def run_killed(folder, monkeypatch, owner, name, instead):
-    child = os.fork()
-    if not child:
-        try:
-            monkeypatch.setattr(owner, name, instead)
-            train_run(folder, "run", "--resume")
-        finally:
-            os._exit(1)  # not killed
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+def train_to_death(folder, point):
+    setattr(*KILLS[point]())
+    train_run(folder, "run", "--resume")
 
 
 def same_summaries(first, second):
@@ -145,10 +138,11 @@ def curves(folder):
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(whole, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(whole, tmp_path):
     reached = []
-    for point in KILLS.values():
-        run_killed(tmp_path, monkeypatch, *point())
+    for point in KILLS:
+        done = run_apart("test_resume", "train_to_death", tmp_path, point, cwd=tmp_path)
+        assert done.returncode == -signal.SIGKILL, done.stderr
         assert not (tmp_path / "run" / "supernet.safetensors").exists()
         kept = checkpoints.Checkpoints(tmp_path / "run", 2)
         reached.append(kept.newest()[1].total if kept.names() else 0)

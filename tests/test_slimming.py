@@ -445,7 +445,7 @@ def test_ties_are_decided_by_the_seed(mode):
         ({"params": "3%"}, r"the budget of [\d,]+ params is out of reach"),
         ({"macs": "half"}, r"got the budget 'half'; needed: a number"),
         ({"macs": -1}, r"got the budget -1; needed: a positive number"),
-        ({"flops": "50%"}, r"got a budget in 'flops'; needed: one of \['macs', 'params'\]"),
+        ({"flops": "50%"}, r"got a budget in 'flops'; needed: one of \['macs', 'params', 'peak_bytes', 'latency_ms'\]"),
         ({"macs": []}, r"got no budget; needed: at least one number"),
         ({}, r'got the budgets \{\}; needed: a dict such as \{"macs": \["60%", "300M"\]\}'),
         ("50%", r"got the budgets '50%'; needed: a dict"),

@@ -233,8 +233,8 @@ def parse_budget(budget: float | str, whole: float) -> float:
         if isinstance(budget, str):
             found = _AMOUNT.fullmatch(budget.strip())
             assert found is not None
-            scale = whole / 100 if found[2] == "%" else _SUFFIXES[found[2] or ""]
-            number = float(found[1]) * scale
+            number = float(found[1])
+            number = number / 100 * whole if found[2] == "%" else number * _SUFFIXES[found[2] or ""]
         else:
             number = float(budget)
     except (TypeError, ValueError):

@@ -1,7 +1,7 @@
 """What timm's benchmark.py does, by the same calls: inference and training steps, without weights."""
 
 import torch
-from common import parser_with
+from script_tools import parser_with
 from timm.data import resolve_data_config
 from timm.models import create_model, is_model
 from timm.optim import create_optimizer_v2

@@ -1,7 +1,7 @@
 """What timm's inference.py does, by the same calls: the best class of every image, as CSV."""
 
 import torch
-from common import create, parser_with
+from script_tools import create, parser_with
 from timm.data import create_dataset, create_loader, resolve_data_config
 
 parser = parser_with("data")

@@ -4,7 +4,7 @@ import importlib
 from pathlib import Path
 
 import torch
-from common import create, parser_with
+from script_tools import create, parser_with
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2

@@ -4,7 +4,7 @@ import json
 import sys
 
 import torch
-from common import create, parser_with
+from script_tools import create, parser_with
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.models import is_model, list_models, load_checkpoint
 from timm.utils import accuracy
