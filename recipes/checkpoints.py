@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import read_weights, sync, write_json, write_weights
+from common import read_weights, write_json, write_weights
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from timm_autoslim.artifact import sync
 from timm_autoslim.errors import AutoSlimError, ConfigError
 
 PROGRESS = "progress.json"

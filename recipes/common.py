@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import timm_autoslim
 from timm_autoslim import registry
+from timm_autoslim.artifact import sync
 from timm_autoslim.errors import AutoSlimError, ConfigError
 
 # ------------------------------------------------------------------------------------------------- configuration
@@ -160,17 +161,6 @@ def write_weights(path: Path, model: nn.Module) -> None:
     save_model(model, str(part))
     sync(part)
     os.replace(part, path)
-
-
-def sync(path: Path) -> None:
-    """Force a file or a folder to the disk, so that a rename cannot outlive its content in a crash of the machine."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open folders, and needs no such thing
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def read_weights(path: Path, model: nn.Module) -> None:

@@ -270,10 +270,10 @@ def _created(folder: Path) -> Iterator[Path]:
             _remove_abandoned(folder)
             yield draft
             for path in (*draft.iterdir(), draft):
-                _sync(path)
+                sync(path)
             _refuse_existing(folder)  # a rename would silently replace an empty folder
             os.rename(draft, folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         for parent in made:
@@ -310,9 +310,9 @@ def _remove_abandoned(folder: Path) -> None:
                     shutil.rmtree(path, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    """Force a file or a folder to the disk. Windows cannot open folders, and needs no such thing."""
-    if os.name == "nt" and path.is_dir():
+def sync(path: Path) -> None:
+    """Force a file or a folder to the disk, so that a rename cannot outlive its content in a crash of the machine."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders, and needs no such thing
         return
     handle = os.open(path, os.O_RDONLY)
     try:
