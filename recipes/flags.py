@@ -271,7 +271,11 @@ def search_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--steps", type=int, default=10, help="steps from a group's full width to its narrowest")
     group.add_argument(
-        "--refine", action=ON_OFF, default=True, help="fill what the greedy descent leaves of a budget, to within 1 %%"
+        "--refine",
+        choices=("units", "choices", "none"),
+        default="units",
+        help="fill what the greedy descent leaves of a budget: to within 1 %%, with single channels where multiples of "
+        "the divisor do not do it; or with these alone; or not at all",
     )
     group.add_argument(
         "--baselines",

@@ -307,6 +307,9 @@ def test_the_widest_width_within_a_budget(supernet, share):
     for name, size in {"stem": 32, "inner": 64}.items():
         fitting = [w for w in range(start[name], size + 1) if budget.holds(cost(supernet, start.replaced(name, w)))]
         assert widest_within(supernet, start, name, budget) == start.replaced(name, fitting[-1])
+        chosen = [w for w in fitting if w in supernet.space[name].choices]
+        aligned = start.replaced(name, chosen[-1]) if chosen else start
+        assert widest_within(supernet, start, name, budget, exact=False) == aligned
     # no group is narrowed, not even where nothing fits
     whole = supernet.space.max()
     assert widest_within(supernet, whole, "stem", budget) == whole

@@ -78,7 +78,7 @@ def test_the_report_shows_the_run(folder):
 
 
 def test_refining_can_be_turned_off(folder):
-    rough, refined = (found(folder, flag) for flag in ("--no-refine", "--refine"))
+    rough, refined = (found(folder, flag) for flag in ("--refine=none", "--refine=units"))
     space = common.load_supernet(folder, common.read_args(folder, common.parse_args("search", None, ["r"]))).space
     assert all(width in space[group].choices for group, width in rough["networks"][0]["widths"].items())
     assert refined["evaluations"] >= rough["evaluations"]

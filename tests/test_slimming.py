@@ -71,7 +71,7 @@ def best(supernet, unit, budget, price):
 @pytest.mark.parametrize("price", [{"a": 5.0, "b": 1.0, "c": 3.0}, {"a": 1.0, "b": 7.0, "c": 0.25}])
 def test_where_costs_add_up_greedy_by_cost_is_the_best_there_is(supernet, mode, unit, share, price):
     evaluate = missing(supernet, **price)
-    found = search(supernet, {unit: share}, evaluate, mode=mode, steps=100, refine=False).networks[0]
+    found = search(supernet, {unit: share}, evaluate, mode=mode, steps=100, refine="none").networks[0]
     assert getattr(found.cost, unit) <= found.budget
     assert found.error == pytest.approx(best(supernet, unit, found.budget, price))
     assert found.error == pytest.approx(sum(price[n] * (SIZES[n] - found.widths[n]) for n in SIZES))
@@ -93,7 +93,7 @@ def test_ranking_by_error_alone_takes_the_step_that_hurts_least_whatever_it_save
 def test_one_descent_serves_every_budget_and_each_is_met(supernet):
     price = {"a": 5.0, "b": 1.0, "c": 3.0}
     together = missing(supernet, **price)
-    result = search(supernet, {"macs": ["80%", "40%", "60%"]}, together, refine=False)
+    result = search(supernet, {"macs": ["80%", "40%", "60%"]}, together, refine="none")
     whole = cost(supernet).macs
     assert [round(n.budget / whole, 6) for n in result.networks] == [0.8, 0.6, 0.4]
     assert all(0.9 * n.budget < n.cost.macs <= n.budget for n in result.networks)
@@ -101,7 +101,7 @@ def test_one_descent_serves_every_budget_and_each_is_met(supernet):
     assert result.evaluations == together.calls
     alone = [missing(supernet, **price) for _ in range(3)]
     for share, evaluate in zip(("80%", "60%", "40%"), alone, strict=True):
-        search(supernet, {"macs": share}, evaluate, refine=False)
+        search(supernet, {"macs": share}, evaluate, refine="none")
     assert together.calls < sum(evaluate.calls for evaluate in alone)
     for wide, narrow in itertools.pairwise(result.networks):
         assert all(wide.widths[name] >= narrow.widths[name] for name in SIZES)
@@ -130,7 +130,7 @@ def test_a_real_network_leaves_little_of_its_budgets_unused(divisor, unit, rank)
         widths = [supernet.model.get_submodule(g.name).weight.shape[0] for g in groups]
         return sum(p * (1 - w / g.size) for p, w, g in zip(prices, widths, groups, strict=True))
 
-    result = search(supernet, {unit: ["70%", "40%", "15%"]}, evaluate, rank=rank, steps=4, refine=False)
+    result = search(supernet, {unit: ["70%", "40%", "15%"]}, evaluate, rank=rank, steps=4, refine="none")
     for found in result.networks:
         spent = getattr(found.cost, unit)
         assert (0.9 if divisor is None else 0.98) * found.budget < spent <= found.budget
@@ -148,7 +148,7 @@ def test_a_real_network_leaves_little_of_its_budgets_unused(divisor, unit, rank)
 def test_the_trail_tells_the_whole_story(supernet):
     seen = []
     evaluate = missing(supernet, a=5, b=1, c=3)
-    result = search(supernet, {"macs": ["60%", "30%"]}, evaluate, on_step=seen.append, refine=False)
+    result = search(supernet, {"macs": ["60%", "30%"]}, evaluate, on_step=seen.append, refine="none")
     assert tuple(seen) == result.steps
     assert [step.index for step in seen] == list(range(len(seen)))
     widths = supernet.space.max()
@@ -290,7 +290,7 @@ def test_where_wider_is_better_every_budget_is_filled(layers, data):
     def evaluate(subnet):
         return sum(prices[n] / w for n, w in width_of(supernet).items())
 
-    rough = search(supernet, texts, evaluate, refine=False)
+    rough = search(supernet, texts, evaluate, refine="none")
     refined = search(supernet, texts, evaluate)
     assert path(refined) == path(rough)
     for found, before in zip(refined.networks, rough.networks, strict=True):
@@ -310,11 +310,35 @@ def test_whatever_the_errors_refining_never_raises_them(layers, data, seed):
     def evaluate(subnet):
         return random.Random(f"{seed} {width_of(supernet)}").random()
 
-    rough, refined = (search(supernet, texts, evaluate, refine=refine) for refine in (False, True))
+    rough, refined = (search(supernet, texts, evaluate, refine=refine) for refine in ("none", "units"))
     assert path(refined) == path(rough)
     for found, before in zip(refined.networks, rough.networks, strict=True):
         assert all(getattr(found.cost, unit) <= limit for unit, limit in found.limits.items())
         assert found.error <= before.error
+
+
+@few
+@given(layers, st.integers(2, 4), st.data())
+def test_refined_on_the_choices_no_width_leaves_them(layers, divisor, data):
+    supernet = convert(Chain(layers), IMAGE, divisor=divisor)
+    space = supernet.space
+    texts = [drawn_budgets(supernet, data.draw, {"macs"}), drawn_budgets(supernet, data.draw, {"macs", "params"})]
+    rough, aligned, refined = (
+        search(supernet, texts, lambda _: -sum(width_of(supernet).values()), refine=r)
+        for r in ("none", "choices", "units")
+    )
+    assert path(aligned) == path(rough)
+    for before, found, filled in zip(rough.networks, aligned.networks, refined.networks, strict=True):
+        limits = Budget(tuple(found.limits.items()))
+        assert limits.holds(found.cost)
+        assert all(found.widths[n] >= before.widths[n] for n in space.names)
+        assert all(found.widths[g.name] in g.choices for g in space.groups)
+        if limits.used(found.cost) >= 0.99:
+            assert filled == found  # single units come only after the choices
+            continue
+        for group in space.groups:
+            for wider in [c for c in group.choices if c > found.widths[group.name]][:1]:
+                assert not limits.holds(cost(supernet, found.widths.replaced(group.name, wider))), group.name
 
 
 def test_where_wider_is_worse_the_descent_is_not_refined(supernet):
@@ -322,7 +346,9 @@ def test_where_wider_is_worse_the_descent_is_not_refined(supernet):
         return sum(width_of(supernet).values())
 
     # 45 of the 64 channels, of which one alone cannot be cut
-    rough, refined = (search(supernet, {"macs": "70.4%"}, evaluate, refine=r, mode="reference") for r in (False, True))
+    rough, refined = (
+        search(supernet, {"macs": "70.4%"}, evaluate, refine=r, mode="reference") for r in ("none", "units")
+    )
     assert rough.networks[0].cost.macs < 0.99 * rough.networks[0].budget
     assert refined.networks == rough.networks
     assert refined.evaluations == rough.evaluations + sum(w < SIZES[n] for n, w in rough.networks[0].widths.items())
@@ -332,7 +358,7 @@ def test_the_refinement_widens_the_group_that_helps_most(supernet):
     # 13 of the 64 channels, all of which cost the same
     rough, refined = (
         search(supernet, {"macs": "20.4%"}, missing(supernet, a=1.0, b=1.1, c=9.0), refine=r).networks[0]
-        for r in (False, True)
+        for r in ("none", "units")
     )
     assert rough.widths.to_dict() == {"a": 2, "b": 2, "c": 8}
     assert refined.widths.to_dict() == {"a": 2, "b": 2, "c": 9}
@@ -395,7 +421,7 @@ def test_the_reference_scores_every_group_at_every_step_on_all_images():
     seen = []
     evaluate = in_parts(supernet, dict.fromkeys(supernet.space.names, 1.0), parts=2)
     whole = HeldOut(evaluate.batches, lambda s, part: (seen.append(width_of(supernet)), evaluate.score(s, part))[1])
-    result = search(supernet, {"macs": "60%"}, whole, mode="reference", rank="error", refine=False)
+    result = search(supernet, {"macs": "60%"}, whole, mode="reference", rank="error", refine="none")
     widths, scored = supernet.space.max(), {supernet.space.max()}
     for step in result.steps:
         groups = supernet.space.groups

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -385,19 +386,14 @@ def uniform_at(supernet: Supernet, unit: str, budget: float | str) -> Widths:
     return uniform_within(supernet, Budget(((unit, number),)))
 
 
-def widest_within(supernet: Supernet, widths: Widths, name: str, budget: Budget) -> Widths:
-    """Return these widths with one group as wide as the budget allows, in single units, and never narrower.
+def widest_within(supernet: Supernet, widths: Widths, name: str, budget: Budget, *, exact: bool = True) -> Widths:
+    """Return these widths with one group as wide as the budget allows, and never narrower.
 
-    Widths that the divisor and `choices` leave out are used as well: these shape what is sampled, and every integer up
-    to the group's size is a subnet.
+    With `exact`, widths that the divisor and `choices` leave out are used as well: these shape what is sampled, and
+    every integer up to the group's size is a subnet. Without it, only the group's choices are.
     """
-    low, high = widths[name], supernet.space[name].size
-    if low < high and budget.holds(cost(supernet, widths.replaced(name, high))):
-        return widths.replaced(name, high)
-    while high - low > 1:  # the cost is monotone in the width, a latency nearly so
-        middle = (low + high) // 2
-        if budget.holds(cost(supernet, widths.replaced(name, middle))):
-            low = middle
-        else:
-            high = middle
-    return widths.replaced(name, low)
+    group, now = supernet.space[name], widths[name]
+    wider = range(now + 1, group.size + 1) if exact else [c for c in group.choices if c > now]
+    # the cost is monotone in the width, a latency nearly so
+    fitting = bisect.bisect(wider, False, key=lambda w: not budget.holds(cost(supernet, widths.replaced(name, w))))
+    return widths.replaced(name, wider[fitting - 1]) if fitting else widths

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from timm_autoslim.supernet import Supernet
 
 Mode = Literal["fast", "reference"]
 Rank = Literal["error", "per_cost"]
+Refine = Literal["units", "choices", "none"]
 
 FILLED = 0.99  # a budget of which this share is used counts as used up
 REFINING_ROUNDS = 3  # rounds of a refinement that score every group; what is left then is filled without a choice
@@ -147,32 +147,34 @@ class _Descent:
     def _errors(self, subnets: Sequence[Widths]) -> list[float]:
         return self.score.many(subnets)
 
-    def refined(self, budget: Budget) -> Widths:
+    def refined(self, budget: Budget, refine: Refine) -> Widths:
         """Widen groups into what the descent left of the budget, and return the best subnet met on the way."""
-        met = [self.widths, *self._fill(self.widths, budget)]
+        met = [self.widths, *self._fill(budget, refine)]
         # wider first: the descent's own subnet stands only where it is truly better
         return min(reversed(met), key=self.score)
 
-    def _fill(self, widths: Widths, budget: Budget) -> list[Widths]:
-        """Widen one group after the other until less than 1 % of the budget is left or not one unit more fits.
+    def _fill(self, budget: Budget, refine: Refine) -> list[Widths]:
+        """Widen one group after the other until less than 1 % of the budget is left or nothing wider fits.
 
         Each round widens one group as far as the budget allows, the one whose error is then the least. After
-        `REFINING_ROUNDS` rounds the group that fills the budget most is taken unseen.
+        `REFINING_ROUNDS` rounds the group that fills the budget most is taken unseen. Groups go to single units only
+        where their choices cannot fill the budget: few of them then leave the choices.
 
         Returns:
             The subnets that were chosen by their error, and the last one.
         """
         met: list[Widths] = []
-        for taken in itertools.count():
-            if budget.used(cost(self.supernet, widths)) >= FILLED:
-                break
-            wider = [widest_within(self.supernet, widths, name, budget) for name in self.supernet.space.names]
+        widths, exact = self.widths, False
+        while refine != "none" and budget.used(cost(self.supernet, widths)) < FILLED:
+            wider = [widest_within(self.supernet, widths, n, budget, exact=exact) for n in self.supernet.space.names]
             wider = sorted(
                 (w for w in wider if w != widths), key=lambda w: budget.used(cost(self.supernet, w)), reverse=True
             )  # so that of equal errors the fuller budget wins
-            if not wider:
+            if not wider and (exact or refine == "choices"):
                 break
-            if taken < REFINING_ROUNDS:
+            if not wider:
+                exact = True
+            elif len(met) < REFINING_ROUNDS:
                 promising = self._promising(widths, wider)
                 errors = self._errors(promising)
                 widths = promising[errors.index(min(errors))]
@@ -296,7 +298,7 @@ def search(
     mode: Mode = "fast",
     rank: Rank = "per_cost",
     steps: int = 10,
-    refine: bool = True,
+    refine: Refine = "units",
     seed: int = 0,
     scores: Scores | None = None,
     team: Team | None = None,
@@ -321,11 +323,14 @@ def search(
         rank: "error" ranks candidates by error alone, as published; "per_cost" by the rise of the error for each
             unit of the budget saved.
         steps: the range of each group is walked in about this many steps.
-        refine: fill each budget to within 1 %, where single units allow. A descent in steps of whole divisors stops up
-            to a step of some group below its budget, so two networks found "at" one budget may differ by several per
-            cent in cost and could not be compared. The descent goes on from the unrefined widths, so one descent still
-            serves every budget; a refined network is kept only if its error is no higher. It scores at most 3 subnets
-            for each group, and one more, for each budget. Without it, widths stay on the `choices` of the space.
+        refine: how to fill what the descent leaves of a budget. In steps of whole divisors it stops up to a step of
+            some group below its budget, so two networks found "at" one budget may differ by several per cent in cost
+            and could not be compared. "units" widens groups to within 1 % of the budget where single units allow: on
+            the `choices` of the space as far as these go, then with as few groups as possible off them. "choices" stays
+            on the choices, for devices that want multiples of a divisor; "none" leaves the widths as they are. The
+            descent goes on from the unrefined widths, so one descent still serves every budget; a refined network is
+            kept only if its error is no higher. It scores at most 3 subnets for each group, and one more, for each
+            budget.
         seed: decides between candidates that are exactly equal.
         scores: a dict that is read before a subnet is scored, and gets what was scored. It holds plain data: kept in a
             file and given again, an interrupted search scores only what is missing, and comes to the same result.
@@ -342,6 +347,8 @@ def search(
         raise ValueError(f"got mode={mode!r}; needed: one of {list(get_args(Mode))}")
     if rank not in get_args(Rank):
         raise ValueError(f"got rank={rank!r}; needed: one of {list(get_args(Rank))}")
+    if refine not in get_args(Refine):
+        raise ValueError(f"got refine={refine!r}; needed: one of {list(get_args(Refine))}")
     if steps < 1:
         raise ValueError(f"got steps={steps}; needed: at least 1")
     ordered = read_budgets(supernet, budgets)
@@ -371,6 +378,6 @@ def search(
             trail.append(made)
             if on_step is not None:
                 on_step(made)
-        widths = descent.refined(budget) if refine else descent.widths
+        widths = descent.refined(budget, refine)
         networks.append(Found.of(budget, widths, cost(supernet, widths), score(widths)))
     return SearchResult(tuple(networks), tuple(trail), score.evaluations, score.macs)
