@@ -6,8 +6,8 @@ DIR holds CIFAR-10 as train.tar and test.tar (or folders) of class folders. For 
 sandwich rule; every method then chooses one network for each budget, scored on the same held-out training images; every
 network is fine-tuned from the supernet's weights in the same way, with several seeds, and tested once. OUTPUT/MODEL
 holds all of it, each result in a file of its own: the same command goes on where it was stopped, and several processes
-may work on different --models, or on different --seeds of one whose searches are done. The table is printed, and with
---docs written between the markers of a page.
+may work on different --models, or on different --methods or --seeds of one whose supernet is trained. The table is
+printed, and with --docs written between the markers of a page.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", required=True, metavar="DIR")
     parser.add_argument("--output", required=True, metavar="DIR", help="what is done already is not done again")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--docs", metavar="FILE", help="write the table between the markers of this page")
@@ -111,7 +112,7 @@ class Bench:
     """All runs of one model."""
 
     def __init__(self, folder: Path, name: str, given: argparse.Namespace) -> None:
-        self.folder, self.seeds = folder, given.seeds
+        self.folder, self.methods, self.seeds = folder, given.methods, given.seeds
         defaults = parse_args("train", None, [])
         self.args = argparse.Namespace(
             **vars(defaults) | SHARED | MODELS[name] | {"data_dir": given.data_dir, "threads": given.threads, "seed": 0}
@@ -135,8 +136,8 @@ class Bench:
     def run(self) -> None:
         """Train, search, fine-tune: what is not done yet."""
         self._train()
-        found = {method: self._search(method)["networks"] for method in METHODS}
-        tasks = itertools.product(self.seeds, range(len(BUDGETS["macs"])), METHODS)
+        found = {method: self._search(method)["networks"] for method in self.methods}
+        tasks = itertools.product(self.seeds, range(len(BUDGETS["macs"])), self.methods)
         todo = [task for task in tasks if task[0] == 0 or task[2] in REPEATED]
         for seed, index, method in tqdm(todo, desc="fine-tuning"):
             self._retrain(method, found[method][index], seed)
