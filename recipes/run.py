@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("-c", "--config", default=str(HERE / "configs" / "digits.yaml"), help="flat YAML file")
-    parser.add_argument("--num-processes", type=int, default=1, help="training processes (GPUs, or CPU processes)")
+    parser.add_argument("--num-processes", type=int, default=1, help="processes of each stage (GPUs, or CPU processes)")
     known, rest = parser.parse_known_args(argv)
     config = {"output": "runs", "experiment": Path(known.config).stem, **read_config(known.config), **overrides(rest)}
     values_for("train", config, where="the flags")
@@ -54,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (run / "supernet.safetensors").exists():
         launch(known.num_processes, "train.py", "-c", path, "--resume")
     if not (run / "search.json").exists():
-        launch(1, "search.py", run, "-c", path)
+        # several processes would each measure latencies of their own
+        alone = "latency_ms" in str(config.get("budgets"))
+        launch(1 if alone else known.num_processes, "search.py", run, "-c", path)
     networks = json.loads((run / "search.json").read_text(encoding="utf-8"))["networks"]
     for entry in networks:
         if not (run / "exported" / entry["name"]).exists():
