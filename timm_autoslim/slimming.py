@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -232,16 +233,50 @@ class _FastDescent(_Descent):
     so candidates are scored in the order of this guess, and only until none that is left promises more than the best
     of those that were scored (lazy greedy; Minoux, 1978). The images are as many as keep the work of one score the
     same all the way down: a share of `SHARE` for the widest, all of them for a subnet of that share of its MACs.
+
+    A descent never takes a step back, so a refinement ends with trades at the budget, which do.
     """
 
     LOOK = 2  # candidates that are scored together
     FILLING = 6  # candidates that are scored in each round of filling a budget
     SHARE = 3 / 16  # of the held-out images, for the widest
+    TRADES = 2  # of the widths of two or three groups, for each group
+    TOGETHER = 6  # trades that are scored together, of which the best is taken if it lowers the error
 
     def __init__(self, supernet: Supernet, score: Scorer, rank: Rank, steps: int, order: Mapping[str, int]) -> None:
         self.whole = cost(supernet).macs
         self.rises: dict[str, float] = {}  # by group: rise of the error for each unit of its width, as last scored
         super().__init__(supernet, score, rank, steps, order)
+
+    def refined(self, budget: Budget, refine: Refine) -> Widths:
+        """Fill the budget, then trade widths between groups as long as that lowers the error."""
+        widths = super().refined(budget, refine)
+        if refine == "none":
+            return widths
+        error = self.score(widths)
+        draws = random.Random(repr(self.order))
+        for _ in range(math.ceil(self.TRADES * len(self.supernet.space) / self.TOGETHER)):
+            traded = [self._traded(widths, budget, refine, draws) for _ in range(self.TOGETHER)]
+            errors = self._errors(traded)
+            best = traded[errors.index(min(errors))]  # on some of the images, so it has to prove itself on all
+            if (found := self.score(best)) < error:
+                widths, error = best, found
+        return widths
+
+    def _traded(self, widths: Widths, budget: Budget, refine: Refine, draws: random.Random) -> Widths:
+        """Narrow one or two groups by a step or two, and widen others with what that sets free."""
+        names = draws.sample(self.supernet.space.names, len(self.supernet.space))
+        giving = draws.choice((1, 2))
+        for name in names[:giving]:
+            for _ in range(draws.choice((1, 2))):
+                narrower = _narrower(self.supernet.space[name], widths[name], self.steps)
+                widths = widths if narrower is None else widths.replaced(name, narrower)
+        for exact in (False, True) if refine == "units" else (False,):
+            for name in names[giving:] + names[:giving]:
+                if budget.used(cost(self.supernet, widths)) >= FILLED:
+                    return widths
+                widths = widest_within(self.supernet, widths, name, budget, exact=exact)
+        return widths
 
     def step(self, budget: Budget) -> str:
         """Slim the group that costs least error, as far as the images tell, and return its name."""
@@ -329,9 +364,10 @@ def search(
             the `choices` of the space as far as these go, then with as few groups as possible off them. "choices" stays
             on the choices, for devices that want multiples of a divisor; "none" leaves the widths as they are. The
             descent goes on from the unrefined widths, so one descent still serves every budget; a refined network is
-            kept only if its error is no higher. It scores at most 3 subnets for each group, and one more, for each
-            budget.
-        seed: decides between candidates that are exactly equal.
+            kept only if its error is no higher. This scores at most 3 subnets for each group, and one more, for each
+            budget. In the fast mode trades follow, about 2 for each group: a step or two less of one or two groups,
+            chosen at random by `seed`, and more of others; each is kept if it lowers the error.
+        seed: decides between candidates that are exactly equal, and what is traded.
         scores: a dict that is read before a subnet is scored, and gets what was scored. It holds plain data: kept in a
             file and given again, an interrupted search scores only what is missing, and comes to the same result.
         team: the processes that share the scoring, if there are several; the result does not depend on them.
