@@ -21,6 +21,8 @@ SMALL = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "test_
 SMALL += ["mobilenetv3_small_050", "ese_vovnet19b_slim_dw", "deepseek_vit_412m", "torchvision/squeezenet1_1"]
 # features of several stages, names of features that are no modules, encoders, heads with a norm, blocks of two outputs
 SMALL += ["efficientvim_m1", "gemma4_vit_167m", "deepseek_vit_412m_enc", "efficientvit_m0", "tnt_s_legacy_patch16_224"]
+# further families of the convolutional zoo
+SMALL += ["mnasnet_050", "regnetx_002", "seresnet18", "vgg11", "mobilenetv1_100"]
 SCRIPTED = ["test_resnet", "test_efficientnet", "test_vit"]
 
 
