@@ -19,6 +19,10 @@ from timm_autoslim.bases import create_hollow
 ALL = os.environ.get("AUTOSLIM_CONTRACT") == "all"
 SMALL = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "test_byobnet", "test_nfnet", "test_mambaout"]
 SMALL += ["mobilenetv3_small_050", "ese_vovnet19b_slim_dw", "deepseek_vit_412m", "torchvision/squeezenet1_1"]
+# features of several stages, names of features that are no modules, encoders, heads with a norm, blocks of two outputs
+SMALL += ["efficientvim_m1", "gemma4_vit_167m", "deepseek_vit_412m_enc", "efficientvit_m0", "tnt_s_legacy_patch16_224"]
+# further families of the convolutional zoo
+SMALL += ["mnasnet_050", "regnetx_002", "seresnet18", "vgg11", "mobilenetv1_100"]
 SCRIPTED = ["test_resnet", "test_efficientnet", "test_vit"]
 
 
@@ -64,7 +68,8 @@ def test_a_slimmed_model_keeps_the_contract_of_its_base(name, tmp_path):
     }
     assert not wrong, wrong
     kept = [fact for fact, value in got.items() if value is True]
-    assert len(kept) >= (8 if name.startswith("torchvision/") else 15), got
+    headless = "reset_classifier" not in dir(base())  # timm's encoders
+    assert len(kept) >= (8 if name.startswith("torchvision/") else 5 if headless else 15), got
     params = sum(p.numel() for p in slim().parameters())
     assert params < 0.7 * sum(p.numel() for p in base().parameters())
     if ALL:

@@ -142,6 +142,12 @@ def test_what_the_folder_says_is_no_option(option, exported):
         timm_autoslim.push(exported[1], "me/slim", **{option: True})
 
 
+def test_a_timm_that_does_not_know_the_installed_hub_is_named(exported, monkeypatch):
+    monkeypatch.setattr("timm.models._hub._has_hf_hub", False)  # as timm 1.0.16 sets it beside huggingface_hub 1
+    with pytest.raises(ArtifactError, match=r"push: timm .* cannot use huggingface_hub as it is installed"):
+        timm_autoslim.push(exported[1], "me/slim")
+
+
 def test_only_exported_folders_are_pushed(tmp_path):
     with pytest.raises(ArtifactError, match=r"config\.json: got a file that cannot be read"):
         timm_autoslim.push(tmp_path, "me/slim")

@@ -21,6 +21,7 @@ ROOMS = [
     "tracing.graph",
     "tracing.twin",
     "tracing.prove",
+    "tracing.watch",
     "tracing.trace",
     "residual",
     "terms",

@@ -146,6 +146,38 @@ def test_a_script_like_timms_train_takes_the_package_as_a_device_module(place):
     assert checked.returncode == 0, checked.stderr
 
 
+def test_a_script_like_timms_train_resumes(place, tmp_path):
+    folder, _, params = place
+    flags = (f"{folder}/images", "--model", f"local-dir:{folder / 'slim'}", "--num-classes", "2")
+    for more in (("--pretrained",), ("--resume", "output/last.pth.tar", "--epochs", "2", "--output", "more")):
+        done = run("scripts/train.py", *flags, *more, cwd=folder_with_scripts(tmp_path))
+        assert (done.returncode, done.stdout) == (0, f"VisionTransformer 2 {params}\n"), done.stderr
+    first, second = (torch.load(tmp_path / at / "last.pth.tar", weights_only=False) for at in ("output", "more"))
+    assert (first["epoch"], second["epoch"]) == (0, 1)
+    steps = [checkpoint["optimizer"]["state"][0]["momentum_buffer"] for checkpoint in (first, second)]
+    assert not torch.equal(*steps)
+    assert first["state_dict_ema"].keys() == second["state_dict_ema"].keys()
+    assert not torch.equal(first["state_dict_ema"]["head.weight"], second["state_dict_ema"]["head.weight"])
+
+
+def test_a_script_like_timms_train_starts_from_other_weights(place, tmp_path):
+    folder, model, _ = place
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "other.pth")
+    flags = (f"{folder}/images", "--model", f"local-dir:{folder / 'slim'}", "--pretrained", "--lr", "0")
+    done = run("scripts/train.py", *flags, "--pretrained-path", "other.pth", cwd=folder_with_scripts(tmp_path))
+    assert done.returncode == 0, done.stderr
+    trained = timm.models.load_state_dict(str(tmp_path / "output" / "last.pth.tar"))
+    # with another number of classes in the settings, timm makes a new head
+    assert all(torch.equal(trained[name], t) for name, t in state.items() if not name.startswith("head."))
+    assert not torch.equal(trained["head.weight"], state["head.weight"])
+
+
+def folder_with_scripts(folder):
+    shutil.copytree(ROOT / "tests" / "scripts", folder / "scripts", dirs_exist_ok=True)
+    return folder
+
+
 # Everything that a script can see of how it was started, its own annotations included.
 STATE = """
 import sys, json, helper

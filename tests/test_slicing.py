@@ -84,6 +84,14 @@ def test_attributes_are_set_in_modules_lists_tuples_and_dicts():
     assert model[0].info == [{"num_chs": 6, "sizes": (1, 6)}]
 
 
+def test_a_list_that_a_configuration_shares_stays_as_it_is():
+    model, config = nn.Linear(2, 2), [192, 384]
+    model.embed_dim = config
+    assert set_attribute(model, "embed_dim.1", 100) == 384
+    assert model.embed_dim == [192, 100]
+    assert config == [192, 384]
+
+
 def test_an_attribute_that_is_not_there_is_not_made_up():
     model = Tied()
     with pytest.raises(KeyError, match="height"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,8 +93,7 @@ class Bounded(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name in QUIET or (name[-1:] == "_" and name[-2:] != "__" and not name.startswith("resize")):  # in place
+        if _returns_no_tensor(func):
             return func(*args, **kwargs)
         size, given = _at_most((args, kwargs))
         if size > SMALL:
@@ -113,6 +113,13 @@ class Bounded(TorchFunctionMode):
         if elements > self.left:
             self.left = -1
             raise MemoryError("too many elements for a base of this name")
+
+
+@lru_cache(1024)
+def _returns_no_tensor(func: Any) -> bool:
+    """Whether a function returns no new tensor: it is among the quiet ones, or works in place."""
+    name = getattr(func, "__name__", "")
+    return name in QUIET or (name[-1:] == "_" and name[-2:] != "__" and not name.startswith("resize"))
 
 
 def _at_most(values: Any) -> tuple[int, bool]:

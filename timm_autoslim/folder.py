@@ -6,7 +6,7 @@ import json
 import math
 import reprlib
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -238,12 +238,15 @@ def read_header(path: Path) -> Header:
     return Header(path, shapes, dtypes)
 
 
-def check_weights(header: Header, model: nn.Module, cfg: Mapping[str, Any], other_head: bool, in_chans: int) -> None:
+def check_weights(
+    header: Header, stored: nn.Module, model: nn.Module, cfg: Mapping[str, Any], other_head: bool, in_chans: int
+) -> None:
     """Compare the head of a file with the model that it is to fill, before any tensor is read.
 
     Args:
         header: of the file.
-        model: what config.json describes.
+        stored: what config.json describes.
+        model: what is to be filled, which may lack a part of `stored`.
         cfg: its data settings, which name the classifiers and the first convolutions.
         other_head: whether the model has another number of classes than the file, whose classifiers are then dropped.
         in_chans: the channels of the model's images; where the file has others, timm converts the first convolutions.
@@ -258,23 +261,26 @@ def check_weights(header: Header, model: nn.Module, cfg: Mapping[str, Any], othe
 
     heads = {f"{name}.{leaf}" for name in named("classifier") for leaf in ("weight", "bias")} if other_head else set()
     stems = {f"{name}.weight" for name in named("first_conv")} if in_chans != cfg["input_size"][0] else set()
-    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    for name in (*state, *header.shapes):
+    state = {name: value for name, value in stored.state_dict().items() if isinstance(value, Tensor)}
+    fresh = [] if model is stored else sorted(model.state_dict().keys() - state.keys())
+    for name in (*fresh, *state, *(header.shapes.keys() - state.keys())):
         tensor, shape = state.get(name), header.shapes.get(name)
         if name in heads:
             if shape and math.prod(shape) > MAX_ELEMENTS:
                 raise _fail(header.path, f"{name!r} of shape {shape}", f"at most {MAX_ELEMENTS:,} numbers")
             continue
-        want = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
-        fits = tensor is not None and shape is not None and len(shape) == tensor.ndim
-        if not fits or any(a != b and not (i == 1 and name in stems) for i, (a, b) in _pairs(shape, tensor)):
+        if tensor is None or shape is None or not _fits(shape, tensor.shape, name in stems):
+            want = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
+            want = "a tensor" if name in fresh else want
             have = "no such tensor" if shape is None else f"shape {shape}"
             raise _fail(header.path, f"{reprlib.repr(name)}: {have}", f"{want}, as config.json describes the model")
-        assert tensor is not None
         kind = header.dtypes[name]
         if kind not in (FLOATS if tensor.is_floating_point() else INTEGERS):
             raise _fail(header.path, f"{name!r} of type {kind}", f"numbers like {tensor.dtype}")
 
 
-def _pairs(shape: Any, tensor: Any) -> list[tuple[int, tuple[int, int]]]:
-    return list(enumerate(zip(shape, tensor.shape, strict=True)))
+def _fits(shape: Sequence[int], needed: Sequence[int], stem: bool) -> bool:
+    """Whether two shapes are equal, but for the input channels of a first convolution."""
+    return shape == needed or (
+        stem and len(shape) == len(needed) > 1 and shape[0] == needed[0] and shape[2:] == needed[2:]
+    )

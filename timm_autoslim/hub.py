@@ -8,6 +8,7 @@ from pathlib import Path
 
 import timm
 from timm.models import push_to_hf_hub
+from timm.models._hub import has_hf_hub
 
 from timm_autoslim.bases import ARCHITECTURE
 from timm_autoslim.card import check_figures, make_base, measure
@@ -30,11 +31,17 @@ def push(folder: str | Path, repo_id: str, *, card: Mapping[str, object] | None 
         The name that `timm.create_model` loads it by.
 
     Raises:
-        ArtifactError: the folder is no exported one, or an option is not timm's to choose.
+        ArtifactError: the folder is no exported one, an option is not timm's to choose, or timm and the installed
+            huggingface_hub do not fit each other.
     """
     refused = sorted(_OURS & set(options))
     if refused:
         raise ArtifactError(f"push {refused[0]}=: it is given by the folder; leave it out")
+    if not has_hf_hub():
+        raise ArtifactError(
+            f"push: timm {timm.__version__} cannot use huggingface_hub as it is installed; needed versions that fit "
+            "each other: update timm, or pip install 'huggingface_hub<1' beside an old one"
+        )
     figures = check_figures(card)
     config = read_config(Path(folder) / CONFIG)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)

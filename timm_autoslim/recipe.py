@@ -82,11 +82,35 @@ def apply_checked(model: nn.Module, checked: dict[str, Any]) -> nn.Module:
         first, other = shared.setdefault(id(tensor), (name, axes))
         if axes != other:
             raise fail(f"sizes.{name}", sizes, f"the sizes of {first}, the same tensor")
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in shared:  # tied parameters stay tied, whichever of their names the recipe lists
-            tensors[name] = shared[id(parameter)][1]
+    for path, module in modules.items():
+        for leaf, parameter in module._parameters.items():
+            if id(parameter) in shared:  # tied parameters stay tied, whichever of their names the recipe lists
+                tensors[f"{path}.{leaf}" if path else leaf] = shared[id(parameter)][1]
     values = {path: _value(model, modules, path, value) for path, value in checked["attributes"].items()}
     shrink_(model, Slices(tensors=tensors, attributes=values))
+    model.autoslim = checked  # type: ignore[assignment]
+    return model
+
+
+def apply_part(model: nn.Module, whole: nn.Module, checked: dict[str, Any]) -> nn.Module:
+    """As `apply_checked`, of a base that was built without some of the modules that its recipe tells of.
+
+    Args:
+        model: the base as it is wanted.
+        whole: the base of the recipe, which is slimmed in place.
+        checked: the recipe. What it says of modules that `model` lacks, or that are others there, is left out.
+    """
+    mine, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (model, whole))
+    part = {
+        "sizes": {name: sizes for name, sizes in checked["sizes"].items() if _tensor(mine, name) is not None},
+        "attributes": {
+            path: value
+            for path, value in checked["attributes"].items()
+            if _current(model, mine, path) == _current(whole, theirs, path)
+        },
+    }
+    apply_checked(whole, checked)  # the recipe must fit as a whole
+    apply_checked(model, {**checked, **part})
     model.autoslim = checked  # type: ignore[assignment]
     return model
 
@@ -109,17 +133,22 @@ def _axes(model: nn.Module, name: str, tensor: Tensor | None, sizes: object) -> 
         raise fail(where, sizes, f"a tensor of {type(model).__name__}, which has none of this name")
     if not isinstance(sizes, list | tuple) or len(sizes) != tensor.ndim:
         raise fail(where, sizes, f"a list of {tensor.ndim} sizes for the shape {tuple(tensor.shape)}")
+    axes: list[Axis] = []
     for size, full in zip(sizes, tensor.shape, strict=True):
-        if not _fits(size, full):
+        if size is None:
+            axes.append(None)
+        elif type(size) is int and 1 <= size <= full:
+            axes.append(((0, size),))
+        elif _are_runs(size, full):
+            axes.append(tuple(map(tuple, size)))
+        else:
             need = f"for each axis None, an integer from 1 to the size in {tuple(tensor.shape)}, or runs within it"
             raise fail(where, sizes, need)
-    return tuple(((0, size),) if is_int(size) else size and tuple(map(tuple, size)) for size in sizes)
+    return tuple(axes)
 
 
-def _fits(size: object, full: int) -> bool:
-    """Whether this says what is kept of an axis: all (None), the first few, or ascending runs of (start, length)."""
-    if size is None or (is_int(size) and 1 <= size <= full):
-        return True
+def _are_runs(size: Any, full: int) -> bool:
+    """Whether these are ascending runs of (start, length) within an axis."""
     end = 0
     for run in size if isinstance(size, list | tuple) else ():
         if not isinstance(run, list | tuple) or len(run) != 2 or not all(map(is_int, run)):

@@ -38,7 +38,7 @@ from timm_autoslim.folder import (
     read_config,
     read_header,
 )
-from timm_autoslim.recipe import apply_checked, apply_recipe, check_recipe
+from timm_autoslim.recipe import apply_checked, apply_part, apply_recipe, check_recipe
 
 __all__ = ["apply_recipe", "autoslim", "build_slimmed", "check_recipe", "create_base"]
 
@@ -81,7 +81,14 @@ def _build(
     wanted = native if num_classes is None else num_classes
     # The recipe holds the head's tensors if its base had a head: such a base is built, and the head changed afterwards.
     args["num_classes"] = wanted if bool(wanted) == bool(native) else native
-    model = apply_checked(bounded(base, file_elements, create_raw, base, **args), checked)
+    model = bounded(base, file_elements, create_raw, base, **args)
+    assert isinstance(model, nn.Module)
+    # An encoder takes its pooling when it is built, and may then lack modules that the recipe tells of.
+    late = base.startswith(TORCHVISION) or hasattr(model, "reset_classifier")
+    if not late and global_pool not in (None, pool_type(model)):
+        asked = bounded(base, file_elements, create_raw, base, **args, global_pool=global_pool)
+        return apply_part(asked, model, checked)
+    apply_checked(model, checked)
     if base.startswith(TORCHVISION):
         describe_features(model, taps)
         if global_pool is not None or (wanted and not native):
@@ -122,14 +129,16 @@ def _is_resized(recipe: Mapping[str, Any], cfg: Mapping[str, Any], asked: Any) -
     return asked is not None and sizes[0] != sizes[1]
 
 
-def _at_own_size(recipe: dict[str, Any], elements: int | None, taps: Any, args: Mapping[str, Any]) -> nn.Module:
-    """The model for images of the weights' own size; without data where that works."""
-    args = {key: value for key, value in args.items() if key != "img_size"}
+def _as_stored(
+    recipe: dict[str, Any], elements: int | None, taps: Any, args: Mapping[str, Any], own: Mapping[str, Any]
+) -> nn.Module:
+    """The model that the weights are of, with their own image size, classes and pooling; without data if that works."""
+    args = {key: value for key, value in args.items() if key not in ("img_size", "num_classes", "global_pool")}
     try:
         with torch.device("meta"):
-            return _build(recipe, elements, taps, **args)
+            return _build(recipe, elements, taps, **own, **args)
     except ArtifactError:  # some constructors read values
-        return _build(recipe, elements, taps, **args)
+        return _build(recipe, elements, taps, **own, **args)
 
 
 def _resize(
@@ -153,11 +162,15 @@ def _resize(
     return fitted
 
 
-def _with_versions(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
-    """Give weights the version numbers that safetensors does not keep; torchvision's MNASNet needs them."""
-    versioned = OrderedDict(state)
-    versioned._metadata = getattr(model.state_dict(), "_metadata", {})  # type: ignore[attr-defined]
-    return versioned
+def _fit(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
+    """Leave out weights of a head that the model lacks, and number the rest as torchvision's MNASNet needs them.
+
+    safetensors does not keep the version numbers of a state dict.
+    """
+    needed: Any = model.state_dict()
+    kept = OrderedDict((name, tensor) for name, tensor in state.items() if name in needed)
+    kept._metadata = getattr(needed, "_metadata", {})  # type: ignore[attr-defined]
+    return kept
 
 
 def _feature_cfg(model: nn.Module, recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,11 +215,12 @@ def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         raise fail(f"model_args.{refused[0]}", kwargs[refused[0]], "only arguments that shape the model")
     if source is None:
         recipe = check_recipe(kwargs.pop("recipe"))
-        return _load(recipe, None, pretrained, dict(_base_cfg(recipe["base"] or "").to_dict()), kwargs)
+        cfg = dict(_base_cfg(recipe["base"] or "").to_dict())
+        return _load(_Source("", recipe, cfg, None, {}), recipe, pretrained, kwargs)
     recipe = kwargs.pop("recipe")
     recipe = source.recipe if recipe == source.recipe else check_recipe(recipe)
     try:
-        return _load(recipe, source.header, pretrained, source.cfg, kwargs)
+        return _load(source, recipe, pretrained, kwargs)
     except AutoSlimError:
         raise
     except Exception as error:  # timm and constructors may raise anything at all on what they do not expect
@@ -226,12 +240,14 @@ class _Source:
         recipe: the recipe in config.json.
         cfg: timm's data settings, with the file of the weights.
         header: the head of that file, None if weights are not wanted and none are at hand.
+        own: the classes and the pooling of the model that the weights are of.
     """
 
     place: str
     recipe: dict[str, Any]
     cfg: dict[str, Any]
     header: Header | None
+    own: dict[str, Any]
 
 
 def _find(given: Any, pretrained: bool, kwargs: Mapping[str, Any]) -> _Source | None:
@@ -243,6 +259,10 @@ def _find(given: Any, pretrained: bool, kwargs: Mapping[str, Any]) -> _Source | 
     if kind not in ("local-dir", "hf-hub"):
         return None
     place = str(given["file" if kind == "local-dir" else "hf_hub_id"])
+    if Path(place).is_file():  # timm's scripts put a user's own weights in place of the folder (--pretrained-path)
+        cfg = {**check_data_settings({**given, "num_classes": None}), "num_classes": given.get("num_classes")}
+        cfg.update(source=None, file=place)
+        return _Source(place, check_recipe(kwargs["recipe"]), cfg, None, {"global_pool": kwargs.get("global_pool")})
 
     def path(name: str) -> Path:
         if kind == "local-dir":
@@ -255,13 +275,14 @@ def _find(given: Any, pretrained: bool, kwargs: Mapping[str, Any]) -> _Source | 
     header = read_header(path(WEIGHTS)) if there else None
     # As a file, every version of timm reads safetensors; of a folder 1.0.16 reads pickles, and all do if it has others.
     cfg.update(source=None, file=str(header.path) if header else None)
-    return _Source(place, config["model_args"]["recipe"], cfg, header)
+    args = config["model_args"]
+    own = {"num_classes": cfg.get("num_classes"), "global_pool": args.get("global_pool")}
+    return _Source(place, args["recipe"], cfg, header, own)
 
 
-def _load(
-    recipe: dict[str, Any], header: Header | None, pretrained: bool, cfg: dict[str, Any], kwargs: dict[str, Any]
-) -> nn.Module:
+def _load(source: _Source, recipe: dict[str, Any], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     """Let timm build the model, fill it and wrap it."""
+    header, cfg, own = source.header, source.cfg, source.own
     channels, first_conv = (cfg.get("input_size") or (3,))[0], cfg.get("first_conv")
     if channels != 3 and kwargs.get("in_chans", channels) == channels:
         cfg["first_conv"] = None  # nothing to adapt, but older timm takes every checkpoint for one of three channels
@@ -279,14 +300,17 @@ def _load(
         model = _build(recipe, elements, taps, **args)
         if header is not None and pretrained:
             other = bool(kwargs.get("features_only")) or getattr(model, "num_classes", None) != cfg.get("num_classes")
-            stored = _at_own_size(recipe, elements, taps, args) if resized else model
-            check_weights(header, stored, {**cfg, "first_conv": first_conv}, other, args.get("in_chans", channels))
+            headless = getattr(model, "num_classes", None) == 0 != cfg.get("num_classes")
+            poolless = not hasattr(model, "reset_classifier") and kwargs.get("global_pool") != own["global_pool"]
+            stored = _as_stored(recipe, elements, taps, args, own) if resized or headless or poolless else model
+            settings = {**cfg, "first_conv": first_conv}
+            check_weights(header, stored, model, settings, other, args.get("in_chans", channels))
         if kwargs.get("features_only"):
             features.update({k: v for k, v in _feature_cfg(model, recipe).items() if k not in kwargs})
         return model
 
     def fill(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
-        return _with_versions(_resize(state, model, recipe, elements, size) if resized else state, model)
+        return _fit(_resize(state, model, recipe, elements, size) if resized else state, model)
 
     model: nn.Module = build_model_with_cfg(
         build,
@@ -297,8 +321,8 @@ def _load(
         feature_cfg=features,
         **kwargs,
     )
-    source: Any = model.pretrained_cfg
-    source["first_conv"] = first_conv
+    settings: Any = model.pretrained_cfg
+    settings["first_conv"] = first_conv
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 # What is kept of one axis: None for all of it, else runs of (start, length) in ascending order.
 Axis = tuple[tuple[int, int], ...] | None
-Value = int | float | tuple[int, ...]
+Value = int | float | tuple[int, ...] | list[int]
 M = TypeVar("M", bound=nn.Module)
 
 # Above this many blocks one gather or scatter is cheaper than a view for each.
@@ -135,16 +136,14 @@ def set_attribute(model: nn.Module, path: str, value: Value) -> Value:
     *parents, leaf = path.split(".")
     for part in parents:
         target = _child(target, part)
-    if isinstance(target, tuple):  # a tuple is replaced whole, in its own parent
+    if isinstance(target, (tuple, list)):  # replaced whole, in its own parent: a list may be that of a configuration
         index = int(leaf)
         old: Value = target[index]
-        whole = (*target[:index], value, *target[index + 1 :])
-        set_attribute(model, ".".join(parents), whole)
+        whole: Any = (*target[:index], value, *target[index + 1 :])
+        set_attribute(model, ".".join(parents), whole if isinstance(target, tuple) else list(whole))
         return old
     before: Value = _child(target, leaf)
-    if isinstance(target, list):
-        target[int(leaf)] = value
-    elif isinstance(target, dict):
+    if isinstance(target, dict):
         target[leaf] = value
     else:
         target.__dict__[leaf] = value  # nn.Module.__setattr__ is slow, and there is nothing here for it to register
@@ -301,7 +300,12 @@ def _accumulates(whole: Tensor, node: Any) -> bool:
 def _piece(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """A slice that lives on its own: a parameter stays a parameter."""
     piece = take(whole.detach(), axes)
-    if piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+    if whole.is_contiguous():  # its addresses are quicker to compare than its storage
+        first = whole.data_ptr()
+        shared = first <= piece.data_ptr() < first + max(1, whole.nbytes)
+    else:
+        shared = piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    if shared:
         piece = piece.clone()
     if isinstance(whole, nn.Parameter):
         return nn.Parameter(piece, requires_grad=whole.requires_grad)
@@ -327,10 +331,19 @@ def extract(model: M, slices: Slices) -> M:
 
 def shrink_(model: nn.Module, slices: Slices) -> None:
     """Keep of `model`, in place and for good, only what `slices` keeps; tied parameters stay tied."""
-    pieces: dict[int, Tensor] = {}
-    for _, store, leaf, whole, axes in _locate(model, slices):
-        if id(whole) not in pieces:
-            pieces[id(whole)] = _piece(whole, axes)
-        store[leaf] = pieces[id(whole)]
+    located = _locate(model, slices)
+    times = Counter(id(place.whole) for place in located)
+    tied: dict[int, tuple[Tensor, Tensor]] = {}
+    while located:  # each tensor is given up for its slice, whose memory the next slices can take
+        _, store, leaf, whole, axes = located.pop()
+        piece = tied[id(whole)][1] if id(whole) in tied else _piece(whole, axes)
+        if times[id(whole)] > 1:
+            tied[id(whole)] = (whole, piece)
+        store[leaf] = piece
+    modules = dict(model.named_modules(remove_duplicate=False))
     for path, value in slices.attributes.items():
-        set_attribute(model, path, value)
+        above, _, leaf = path.rpartition(".")
+        if above in modules:
+            modules[above].__dict__[leaf] = value
+        else:
+            set_attribute(model, path, value)

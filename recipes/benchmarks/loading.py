@@ -28,7 +28,7 @@ from timm_autoslim.bases import create_base
 MODELS = (
     *("resnet50", "mobilenetv3_small_050", "efficientnet_b0", "convnext_tiny", "vit_small_patch16_224"),
     *("swin_tiny_patch4_window7_224", "hrnet_w18_small", "nasnetalarge", "torchvision/resnet50"),
-    "torchvision/mobilenet_v2",
+    "torchvision/mobilenet_v3_large",
 )
 HEAD = ("| base | tensors | base | folder | over | ratio | base with weights | folder with weights | over | ratio |\n"
         "|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip

@@ -3,7 +3,7 @@
 import torch
 from script_tools import parser_with
 from timm.data import resolve_data_config
-from timm.models import create_model, is_model
+from timm.models import create_model, is_model, list_models
 from timm.optim import create_optimizer_v2
 
 parser = parser_with()
@@ -15,6 +15,7 @@ parser.add_argument("--drop-block", type=float, default=None)
 def main():
     args = parser.parse_args()
     assert not is_model(args.model)
+    assert list_models(args.model) == []  # what is no name may be a pattern; without matches it is taken as it is
     model = create_model(
         args.model,
         num_classes=args.num_classes,

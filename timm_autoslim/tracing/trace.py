@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from types import FunctionType
@@ -20,7 +20,7 @@ from timm_autoslim.tracing.flow import Call, Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label
 from timm_autoslim.tracing.ops import recurrent
-from timm_autoslim.tracing.prove import Exit, Operation, Prover, Record, suspects
+from timm_autoslim.tracing.prove import Operation, Prover, Record, suspects
 from timm_autoslim.tracing.sizes import FromExpression, Size, wrap_attributes
 from timm_autoslim.tracing.twin import (
     call,
@@ -34,12 +34,8 @@ from timm_autoslim.tracing.twin import (
     tied_names,
     what_failed,
 )
+from timm_autoslim.tracing.watch import DESCRIBES_HEAD, Watch
 
-# Attributes that only describe a module: they are not read in forward, but users and timm read them.
-_DESCRIBES_INPUT = ("in_channels", "in_features", "in_chs", "in_dim", "num_features", "embed_dim", "kdim", "vdim",
-                   "input_size")  # fmt: skip
-_DESCRIBES_OUTPUT = ("out_channels", "out_features", "out_chs", "out_dim", "num_features", "num_channels")
-_DESCRIBES_HEAD = ("head_dim", "key_dim", "dim_head")
 MAX_REPAIRS = 40
 NARROW = 0.35  # of the MACs at half width, where a quarter is ideal
 
@@ -150,107 +146,6 @@ class _Recorder(TorchDispatchMode):
 # -- tracing --------------------------------------------------------------------------------------------------------
 
 
-class _Watch:
-    """Follow which module runs, and note the attributes that describe modules without being read in forward."""
-
-    def __init__(self, flow: Flow, twin: nn.Module) -> None:
-        self.flow, self.twin = flow, twin
-        self.entered = ""  # the module that ran last, and what entered it, for error texts
-        self.got: list[tuple[int, ...]] = []
-        self.described: list[AttributeUse] = []
-        self.exits: list[Exit] = []
-        self.outputs: dict[str, tuple[Tensor, list[Label]]] = {}
-        self.inputs: dict[str, tuple[Tensor, list[Label]]] = {}
-        for path, module in twin.named_modules():
-            module.register_forward_pre_hook(self._enter(path), with_kwargs=True)
-            module.register_forward_hook(self._leave(path), always_call=True)
-
-    def _enter(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.flow.scope.append(path)
-            found = tensors_in([args, kwargs])
-            self.entered, self.got = path, [tuple(t.shape) for t in found]
-            for tensor in found[:1]:
-                self.inputs[path] = (tensor, self.flow.labels(tensor))
-                self._note(path, module, _DESCRIBES_INPUT, self.flow.labels(tensor))
-
-        return hook
-
-    def _leave(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            self.flow.scope.pop()
-            found = tensors_in(out)
-            labels = tuple(tuple(self.flow.labels(t)) for t in found)
-            self.exits.append(Exit(path, tuple(tuple(t.shape) for t in found), labels))
-            for tensor in found[:1]:
-                self.outputs[path] = (tensor, self.flow.labels(tensor))
-                self._note(path, module, _DESCRIBES_OUTPUT, self.flow.labels(tensor))
-
-        return hook
-
-    def _note(self, path: str, module: nn.Module, names: Sequence[str], labels: Sequence[Label]) -> None:
-        if not path:  # what describes the whole model is read from its own methods, below
-            return
-        for name in names:
-            value = module.__dict__.get(name)
-            if isinstance(value, int):
-                self.note(f"{path}.{name}", int(value), labels)
-
-    def note(self, path: str, value: int, labels: Sequence[Label]) -> None:
-        """Note that this attribute is the length of one of these dimensions."""
-        match = [v for v in labels if v is not None and len(v) == value]
-        if match:
-            self.described.append(AttributeUse(path, value, match[0]))
-
-    def describe_model(self) -> None:
-        """Note what timm promises about a model: num_features, head_hidden_size, and the channels in feature_info.
-
-        Some models make a new head by `embed_dim`, which then is their `num_features`.
-        """
-        described: set[int] = set()
-        for path, module in self.twin.named_modules():  # an encoder within a model may have its own
-            infos: Any = getattr(module, "feature_info", None)
-            if not hasattr(infos, "__getitem__") or id(infos) in described:
-                continue
-            described.add(id(infos))
-            self.describe_features(f"{path}." if path else "", infos)
-        features = self.outputs.get("forward_features")
-        value = self.twin.__dict__.get("num_features")
-        if features and isinstance(value, int):
-            for name in ("num_features", "embed_dim"):
-                if self.twin.__dict__.get(name) == value:
-                    self.note(name, int(value), features[1])
-        hidden = self.twin.__dict__.get("head_hidden_size")
-        if features and isinstance(hidden, int):
-            forward_head: Any = self.twin.forward_head
-            pooled = forward_head(features[0], pre_logits=True)
-            self.note("head_hidden_size", int(hidden), self.flow.labels(pooled))
-
-    def describe_features(self, above: str, infos: Iterable[Any]) -> None:
-        """Note the channels in a `feature_info`, whose names start at the module that holds it."""
-        for i, info in enumerate(infos):
-            if not isinstance(info, dict) or "num_chs" not in info:
-                continue
-            seen = self.inputs if info.get("hook_type") == "forward_pre" else self.outputs
-            tensor_labels = seen.get(f"{above}{info.get('module', '')}")
-            if tensor_labels:
-                self.note(f"{above}feature_info.{i}.num_chs", int(info["num_chs"]), tensor_labels[1])
-
-    def listen(self) -> None:
-        """Note the labels that leave `forward_features`, which is a method and not a module."""
-        inner: Any = getattr(self.twin, "forward_features", None)
-        if not callable(inner):
-            return
-
-        def forward_features(*args: Any, **kwargs: Any) -> Any:
-            out = inner(*args, **kwargs)
-            for tensor in tensors_in(out)[:1]:
-                self.outputs["forward_features"] = (tensor, self.flow.labels(tensor))
-            return out
-
-        self.twin.__dict__["forward_features"] = forward_features
-
-
 class Tracer:
     """One trace of one model."""
 
@@ -265,7 +160,7 @@ class Tracer:
         wrap_attributes(self.twin)
         self.tensors = named_tensors(self.twin)
         self.labels = {n: self._fresh_labels(n, t) for n, t in self.tensors.items() if t.is_floating_point()}
-        self.watch = _Watch(self.flow, self.twin)
+        self.watch = Watch(self.flow, self.twin)
         self.runs: list[Record] = []
         self.used: set[int] = set()
 
@@ -330,7 +225,7 @@ class Tracer:
                     with contextlib.suppress(
                         Exception
                     ):  # not every model keeps timm's contract; it is not the trace's business
-                        self.watch.describe_model()
+                        self.watch.describe_model(example)
                 self.flow.count_macs = macs
         except TraceError:
             raise
@@ -372,7 +267,7 @@ class Tracer:
             for name, value in self.twin.get_submodule(path).__dict__.items():
                 for vector in vectors:
                     scale = isinstance(value, float) and "drop" not in name and value == len(vector) ** -0.5
-                    size = isinstance(value, int) and name in _DESCRIBES_HEAD and value == len(vector)
+                    size = isinstance(value, int) and name in DESCRIBES_HEAD and value == len(vector)
                     if not (scale or size) or self.flow.stays(vector):  # tokens may be as many as channels
                         continue
                     use = AttributeUse(f"{path}.{name}" if path else name, value, vector, -0.5)
