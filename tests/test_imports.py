@@ -13,6 +13,7 @@ PACKAGE = Path(timm_autoslim.__file__).parent
 # off the graph alone, so the space may stand on them (to print its table).
 ROOMS = [
     "errors",
+    "pieces",
     "slicing",
     "tracing.labels",
     "tracing.sizes",
