@@ -151,7 +151,7 @@ def forget(modules: Iterable[nn.Module]) -> list[tuple[dict[str, Any], str, dict
     """
     found = []
     for module in modules:
-        if type(module).__module__.startswith("torch.nn."):
+        if type(module).__module__.startswith("torch.nn.modules."):
             continue  # these keep nothing so, and are many
         own = module.__dict__
         for name, value in own.items():
