@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import os
+import platform
 import uuid
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ REFUSED = {
 }
 
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, from glibc's malloc.h
+MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+
+
 def make_accelerator(args: argparse.Namespace, folder: Path | None = None) -> Accelerator:
     """Set up processes, device and precision; with a folder, also the trackers that the flags ask for.
 
@@ -41,6 +47,7 @@ def make_accelerator(args: argparse.Namespace, folder: Path | None = None) -> Ac
             )
     if args.threads:
         torch.set_num_threads(args.threads)
+    keep_memory()
     accelerator = Accelerator(
         mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[args.amp_dtype] if args.amp else None,
         kwargs_handlers=[
@@ -59,6 +66,23 @@ def make_accelerator(args: argparse.Namespace, folder: Path | None = None) -> Ac
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("float16 needs a GPU (CPUs would silently train in float32): give --amp-dtype bfloat16.")
     return accelerator
+
+
+def keep_memory() -> bool:
+    """Let malloc keep what it has, rather than give it back and fault it in again, page by page, for the next subnet.
+
+    Subnets of ever other sizes make glibc's malloc do so all the time (docs/benchmarks.md has the cost). Other C
+    libraries are left alone, and so is a malloc that the user has set by environment variables.
+
+    Returns:
+        Whether it was set.
+    """
+    if any(name in os.environ for name in MALLOC_VARIABLES) or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, -1))  # -1: never
 
 
 def _trackers(args: argparse.Namespace) -> list[str]:

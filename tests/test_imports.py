@@ -13,6 +13,7 @@ PACKAGE = Path(timm_autoslim.__file__).parent
 # off the graph alone, so the space may stand on them (to print its table).
 ROOMS = [
     "errors",
+    "pieces",
     "slicing",
     "tracing.labels",
     "tracing.sizes",
@@ -124,7 +125,7 @@ def test_loading_a_searched_model_needs_neither_tracing_nor_a_supernet():
         room = waiting.pop()
         reached.add(room)
         waiting.extend(imports[room] - reached)
-    assert reached <= {"registry", "folder", "recipe", "bounds", "bases", "slicing", "errors"}
+    assert reached <= {"registry", "folder", "recipe", "bounds", "bases", "slicing", "pieces", "errors"}
 
 
 def test_the_library_knows_neither_recipes_nor_their_tools():

@@ -1,6 +1,9 @@
 """Two processes are one process on the joined batch: in a real launch, through train.py as it is."""
 
 import csv
+import os
+import platform
+from pathlib import Path
 
 import checkpoints
 import loop
@@ -8,6 +11,7 @@ import processes
 import pytest
 import torch
 import yaml
+from apart import run_apart
 from launched import watched
 from recipe_tools import ROOT, launch_two, parse, trained, write_config
 from safetensors.torch import load_file
@@ -115,6 +119,45 @@ def test_losses_of_all_processes_are_recorded(notes):
     rows = [next(csv.DictReader((folder / run / "summary.csv").open())) for run in ("two", "plain-alone")]
     for name in ("train_widest_loss", "train_narrowest_loss", "eval_widest_loss", "eval_narrowest_top5"):
         assert float(rows[0][name]) == pytest.approx(float(rows[1][name]), rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def resident():
+    """MiB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def free_a_block(folder, variables):
+    """Set a recipe up, and print how much of a freed block of 256 MiB is still resident."""
+    for name in processes.MALLOC_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+    processes.make_accelerator(parse("train", write_config(folder)))
+    before = resident()
+    block = torch.ones(64 * 2**20)
+    assert resident() - before > 250
+    del block
+    print(resident() - before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+@pytest.mark.parametrize(
+    ("variables", "kept"),
+    [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "65536"}, False), ({"GLIBC_TUNABLES": "glibc.malloc.top_pad=0"}, False)],
+    ids=["by default", "malloc is set", "malloc is tuned"],
+)
+def test_freed_memory_is_kept_unless_the_user_has_set_malloc(tmp_path, variables, kept):
+    done = run_apart("test_processes", "free_a_block", tmp_path, variables, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (float(done.stdout) > 200) is kept, done.stdout
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(processes.ctypes, "CDLL", lambda name: pytest.fail("no C library may be touched"))
+    assert not processes.keep_memory()
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

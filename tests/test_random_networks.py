@@ -14,7 +14,7 @@ from zoo import arbitrary_widths, assert_same, randomise, snapshot
 from timm_autoslim import convert, cost
 from timm_autoslim.costs import cost_by_module
 from timm_autoslim.importance import reordered
-from timm_autoslim.slicing import take
+from timm_autoslim.pieces import take
 
 EXACT = 1e-9  # float64: a permutation changes only the order of sums, a fused kernel that of all its arithmetic
 

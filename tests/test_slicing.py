@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from zoo import Plain, assert_same, randomise, snapshot
 
-from timm_autoslim.slicing import Slices, add, applied, extract, set_attribute, shrink_, take
+from timm_autoslim.pieces import NODE_TENSORS, add, take
+from timm_autoslim.slicing import Slices, applied, extract, put_back, set_attributes, shrink_
 from timm_autoslim.tracing.graph import _runs
 
 
@@ -74,12 +75,12 @@ def test_take_of_everything_is_the_tensor_itself():
 
 def test_attributes_are_set_in_modules_lists_tuples_and_dicts():
     model = nn.Sequential(Tied())
-    old = {path: set_attribute(model, f"0.{path}", value) for path, value in TIED.attributes.items()}
-    assert old == dict.fromkeys(TIED.attributes, 6)
+    before = snapshot(model)
+    changed = set_attributes(model, {f"0.{path}": value for path, value in TIED.attributes.items()})
     assert {name: vars(model[0])[name] for name in AFTER} == AFTER
     assert model[0].first.in_features == 3
-    for path, value in old.items():
-        set_attribute(model, f"0.{path}", value)
+    put_back(changed)
+    assert_same(before, snapshot(model))
     assert model[0].shape == (6, 2)
     assert model[0].info == [{"num_chs": 6, "sizes": (1, 6)}]
 
@@ -87,15 +88,28 @@ def test_attributes_are_set_in_modules_lists_tuples_and_dicts():
 def test_a_list_that_a_configuration_shares_stays_as_it_is():
     model, config = nn.Linear(2, 2), [192, 384]
     model.embed_dim = config
-    assert set_attribute(model, "embed_dim.1", 100) == 384
-    assert model.embed_dim == [192, 100]
+    changed = set_attributes(model, {"embed_dim.1": 100, "embed_dim.0": 50})
+    assert model.embed_dim == [50, 100]
     assert config == [192, 384]
+    put_back(changed)
+    assert model.embed_dim is config
 
 
-def test_an_attribute_that_is_not_there_is_not_made_up():
+def test_members_of_one_tuple_are_set_one_after_the_other():
     model = Tied()
-    with pytest.raises(KeyError, match="height"):
-        set_attribute(model, "height", 3)
+    changed = set_attributes(model, {"shape.0": 3, "shape.1": 1, "info.0.sizes.0": 4, "info.0.sizes.1": 5})
+    assert (model.shape, model.info[0]["sizes"]) == ((3, 1), (4, 5))
+    put_back(changed)
+    assert (model.shape, model.info[0]["sizes"]) == ((6, 2), (1, 6))
+
+
+@pytest.mark.parametrize(("path", "error"), [("height", KeyError), ("shape.2", IndexError), ("parts.2", IndexError)])
+def test_an_attribute_that_is_not_there_is_not_made_up_and_the_others_stay(path, error):
+    model = Tied()
+    before = snapshot(model)
+    with pytest.raises(error):
+        set_attributes(model, {"width": 3, "shape.0": 3, path: 3})
+    assert_same(before, snapshot(model))
     assert "height" not in vars(model)
 
 
@@ -228,6 +242,61 @@ def test_backward_adds_to_the_kept_places_and_to_no_other(first, second):
     (wanted,) = torch.autograd.grad((own * factor).sum(), layer.weight)  # asked for, so handed over and not added
     assert torch.equal(wanted, kept)
     assert torch.equal(layer.weight.grad, before + kept)
+
+
+class Row(nn.Module):
+    """More parameters than one node of the graph takes, each with one use that a call may leave out."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(NODE_TENSORS + 2))
+
+    def forward(self, x, skipped=()):
+        for i, layer in enumerate(self.layers):
+            if i not in skipped:
+                x = layer(x)
+        return x
+
+
+ROW = Slices(
+    {
+        f"layers.{i}.{leaf}": (HALF,) * dims
+        for i in range(NODE_TENSORS + 2)
+        for leaf, dims in (("weight", 2), ("bias", 1))
+    },
+    {},
+)
+
+
+@pytest.mark.parametrize("skipped", [(), (0, 3, NODE_TENSORS)])
+def test_parameters_that_share_a_node_have_their_own_gradients(skipped):
+    torch.manual_seed(0)
+    row = Row()
+    row.layers[1].weight.requires_grad_(False)
+    seen = []
+    row.layers[2].weight.register_hook(lambda value: seen.append(value.shape))
+    row.layers[5].bias.grad = torch.ones(4)
+    plain, inputs = extract(row, ROW), torch.rand(2, 3)
+    plain(inputs, skipped).square().sum().backward()
+    with applied(row, ROW):
+        row(inputs, skipped).square().sum().backward()
+    assert seen == [(4, 4)]
+    for (name, whole), piece in zip(row.named_parameters(), plain.parameters(), strict=True):
+        if piece.grad is None:
+            assert whole.grad is None
+        else:
+            given = torch.ones_like(whole) if name == "layers.5.bias" else torch.zeros_like(whole)
+            add(given, piece.grad, ROW.tensors[name])
+            assert torch.equal(whole.grad, given), name
+
+
+def test_a_part_of_the_parameters_that_share_a_node_may_be_asked_for():
+    row = Row()
+    wanted = row.layers[3].weight
+    with applied(row, ROW):
+        row(torch.rand(2, 3)).square().sum().backward(inputs=[wanted])
+    assert [name for name, parameter in row.named_parameters() if parameter.grad is not None] == ["layers.3.weight"]
+    assert wanted.grad.count_nonzero() == wanted.grad[:3, :3].count_nonzero() > 0
 
 
 def test_hooks_of_a_parameter_see_the_whole_gradient():

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOO, Member, assert_same, snapshot, some_widths, tensors, without_chance
 
 import timm_autoslim
-from timm_autoslim import slicing
 from timm_autoslim.importance import reordered
+from timm_autoslim.pieces import take
 from timm_autoslim.supernet import Supernet
 
 # Summation order is all that a permutation changes; in float64 that leaves more than 12 digits.
@@ -117,7 +117,7 @@ def test_gradients_reach_the_slices_and_nothing_else(case):
         separate = dict(plain.named_parameters())
         for name, parameter in case.model.named_parameters():
             grad = parameter.grad
-            piece = slicing.take(grad, kept.get(name, (None,) * grad.dim()))
+            piece = take(grad, kept.get(name, (None,) * grad.dim()))
             assert torch.equal(piece, separate[name].grad), name
             assert grad.isfinite().all(), name
             assert grad.count_nonzero() == piece.count_nonzero(), name  # zero outside

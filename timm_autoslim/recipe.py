@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from timm_autoslim.bases import is_int
 from timm_autoslim.bounds import MAX_ITEMS, check_plain, copy_plain, fail
-from timm_autoslim.slicing import Axis, Slices, shrink_
+from timm_autoslim.pieces import Axis
+from timm_autoslim.slicing import Slices, shrink_
 
 FORMAT = 1
 RECIPE_KEYS = ("format", "base", "base_args", "sizes", "attributes", "widths")
@@ -160,7 +161,7 @@ def _are_runs(size: Any, full: int) -> bool:
 
 
 def _current(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> object:
-    """What the base holds under an attribute's path, or None; steps where `slicing.set_attribute` does, no further."""
+    """What the base holds under an attribute's path, or None; steps where `slicing.set_attributes` does, no further."""
     above, _, leaf = path.rpartition(".")
     module, parts = modules.get(above, model), [leaf]
     if above not in modules:  # within a list, a tuple or a dict of a module

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from timm_autoslim import slicing
 from timm_autoslim.costs import Conditions
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
+from timm_autoslim.pieces import Axis
 from timm_autoslim.space import SearchSpace, Widths, build_space
 from timm_autoslim.tape import Tape
 from timm_autoslim.tracing.graph import ChannelGraph
@@ -202,24 +203,24 @@ class Supernet(nn.Module):
 
 def _refuse_reentrant_checkpoints(out: Any) -> None:
     """Raise if backward would run parts of the model again: by then the slices are gone, and nothing would notice."""
-    waiting = [t.grad_fn for t in tensors_in(out)]
-    seen = set()
+    waiting = [t.grad_fn for t in tensors_in(out) if t.grad_fn is not None]
+    seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
         if node.name() == "CheckpointFunctionBackward":
             raise TraceError(
                 "the model: got reentrant gradient checkpointing, which runs the forward again in backward, without "
                 "the slices of this call; needed: `with supernet.at(widths):` around forward and backward"
             )
-        waiting.extend(following for following, _ in node.next_functions)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
 
 
-def _statistics(model: nn.Module) -> dict[str, tuple[slicing.Axis, ...]]:
+def _statistics(model: nn.Module) -> dict[str, tuple[Axis, ...]]:
     """Name every running statistic, so that a narrower subnet gets copies even of those that are not narrowed."""
-    names: dict[str, tuple[slicing.Axis, ...]] = {}
+    names: dict[str, tuple[Axis, ...]] = {}
     for path, module in model.named_modules():
         for leaf in ("running_mean", "running_var", "num_batches_tracked"):
             buffer = module._buffers.get(leaf)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_autoslim.slicing import Axis, Slices, Value
+from timm_autoslim.pieces import Axis
+from timm_autoslim.slicing import Slices, Value
 from timm_autoslim.tracing.flow import Contraction, Flow
 from timm_autoslim.tracing.labels import AttributeUse, Kernel, Vector
 
