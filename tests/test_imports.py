@@ -32,6 +32,7 @@ ROOMS = [
     "importance",
     "supernet",
     "stopwatch",
+    "kernels",
     "latency",
     "calibration",
     "sandwich",

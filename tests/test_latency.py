@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from torch import nn
 from zoo import Plain
 
 import timm_autoslim.latency as room
-from timm_autoslim import Conditions, LatencyTable, baseline, convert, cost, measure_latency, search
+from timm_autoslim import Conditions, LatencyTable, baseline, convert, cost, kernels, measure_latency, search
 from timm_autoslim.costs import read_budgets
 from timm_autoslim.errors import BudgetError, LatencyError
+from timm_autoslim.kernels import onnxruntime_ms
 from timm_autoslim.latency import LatencyReport, anchors, fit_factors
 from timm_autoslim.stopwatch import device_name
 
@@ -188,7 +190,7 @@ def test_a_table_of_another_device_is_refused(supernet, monkeypatch, tmp_path, k
     assert json.loads(path.read_text())[key] == value
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 1, "device": "x"}', "\x00"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "device": "x"}', "\x00"])
 def test_a_file_that_is_no_table_is_refused(tmp_path, text):
     path = tmp_path / "table.json"
     path.write_text(text)
@@ -200,8 +202,8 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, text):
 def test_a_table_of_a_later_format_is_refused(tmp_path):
     path = tmp_path / "table.json"
     made_for = {"device": device_name("cpu"), "threads": 1, "torch": torch.__version__}
-    path.write_text(json.dumps({"format": 2, **made_for, "operators": {}, "fits": {}}))
-    with pytest.raises(LatencyError, match="got a latency table of format 2; needed: format 1"):
+    path.write_text(json.dumps({"format": 3, **made_for, "operators": {}, "fits": {}}))
+    with pytest.raises(LatencyError, match="got a latency table of format 3; needed: format 2"):
         LatencyTable(path)
 
 
@@ -210,6 +212,48 @@ def test_an_operator_that_cannot_be_measured_is_named(supernet):
     broken = room.Operator("aten.mm.default", "head", (room.TensorSpec(torch.float32, (2, 3), (0, 1)),) * 2, {})
     with pytest.raises(LatencyError, match=r"head: aten\.mm\.default cannot be measured by itself \(RuntimeError"):
         table._measured(broken)
+
+
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("aten.convolution.default", ((2, 16, 9, 9), (24, 8, 3, 3), (24,), (2, 2), (1, 1), (1, 1), False, (0, 0), 2)),
+        ("aten.convolution.default", ((2, 16, 9, 9), (16, 24, 2, 2), None, (2, 2), (0, 0), (1, 1), True, (1, 1), 1)),
+        ("aten.convolution.default", ((2, 16, 9), (8, 16, 3), None, (1,), (1,), (1,), False, (0,), 1)),
+        ("aten.addmm.default", ((8,), (4, 16), (16, 8))),
+        ("aten.mm.default", ((4, 16), (16, 8))),
+        ("aten.bmm.default", ((3, 4, 16), (3, 16, 8))),
+        ("scaled_dot_product_attention", ((2, 3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 6))),
+    ],
+)
+def test_onnxruntime_runs_single_operators(name, args):
+    """Shapes of tensors come first, as tuples in the place of specifications."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    tensors = 3 if name != "aten.mm.default" and name != "aten.bmm.default" else 2
+    specs = [a and room.TensorSpec(torch.float32, a, tuple(range(len(a)))) for a in args[:tensors]]
+    operator = room.Operator(name, "", (*specs, *args[tensors:]), {})
+    assert 0 < onnxruntime_ms(operator, 1) < 1000
+    half = [s and replace(s, dtype=torch.bfloat16) for s in specs]
+    assert onnxruntime_ms(replace(operator, args=(*half, *args[tensors:])), 1) is None
+    # what runs is the operator: its result has the shape that torch's has
+    graph = kernels._graph(operator)
+    made = [s and torch.ones(s.shape) for s in specs]
+    wanted = room._resolve(name)(*made, *args[tensors:]).shape
+    session = onnxruntime.InferenceSession(graph.model, providers=["CPUExecutionProvider"])
+    assert session.run(None, graph.feed)[0].shape == wanted
+
+
+def test_a_table_measures_heavy_operators_where_they_run(supernet, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(room, "ANCHORS", 4)
+    table = LatencyTable(runtime="onnxruntime", batch_size=8)
+    narrow, wide = (table.predict(supernet, w) for w in (supernet.space.min(), supernet.space.max()))
+    assert 0 < narrow < wide
+    inside = {key for key in table._operators if key.startswith(f"onnxruntime-{onnxruntime.__version__} aten.")}
+    assert inside
+    assert all("convolution" in key or "addmm" in key for key in inside)
+    assert any(key.startswith("aten.relu") for key in table._operators)
 
 
 # -- fitting ----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from timm_autoslim.errors import LatencyError
+from timm_autoslim.kernels import onnxruntime_ms
 from timm_autoslim.space import Widths
 from timm_autoslim.stopwatch import (
     Runtime,
@@ -33,8 +35,8 @@ from timm_autoslim.stopwatch import (
 from timm_autoslim.supernet import Supernet
 from timm_autoslim.tape import ATTENTION, Operator, TensorSpec
 
-FORMAT = 1
-ANCHORS = 6  # subnets that are measured whole, once for each model, to fit what the sum of operators leaves out
+FORMAT = 2
+ANCHORS = 8  # subnets that are measured whole, once for each model, to fit what the sum of operators leaves out
 # Operators whose kernels a runtime keeps; it fuses or removes most of the others.
 _HEAVY = ("aten.convolution", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", ATTENTION, "lstm", "gru", "rnn")
 
@@ -84,6 +86,14 @@ def _made(value: Any, device: torch.device) -> Any:
     return device if isinstance(value, torch.device) else value
 
 
+def _bytes(arguments: tuple[Any, ...]) -> int:
+    """Return the bytes of all tensors among an operator's arguments."""
+    return sum(
+        prod(a.shape) * a.dtype.itemsize if isinstance(a, TensorSpec) else _bytes(a) if isinstance(a, tuple) else 0
+        for a in arguments
+    )
+
+
 @dataclass(frozen=True)
 class LatencyReport:
     """How far a table's predictions are from measurements.
@@ -121,11 +131,13 @@ class LatencyReport:
 class LatencyTable:
     """Predicts the latency of subnets from measured operators; what it does not know yet, it measures.
 
-    The operators of a subnet come from its tape (`Supernet.tape`). Each is measured once by itself, in eager mode, on
-    arguments of the same shapes and types. A prediction is `a + b * heavy + c * light`: the times of convolutions,
-    matrix products, attention and recurrent layers added up, and those of all other operators. The three factors are
-    none of them negative, and are fitted for each model and runtime to the measured latency of a few whole subnets:
-    they stand for what Python and the runtime add, for caches, and for what the runtime fuses.
+    The operators of a subnet come from its tape (`Supernet.tape`). Each is measured once by itself, on arguments of the
+    same shapes and types: for the runtime "onnxruntime" the heavy ones in ONNX Runtime, all others in eager mode. A
+    prediction is `a + b * heavy + c * light + d * megabytes`: the times of convolutions, matrix products, attention and
+    recurrent layers added up, those of all other operators, and what the heavy ones read, weights included: a whole
+    network finds less of it in the caches than an operator that is measured again and again. The four factors are none
+    of them negative, and are fitted for each model and runtime to the measured latency of a few whole subnets: they
+    stand for what Python and the runtime add, for caches, and for what the runtime fuses.
 
     A table belongs to one processor or GPU, number of threads and version of torch. With a path it is read from there,
     and written back whenever something was measured.
@@ -220,26 +232,42 @@ class LatencyTable:
         self._write()
         return self._fits[model]
 
+    def _key(self, operator: Operator) -> str:
+        """Return what an operator's time is kept under."""
+        inside = self._in_runtime(operator)
+        return f"{inside and inside + ' '}{operator.name}{_text(operator.args)}{_text(operator.kwargs)}"
+
+    def _in_runtime(self, operator: Operator) -> str:
+        """Return the runtime and version in which an operator is measured; nothing for eager mode."""
+        if self.runtime != "onnxruntime" or not operator.name.startswith(_HEAVY):
+            return ""
+        import onnxruntime
+
+        return f"onnxruntime-{onnxruntime.__version__}"
+
     def _named(self, supernet: Supernet, widths: Widths) -> list[tuple[str, Operator]]:
         """Return the operators of a subnet that compute something, each with its key in the table."""
         found = supernet.tape(self.batch_size, self.dtype).operators_at(widths.values_)
-        return [(f"{o.name}{_text(o.args)}{_text(o.kwargs)}", o) for o in found if not _is_view(o.name)]
+        return [(self._key(o), o) for o in found if not _is_view(o.name)]
 
-    def _sums(self, supernet: Supernet, widths: Widths) -> tuple[float, float, float]:
-        """Return 1, and the milliseconds of heavy and of light operators added up."""
+    def _sums(self, supernet: Supernet, widths: Widths) -> tuple[float, float, float, float]:
+        """Return 1, the milliseconds of heavy and of light operators, and the megabytes that the heavy ones read."""
         named = self._named(supernet, widths)
         new = {key: operator for key, operator in named if key not in self._operators}
         for key, operator in new.items():
             self._operators[key] = self._measured(operator)
         if new:
             self._write()
-        heavy = sum(self._operators[key] for key, o in named if o.name.startswith(_HEAVY))
-        return 1.0, heavy, sum(self._operators[key] for key, _ in named) - heavy
+        heavy = [(key, o) for key, o in named if o.name.startswith(_HEAVY)]
+        times = [sum(self._operators[key] for key, _ in part) for part in (heavy, named)]
+        return 1.0, times[0], times[1] - times[0], sum(_bytes(o.args) for _, o in heavy) / 1e6
 
     def _measured(self, operator: Operator) -> float:
         function = _resolve(operator.name)
         with running_threads(self.threads), torch.no_grad():
             try:
+                if self._in_runtime(operator) and (found := onnxruntime_ms(operator, self.threads)) is not None:
+                    return found
                 args, kwargs = _made(operator.args, self.device), _made(operator.kwargs, self.device)
                 return timed(lambda: function(*args, **kwargs), self.device, 5, 0.002)
             except Exception as error:  # whatever an operator says to made-up arguments
@@ -302,21 +330,30 @@ def anchors(supernet: Supernet) -> list[Widths]:
 
 
 def fit_factors(rows: NDArray[np.float64], measured: NDArray[np.float64]) -> list[float]:
-    """Return the factors of the columns, none of them negative, that have the least squared relative error.
+    """Return factors of the columns, none of them negative, that predict the latency.
+
+    Few subnets cannot tell apart columns that look alike, so those columns are used that predict each subnet best from
+    the other subnets (least squared relative error, leaving one out); the rest have the factor 0.
 
     Args:
         rows: (N, K), what was added up for each subnet.
         measured: (N,), their latency in milliseconds.
     """
     scaled = rows / measured[:, None]
+    others = [np.arange(len(rows)) != one for one in range(len(rows))] if len(rows) > 1 else []
     best, least = [0.0] * rows.shape[1], float("inf")
     for size in range(1, rows.shape[1] + 1):  # few enough columns to try all sets of those that are not zero
-        for chosen in combinations(range(rows.shape[1]), size):
-            part = scaled[:, list(chosen)]
-            factors = np.linalg.lstsq(part, np.ones(len(part)), rcond=None)[0]
-            error = float(np.square(part @ factors - 1).sum())
-            if (factors >= 0).all() and error < least:
-                least, best = error, [0.0] * rows.shape[1]
+        for chosen in map(list, combinations(range(rows.shape[1]), size)):
+            part = scaled[:, chosen]
+            factors = _solved(part)
+            left = sum(float(part[~kept][0] @ _solved(part[kept]) - 1) ** 2 for kept in others)
+            if (factors >= 0).all() and left < least:
+                least, best = left, [0.0] * rows.shape[1]
                 for column, factor in zip(chosen, factors, strict=True):
                     best[column] = float(factor)
     return best
+
+
+def _solved(part: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the least squares solution of `part @ factors == 1`."""
+    return np.asarray(np.linalg.lstsq(part, np.ones(len(part)), rcond=None)[0], np.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import io
 import platform
 import statistics
@@ -129,8 +130,12 @@ def check_conditions(device: str | torch.device, dtype: torch.dtype | None, runt
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise LatencyError(f"got dtype={dtype!r}; needed: a floating point type, such as torch.float16, or None")
     device_name(device)
-    if runtime == "onnxruntime" and torch.device(device).type != "cpu":
-        raise LatencyError(f"got runtime='onnxruntime' on {str(device)!r}; needed: the device \"cpu\"")
+    if runtime == "onnxruntime":
+        if torch.device(device).type != "cpu":
+            raise LatencyError(f"got runtime='onnxruntime' on {str(device)!r}; needed: the device \"cpu\"")
+        missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+        if missing:
+            raise LatencyError(f"runtime='onnxruntime' needs the package {missing[0]}; install timm-autoslim[onnx]")
 
 
 def _runner(plain: nn.Module, inputs: Any, runtime: Runtime, threads: int) -> Callable[[], Any]:
@@ -142,13 +147,8 @@ def _runner(plain: nn.Module, inputs: Any, runtime: Runtime, threads: int) -> Ca
 
 def _session(plain: nn.Module, inputs: Any, threads: int) -> Callable[[], Any]:
     """Return a run of the exported model in an ONNX Runtime session."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  # the exporter needs it
-    except ImportError as error:
-        raise LatencyError(
-            f"runtime='onnxruntime' needs the package {error.name}; install timm-autoslim[onnx]"
-        ) from None
+    import onnxruntime
+
     named = dict(inputs) if isinstance(inputs, Mapping) else None
     given = () if named else inputs if isinstance(inputs, tuple) else (inputs,)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -63,7 +63,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     predicted = [table.predict(supernet, widths) for widths in tqdm(subnets, desc=f"{name}: predicted", leave=False)]
     seconds = time.perf_counter() - start
     rounds: list[list[float]] = [[] for _ in subnets]
-    for _ in range(args.rounds if args.runtime == "eager" else 1):  # other runtimes compile anew in each round
+    for _ in range(1 if args.runtime == "compile" else args.rounds):  # it would compile anew in each round
         for times, widths in zip(rounds, tqdm(subnets, desc=f"{name}: measured", leave=False), strict=True):
             times.append(table.measure(supernet, widths))
     return {
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--subnets", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of measurements, in eager mode")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of measurements; of torch.compile one")
     parser.add_argument("--only-table", action="store_true", help="measure nothing")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
