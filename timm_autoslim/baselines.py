@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from timm_autoslim.costs import Budget, Budgets, cost, read_budgets, uniform_within, widest_within
+from timm_autoslim.costs import Budget, Budgets, cost, fill_budget, read_budgets, uniform_within
 from timm_autoslim.errors import WidthError
 from timm_autoslim.scoring import Evaluate, Scorer, Scores, Team
-from timm_autoslim.slimming import FILLED, Found, SearchResult
+from timm_autoslim.slimming import Found, SearchResult
 from timm_autoslim.space import Widths
 from timm_autoslim.supernet import Supernet
 
@@ -109,15 +109,6 @@ def _draw(n: int, generator: torch.Generator) -> list[float]:
     return [float(u) for u in torch.rand(n, generator=generator)]
 
 
-def _filled(supernet: Supernet, widths: Widths, budget: Budget, names: Sequence[str]) -> Widths:
-    """Widen groups one after the other, each as far as it fits, until less than 1 % of the budget is left."""
-    for name in names:
-        if budget.used(cost(supernet, widths)) >= FILLED:
-            break
-        widths = widest_within(supernet, widths, name, budget)
-    return widths
-
-
 def _landed(supernet: Supernet, widths: Widths, budget: Budget, generator: torch.Generator) -> Widths:
     """Move all widths by one share towards the narrowest or the widest until the budget is met, and fill it up."""
     space = supernet.space
@@ -137,7 +128,7 @@ def _landed(supernet: Supernet, widths: Widths, budget: Budget, generator: torch
         else:
             high = middle
     order = torch.randperm(len(space), generator=generator)
-    return _filled(supernet, between(low), budget, [space.names[i] for i in order])
+    return fill_budget(supernet, between(low), budget, [space.names[i] for i in order])
 
 
 def _random(supernet: Supernet, budget: Budget, n: int, generator: torch.Generator) -> Iterator[Widths]:
@@ -228,4 +219,4 @@ def _ranked(supernet: Supernet, budget: Budget, scores: list[NDArray[np.float64]
     widths = without(high)
     # the unit that would come back next is the best of those that went
     ahead = {g.name: s[widths[g.name]] for g, s in zip(space.groups, scores, strict=True) if widths[g.name] < g.size}
-    return _filled(supernet, widths, budget, sorted(ahead, key=lambda name: -ahead[name]))
+    return fill_budget(supernet, widths, budget, sorted(ahead, key=lambda name: -ahead[name]))

@@ -219,6 +219,7 @@ def reach(supernet: Supernet) -> Reach:
 
 
 UNITS = ("macs", "params", "peak_bytes", "latency_ms")
+FILLED = 0.99  # a budget of which this share is used counts as used up
 _SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "": 1.0}
 _AMOUNT = re.compile(r"(.*?)(%|[kMGB]|[KMG]i)?", re.DOTALL)
 
@@ -397,3 +398,14 @@ def widest_within(supernet: Supernet, widths: Widths, name: str, budget: Budget,
     # the cost is monotone in the width, a latency nearly so
     fitting = bisect.bisect(wider, False, key=lambda w: not budget.holds(cost(supernet, widths.replaced(name, w))))
     return widths.replaced(name, wider[fitting - 1]) if fitting else widths
+
+
+def fill_budget(
+    supernet: Supernet, widths: Widths, budget: Budget, names: Sequence[str], *, exact: bool = True
+) -> Widths:
+    """Return these widths with one group after the other as wide as fits, until less than 1 % of the budget is left."""
+    for name in names:
+        if budget.used(cost(supernet, widths)) >= FILLED:
+            break
+        widths = widest_within(supernet, widths, name, budget, exact=exact)
+    return widths

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from timm_autoslim.stopwatch import filled
+from timm_autoslim.stopwatch import filled, open_session
 from timm_autoslim.tape import ATTENTION, Operator, TensorSpec
 
 OPSET, IR_VERSION = 18, 9  # old enough for every ONNX Runtime of these years
@@ -32,19 +32,11 @@ def onnxruntime_ms(operator: Operator, threads: int) -> float | None:
     Returns:
         None for an operator that has no counterpart here, or a type that numpy lacks.
     """
-    import onnxruntime
-
     graph = _graph(operator)
     if graph is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = onnxruntime.InferenceSession(graph.model, options, providers=["CPUExecutionProvider"])
+        session = open_session(graph.model, threads, Path(folder) / "profile")
         start = time.perf_counter()
         for runs in range(WARM_UP + RUNS):
             session.run(None, graph.feed)
@@ -121,5 +113,4 @@ def _made(
 
 def _array(spec: TensorSpec) -> Any:
     """Return made-up numbers, or None where numpy lacks the type."""
-    made = filled(spec.shape, spec.dtype, torch.device("cpu"))
-    return None if spec.dtype == torch.bfloat16 else made.numpy()
+    return None if spec.dtype == torch.bfloat16 else filled(spec.shape, spec.dtype, torch.device("cpu")).numpy()

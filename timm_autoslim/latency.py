@@ -169,6 +169,11 @@ class LatencyTable:
         self.batch_size, self.threads = batch_size, threads
         self.path = None if path is None else Path(path)
         self._made_for = {"device": device_name(device), "threads": threads, "torch": torch.__version__}
+        self._inside = ""  # where heavy operators are measured, if not in eager mode
+        if runtime == "onnxruntime":
+            import onnxruntime
+
+            self._inside = f"onnxruntime-{onnxruntime.__version__} "
         self._operators: dict[str, float] = {}
         self._fits: dict[str, list[float]] = {}
         self._predicted: dict[tuple[str, tuple[int, ...]], float] = {}
@@ -234,16 +239,8 @@ class LatencyTable:
 
     def _key(self, operator: Operator) -> str:
         """Return what an operator's time is kept under."""
-        inside = self._in_runtime(operator)
-        return f"{inside and inside + ' '}{operator.name}{_text(operator.args)}{_text(operator.kwargs)}"
-
-    def _in_runtime(self, operator: Operator) -> str:
-        """Return the runtime and version in which an operator is measured; nothing for eager mode."""
-        if self.runtime != "onnxruntime" or not operator.name.startswith(_HEAVY):
-            return ""
-        import onnxruntime
-
-        return f"onnxruntime-{onnxruntime.__version__}"
+        inside = self._inside if operator.name.startswith(_HEAVY) else ""
+        return f"{inside}{operator.name}{_text(operator.args)}{_text(operator.kwargs)}"
 
     def _named(self, supernet: Supernet, widths: Widths) -> list[tuple[str, Operator]]:
         """Return the operators of a subnet that compute something, each with its key in the table."""
@@ -266,7 +263,8 @@ class LatencyTable:
         function = _resolve(operator.name)
         with running_threads(self.threads), torch.no_grad():
             try:
-                if self._in_runtime(operator) and (found := onnxruntime_ms(operator, self.threads)) is not None:
+                inside = self._inside and operator.name.startswith(_HEAVY)
+                if inside and (found := onnxruntime_ms(operator, self.threads)) is not None:
                     return found
                 args, kwargs = _made(operator.args, self.device), _made(operator.kwargs, self.device)
                 return timed(lambda: function(*args, **kwargs), self.device, 5, 0.002)

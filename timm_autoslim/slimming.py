@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from timm_autoslim.costs import Budget, Budgets, Cost, cost, read_budgets, widest_within
+from timm_autoslim.costs import FILLED, Budget, Budgets, Cost, cost, fill_budget, read_budgets, widest_within
 from timm_autoslim.errors import BudgetError
 from timm_autoslim.scoring import Evaluate, Scorer, Scores, Team
 from timm_autoslim.space import ChannelGroup, Widths
@@ -20,7 +20,6 @@ Mode = Literal["fast", "reference"]
 Rank = Literal["error", "per_cost"]
 Refine = Literal["units", "choices", "none"]
 
-FILLED = 0.99  # a budget of which this share is used counts as used up
 REFINING_ROUNDS = 3  # rounds of a refinement that score every group; what is left then is filled without a choice
 
 
@@ -254,7 +253,7 @@ class _FastDescent(_Descent):
         if refine == "none":
             return widths
         error = self.score(widths)
-        draws = random.Random(repr(self.order))
+        draws = random.Random(repr(self.order))  # the order is drawn by the seed; every budget trades alike
         for _ in range(math.ceil(self.TRADES * len(self.supernet.space) / self.TOGETHER)):
             traded = [self._traded(widths, budget, refine, draws) for _ in range(self.TOGETHER)]
             errors = self._errors(traded)
@@ -272,10 +271,7 @@ class _FastDescent(_Descent):
                 narrower = _narrower(self.supernet.space[name], widths[name], self.steps)
                 widths = widths if narrower is None else widths.replaced(name, narrower)
         for exact in (False, True) if refine == "units" else (False,):
-            for name in names[giving:] + names[:giving]:
-                if budget.used(cost(self.supernet, widths)) >= FILLED:
-                    return widths
-                widths = widest_within(self.supernet, widths, name, budget, exact=exact)
+            widths = fill_budget(self.supernet, widths, budget, names[giving:] + names[:giving], exact=exact)
         return widths
 
     def step(self, budget: Budget) -> str:

@@ -147,22 +147,28 @@ def _runner(plain: nn.Module, inputs: Any, runtime: Runtime, threads: int) -> Ca
 
 def _session(plain: nn.Module, inputs: Any, threads: int) -> Callable[[], Any]:
     """Return a run of the exported model in an ONNX Runtime session."""
-    import onnxruntime
-
     named = dict(inputs) if isinstance(inputs, Mapping) else None
     given = () if named else inputs if isinstance(inputs, tuple) else (inputs,)
     with contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(plain, given, kwargs=named, dynamo=True, verbose=False)
     assert program is not None
+    session = open_session(program.model_proto.SerializeToString(), threads)
+    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors_in(inputs), strict=True)}
+    return lambda: session.run(None, feed)
+
+
+def open_session(model: bytes, threads: int, profile: Path | None = None) -> Any:
+    """Open a session of ONNX Runtime on the CPU; with `profile`, one that notes its kernels in files of this prefix."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        program.model_proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors_in(inputs), strict=True)}
-    return lambda: session.run(None, feed)
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def placed(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
