@@ -72,3 +72,21 @@ def test_weights_come_from_the_folder_alone(key, exported, tmp_path):
     state, expected = OrderedDict(model.state_dict()), plain.state_dict()
     assert state.keys() == expected.keys()
     assert all(state[name].equal(expected[name]) for name in expected)
+
+
+def test_a_users_own_weights_open_no_other_file(exported, tmp_path):
+    """timm's scripts put --pretrained-path in place of the folder: its config.json is then no longer at hand."""
+    resolve = getattr(timm.models, "resolve_model_input_args", None)
+    if resolve is None:
+        pytest.skip("this timm hands the folder on")
+    mine, trap = tmp_path / "mine.safetensors", tmp_path / "out" / "trap.pth"
+    shutil.copy(exported / "model.safetensors", mine)
+    shutil.copytree(exported, tmp_path / "out")
+    trap.write_bytes(b"a pickle")
+    config = json.loads((exported / "config.json").read_text())
+    for key, value in {"checkpoint_path": str(trap), "pretrained_cfg_overlay": {"file": str(trap)}}.items():
+        hostile = {**config, "model_args": {**config["model_args"], key: value}}
+        (tmp_path / "out" / "config.json").write_text(json.dumps(hostile))
+        args = resolve(f"local-dir:{tmp_path / 'out'}", pretrained=True, pretrained_cfg_overlay={"file": str(mine)})
+        with pytest.raises(ArtifactError, match=f"model_args.{key}"):
+            timm.create_model(**args)

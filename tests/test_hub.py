@@ -1,5 +1,6 @@
 """The Hub without a network: loading from its local cache, and pushing through timm's own function."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -71,6 +72,37 @@ def test_a_cached_repository_loads_without_a_network(exported, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split(" ", 2)[:2] == [str(model.num_classes), "7"]
     assert same(state(model), load_file(tmp_path / "w"))
+
+
+# Twice as timm's train.py and validate.py create models: with --pretrained-path, and with what config.json says.
+CREATOR = LOADER.partition("import timm, timm_autoslim")[0] + """
+sys.path.append(sys.argv[1])
+import argparse, timm_autoslim, torch
+from script_tools import create
+args = argparse.Namespace(model="hf-hub:someone/slim", in_chans=None, img_size=None, input_size=None)
+for number, overlay in enumerate(({"file": sys.argv[2], "num_classes": -1}, None)):
+    model = create(args, pretrained=True, pretrained_cfg_overlay=overlay)
+    torch.save(model.state_dict(), f"{sys.argv[3]}{number}")
+"""
+
+
+def test_a_users_file_takes_the_place_of_a_repositorys_weights_and_a_strangers_does_not(exported, tmp_path):
+    model, folder = exported
+    copied, (mine, theirs) = tmp_path / "copy", (tmp_path / "mine.pth", tmp_path / "theirs.pth")
+    shutil.copytree(folder, copied)
+    for number, path in enumerate((mine, theirs), start=1):
+        torch.save({name: tensor + number for name, tensor in model.state_dict().items()}, path)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["pretrained_cfg"]["file"] = str(theirs)
+    (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    at = cache(copied, ["config.json", "model.safetensors"], tmp_path / "hub")
+    done = offline(CREATOR, at, Path(__file__).parent / "scripts", mine, tmp_path / "w")
+    assert done.returncode == 0, done.stderr
+    of_user, of_repository = (torch.load(tmp_path / f"w{number}") for number in (0, 1))
+    assert same(state(model), of_repository)
+    head = model.pretrained_cfg["classifier"]  # with another number of classes in the settings, timm makes a new one
+    assert of_user.keys() == of_repository.keys()
+    assert all(torch.equal(t, of_repository[k] + 1) for k, t in of_user.items() if not k.startswith(head))
 
 
 def test_a_repository_of_pickles_is_not_read(exported, tmp_path):

@@ -34,6 +34,7 @@ from timm_autoslim.folder import (
     WEIGHTS,
     Header,
     check_data_settings,
+    check_settings,
     check_weights,
     read_config,
     read_header,
@@ -259,10 +260,10 @@ def _find(given: Any, pretrained: bool, kwargs: Mapping[str, Any]) -> _Source | 
     if kind not in ("local-dir", "hf-hub"):
         return None
     place = str(given["file" if kind == "local-dir" else "hf_hub_id"])
-    if Path(place).is_file():  # timm's scripts put a user's own weights in place of the folder (--pretrained-path)
-        cfg = {**check_data_settings({**given, "num_classes": None}), "num_classes": given.get("num_classes")}
-        cfg.update(source=None, file=place)
-        return _Source(place, check_recipe(kwargs["recipe"]), cfg, None, {"global_pool": kwargs.get("global_pool")})
+    if kind == "local-dir" and Path(place).is_file():
+        # timm's scripts put a user's own weights in place of the folder (--pretrained-path), which is no longer known
+        check_settings({k: v for k, v in (kwargs.get("pretrained_model_args") or {}).items() if k != "recipe"})
+        return _other_weights(place, given, kwargs["recipe"], kwargs)
 
     def path(name: str) -> Path:
         if kind == "local-dir":
@@ -270,6 +271,9 @@ def _find(given: Any, pretrained: bool, kwargs: Mapping[str, Any]) -> _Source | 
         return Path(download_from_hf(place, name, cache_dir=kwargs.get("cache_dir")))
 
     config = read_config(path(CONFIG))
+    file = given.get("file")
+    if kind == "hf-hub" and file and file != config["pretrained_cfg"].get("file"):  # again a user's, not a stranger's
+        return _other_weights(str(file), given, config["model_args"]["recipe"], kwargs)
     cfg = check_data_settings(given)
     there = pretrained or (kind == "local-dir" and path(WEIGHTS).exists())
     header = read_header(path(WEIGHTS)) if there else None
@@ -278,6 +282,13 @@ def _find(given: Any, pretrained: bool, kwargs: Mapping[str, Any]) -> _Source | 
     args = config["model_args"]
     own = {"num_classes": cfg.get("num_classes"), "global_pool": args.get("global_pool")}
     return _Source(place, args["recipe"], cfg, header, own)
+
+
+def _other_weights(file: str, given: Mapping[str, Any], recipe: Any, kwargs: Mapping[str, Any]) -> _Source:
+    """A user's own file in place of the weights that a recipe came with; timm asks for a new head by -1 classes."""
+    cfg = {**check_data_settings({**given, "num_classes": None}), "num_classes": given.get("num_classes")}
+    cfg.update(source=None, file=file)
+    return _Source(file, check_recipe(recipe), cfg, None, {"global_pool": kwargs.get("global_pool")})
 
 
 def _load(source: _Source, recipe: dict[str, Any], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
