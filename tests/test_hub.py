@@ -75,7 +75,9 @@ def test_a_cached_repository_loads_without_a_network(exported, tmp_path):
 
 
 # Twice as timm's train.py and validate.py create models: with --pretrained-path, and with what config.json says.
-CREATOR = LOADER.partition("import timm, timm_autoslim")[0] + """
+CREATOR = (
+    LOADER.partition("import timm, timm_autoslim")[0]
+    + """
 sys.path.append(sys.argv[1])
 import argparse, timm_autoslim, torch
 from script_tools import create
@@ -84,6 +86,7 @@ for number, overlay in enumerate(({"file": sys.argv[2], "num_classes": -1}, None
     model = create(args, pretrained=True, pretrained_cfg_overlay=overlay)
     torch.save(model.state_dict(), f"{sys.argv[3]}{number}")
 """
+)
 
 
 def test_a_users_file_takes_the_place_of_a_repositorys_weights_and_a_strangers_does_not(exported, tmp_path):
