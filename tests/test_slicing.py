@@ -209,6 +209,22 @@ def test_cutting_for_good_in_place_and_in_a_copy_agree():
         assert torch.equal(model(x), plain(x))
 
 
+def test_recurrent_layers_hold_their_own_weights_only():
+    model = nn.Sequential(nn.LSTM(6, 8))  # of 4 gates
+    gates = tuple((8 * gate, 3) for gate in range(4))
+    sizes = {
+        "weight_ih_l0": (gates, None),
+        "weight_hh_l0": (gates, ((0, 3),)),
+        "bias_ih_l0": (gates,),
+        "bias_hh_l0": (gates,),
+    }
+    slices = Slices({f"0.{name}": axes for name, axes in sizes.items()}, {"0.hidden_size": 3})
+    plain, x = extract(model, slices), torch.rand(5, 2, 6)
+    shrink_(model, slices)
+    assert all(a is b for a, b in zip(model[0]._flat_weights, model.parameters(), strict=True))
+    assert torch.equal(torch.jit.script(model)(x)[0], plain(x)[0])  # scripted before it ever ran
+
+
 def test_extracting_makes_no_full_copy_of_what_is_cut(monkeypatch):
     model = Tied()
     copied = []

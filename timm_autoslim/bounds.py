@@ -7,9 +7,10 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -31,7 +32,12 @@ MAX_TENSORS = 20_000
 # Results up to this many elements are counted once they are there; larger ones are foretold on the meta device.
 SMALL = 2**22
 # Functions that constructors call all the time and that return no new tensor.
-QUIET = frozenset(("__get__", "__set__", "__bool__", "_set_grad_enabled", "device", "dim", "item", "numel", "size"))
+QUIET = frozenset(
+    ("__get__", "__set__", "__bool__", "_set_grad_enabled", "device", "dim", "is_contiguous", "item", "numel", "size")
+)
+# Functions that fill a tensor with random numbers, and those that only shift what another has filled.
+RANDOM = frozenset(("kaiming_uniform_", "normal_", "uniform_"))
+SHIFTS = frozenset(("add_", "clamp_", "erfinv_", "mul_"))
 
 
 def fail(where: str, got: object, needed: str) -> ArtifactError:
@@ -84,18 +90,26 @@ class Bounded(TorchFunctionMode):
     """Refuse to create tensors beyond a number of elements, before memory is taken for a large one that exceeds it.
 
     It stands above torch's functions, not in its dispatcher, where it would double the time of small constructors.
+
+    Args:
+        limit: the number of elements.
+        unfilled: leave parameters as memory was found where they would be filled with random numbers.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, unfilled: bool = False) -> None:
         super().__init__()
         self.left = limit
         self.tensors = 0
+        self.unfilled: WeakValueDictionary[int, nn.Parameter] | None = WeakValueDictionary() if unfilled else None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _returns_no_tensor(func):
+            target = None if self.unfilled is None else args[0] if args else kwargs.get("tensor")
+            if type(target) is nn.Parameter and self._leaves(target, func.__name__):
+                return target
             return func(*args, **kwargs)
-        size, given = _at_most((args, kwargs))
+        size, given = _at_most([*args, *kwargs.values()])
         if size > SMALL:
             self._refuse_beyond(_foretold(func, args, kwargs, size))
         out = func(*args, **kwargs)
@@ -108,6 +122,14 @@ class Bounded(TorchFunctionMode):
         if self.tensors > MAX_TENSORS or self.left < 0:
             self._refuse_beyond(math.inf)
         return out
+
+    def _leaves(self, target: nn.Parameter, name: str) -> bool:
+        """Whether a function in place is left out; then so is what shifts the numbers that it would have drawn."""
+        assert self.unfilled is not None
+        if name in RANDOM:
+            self.unfilled[id(target)] = target
+            return True
+        return name in SHIFTS and id(target) in self.unfilled
 
     def _refuse_beyond(self, elements: float) -> None:
         if elements > self.left:
@@ -122,12 +144,13 @@ def _returns_no_tensor(func: Any) -> bool:
     return name in QUIET or (name[-1:] == "_" and name[-2:] != "__" and not name.startswith("resize"))
 
 
-def _at_most(values: Any) -> tuple[int, bool]:
+def _at_most(waiting: list[Any]) -> tuple[int, bool]:
     """How many elements a function of these arguments can return at most, and whether a tensor is among them."""
     size, given = 1, False
-    waiting: list[Any] = [*values[0], *values[1].values()]
     for value in waiting:  # grows while it is read
-        if isinstance(value, Tensor):
+        if type(value) is int:  # by far the most
+            size *= abs(value) or 1
+        elif isinstance(value, Tensor):
             size, given = size * max(1, value.numel()), True
         elif is_int(value):
             size *= max(1, abs(value))
@@ -159,6 +182,25 @@ def _tensors(out: Any) -> Iterator[Tensor]:
     elif isinstance(out, list | tuple):
         for item in out:
             yield from _tensors(item)
+
+
+def bounded_unfilled(base: str, file_elements: int, function: Any, /, *args: Any, **kwargs: Any) -> nn.Module:
+    """As `bounded`, of a function that returns a model whose whole state dict will be loaded from a file at once.
+
+    Parameters are not filled with random numbers, which takes most of the time of a large model's constructor. Where
+    that fails, or a parameter is not of the state dict, the model is built again as usual.
+    """
+    guard = Bounded(min(MAX_ELEMENTS, max(FILE_RATIO * file_elements, MIN_ELEMENTS)), unfilled=True)
+    try:
+        with guard:
+            model: nn.Module = function(*args, **kwargs)
+    except Exception:  # too many elements, or a constructor that makes something of the random numbers
+        model = bounded(base, file_elements, function, *args, **kwargs)
+    else:
+        loaded = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+        if not loaded.issuperset(guard.unfilled or ()):
+            model = bounded(base, file_elements, function, *args, **kwargs)
+    return model
 
 
 def bounded(base: str, file_elements: int | None, function: Any, /, *args: Any, **kwargs: Any) -> Any:

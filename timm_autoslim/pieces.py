@@ -101,14 +101,7 @@ def _index(runs: tuple[tuple[int, int], ...]) -> Tensor:
 
 def own(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """Take a slice that lives on its own: a parameter stays a parameter."""
-    piece = take(whole.detach(), axes)
-    if whole.is_contiguous():  # its addresses are quicker to compare than its storage
-        first = whole.data_ptr()
-        shared = first <= piece.data_ptr() < first + max(1, whole.nbytes)
-    else:
-        shared = piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-    if shared:
-        piece = piece.clone()
+    piece = _copy(whole, axes)
     if isinstance(whole, nn.Parameter):
         return nn.Parameter(piece, requires_grad=whole.requires_grad)
     return piece
@@ -137,11 +130,18 @@ def connected(tensors: Iterable[tuple[Tensor, tuple[Axis, ...]]]) -> dict[int, T
     return pieces
 
 
-def _copy(buffer: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    buffer = buffer.detach() if buffer.requires_grad else buffer
-    if len(axes) == 1 and axes[0] is not None and len(axes[0]) == 1:  # running statistics
-        return buffer.narrow_copy(0, *axes[0][0])
-    return take(buffer, axes).clone()
+def _copy(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """Take a slice that shares no memory with the whole."""
+    whole = whole.detach() if whole.requires_grad else whole
+    if len(axes) == 1 and axes[0] is not None and len(axes[0]) == 1:  # running statistics and the like
+        return whole.narrow_copy(0, *axes[0][0])
+    piece = take(whole, axes)
+    if whole.is_contiguous():  # its addresses are quicker to compare than its storage
+        first = whole.data_ptr()
+        shared = first <= piece.data_ptr() < first + max(1, whole.nbytes)
+    else:
+        shared = piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    return piece.clone() if shared else piece
 
 
 def _nodes(trained: Mapping[int, tuple[Tensor, tuple[Axis, ...]]]) -> Iterator[list[int]]:

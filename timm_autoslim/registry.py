@@ -26,7 +26,7 @@ from timm_autoslim.bases import (
     find_filter,
     is_int,
 )
-from timm_autoslim.bounds import bounded, fail
+from timm_autoslim.bounds import bounded, bounded_unfilled, fail
 from timm_autoslim.errors import ArtifactError, AutoSlimError
 from timm_autoslim.folder import (
     CONFIG,
@@ -58,13 +58,14 @@ def build_slimmed(
     Raises:
         ArtifactError: the recipe has no base, is malformed, or does not fit what its base builds.
     """
-    return _build(check_recipe(recipe), None, None, num_classes, global_pool, **kwargs)
+    return _build(check_recipe(recipe), None, None, False, num_classes, global_pool, **kwargs)
 
 
 def _build(
     checked: dict[str, Any],
     file_elements: int | None,
     taps: Any,
+    unfilled: bool,
     num_classes: int | None = None,
     global_pool: str | None = None,
     **kwargs: Any,
@@ -82,7 +83,10 @@ def _build(
     wanted = native if num_classes is None else num_classes
     # The recipe holds the head's tensors if its base had a head: such a base is built, and the head changed afterwards.
     args["num_classes"] = wanted if bool(wanted) == bool(native) else native
-    model = bounded(base, file_elements, create_raw, base, **args)
+    if unfilled and file_elements is not None:
+        model = bounded_unfilled(base, file_elements, create_raw, base, **args)
+    else:
+        model = bounded(base, file_elements, create_raw, base, **args)
     assert isinstance(model, nn.Module)
     # An encoder takes its pooling when it is built, and may then lack modules that the recipe tells of.
     late = base.startswith(TORCHVISION) or hasattr(model, "reset_classifier")
@@ -137,9 +141,9 @@ def _as_stored(
     args = {key: value for key, value in args.items() if key not in ("img_size", "num_classes", "global_pool")}
     try:
         with torch.device("meta"):
-            return _build(recipe, elements, taps, **own, **args)
+            return _build(recipe, elements, taps, False, **own, **args)
     except ArtifactError:  # some constructors read values
-        return _build(recipe, elements, taps, **own, **args)
+        return _build(recipe, elements, taps, False, **own, **args)
 
 
 def _resize(
@@ -305,14 +309,19 @@ def _load(source: _Source, recipe: dict[str, Any], pretrained: bool, kwargs: dic
 
     size = kwargs.get("img_size")
     resized = _is_resized(recipe, cfg, size)
+    # Asked for just as it was exported, a model takes every number from the file: none has to be drawn before.
+    asked = {key for key, value in kwargs.items() if value is not None}
+    unfilled = header is not None and pretrained and asked <= {"cache_dir", "global_pool", "pretrained_model_args"}
 
     def build(**args: Any) -> nn.Module:
         args = {key: value for key, value in args.items() if key not in yields}
-        model = _build(recipe, elements, taps, **args)
+        model = _build(recipe, elements, taps, unfilled, **args)
         if header is not None and pretrained:
             other = bool(kwargs.get("features_only")) or getattr(model, "num_classes", None) != cfg.get("num_classes")
             headless = getattr(model, "num_classes", None) == 0 != cfg.get("num_classes")
             poolless = not hasattr(model, "reset_classifier") and kwargs.get("global_pool") != own["global_pool"]
+            if unfilled and (other or headless or poolless):  # a part of it will not come from the file
+                model = _build(recipe, elements, taps, False, **args)
             stored = _as_stored(recipe, elements, taps, args, own) if resized or headless or poolless else model
             settings = {**cfg, "first_conv": first_conv}
             check_weights(header, stored, model, settings, other, args.get("in_chans", channels))

@@ -210,6 +210,7 @@ def shrink_(model: nn.Module, slices: Slices) -> None:
     """Keep of `model`, in place and for good, only what `slices` keeps; tied parameters stay tied."""
     located = _locate(model, slices)
     times = Counter(id(place.whole) for place in located)
+    recurrent = {place.module for place in located if isinstance(place.module, nn.RNNBase)}
     tied: dict[int, tuple[Tensor, Tensor]] = {}
     while located:  # each tensor is given up for its slice, whose memory the next slices can take
         _, store, leaf, whole, axes = located.pop()
@@ -217,4 +218,6 @@ def shrink_(model: nn.Module, slices: Slices) -> None:
         if times[id(whole)] > 1:
             tied[id(whole)] = (whole, piece)
         store[leaf] = piece
+    for module in recurrent:  # they hold their weights twice; TorchScript reads the list
+        module._init_flat_weights()
     set_attributes(model, slices.attributes)
