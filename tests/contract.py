@@ -5,12 +5,15 @@ raised: where a base breaks a promise itself (some do), its slimmed model may br
 """
 
 import copy
+import fnmatch
 
 import timm
 import torch
 from timm.models import group_parameters
 from timm.optim import param_groups_layer_decay
 from torch import nn
+
+from timm_autoslim.registry import pool_type
 
 
 def channels(out, fmt):
@@ -29,7 +32,7 @@ def facts(make, pixels, chans=3):
     torch.manual_seed(0)
     images = torch.randn(2, chans, pixels, pixels)
     found = {}
-    for part in (_forward, _heads, _features, _training, _settings):
+    for part in (_forward, _heads, _features, _training, _settings, _kinds):
         for name, fact in part(make, images):
             try:
                 found[name] = fact()
@@ -181,6 +184,62 @@ def _settings(make, images):
     yield "exportable", lambda: torch.equal(out(exportable=True)(images), out()(images))
     yield "state", lambda: len(out().state_dict())
     yield "modules", lambda: [type(m).__name__ for m in out().modules()]
+
+
+def _kinds(make, images):
+    """What timm's tests ask of arguments, devices, types of numbers and frozen parameters."""
+
+    def refuses():
+        try:
+            make(not_a_model_arg=1)
+        except Exception:
+            return True
+        return False
+
+    def half():
+        model = make().eval()
+        with torch.no_grad():
+            model(images)
+            return model.to(torch.bfloat16)(images.bfloat16()).dtype == torch.bfloat16
+
+    def created():
+        model = make(device="cpu", dtype=torch.float64)
+        return {(t.device.type, t.dtype) for t in model.state_dict().values() if t.is_floating_point()}
+
+    def renewed():
+        model = make().to(device="meta", dtype=torch.float64)
+        model.reset_classifier(0)
+        model.reset_classifier(2)
+        heads = model.get_classifier()
+        heads = heads if isinstance(heads, tuple | list) else (heads,)
+        found = {(p.device.type, p.dtype) for head in heads for p in head.parameters()}
+        return found == {("meta", torch.float64)} and all(m.training for m in model.modules())
+
+    def frozen():
+        model = make().requires_grad_(False)
+        model.reset_classifier(0)
+        return not any(p.requires_grad for p in model.parameters())
+
+    def pooled():
+        model = make(global_pool="max").eval()
+        before = pool_type(model)
+        model.reset_classifier(5)
+        return before == pool_type(model)
+
+    def undecayed():
+        model = make()
+        names = [name for name, _ in model.named_parameters()]
+        return sorted(p for p in model.no_weight_decay() if not fnmatch.filter(names, p))
+
+    yield "unknown arguments", refuses
+    yield "in_chans and input_size", lambda: make().in_chans == make().default_cfg["input_size"][0]
+    yield "pool_size", lambda: tuple(make().default_cfg["pool_size"])
+    yield "bfloat16 after a forward", half
+    yield "device= and dtype=", created
+    yield "reset_classifier keeps device, type and mode", renewed
+    yield "reset_classifier keeps what is frozen", frozen
+    yield "reset_classifier keeps the pooling", pooled
+    yield "no_weight_decay matches", undecayed
 
 
 def scripted(make, pixels):
