@@ -1,6 +1,9 @@
 """The house plan: every room of the package imports only from rooms above it."""
 
 import ast
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -127,6 +130,22 @@ def test_loading_a_searched_model_needs_neither_tracing_nor_a_supernet():
         reached.add(room)
         waiting.extend(imports[room] - reached)
     assert reached <= {"registry", "folder", "recipe", "bounds", "bases", "slicing", "pieces", "errors"}
+    # and so for who imports the package, in a new process: nothing else is imported along
+    source = "import sys, timm_autoslim; print(*(m for m in sys.modules if m.startswith('timm_autoslim.')))"
+    shown = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True).stdout.split()
+    assert {name.removeprefix("timm_autoslim.") for name in shown} == reached
+
+
+def test_every_public_name_is_found_where_the_type_checker_finds_it():
+    source = ast.parse((PACKAGE / "__init__.py").read_text())
+    block = next(node for node in source.body if _is_for_types_only(node))
+    typed = {alias.name: node.module for node in block.body for alias in node.names}
+    assert sorted([*typed, "AutoSlimError"]) == timm_autoslim.__all__
+    for name, module in typed.items():
+        assert getattr(timm_autoslim, name) is getattr(importlib.import_module(module), name)
+    assert set(timm_autoslim.__all__) <= set(dir(timm_autoslim))
+    with pytest.raises(AttributeError, match="no attribute 'covert'"):
+        timm_autoslim.covert  # noqa: B018
 
 
 def test_the_library_knows_neither_recipes_nor_their_tools():
