@@ -269,7 +269,9 @@ def search_flags(parser: argparse.ArgumentParser) -> None:
         default="per_cost",
         help="keep the candidate with the least error, or with the least error per unit of cost saved",
     )
-    group.add_argument("--steps", type=int, default=10, help="steps from a group's full width to its narrowest")
+    group.add_argument(
+        "--steps", type=int, help="steps from a group's full width to its narrowest; 5 in the fast mode, else 10"
+    )
     group.add_argument(
         "--refine",
         choices=("units", "choices", "none"),
