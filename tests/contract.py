@@ -10,8 +10,10 @@ import fnmatch
 import timm
 import torch
 from timm.models import group_parameters
+from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from timm_autoslim.registry import pool_type
 
@@ -32,7 +34,7 @@ def facts(make, pixels, chans=3):
     torch.manual_seed(0)
     images = torch.randn(2, chans, pixels, pixels)
     found = {}
-    for part in (_forward, _heads, _features, _training, _settings, _kinds):
+    for part in (_forward, _heads, _features, _training, _settings, _kinds, _derived):
         for name, fact in part(make, images):
             try:
                 found[name] = fact()
@@ -131,6 +133,16 @@ def _features(make, images):
     yield "out_indices from the end", lambda: extracted(out_indices=(-1,))
     yield "feature_info", lambda: [sorted(info) for info in getattr(base.feature_info, "info", base.feature_info)]
 
+    def tapped():
+        net = make(features_only=True).eval()
+        net.load_state_dict(base.state_dict(), strict=False)  # some bases draw their weights in another order then
+        found = base.forward_intermediates(images, indices=list(net.feature_info.out_indices), intermediates_only=True)
+        outs = [
+            out if out.shape == tap.shape else out.permute(0, 3, 1, 2)
+            for out, tap in zip(net(images), found, strict=True)
+        ]
+        return [torch.allclose(out, tap, rtol=1e-4, atol=1e-5) for out, tap in zip(outs, found, strict=True)]
+
     def intermediates():
         last, maps = base.forward_intermediates(images)
         wide = [m.shape[1] for m in maps] == [info["num_chs"] for info in base.feature_info]
@@ -142,6 +154,7 @@ def _features(make, images):
         some = cut.forward_intermediates(images, indices=kept, intermediates_only=True)
         return all(map(torch.equal, some, base.forward_intermediates(images, indices=kept, intermediates_only=True)))
 
+    yield "features are intermediates", tapped
     yield "forward_intermediates", intermediates
     yield "prune_intermediate_layers", pruned
     yield "output_fmt", lambda: fmt
@@ -240,6 +253,88 @@ def _kinds(make, images):
     yield "reset_classifier keeps what is frozen", frozen
     yield "reset_classifier keeps the pooling", pooled
     yield "no_weight_decay matches", undecayed
+
+
+def _derived(make, images):
+    """What timm makes of a model: graphs, backbones that are trained, larger images, networks cut at each feature."""
+    side = images.shape[-1]
+
+    def traced():
+        torch.manual_seed(0)
+        model = make().eval()
+        given = {
+            "leaf_modules": get_notrace_modules(),
+            "autowrap_functions": get_notrace_functions(),
+            "param_shapes_constant": True,
+        }
+        last = get_graph_node_names(model, tracer_kwargs=given)[1][-1]
+        graph = create_feature_extractor(model, return_nodes=[last], tracer_kwargs=given, suppress_diff_warning=True)
+        out = graph.train()(images)[last]
+        (out if isinstance(out, torch.Tensor) else out[0]).mean().backward()
+        unused = sorted(name for name, p in graph.named_parameters() if p.grad is None)
+        with torch.no_grad():
+            model, graph = model.eval(), graph.eval()
+            return torch.allclose(graph(images)[last], model(images), rtol=1e-4, atol=1e-5), unused
+
+    def by_graph():
+        net = make(features_only=True, feature_cfg={"feature_cls": "fx"}).eval()
+        with torch.no_grad():
+            return len(net(images)), all(out.isfinite().all() for out in net(images))
+
+    def trained(checkpointed):
+        torch.manual_seed(0)
+        net = make(features_only=True).train()
+        for module in net.modules():  # drawn again when a part is computed again
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        net.set_grad_checkpointing(checkpointed)
+        torch.manual_seed(1)
+        sum(out.pow(2).mean() for out in net(images)).backward()
+        return [p.grad for p in net.parameters() if p.grad is not None]
+
+    def same_gradients():
+        pairs = list(zip(trained(True), trained(False), strict=True))
+        return all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in pairs)
+
+    def dilated(stride):
+        make(output_stride=stride)  # some bases take it with features alone, by a class of their own
+        net = make(features_only=True, output_stride=stride).eval()
+        with torch.no_grad():
+            sizes = [tuple(out.shape[-2:]) for out in net(images)]
+        by = net.feature_info.reduction()
+        return max(by) == stride, [s == (side // r, side // r) for s, r in zip(sizes, by, strict=True)]
+
+    def enlarged():
+        model = make().eval().requires_grad_(False)
+        model.set_input_size(img_size=(2 * side, 2 * side))
+        larger = torch.randn(1, images.shape[1], 2 * side, 2 * side)
+        with torch.no_grad():
+            return model(larger).shape == (1, model.num_classes) and not any(
+                p.requires_grad for p in model.parameters()
+            )
+
+    def cut():
+        model, found = make().eval(), []
+        with torch.no_grad():
+            expected, maps = model(images), model.forward_intermediates(images, intermediates_only=True)
+            whole = copy.deepcopy(model)
+            whole.prune_intermediate_layers([len(maps) - 1], prune_head=False)
+            found.append(torch.allclose(whole(images), expected, rtol=1e-4, atol=1e-5))
+            for index, tap in enumerate(maps):
+                short = copy.deepcopy(model)
+                kept = short.prune_intermediate_layers([index], prune_norm=True)
+                (last,) = short.forward_intermediates(images, indices=kept, intermediates_only=True)
+                found.append(torch.allclose(last, tap, rtol=1e-4, atol=1e-5))
+                found.append(sum(p.numel() for p in short.parameters()) < sum(p.numel() for p in model.parameters()))
+        return found
+
+    yield "a graph of torch.fx", traced
+    yield "features by torch.fx", by_graph
+    yield "features, checkpointed", same_gradients
+    yield "output_stride=8", lambda: dilated(8)
+    yield "output_stride=16", lambda: dilated(16)
+    yield "set_input_size", enlarged
+    yield "cut at each feature", cut
 
 
 def scripted(make, pixels):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import timm
 import torch
+from contract import calibrated
 from exported import image, load, slim
 from safetensors.torch import save_file
 from test_classes import build
@@ -92,9 +93,25 @@ def test_out_indices(case, request):
 
 
 def test_feature_extractor_of_choice(resnet):
-    features = load(resnet[1], features_only=True, feature_cls="list")
-    assert type(features).__name__ == "FeatureListNet"
-    assert [out.shape[1] for out in features(image(resnet[0]))] == [64, 64, 128, 256, 48]
+    plain, folder = resnet
+    for kind, given in (("Getter", {"feature_cls": "getter"}), ("Graph", {"feature_cfg": {"feature_cls": "fx"}})):
+        features = load(folder, features_only=True, **given)
+        assert type(features).__name__ == f"Feature{kind}Net"
+        assert [out.shape[1] for out in features(image(plain))] == [64, 64, 128, 256, 48]
+    two = load(folder, features_only=True, feature_cfg={"out_indices": (0, 2)})
+    assert two.feature_info.channels() == [64, 128]
+
+
+def test_the_backbone_is_of_the_kind_that_the_base_makes(resnet, tmp_path):
+    features = load(resnet[1], features_only=True)
+    base = timm.create_model("resnet10t", features_only=True)
+    assert type(features) is type(base)
+    assert features.state_dict().keys() == base.state_dict().keys()
+    supernet = timm_autoslim.convert(timm.create_model("test_efficientnet"), torch.zeros(1, 3, 64, 64))
+    plain = calibrated(supernet.extract(supernet.space.uniform(0.5)))
+    features = load(export(plain, tmp_path / "out"), features_only=True)  # its base has a class of its own
+    features.set_grad_checkpointing()
+    assert features.model.grad_checkpointing
 
 
 def test_drop_rates_and_pooling(resnet):
