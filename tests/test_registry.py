@@ -8,7 +8,7 @@ import torch
 from timm.models import FeatureInfo
 from torch import nn
 
-import timm_autoslim.registry as registry
+from timm_autoslim import backbones
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.registry import build_slimmed, create_base
 
@@ -199,7 +199,7 @@ def test_fixed_image_sizes_of_the_recipe_win_over_the_data_settings():
 
 def test_features_need_feature_info():
     with pytest.raises(ArtifactError, match=r"features_only=True: base .* has no feature_info"):
-        registry._feature_cfg(nn.Identity(), {"base": "resnet10t", "base_args": {}})
+        backbones.feature_cfg(nn.Identity(), {"base": "resnet10t", "base_args": {}})
 
 
 def test_features_default_to_the_indices_of_the_base():

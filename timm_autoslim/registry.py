@@ -9,21 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.models import (
-    FeatureDictNet,
-    FeatureHookNet,
-    FeatureListNet,
-    PretrainedCfg,
-    build_model_with_cfg,
-    get_pretrained_cfg,
-    register_model,
-)
-from timm.models._features import FeatureGetterNet
+from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, register_model
 from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
+from timm_autoslim.backbones import feature_cfg
 from timm_autoslim.bases import (
     ARCHITECTURE,
     TORCHVISION,
@@ -187,47 +178,6 @@ def _fit(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tens
     return kept
 
 
-# timm's extractors that rebuild a model of its modules, by the words that timm has for them
-EXTRACTORS = {"list": FeatureListNet, "dict": FeatureDictNet, "hook": FeatureHookNet}
-
-
-class _Getter(FeatureGetterNet):  # type: ignore[misc]  # timm is untyped here
-    """timm's extractor that asks the model itself, for bases with a backbone class of their own, which can do this."""
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute blocks again in the backward instead of keeping what they gave."""
-        owner: Any = self.model
-        owner.set_grad_checkpointing(enable)
-
-
-def _feature_cfg(model: nn.Module, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """How timm taps features of a model: by the base's own indices, and in its way where a slimmed model can."""
-    base = recipe["base"]
-    info: Any = getattr(model, "feature_info", None)
-    if not info:
-        raise ArtifactError(f"features_only=True: base {base!r} has no feature_info; use forward hooks instead")
-    if base.startswith(TORCHVISION):
-        return {"feature_cls": "fx", "out_indices": tuple(range(len(info)))}
-    probe: Any = None
-    for device in ("meta", "cpu"):  # some bases cannot stand on the meta device
-        try:
-            with torch.device(device):
-                probe = timm.create_model(base, features_only=True, **recipe["base_args"])
-            break
-        except Exception:  # some bases have no extractor of their own
-            continue
-    indices = tuple(range(len(info)) if probe is None else probe.feature_info.out_indices)
-    kind = next((word for word, kind in EXTRACTORS.items() if type(probe) is kind), None)
-    if kind is not None:
-        whole = set(probe) == {"body"}  # the model as it is, else its children, or theirs
-        flat = not whole and not set(probe) <= {name for name, _ in model.named_children()}
-        rewritten = {"no_rewrite": whole} if kind == "hook" else {}
-        return {"feature_cls": kind, "out_indices": indices, "flatten_sequential": flat, **rewritten}
-    if hasattr(model, "forward_intermediates"):
-        return {"feature_cls": _Getter, "out_indices": indices, "output_fmt": "NCHW"}
-    return {"feature_cls": "hook", "out_indices": indices}
-
-
 def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """timm's entrypoint for exported folders: `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
@@ -357,7 +307,7 @@ def _load(source: _Source, recipe: dict[str, Any], pretrained: bool, kwargs: dic
             settings = {**cfg, "first_conv": first_conv}
             check_weights(header, stored, model, settings, other, args.get("in_chans", channels))
         if kwargs.get("features_only"):
-            given, found = {*kwargs, *chosen}, _feature_cfg(model, recipe)
+            given, found = {*kwargs, *chosen}, feature_cfg(model, recipe)
             if "feature_cls" in given:  # what else there is belongs to the base's own kind
                 found = {"out_indices": found["out_indices"]}
             features.update({k: v for k, v in found.items() if k not in given})
