@@ -285,7 +285,7 @@ def _derived(make, images):
     def trained(checkpointed):
         torch.manual_seed(0)
         net = make(features_only=True).train()
-        for module in net.modules():  # drawn again when a part is computed again
+        for module in net.modules():  # computing a part again would move these statistics twice
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         net.set_grad_checkpointing(checkpointed)

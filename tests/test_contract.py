@@ -1,7 +1,7 @@
 """An exported model keeps the contract of a timm model as far as its base does, family by family.
 
 CI takes small members of the families. `AUTOSLIM_CONTRACT=all pytest tests/test_contract.py` takes a member of every
-timm class as well as tests/zoo.py has it, 111 of them, and compares their scripting too: a quarter of an hour on one
+timm class as well as tests/zoo.py has it, 111 of them, and compares their scripting too: half an hour on one
 core, and 2.3 GB. It is run before a release, and after every change of bases.py, registry.py, recipe.py or slicing.py.
 """
 

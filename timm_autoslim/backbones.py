@@ -14,8 +14,8 @@ from torch import nn
 from timm_autoslim.bases import TORCHVISION
 from timm_autoslim.errors import ArtifactError
 
-# timm's extractors that rebuild a model of its modules, by the words that timm has for them
-EXTRACTORS = {"list": FeatureListNet, "dict": FeatureDictNet, "hook": FeatureHookNet}
+# timm's words for its extractors that rebuild a model of its modules
+EXTRACTORS = {FeatureListNet: "list", FeatureDictNet: "dict", FeatureHookNet: "hook"}
 
 
 class _Getter(FeatureGetterNet):  # type: ignore[misc]  # timm is untyped here
@@ -55,8 +55,7 @@ def feature_cfg(model: nn.Module, recipe: Mapping[str, Any]) -> dict[str, Any]:
         except Exception:  # some bases have no extractor of their own
             continue
     indices = tuple(range(len(info)) if probe is None else probe.feature_info.out_indices)
-    kind = next((word for word, kind in EXTRACTORS.items() if type(probe) is kind), None)
-    if kind is not None:
+    if kind := EXTRACTORS.get(type(probe)):
         whole = set(probe) == {"body"}  # the model as it is, else its children, or theirs
         flat = not whole and not set(probe) <= {name for name, _ in model.named_children()}
         rewritten = {"no_rewrite": whole} if kind == "hook" else {}

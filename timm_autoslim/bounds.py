@@ -190,17 +190,27 @@ def bounded_unfilled(base: str, file_elements: int, function: Any, /, *args: Any
     Parameters are not filled with random numbers, which takes most of the time of a large model's constructor. Where
     that fails, or a parameter is not of the state dict, the model is built again as usual.
     """
-    guard = Bounded(min(MAX_ELEMENTS, max(FILE_RATIO * file_elements, MIN_ELEMENTS)), unfilled=True)
+    guard = Bounded(_limit(file_elements), unfilled=True)
     try:
         with guard:
             model: nn.Module = function(*args, **kwargs)
     except Exception:  # too many elements, or a constructor that makes something of the random numbers
-        model = bounded(base, file_elements, function, *args, **kwargs)
+        pass  # so it is built as usual below, and what is wrong is said there
     else:
-        loaded = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
-        if not loaded.issuperset(guard.unfilled or ()):
-            model = bounded(base, file_elements, function, *args, **kwargs)
-    return model
+        if {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}.issuperset(guard.unfilled or ()):
+            return model
+    rebuilt: nn.Module = bounded(base, file_elements, function, *args, **kwargs)
+    return rebuilt
+
+
+def _limit(file_elements: int | None) -> int:
+    """How many elements a base may have beside weights of so many; None if there are none."""
+    return MAX_ELEMENTS if file_elements is None else min(MAX_ELEMENTS, _fitting(file_elements))
+
+
+def _fitting(file_elements: int) -> int:
+    """How many elements a base may have that weights of so many can be slices of."""
+    return max(FILE_RATIO * file_elements, MIN_ELEMENTS)
 
 
 def bounded(base: str, file_elements: int | None, function: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -215,8 +225,7 @@ def bounded(base: str, file_elements: int | None, function: Any, /, *args: Any, 
     Raises:
         ArtifactError: more elements were asked for. None were allocated for the tensor that exceeds the limit.
     """
-    fits = None if file_elements is None else max(FILE_RATIO * file_elements, MIN_ELEMENTS)
-    limit = MAX_ELEMENTS if fits is None else min(MAX_ELEMENTS, fits)
+    limit = _limit(file_elements)
     guard = Bounded(limit)
     try:
         with guard:
@@ -225,9 +234,9 @@ def bounded(base: str, file_elements: int | None, function: Any, /, *args: Any, 
         if guard.left >= 0:
             raise
         usual = 4 * _usual(base) if limit == MAX_ELEMENTS else 0
-        granted = usual if fits is None else min(usual, fits)
+        granted = usual if file_elements is None else min(usual, _fitting(file_elements))
         if granted <= limit:
-            beside = "" if fits is None else f" beside weights of {file_elements:,}"
+            beside = "" if file_elements is None else f" beside weights of {file_elements:,}"
             needed = f"arguments that build at most {limit:,} numbers{beside} in {MAX_TENSORS:,} tensors"
             raise fail("base_args", kwargs or args, needed) from error
     with Bounded(granted):

@@ -20,7 +20,6 @@ Mode = Literal["fast", "reference"]
 Rank = Literal["error", "per_cost"]
 Refine = Literal["units", "choices", "none"]
 
-STEPS: dict[Mode, int] = {"fast": 5, "reference": 10}  # of the range of each group
 REFINING_ROUNDS = 3  # rounds of a refinement that score every group; what is left then is filled without a choice
 
 
@@ -128,6 +127,8 @@ class _Candidate:
 
 class _Descent:
     """A descent as published: every step scores one step of every group, on all held-out images."""
+
+    STEPS = 10  # of the range of each group; section 4
 
     def __init__(self, supernet: Supernet, score: Scorer, rank: Rank, steps: int, order: Mapping[str, int]) -> None:
         self.supernet, self.score, self.rank, self.steps, self.order = supernet, score, rank, steps, order
@@ -237,6 +238,7 @@ class _FastDescent(_Descent):
     A descent never takes a step back, so a refinement ends with trades at the budget, which do.
     """
 
+    STEPS = 5  # larger than published, to stand out from the noise of fewer images
     LOOK = 2  # candidates that are scored together
     FILLING = 6  # candidates that are scored in each round of filling a budget
     SHARE = 3 / 16  # of the held-out images, for the widest
@@ -389,7 +391,8 @@ def search(
     score = Scorer(supernet, evaluate, scores, team)
     draws = torch.randperm(len(supernet.space), generator=torch.Generator().manual_seed(seed)).tolist()
     order = dict(zip(supernet.space.names, draws, strict=True))
-    descent = (_FastDescent if mode == "fast" else _Descent)(supernet, score, rank, steps or STEPS[mode], order)
+    kind = _FastDescent if mode == "fast" else _Descent
+    descent = kind(supernet, score, rank, steps or kind.STEPS, order)
     units = dict.fromkeys(unit for budget in ordered for unit, _ in budget.limits)
     networks: list[Found] = []
     trail: list[Step] = []
