@@ -28,6 +28,8 @@ SMALL += ["mnasnet_050", "regnetx_002", "regnety_002", "vgg11", "mobilenetv1_100
 # further ways to attend: pooled, shifted, by channels, by classes, in levels
 SMALL += ["beit_base_patch16_224", "eva02_tiny_patch14_224", "cait_xxs24_224", "xcit_nano_12_p16_224", "levit_256d"]
 SMALL += ["test_coatnet", "swiftformer_xs", "efficientvit_l1"]
+# tables of coordinates that set_input_size computes anew
+SMALL += ["test_vit_relpos"]
 LAYERS = {"layers": [1, 1, 1, 1]}
 # members of the zoo that are made smaller here, and torchvision's
 SHORT = {

@@ -195,6 +195,7 @@ class Tracer:
         given = self.example
         positional = len(given) if isinstance(given, tuple) else 0 if isinstance(given, Mapping) else 1
         trace = Trace(graph, self.watch.described, unruled, positional=positional, example=sized(self.example, 1))
+        self._hold_tables(graph)
         self._prove(trace)
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):
@@ -256,6 +257,19 @@ class Tracer:
                     self.flow.constraints.freeze(label, f"{name} is in no checkpoint, and its module may renew it")
                 elif label is not None:
                     self.flow.constraints.ordered.append(label)
+
+    def _hold_tables(self, graph: ChannelGraph) -> None:
+        """Keep the columns of tables that no module makes (coordinates): like an input's channels, they are data."""
+        made = {strand.group for strand in graph.strands if strand.producers}
+        unmade = {index for index, strand in enumerate(graph.strands) if strand.group not in made}
+        columns = [
+            label
+            for name in self.labels.keys() - set(graph.parameters)
+            for axis, label in enumerate(self.labels[name])
+            if label is not None and not unmade.isdisjoint(graph.places[name, axis].strand.tolist())
+        ]
+        if columns:
+            graph.freeze(columns, "the columns of a table that no module makes")
 
     def _scales(self) -> None:
         """Let the scale of attention scores, and the size it comes from, follow what the scores run along.

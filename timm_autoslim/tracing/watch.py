@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from timm.models import FeatureInfo
 from torch import nn
 
 from timm_autoslim.tracing.flow import Flow
@@ -96,12 +97,17 @@ class Watch:
         described: set[int] = set()
         for path, module in self.twin.named_modules():  # an encoder within a model may have its own, or share the list
             infos: Any = getattr(module, "feature_info", None)
+            name, backbone = "feature_info", infos if isinstance(infos, FeatureInfo) else None
+            if backbone is not None:
+                name, infos = "feature_info.info", backbone.info
             if hasattr(infos, "__getitem__") and id(infos) not in described:
                 labels = [self._tapped(path, info) for info in infos]
-                if not path and not all(labels):  # it names modules that there are not
+                if backbone is not None:
+                    labels = self._returned(path, backbone, labels)
+                elif not path and not all(labels):  # it names modules that there are not
                     maps = self._intermediates(example, len(labels))
                     labels = [seen or other for seen, other in zip(labels, maps, strict=True)]
-                if self._describe_features(path, infos, labels):
+                if self._describe_features(path, name, infos, labels):
                     described.add(id(infos))
         self._describe_width(example)
 
@@ -139,6 +145,15 @@ class Watch:
         labels = seen.get(f"{path}.{info['module']}" if path else info["module"], [])
         return [v for v in labels if v is not None and len(v) == info.get("num_chs")]
 
+    def _returned(self, path: str, info: FeatureInfo, labels: list[list[Label]]) -> list[list[Label]]:
+        """The labels of the channels of each map of a backbone: as it returns them, or else those of `labels`."""
+        maps = next((e.labels for e in self.exits if e.path == path), ())
+        found = list(labels)
+        if len(maps) == len(info.out_indices):
+            for index, dimensions in zip(info.out_indices, maps, strict=True):
+                found[index] = list(dimensions)
+        return found
+
     def _intermediates(self, example: Any, count: int) -> list[list[Label]]:
         """The labels of the channels of this many maps from `forward_intermediates`, (N, C, H, W) each."""
         with contextlib.suppress(Exception):  # not every model has it, nor for every example
@@ -148,11 +163,11 @@ class Watch:
                 return [self.flow.labels(tensor)[1:2] for tensor in maps]
         return [[]] * count
 
-    def _describe_features(self, path: str, infos: Iterable[Any], labels: Sequence[list[Label]]) -> bool:
-        """Note the channels in a `feature_info`; return whether there were any."""
+    def _describe_features(self, path: str, name: str, infos: Iterable[Any], labels: Sequence[list[Label]]) -> bool:
+        """Note the channels in the `feature_info` that is kept under `name`; return whether there were any."""
         prefix = f"{path}." if path else ""
         numbers = [int(info["num_chs"]) if isinstance(info, dict) and "num_chs" in info else 0 for info in infos]
-        noted = [self.note(f"{prefix}feature_info.{i}.num_chs", n, labels[i]) for i, n in enumerate(numbers) if n]
+        noted = [self.note(f"{prefix}{name}.{i}.num_chs", n, labels[i]) for i, n in enumerate(numbers) if n]
         dims = (self.twin.get_submodule(path) if path else self.twin).__dict__.get("embed_dim")
         if isinstance(dims, list | tuple) and list(dims) == numbers:
             for i, n in enumerate(numbers):
