@@ -1,4 +1,4 @@
-"""timm's backbones for other tasks (`features_only=True`) convert like any model, and tell the channels that they return."""
+"""Backbones of timm (`features_only=True`) convert like any model, and tell the channels that they return."""
 
 import pytest
 import timm
