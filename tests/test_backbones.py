@@ -7,6 +7,7 @@ from torch import nn
 from zoo import arbitrary_widths
 
 import timm_autoslim
+from timm_autoslim.errors import ArtifactError
 
 IMAGES = torch.rand(2, 3, 64, 64)
 KINDS = {
@@ -43,6 +44,14 @@ def test_a_backbone_tells_the_channels_that_it_returns(kind):
         assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
     assert plain.feature_info.channels() != whole
     assert backbone.feature_info.channels() == whole  # a conversion and a forward leave the model's own as they are
+
+
+def test_a_backbone_is_not_exported_by_itself(tmp_path):
+    backbone = timm.create_model("test_resnet", features_only=True)
+    supernet = timm_autoslim.convert(backbone, IMAGES, keep_output=False, base="test_resnet")
+    with pytest.raises(ArtifactError, match=r"FeatureListNet is a backbone .*load that with features_only=True"):
+        timm_autoslim.export(supernet.extract(supernet.space.uniform(0.5)), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 class Detector(nn.Module):

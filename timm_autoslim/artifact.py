@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from timm.models import PretrainedCfg
+from timm.models import FeatureInfo, PretrainedCfg
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 
@@ -65,7 +65,8 @@ def export(
     Raises:
         OutputExistsError: `out` exists.
         StaleStatisticsError: BatchNorm statistics of a narrowed model are not its own.
-        ArtifactError: the model has no recipe or no base, or what the recipe builds differs from it.
+        ArtifactError: the model has no recipe or no base, or is a backbone (`features_only=True`), or what the recipe
+            builds differs from it.
     """
     folder = Path(out)
     _refuse_existing(folder)
@@ -102,6 +103,11 @@ def _recipe(plain: nn.Module, base: str | None, base_args: Mapping[str, object] 
         raise ArtifactError(
             f"{kind} has no recipe: got a model without an `autoslim` attribute, needed one from supernet.extract(); "
             "use supernet.extract(widths) and unwrap DistributedDataParallel or a compiled model first"
+        )
+    if isinstance(getattr(plain, "feature_info", None), FeatureInfo):
+        raise ArtifactError(
+            f"{kind} is a backbone (features_only=True), which no folder describes; slim and export the model that it "
+            "is made of, and load that with features_only=True, or keep widths and state_dict yourself"
         )
     recipe = check_recipe(found)
     if base is not None:
