@@ -54,9 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not (run / "supernet.safetensors").exists():
         launch(known.num_processes, "train.py", "-c", path, "--resume")
     if not (run / "search.json").exists():
-        # several processes would each measure latencies of their own
-        alone = "latency_ms" in str(config.get("budgets"))
-        launch(1 if alone else known.num_processes, "search.py", run, "-c", path)
+        launch(known.num_processes, "search.py", run, "-c", path)
     networks = json.loads((run / "search.json").read_text(encoding="utf-8"))["networks"]
     for entry in networks:
         if not (run / "exported" / entry["name"]).exists():

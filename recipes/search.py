@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import timm_autoslim
-from timm_autoslim import HeldOut, Team
+from timm_autoslim import HeldOut, SharedLatency, Team
 from timm_autoslim.costs import UNITS, Budget, cost_by_module, parse_limits, read_budgets
 from timm_autoslim.errors import BudgetError, ConfigError, DataError
 
@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}")
 
     supernet = load_supernet(run, args)
-    supernet.conditions = conditions(args, texts, accelerator)
+    team = Team(accelerator.process_index, accelerator.num_processes, gather_object)
+    supernet.conditions = conditions(args, texts, team)
     widest = timm_autoslim.cost(supernet)
     asked = {parse_limits(text, widest): text for text in texts}
     texts = list(asked.values())  # each budget once
@@ -75,7 +76,6 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.model}: {widest.macs / 1e6:.2f}M MACs, {widest.params / 1e6:.3f}M params; "
         f"{total} held-out images in {len(chunks)} batches"
     )
-    team = Team(accelerator.process_index, accelerator.num_processes, gather_object)
     progress = Progress(run / "search-progress.json", setting(run, args, total), accelerator)
     begin = time.perf_counter()
     with progress, Descent(widest, list(asked), disable=not accelerator.is_main_process) as descent:
@@ -97,22 +97,21 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def conditions(args: argparse.Namespace, texts: Sequence[str], accelerator: Accelerator) -> timm_autoslim.Conditions:
-    """What peak_bytes and latency_ms are counted for; the table of latencies is opened if a budget needs it.
+def conditions(args: argparse.Namespace, texts: Sequence[str], team: Team) -> timm_autoslim.Conditions:
+    """What peak_bytes and latency_ms are counted for; if a budget needs a table of latencies, one process has it open.
 
     Raises:
-        ConfigError: a budget of latency for several processes, each of which would measure times of its own.
         LatencyError: an unknown device, or a table of another one.
     """
     if not any("latency_ms" in text for text in texts):
         return timm_autoslim.Conditions(args.cost_batch_size)
-    if accelerator.num_processes > 1:
-        raise ConfigError("--budgets with latency_ms: one process is needed, since each would measure other times.")
-    table = timm_autoslim.LatencyTable(
-        args.latency_table or Path(args.run) / "latency.json", device=args.latency_device,
-        batch_size=args.cost_batch_size, runtime=args.latency_runtime, threads=args.latency_threads,
-    )  # fmt: skip
-    return timm_autoslim.Conditions(args.cost_batch_size, latency=table)
+    table = None
+    if team.index == 0:
+        table = timm_autoslim.LatencyTable(
+            args.latency_table or Path(args.run) / "latency.json", device=args.latency_device,
+            batch_size=args.cost_batch_size, runtime=args.latency_runtime, threads=args.latency_threads,
+        )  # fmt: skip
+    return timm_autoslim.Conditions(args.cost_batch_size, latency=SharedLatency(table, team))
 
 
 def said(unit: str, number: float) -> str:

@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import search
-from recipe_tools import trained, write_config
+from recipe_tools import RECIPES, launch_two, trained, write_config
 from test_latency import fake_times
 
-from timm_autoslim.errors import ConfigError, LatencyError
+from timm_autoslim.errors import LatencyError
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,14 @@ def test_budgets_of_memory_and_latency(folder, monkeypatch, capsys):
         searched(folder, *argv, "--latency-device", "gpu")
 
 
-def test_several_processes_cannot_share_a_latency(folder):
-    class Pair:
-        num_processes = 2
-
-    args = search.parse_args("search", None, [str(folder)])
-    assert search.conditions(args, ["macs<=50%"], Pair).batch_size == 1
-    with pytest.raises(ConfigError, match="--budgets with latency_ms: one process is needed"):
-        search.conditions(args, ["macs<=50% and latency_ms<=3"], Pair)
+def test_two_processes_go_by_the_times_that_one_measures(folder, monkeypatch, tmp_path):
+    fake_times(monkeypatch, python=0.0)
+    argv = ["--budgets", "latency_ms=70%", "macs<=70% and latency_ms<=80%"]
+    one = searched(folder, *argv)  # measures what a search meets, so that the second can know it
+    two = shutil.copytree(folder, tmp_path / "two")
+    (two / "search.json").unlink()
+    done = launch_two(str(RECIPES / "search.py"), str(two), "-c", write_config(tmp_path), *argv)
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es) on cpu" in done.stdout
+    found = json.loads((two / "search.json").read_text())
+    assert {**found, "seconds": 0} == {**one, "seconds": 0}

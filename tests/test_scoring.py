@@ -7,8 +7,8 @@ import torch
 from test_slimming import IMAGE, Branches, width_of
 from zoo import randomise
 
-from timm_autoslim import HeldOut, Team, baseline, convert, cost, search
-from timm_autoslim.errors import DataError, EvaluationError
+from timm_autoslim import Conditions, HeldOut, SharedLatency, Team, baseline, convert, cost, search
+from timm_autoslim.errors import DataError, EvaluationError, LatencyError
 from timm_autoslim.scoring import Scorer
 
 PRICES = {"a": 5.0, "b": 1.0, "c": 3.0}
@@ -87,15 +87,11 @@ def test_what_is_known_is_not_scored_again_and_the_result_is_the_same(method):
     assert len(seen) == len(scores) - len(scores) // 2
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("count", [2, 3])
-def test_a_team_finds_what_one_finds_and_shares_the_work(method, count):
-    """Threads with a supernet each stand for processes; they meet at a barrier as processes do."""
-    alone = METHODS[method](one := make_supernet(), held_out(one))
-    barrier, lists = threading.Barrier(count), [None] * count
-    results, seen = [None] * count, [[] for _ in range(count)]
+def together(count, work):
+    """Return what `work(team)` returns in each process: threads, which meet at a barrier as processes do."""
+    barrier, lists, results = threading.Barrier(count), [None] * count, [None] * count
 
-    def work(index):
+    def run(index):
         def gather(items):
             lists[index] = items
             barrier.wait(60)
@@ -103,16 +99,27 @@ def test_a_team_finds_what_one_finds_and_shares_the_work(method, count):
             barrier.wait(60)
             return joined
 
-        supernet = make_supernet()
-        results[index] = METHODS[method](
-            supernet, held_out(supernet, seen=seen[index]), team=Team(index, count, gather)
-        )
+        results[index] = work(Team(index, count, gather))
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
+    return results
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_team_finds_what_one_finds_and_shares_the_work(method, count):
+    alone = METHODS[method](one := make_supernet(), held_out(one))
+    seen = [[] for _ in range(count)]
+
+    def work(team):
+        supernet = make_supernet()
+        return METHODS[method](supernet, held_out(supernet, seen=seen[team.index]), team=team)
+
+    results = together(count, work)
     assert [result.to_dict() for result in results] == [alone.to_dict()] * count
     jobs = [job for part in seen for job in part]
     assert len(jobs) == len(set(jobs))
@@ -120,6 +127,59 @@ def test_a_team_finds_what_one_finds_and_shares_the_work(method, count):
         assert max(len(part) for part in seen) < 0.7 * len(jobs)
     else:
         assert min(len(part) for part in seen) > 0.5 * len(jobs) / count
+
+
+class Clock:
+    """Predicts times that grow with the widths, and shake as measured ones do."""
+
+    def __init__(self, seed):
+        self.generator, self.asked = torch.Generator().manual_seed(seed), []
+
+    def predict(self, supernet, widths):
+        self.asked.append(widths)
+        return sum(widths.values()) * (1 + 0.01 * float(torch.rand((), generator=self.generator)))
+
+
+@pytest.mark.parametrize("method", [search, lambda *given, **more: baseline(*given, "random", candidates=6, **more)])
+def test_a_team_goes_by_the_times_of_its_first_process(method):
+    budgets, clocks = ["latency_ms<=60% and macs<=80%", "latency_ms<=30%"], [Clock(seed) for seed in range(3)]
+
+    def work(team):
+        supernet = make_supernet()
+        clock = clocks[team.index] if team.count > 1 else Clock(0)
+        supernet.conditions = Conditions(latency=SharedLatency(clock, team))
+        found = method(supernet, budgets, held_out(supernet), team=team)
+        return found.to_dict(), [network.cost.latency_ms for network in found.networks]
+
+    assert together(3, work) == [work(Team())] * 3
+    assert len(clocks[0].asked) == len(set(clocks[0].asked)) > 10
+    assert not clocks[1].asked + clocks[2].asked
+
+
+def test_what_stops_the_first_process_from_measuring_stops_all():
+    class Broken:
+        def predict(self, supernet, widths):
+            raise LatencyError("the clock is broken")
+
+    def work(team):
+        supernet = make_supernet()
+        supernet.conditions = Conditions(latency=SharedLatency(None if team.index else Broken(), team))
+        with pytest.raises(LatencyError, match="the clock is broken"):
+            search(supernet, {"latency_ms": 5}, held_out(supernet), team=team)
+        return "told"
+
+    assert together(2, work) == ["told", "told"]
+    with pytest.raises(LatencyError, match="got no latency in the first process; needed: a LatencyTable there"):
+        SharedLatency(None, Team())
+
+
+def test_times_of_every_process_by_itself_are_refused():
+    supernet = make_supernet()
+    supernet.conditions = Conditions(latency=Clock(0))
+    for method in (search, lambda *given, **more: baseline(*given, "uniform", **more)):
+        with pytest.raises(LatencyError, match=r"got a Clock in 2 processes, .*SharedLatency\(table, team\)"):
+            method(supernet, {"latency_ms": "60%"}, held_out(supernet), team=Team(0, 2))
+    assert not supernet.conditions.latency.asked
 
 
 def test_a_failure_in_one_process_reaches_all_and_keeps_what_was_scored():

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from timm_autoslim.hub import push
     from timm_autoslim.latency import LatencyReport, LatencyTable
     from timm_autoslim.sandwich import SandwichStep, sandwich_step
-    from timm_autoslim.scoring import HeldOut, Team
+    from timm_autoslim.scoring import HeldOut, SharedLatency, Team
     from timm_autoslim.slimming import Found, SearchResult, Step, search
     from timm_autoslim.space import ChannelGroup, SearchSpace, Widths
     from timm_autoslim.stopwatch import measure_latency
@@ -39,6 +39,7 @@ __all__ = [
     "SandwichStep",
     "SearchResult",
     "SearchSpace",
+    "SharedLatency",
     "Step",
     "Supernet",
     "Team",
@@ -69,6 +70,7 @@ _ROOMS = {
     "SandwichStep": "sandwich",
     "SearchResult": "slimming",
     "SearchSpace": "space",
+    "SharedLatency": "scoring",
     "Step": "slimming",
     "Supernet": "supernet",
     "Team": "scoring",

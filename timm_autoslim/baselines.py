@@ -66,7 +66,7 @@ def baseline(
         BudgetError: a budget is malformed or out of reach; nothing was evaluated then.
         ValueError: another argument is out of range.
         WidthError: the criterion is "taylor" and a parameter has no gradient.
-        EvaluationError, StaleStatisticsError: as in `search`.
+        EvaluationError, LatencyError, StaleStatisticsError: as in `search`.
     """
     from timm_autoslim.importance import CRITERIA  # torch-pruning loads slowly, and only rankings need it
 
@@ -79,8 +79,8 @@ def baseline(
             f"got candidates={candidates} and population={population}; needed: at least 1 candidate and a population "
             "of at least 2"
         )
-    ordered = read_budgets(supernet, budgets)
     score = Scorer(supernet, evaluate, scores, team)
+    ordered = read_budgets(supernet, budgets)
     choose: dict[Kind, Callable[[Budget], Widths]] = {
         "uniform": lambda budget: uniform_within(supernet, budget),
         "random": lambda budget: _best(_random(supernet, budget, candidates, _generator(seed)), score),

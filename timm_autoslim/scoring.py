@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from timm_autoslim.calibration import batch_statistics, check_batch_statistics
-from timm_autoslim.costs import cost
-from timm_autoslim.errors import AutoSlimError, DataError, EvaluationError
+from timm_autoslim.costs import Latency, cost
+from timm_autoslim.errors import AutoSlimError, DataError, EvaluationError, LatencyError
 from timm_autoslim.space import Widths
 from timm_autoslim.supernet import Supernet
 from timm_autoslim.tracing.twin import tensors_in
@@ -63,6 +63,40 @@ class Team:
     gather: Callable[[list[Any]], list[Any]] = list
 
 
+class SharedLatency:
+    """A latency for a team: the first process predicts, and the others take its word.
+
+    No two processes measure the same times, and a search goes one way only if all of them go by the same. They must ask
+    for the same subnets in the same order, as those of a search do; what was asked for once is known everywhere.
+    """
+
+    def __init__(self, latency: Latency | None, team: Team) -> None:
+        """Share what `latency` predicts, such as a `LatencyTable`; processes but the first need none."""
+        if latency is None and team.index == 0:
+            raise LatencyError("SharedLatency() got no latency in the first process; needed: a LatencyTable there")
+        self.latency, self.team = latency, team
+        self._known: dict[Widths, float] = {}
+
+    def predict(self, supernet: Supernet, widths: Widths) -> float:
+        """Return milliseconds for one batch, the same in all processes.
+
+        Raises:
+            AutoSlimError: what the prediction raised in the first process, in all of them.
+        """
+        if widths not in self._known:
+            said: list[Any] = []
+            if self.team.index == 0 and self.latency is not None:
+                try:
+                    said.append(self.latency.predict(supernet, widths))
+                except AutoSlimError as error:  # the others wait for this one, and must be told
+                    said.append(error)
+            (answer,) = self.team.gather(said)
+            if isinstance(answer, AutoSlimError):
+                raise answer
+            self._known[widths] = float(answer)
+        return self._known[widths]
+
+
 # Error of a subnet on one part, and how many images it ran on, by the widths and the part; plain data, for JSON.
 Scores = MutableMapping[str, Sequence[float]]
 _Job = tuple[Widths, int]
@@ -75,12 +109,21 @@ class Scorer:
         parts: into how many parts `evaluate` can be divided.
         evaluations: subnets scored so far, on some parts or on all.
         macs: forward work of them, images times MACs.
+
+    Raises:
+        LatencyError: a latency that the processes of the team do not share.
     """
 
     def __init__(
         self, supernet: Supernet, evaluate: Evaluate, scores: Scores | None = None, team: Team | None = None
     ) -> None:
         self.supernet, self.evaluate, self.team = supernet, evaluate, team or Team()
+        latency = supernet.conditions.latency
+        if self.team.count > 1 and latency is not None and not isinstance(latency, SharedLatency):
+            raise LatencyError(
+                f"supernet.conditions.latency: got a {type(latency).__name__} in {self.team.count} processes, each of "
+                "which would go by its own times; needed: Conditions(latency=SharedLatency(table, team))"
+            )
         self.parts = len(evaluate) if isinstance(evaluate, HeldOut) else 1
         self.macs = 0
         self._scores: Scores = {} if scores is None else scores

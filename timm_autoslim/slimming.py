@@ -370,11 +370,13 @@ def search(
         seed: decides between candidates that are exactly equal, and what is traded.
         scores: a dict that is read before a subnet is scored, and gets what was scored. It holds plain data: kept in a
             file and given again, an interrupted search scores only what is missing, and comes to the same result.
-        team: the processes that share the scoring, if there are several; the result does not depend on them.
+        team: the processes that share the scoring, if there are several; the result does not depend on them. Budgets of
+            latency then need a `SharedLatency` in `supernet.conditions`.
         on_step: called after every step.
 
     Raises:
         BudgetError: a budget is malformed or out of reach; nothing was evaluated then.
+        LatencyError: the team does not share its latency.
         EvaluationError: evaluate raised or returned no finite number; the text names the widths. `scores` has what
             was scored before.
         StaleStatisticsError: evaluate switched BatchNorm back to running statistics.
@@ -387,8 +389,8 @@ def search(
         raise ValueError(f"got refine={refine!r}; needed: one of {list(get_args(Refine))}")
     if steps is not None and steps < 1:
         raise ValueError(f"got steps={steps}; needed: at least 1")
-    ordered = read_budgets(supernet, budgets)
     score = Scorer(supernet, evaluate, scores, team)
+    ordered = read_budgets(supernet, budgets)
     draws = torch.randperm(len(supernet.space), generator=torch.Generator().manual_seed(seed)).tolist()
     order = dict(zip(supernet.space.names, draws, strict=True))
     kind = _FastDescent if mode == "fast" else _Descent
