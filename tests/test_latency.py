@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +18,7 @@ from timm_autoslim.costs import read_budgets
 from timm_autoslim.errors import BudgetError, LatencyError
 from timm_autoslim.kernels import onnxruntime_ms
 from timm_autoslim.latency import LatencyReport, anchors, fit_factors
-from timm_autoslim.stopwatch import device_name
+from timm_autoslim.stopwatch import device_name, measure_in_turns
 
 
 @pytest.fixture
@@ -39,8 +40,8 @@ def fake_times(monkeypatch, python=2.0, factor=1.5):
         measured.append(operator)
         return numel(operator.args) / 1000
 
-    def whole_ms(self, supernet, widths, repeats=10):
-        return python + factor * sum(self._sums(supernet, widths)[1:])
+    def whole_ms(self, supernet, subnets, rounds=5, repeats=10):
+        return [python + factor * sum(self._sums(supernet, widths)[1:]) for widths in subnets]
 
     monkeypatch.setattr(LatencyTable, "_measured", operator_ms)
     monkeypatch.setattr(LatencyTable, "measure", whole_ms)
@@ -86,6 +87,42 @@ def test_a_compiled_model_is_measured():
     assert measure_latency(nn.Linear(4, 4), torch.randn(2, 4), runtime="compile", repeats=3) > 0
 
 
+def test_every_compiled_model_runs_compiled(monkeypatch):
+    """torch.compile runs the ninth model of a class in eager mode by default, for all share the class's code."""
+    compiled, plain = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model: plain(model, backend=lambda graph, _: compiled.append(1) or graph)
+    )
+    torch.compiler.reset()
+    models = [Plain(n) for n in range(8, 20)]
+    assert len(measure_in_turns(models, torch.randn(2, 3, 8, 8), runtime="compile", rounds=2, repeats=1)) == len(models)
+    assert len(compiled) == len(models)
+
+
+class Slowing(nn.Module):
+    """Notes each of its turns, and takes a hundred times as long in the second of them."""
+
+    def __init__(self, name, turns):
+        super().__init__()
+        self.name, self.turns = name, turns
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, x):
+        if self.turns[-1:] != [self.name]:
+            self.turns.append(self.name)
+        time.sleep(0.01 if self.turns.count(self.name) == 2 else 0.0001)
+        return x
+
+
+def test_models_are_measured_in_turns_and_a_slow_turn_is_left_out():
+    turns = []
+    found = measure_in_turns((Slowing(name, turns) for name in "abc"), torch.ones(1), rounds=3, repeats=2)
+    assert turns == list("abc" * 3)
+    assert max(found) < 5
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -118,10 +155,22 @@ def test_a_table_predicts_sums_of_operators(supernet, monkeypatch):
     fake_times(monkeypatch)
     table = LatencyTable()
     for widths in (supernet.space.sample(torch.Generator().manual_seed(seed)) for seed in range(5)):
-        assert table.predict(supernet, widths) == pytest.approx(table.measure(supernet, widths), rel=1e-6)
+        assert [table.predict(supernet, widths)] == pytest.approx(table.measure(supernet, [widths]), rel=1e-6)
     report = table.report(supernet, [supernet.space.uniform(r) for r in (0.2, 0.4, 0.6, 0.9)])
     assert report.median_error < 1e-6
     assert report.rank_correlation == pytest.approx(1)
+
+
+def test_a_report_fits_anew_what_it_measures(supernet, monkeypatch):
+    fake_times(monkeypatch)
+    table, subnets = LatencyTable(), [supernet.space.uniform(r) for r in (0.2, 0.4, 0.6, 0.9)]
+    before = [table.predict(supernet, widths) for widths in subnets]
+    with monkeypatch.context() as slower:
+        fake_times(slower, python=4.0, factor=3.0)  # the machine takes twice as long as before
+        report = table.report(supernet, subnets)
+    assert report.median_error < 1e-6
+    assert report.measured_ms == pytest.approx([2 * ms for ms in before])
+    assert [table.predict(supernet, widths) for widths in subnets] == list(report.predicted_ms)
 
 
 def test_real_operators_are_measured_and_add_up(supernet):

@@ -28,7 +28,7 @@ from timm_autoslim.stopwatch import (
     check_conditions,
     device_name,
     filled,
-    measure_latency,
+    measure_in_turns,
     running_threads,
     timed,
 )
@@ -202,23 +202,38 @@ class LatencyTable:
             self._predicted[key] = float(np.dot(fit, sums))
         return self._predicted[key]
 
-    def measure(self, supernet: Supernet, widths: Widths, repeats: int = 10) -> float:
-        """Return the measured latency of a subnet under the table's conditions, in milliseconds."""
-        return measure_latency(
-            supernet.extract(widths),
+    def measure(self, supernet: Supernet, subnets: Sequence[Widths], rounds: int = 5, repeats: int = 10) -> list[float]:
+        """Return the latency of subnets under the table's conditions, in milliseconds, measured in turns.
+
+        All of them are extracted at once, and each has a turn in every round: on a machine whose speed changes, times
+        can be compared only with others of the same minute.
+        """
+        return measure_in_turns(
+            (supernet.extract(widths) for widths in subnets),
             supernet.example(self.batch_size),
             device=self.device,
             dtype=self.dtype,
             runtime=self.runtime,
             threads=self.threads,
+            rounds=rounds,
             repeats=repeats,
         )
 
-    def report(self, supernet: Supernet, subnets: Sequence[Widths], repeats: int = 10) -> LatencyReport:
-        """Compare predictions with measurements of these subnets, which should not be among the anchors."""
+    def report(
+        self, supernet: Supernet, subnets: Sequence[Widths], rounds: int = 5, repeats: int = 10
+    ) -> LatencyReport:
+        """Measure these subnets, which should not be among the anchors, and compare the predictions.
+
+        The anchors are measured again, in turns with these subnets, and the model is fitted anew: the report tells how
+        well a fit predicts subnets that it has not seen, and not how much faster or slower the machine has become since
+        an earlier fit.
+        """
+        known = anchors(supernet)
+        rows = [self._sums(supernet, widths) for widths in [*known, *subnets]]
+        times = self.measure(supernet, [*known, *subnets], rounds, repeats)
+        self._keep_fit(self._model(supernet), rows[: len(known)], times[: len(known)])
         predicted = [self.predict(supernet, widths) for widths in subnets]
-        measured = [self.measure(supernet, widths, repeats) for widths in subnets]
-        return LatencyReport(tuple(subnets), tuple(measured), tuple(predicted))
+        return LatencyReport(tuple(subnets), tuple(times[len(known) :]), tuple(predicted))
 
     # -- fitting ------------------------------------------------------------------------------------------------
 
@@ -229,11 +244,13 @@ class LatencyTable:
         return f"{self.runtime} {hashlib.sha256(operators.encode()).hexdigest()[:16]}"
 
     def _fit(self, supernet: Supernet, model: str) -> list[float]:
-        rows, measured = [], []
-        for widths in anchors(supernet):
-            rows.append(self._sums(supernet, widths))
-            measured.append(self.measure(supernet, widths, repeats=30))
-        self._fits[model] = fit_factors(np.array(rows), np.array(measured))
+        known = anchors(supernet)
+        rows = [self._sums(supernet, widths) for widths in known]  # first: the anchors follow each other closely
+        return self._keep_fit(model, rows, self.measure(supernet, known))
+
+    def _keep_fit(self, model: str, rows: Sequence[Sequence[float]], times: Sequence[float]) -> list[float]:
+        self._fits[model] = fit_factors(np.array(rows), np.array(times))
+        self._predicted = {key: ms for key, ms in self._predicted.items() if key[0] != model}
         self._write()
         return self._fits[model]
 

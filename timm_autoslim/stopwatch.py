@@ -9,16 +9,18 @@ import io
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch import _dynamo as dynamo
 
 from timm_autoslim.errors import LatencyError
 from timm_autoslim.tracing.twin import call, tensors_in
 
+_MANY = 1 << 30
 Runtime = Literal["eager", "compile", "onnxruntime"]
 
 
@@ -111,14 +113,46 @@ def measure_latency(
     Raises:
         LatencyError: an unknown device or runtime, a missing package, or a model without weights (on the meta device).
     """
+    return measure_in_turns(
+        [model], inputs, device=device, dtype=dtype, runtime=runtime, threads=threads, rounds=1, repeats=repeats
+    )[0]
+
+
+def measure_in_turns(
+    models: Iterable[nn.Module],
+    inputs: Any,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    runtime: Runtime = "eager",
+    threads: int = 1,
+    rounds: int = 5,
+    repeats: int = 10,
+) -> list[float]:
+    """Return the milliseconds of a forward of each model, measured in turns: a slow minute meets all of them alike.
+
+    Args:
+        models: plain models; a copy of each is held until all are measured.
+        inputs, device, dtype, runtime, threads: as for `measure_latency`.
+        rounds: how often each has its turn; the median of its turns counts.
+        repeats: how many times are measured in each turn.
+
+    Raises:
+        LatencyError: as `measure_latency` does.
+    """
     check_conditions(device, dtype, runtime, threads)
-    if any(t.is_meta for t in model.state_dict().values()):
-        raise LatencyError("the model has no weights (it is on the meta device); needed: a model that can run")
     where = torch.device(device)
-    plain = copy.deepcopy(model).eval().to(where, dtype)
     given = placed(inputs, where, dtype)
     with running_threads(threads), torch.no_grad():
-        return timed(_runner(plain, given, runtime, threads), where, repeats, 0.0)
+        runs = [_runner(_copied(model, where, dtype), given, runtime, threads) for model in models]
+        turns = [[timed(run, where, repeats, 0.0) for run in runs] for _ in range(rounds)]
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
+
+
+def _copied(model: nn.Module, where: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    if any(t.is_meta for t in model.state_dict().values()):
+        raise LatencyError("the model has no weights (it is on the meta device); needed: a model that can run")
+    return copy.deepcopy(model).eval().to(where, dtype)
 
 
 def check_conditions(device: str | torch.device, dtype: torch.dtype | None, runtime: str, threads: int) -> None:
@@ -141,8 +175,13 @@ def check_conditions(device: str | torch.device, dtype: torch.dtype | None, runt
 def _runner(plain: nn.Module, inputs: Any, runtime: Runtime, threads: int) -> Callable[[], Any]:
     if runtime == "onnxruntime":
         return _session(plain, inputs, threads)
-    model: Any = torch.compile(plain) if runtime == "compile" else plain
-    return lambda: call(model, inputs)
+    if runtime == "eager":
+        return lambda: call(plain, inputs)
+    compiled: Any = torch.compile(plain)
+    # subnets share the code of their class, of which torch.compile would run all but the first 8 in eager mode
+    with dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
+        call(compiled, inputs)
+    return lambda: call(compiled, inputs)
 
 
 def _session(plain: nn.Module, inputs: Any, threads: int) -> Callable[[], Any]:
