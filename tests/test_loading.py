@@ -248,6 +248,32 @@ def test_none_are_drawn_for_a_model_as_it_was_exported(base, empty_is_nan, tmp_p
         assert not torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.skipif(not timm.list_models("naflexvit_base_patch16_gap"), reason="this timm has no NaFlexVit")
+def test_a_slimmed_naflex_model_takes_patches_of_images_of_any_size(tmp_path):
+    given = {"num_classes": 7, "depth": 2, "embed_dim": 64, "num_heads": 4}
+    base = timm.create_model("naflexvit_base_patch16_gap", **given).eval()
+    supernet = timm_autoslim.convert(base, torch.zeros(1, 3, 64, 64), base_args=given)
+    widths = supernet.space.uniform(0.5)
+    plain = supernet.extract(widths)
+    again = load(export(plain, tmp_path / "out"))
+    places = torch.cartesian_prod(torch.arange(4), torch.arange(5))  # of 20 patches; the second image has 15
+    batch = {
+        "patches": torch.randn(2, 20, 3 * 16 * 16),
+        "patch_coord": places.expand(2, -1, -1),
+        "patch_valid": torch.arange(20) < torch.tensor([[20], [15]]),
+    }
+    with torch.no_grad():
+        found = plain(batch)
+        assert found.shape == (2, 7)
+        assert torch.equal(supernet(batch, widths=widths), found)
+        assert torch.equal(again(batch), found)
+        changed = {**batch, "patches": batch["patches"].clone()}
+        changed["patches"][1, 15:] += 1  # patches that are no part of the image
+        assert torch.equal(again(changed), found)
+        images = torch.randn(2, 3, 48, 80)
+        assert torch.equal(again(images), plain(images))
+
+
 class Drawn(nn.Module):
     def __init__(self, kept):
         super().__init__()
