@@ -206,7 +206,7 @@ def _kinds(make, images):
     def refuses():
         try:
             make(not_a_model_arg=1)
-        except Exception:
+        except TypeError:
             return True
         return False
 

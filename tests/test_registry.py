@@ -9,7 +9,7 @@ from timm.models import FeatureInfo
 from torch import nn
 
 from timm_autoslim import backbones
-from timm_autoslim.errors import ArtifactError
+from timm_autoslim.errors import ArgumentError, ArtifactError
 from timm_autoslim.registry import build_slimmed, create_base
 
 # the out and in sizes of every layer of resnet10t that its last stage's and one inner width of 48 and 40 concern
@@ -97,8 +97,10 @@ def test_a_base_is_never_a_place_to_load_from(name):
 
 
 def test_arguments_that_a_constructor_refuses_are_named():
-    with pytest.raises(ArtifactError, match=r"base 'resnet10t' cannot be created with .*'nonsense': 1.*TypeError"):
+    with pytest.raises(ArgumentError, match=r"base 'resnet10t' cannot be created with .*'nonsense': 1.*TypeError"):
         create_base("resnet10t", nonsense=1)
+    with pytest.raises(TypeError):  # as from the base, for programs that try
+        timm.create_model("autoslim", recipe=make_recipe("resnet10t", {}), nonsense=1)
     with pytest.raises(ArtifactError, match=r"base 'torchvision/resnet18' cannot be created with .*drop_rate"):
         create_base("torchvision/resnet18", drop_rate=0.1)
 

@@ -17,7 +17,7 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from timm_autoslim.errors import ArtifactError
+from timm_autoslim.errors import ArgumentError, ArtifactError
 
 ARCHITECTURE = "autoslim"
 TORCHVISION = "torchvision/"
@@ -76,12 +76,15 @@ def create_raw(name: str, /, **kwargs: Any) -> nn.Module:
 
 
 def construct(function: Any, name: str, /, *args: Any, **kwargs: Any) -> Any:
-    """Call a constructor or a method of the base `name`; whatever it raises becomes an `ArtifactError`."""
+    """Call a constructor or a method of the base `name`; whatever it raises becomes an `ArtifactError`.
+
+    A TypeError stays one: programs catch it where they try an argument that not every model takes.
+    """
     try:
         return function(*args, **kwargs)
     except Exception as error:  # a constructor may raise anything at all on arguments that it does not expect
         said = str(error) if len(str(error)) <= 500 else f"{str(error)[:500]}..."
-        raise ArtifactError(
+        raise (ArgumentError if isinstance(error, TypeError) else ArtifactError)(
             f"base {name!r} cannot be created with {reprlib.repr(kwargs)}: {type(error).__name__}: {said}; "
             "change base_args= or the keyword arguments of create_model"
         ) from error

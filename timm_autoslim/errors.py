@@ -39,6 +39,10 @@ class ArtifactError(AutoSlimError, ValueError):
     """A model that cannot be exported, or a folder that does not describe a slimmed model."""
 
 
+class ArgumentError(ArtifactError, TypeError):
+    """An argument that the base does not take: a TypeError, as the base itself would raise."""
+
+
 class OutputExistsError(AutoSlimError, FileExistsError):
     """The output folder exists already; nothing was written."""
 
