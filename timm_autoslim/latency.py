@@ -35,7 +35,7 @@ from timm_autoslim.stopwatch import (
 from timm_autoslim.supernet import Supernet
 from timm_autoslim.tape import ATTENTION, Operator, TensorSpec
 
-FORMAT = 2
+FORMAT = 3
 ANCHORS = 8  # subnets that are measured whole, once for each model, to fit what the sum of operators leaves out
 # Operators whose kernels a runtime keeps; it fuses or removes most of the others.
 _HEAVY = ("aten.convolution", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", ATTENTION, "lstm", "gru", "rnn")
@@ -133,11 +133,12 @@ class LatencyTable:
 
     The operators of a subnet come from its tape (`Supernet.tape`). Each is measured once by itself, on arguments of the
     same shapes and types: for the runtime "onnxruntime" the heavy ones in ONNX Runtime, all others in eager mode. A
-    prediction is `a + b * heavy + c * light + d * megabytes`: the times of convolutions, matrix products, attention and
-    recurrent layers added up, those of all other operators, and what the heavy ones read, weights included: a whole
-    network finds less of it in the caches than an operator that is measured again and again. The four factors are none
-    of them negative, and are fitted for each model and runtime to the measured latency of a few whole subnets: they
-    stand for what Python and the runtime add, for caches, and for what the runtime fuses.
+    prediction is `a + b * heavy + c * light + d * megabytes + e * heavy * megabytes`: the times of convolutions, matrix
+    products, attention and recurrent layers added up, those of all other operators, and what the heavy ones read,
+    weights included. An operator that is measured again and again finds that in the caches, and in a network the less
+    so, the more the network reads. The five factors are none of them negative, and are fitted for each model and
+    runtime to the measured latency of a few whole subnets: they stand for what Python and the runtime add, for caches,
+    and for what the runtime fuses.
 
     A table belongs to one processor or GPU, number of threads and version of torch. With a path it is read from there,
     and written back whenever something was measured.
@@ -264,8 +265,8 @@ class LatencyTable:
         found = supernet.tape(self.batch_size, self.dtype).operators_at(widths.values_)
         return [(self._key(o), o) for o in found if not _is_view(o.name)]
 
-    def _sums(self, supernet: Supernet, widths: Widths) -> tuple[float, float, float, float]:
-        """Return 1, the milliseconds of heavy and of light operators, and the megabytes that the heavy ones read."""
+    def _sums(self, supernet: Supernet, widths: Widths) -> tuple[float, ...]:
+        """Return what a prediction is made of: one sum for each of its factors, of which the first is 1."""
         named = self._named(supernet, widths)
         new = {key: operator for key, operator in named if key not in self._operators}
         for key, operator in new.items():
@@ -274,7 +275,8 @@ class LatencyTable:
             self._write()
         heavy = [(key, o) for key, o in named if o.name.startswith(_HEAVY)]
         times = [sum(self._operators[key] for key, _ in part) for part in (heavy, named)]
-        return 1.0, times[0], times[1] - times[0], sum(_bytes(o.args) for _, o in heavy) / 1e6
+        megabytes = sum(_bytes(o.args) for _, o in heavy) / 1e6
+        return 1.0, times[0], times[1] - times[0], megabytes, times[0] * megabytes
 
     def _measured(self, operator: Operator) -> float:
         function = _resolve(operator.name)
