@@ -347,30 +347,21 @@ def anchors(supernet: Supernet) -> list[Widths]:
 
 
 def fit_factors(rows: NDArray[np.float64], measured: NDArray[np.float64]) -> list[float]:
-    """Return factors of the columns, none of them negative, that predict the latency.
-
-    Few subnets cannot tell apart columns that look alike, so those columns are used that predict each subnet best from
-    the other subnets (least squared relative error, leaving one out); the rest have the factor 0.
+    """Return factors of the columns, none of them negative, that predict the latency with least squared relative error.
 
     Args:
         rows: (N, K), what was added up for each subnet.
         measured: (N,), their latency in milliseconds.
     """
-    scaled = rows / measured[:, None]
-    others = [np.arange(len(rows)) != one for one in range(len(rows))] if len(rows) > 1 else []
+    scaled, ones = rows / measured[:, None], np.ones(len(rows))
     best, least = [0.0] * rows.shape[1], float("inf")
-    for size in range(1, rows.shape[1] + 1):  # few enough columns to try all sets of those that are not zero
+    # the factors that are not zero solve the problem of their columns alone, and all sets of five columns are few
+    for size in range(1, rows.shape[1] + 1):
         for chosen in map(list, combinations(range(rows.shape[1]), size)):
-            part = scaled[:, chosen]
-            factors = _solved(part)
-            left = sum(float(part[~kept][0] @ _solved(part[kept]) - 1) ** 2 for kept in others)
+            factors = np.linalg.lstsq(scaled[:, chosen], ones, rcond=None)[0]
+            left = float(np.square(scaled[:, chosen] @ factors - 1).sum())
             if (factors >= 0).all() and left < least:
                 least, best = left, [0.0] * rows.shape[1]
                 for column, factor in zip(chosen, factors, strict=True):
                     best[column] = float(factor)
     return best
-
-
-def _solved(part: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the least squares solution of `part @ factors == 1`."""
-    return np.asarray(np.linalg.lstsq(part, np.ones(len(part)), rcond=None)[0], np.float64)

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--subnets", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each subnet has")
+    parser.add_argument("--rounds", type=int, default=9, help="turns that each subnet has")
     parser.add_argument("--only-table", action="store_true", help="measure nothing")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
