@@ -9,6 +9,7 @@ import fnmatch
 
 import timm
 import torch
+from timm.layers import get_channel_dim
 from timm.models import group_parameters
 from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from timm.optim import param_groups_layer_decay
@@ -245,6 +246,18 @@ def _kinds(make, images):
         names = [name for name, _ in model.named_parameters()]
         return sorted(p for p in model.no_weight_decay() if not fnmatch.filter(names, p))
 
+    def sized():
+        model = make().eval()
+        with torch.no_grad():
+            out = model(images)
+        out = torch.cat(out) if isinstance(out, tuple) else out
+        if model.num_classes:
+            return out.shape[-1] == model.num_classes
+        axis = getattr(model, "feature_dim", None)
+        axis = get_channel_dim(getattr(model, "output_fmt", "NCHW")) if axis is None else axis
+        return out.shape[axis] == (getattr(model, "out_features", None) or model.num_features)
+
+    yield "width of the output", sized
     yield "unknown arguments", refuses
     yield "in_chans and input_size", lambda: make().in_chans == make().default_cfg["input_size"][0]
     yield "pool_size", lambda: tuple(make().default_cfg["pool_size"])

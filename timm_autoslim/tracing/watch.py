@@ -118,6 +118,8 @@ class Watch:
             call(forward, example)
         found = tensors_in(self.features)
         named: Mapping[str, Any] = self.twin.__dict__
+        if isinstance(out := named.get("out_features"), int):  # of an encoder that projects its features
+            self.note("out_features", out, self.outputs.get("", ()))
         width, hidden = named.get("num_features"), named.get("head_hidden_size")
         alike = [name for name in ("num_features", "embed_dim") if isinstance(width, int) and named.get(name) == width]
         seen = [self.note(name, int(named[name]), self.flow.labels(found[0])) for name in alike if found]
