@@ -2,7 +2,7 @@
 
     pip download --no-deps --no-binary :all: timm && tar xf timm-*.tar.gz
     python recipes/benchmarks/timm_tests.py --tests timm-1.0.31/tests/test_models.py --folder runs/slimmed
-    python recipes/benchmarks/timm_tests.py ... --models test_resnet test_vit --pytest "-x -k default_cfgs"
+    python recipes/benchmarks/timm_tests.py ... --models test_resnet test_vit --pytest="-x -k default_cfgs"
 
 The smallest model of each timm class is cut to half of its widths and exported to the folder; a run that is started
 again exports what is missing. Then pytest runs the tests that timm runs on each of its models. To them the exported
