@@ -48,5 +48,6 @@ def test_two_processes_go_by_the_times_that_one_measures(folder, monkeypatch, tm
     done = launch_two(str(RECIPES / "search.py"), str(two), "-c", write_config(tmp_path), *argv)
     assert done.returncode == 0, done.stderr
     assert "2 process(es) on cpu" in done.stdout
+    assert (two / "latency.json").read_bytes() == (folder / "latency.json").read_bytes()
     found = json.loads((two / "search.json").read_text())
     assert {**found, "seconds": 0} == {**one, "seconds": 0}

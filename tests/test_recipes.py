@@ -233,11 +233,14 @@ def test_the_whole_road_with_one_command(tmp_path, monkeypatch, capsys):
         search.main([str(folder), "--budgets", "macs=0.1%"])
 
 
-def test_every_stage_runs_in_the_processes_asked_for(tmp_path, monkeypatch):
+@pytest.mark.parametrize("budgets", ["macs=60%", "latency_ms=60%"])
+def test_every_stage_runs_in_the_processes_asked_for(tmp_path, monkeypatch, budgets):
     launched = []
     monkeypatch.setattr(run, "launch", lambda count, recipe, *_: launched.append((recipe, count)))
     with pytest.raises(FileNotFoundError, match=r"search\.json"):
-        run.main(["-c", write_config(tmp_path), "--output", str(tmp_path), "--num-processes", "3"])
+        run.main(
+            ["-c", write_config(tmp_path), "--output", str(tmp_path), "--num-processes", "3", "--budgets", budgets]
+        )
     assert launched == [("train.py", 3), ("search.py", 3)]
 
 

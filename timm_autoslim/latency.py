@@ -198,9 +198,9 @@ class LatencyTable:
         model = self._model(supernet)
         key = model, widths.values_
         if key not in self._predicted:
-            fit = self._fits.get(model) or self._fit(supernet, model)
-            sums = self._sums(supernet, widths)
-            self._predicted[key] = float(np.dot(fit, sums))
+            if model not in self._fits:
+                self._fit(supernet)
+            self._predicted[key] = float(np.dot(self._fits[model], self._sums(supernet, widths)))
         return self._predicted[key]
 
     def measure(self, supernet: Supernet, subnets: Sequence[Widths], rounds: int = 5, repeats: int = 10) -> list[float]:
@@ -229,12 +229,9 @@ class LatencyTable:
         well a fit predicts subnets that it has not seen, and not how much faster or slower the machine has become since
         an earlier fit.
         """
-        known = anchors(supernet)
-        rows = [self._sums(supernet, widths) for widths in [*known, *subnets]]
-        times = self.measure(supernet, [*known, *subnets], rounds, repeats)
-        self._keep_fit(self._model(supernet), rows[: len(known)], times[: len(known)])
+        measured = self._fit(supernet, subnets, rounds=rounds, repeats=repeats)
         predicted = [self.predict(supernet, widths) for widths in subnets]
-        return LatencyReport(tuple(subnets), tuple(times[len(known) :]), tuple(predicted))
+        return LatencyReport(tuple(subnets), tuple(measured), tuple(predicted))
 
     # -- fitting ------------------------------------------------------------------------------------------------
 
@@ -244,16 +241,16 @@ class LatencyTable:
         operators = "\n".join(f"{o.name}{_text(o.args)}{_text(o.kwargs)}" for o in tape.operators)
         return f"{self.runtime} {hashlib.sha256(operators.encode()).hexdigest()[:16]}"
 
-    def _fit(self, supernet: Supernet, model: str) -> list[float]:
-        known = anchors(supernet)
-        rows = [self._sums(supernet, widths) for widths in known]  # first: the anchors follow each other closely
-        return self._keep_fit(model, rows, self.measure(supernet, known))
-
-    def _keep_fit(self, model: str, rows: Sequence[Sequence[float]], times: Sequence[float]) -> list[float]:
-        self._fits[model] = fit_factors(np.array(rows), np.array(times))
+    def _fit(self, supernet: Supernet, others: Sequence[Widths] = (), **turns: int) -> list[float]:
+        """Fit the factors to the anchors, measured in turns with other subnets; return the times of those."""
+        model, known = self._model(supernet), anchors(supernet)
+        # operators first: those that cannot be measured are told at once, and whole subnets follow each other closely
+        rows = [self._sums(supernet, widths) for widths in [*known, *others]][: len(known)]
+        times = self.measure(supernet, [*known, *others], **turns)
+        self._fits[model] = fit_factors(np.array(rows), np.array(times[: len(known)]))
         self._predicted = {key: ms for key, ms in self._predicted.items() if key[0] != model}
         self._write()
-        return self._fits[model]
+        return times[len(known) :]
 
     def _key(self, operator: Operator) -> str:
         """Return what an operator's time is kept under."""

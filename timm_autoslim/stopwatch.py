@@ -20,7 +20,7 @@ from torch import _dynamo as dynamo
 from timm_autoslim.errors import LatencyError
 from timm_autoslim.tracing.twin import call, tensors_in
 
-_MANY = 1 << 30
+_MANY = 1 << 30  # more models than anyone compiles
 Runtime = Literal["eager", "compile", "onnxruntime"]
 
 
@@ -126,8 +126,8 @@ def measure_in_turns(
     dtype: torch.dtype | None = None,
     runtime: Runtime = "eager",
     threads: int = 1,
-    rounds: int = 5,
-    repeats: int = 10,
+    rounds: int,
+    repeats: int,
 ) -> list[float]:
     """Return the milliseconds of a forward of each model, measured in turns: a slow minute meets all of them alike.
 

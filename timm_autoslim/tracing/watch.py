@@ -96,14 +96,13 @@ class Watch:
         """
         described: set[int] = set()
         for path, module in self.twin.named_modules():  # an encoder within a model may have its own, or share the list
-            infos: Any = getattr(module, "feature_info", None)
-            name, backbone = "feature_info", infos if isinstance(infos, FeatureInfo) else None
-            if backbone is not None:
-                name, infos = "feature_info.info", backbone.info
+            told: Any = getattr(module, "feature_info", None)
+            backbone = isinstance(told, FeatureInfo)  # which holds the list
+            name, infos = ("feature_info.info", told.info) if backbone else ("feature_info", told)
             if hasattr(infos, "__getitem__") and id(infos) not in described:
                 labels = [self._tapped(path, info) for info in infos]
-                if backbone is not None:
-                    labels = self._returned(path, backbone, labels)
+                if backbone:
+                    labels = self._returned(path, told, labels)
                 elif not path and not all(labels):  # it names modules that there are not
                     maps = self._intermediates(example, len(labels))
                     labels = [seen or other for seen, other in zip(labels, maps, strict=True)]
@@ -119,7 +118,7 @@ class Watch:
         found = tensors_in(self.features)
         named: Mapping[str, Any] = self.twin.__dict__
         if isinstance(out := named.get("out_features"), int):  # of an encoder that projects its features
-            self.note("out_features", out, self.outputs.get("", ()))
+            self.note("out_features", out, self.outputs[""])
         width, hidden = named.get("num_features"), named.get("head_hidden_size")
         alike = [name for name in ("num_features", "embed_dim") if isinstance(width, int) and named.get(name) == width]
         seen = [self.note(name, int(named[name]), self.flow.labels(found[0])) for name in alike if found]
