@@ -16,7 +16,7 @@ from common import read_weights, write_json, write_weights
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from timm_autoslim.artifact import sync
+from timm_autoslim.atomic import sync
 from timm_autoslim.errors import AutoSlimError, ConfigError
 
 PROGRESS = "progress.json"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 import timm_autoslim
 from timm_autoslim import registry
-from timm_autoslim.artifact import sync
+from timm_autoslim.atomic import replacing, write_text
 from timm_autoslim.errors import AutoSlimError, ConfigError
 
 # ------------------------------------------------------------------------------------------------- configuration
@@ -143,24 +142,14 @@ def _expect(value: Any, kind: type) -> Any:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a file whole or not at all: to a temporary name first, then renamed."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    sync(part)
-    os.replace(part, path)
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_weights(path: Path, model: nn.Module) -> None:
     """Write a model's parameters and buffers as safetensors, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    save_model(model, str(part))
-    sync(part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        save_model(model, str(part))
 
 
 def read_weights(path: Path, model: nn.Module) -> None:

@@ -17,7 +17,6 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
 from checkpoints import Checkpoints, Progress, check_same, restore
-from common import write_text
 from processes import start_trackers
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -30,6 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from validation import Validation
 
+from timm_autoslim.atomic import write_text
 from timm_autoslim.errors import AutoSlimError, ConfigError, DataError
 
 # A resumed run may differ in these without a word: they do not change the weights.

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs, ProjectConfiguration
-from common import write_text
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
+from timm_autoslim.atomic import write_text
 from timm_autoslim.errors import ConfigError
 
 REFUSED = {

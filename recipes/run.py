@@ -24,12 +24,13 @@ from typing import Any
 import timm
 import torch
 import yaml
-from common import command, parse_args, read_args, read_config, values_for, write_text
+from common import command, parse_args, read_args, read_config, values_for
 from data import open_images, plain_loader
 from processes import make_accelerator
 from validation import evaluate
 
 import timm_autoslim  # noqa: F401  (registers the exported models with timm)
+from timm_autoslim.atomic import write_text
 from timm_autoslim.errors import ArtifactError, ConfigError
 
 HERE = Path(__file__).resolve().parent

@@ -221,7 +221,7 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(supernet, monkeypatch
     def refused(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(room.os, "replace", refused)
+    monkeypatch.setattr("os.replace", refused)
     with pytest.raises(OSError, match="disk full"):
         LatencyTable(path).predict(supernet, supernet.space.from_dict({"stem": 7, "inner": 11}))
     assert path.read_bytes() == before

@@ -21,6 +21,7 @@ from timm.models import FeatureInfo, PretrainedCfg
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 
+from timm_autoslim.atomic import sync
 from timm_autoslim.bases import ARCHITECTURE, TORCHVISION, feature_taps
 from timm_autoslim.card import check_figures, write_card
 from timm_autoslim.errors import ArtifactError, OutputExistsError, StaleStatisticsError
@@ -314,14 +315,3 @@ def _remove_abandoned(folder: Path) -> None:
             with _locked(path) as mine:
                 if mine:
                     shutil.rmtree(path, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Force a file or a folder to the disk, so that a rename cannot outlive its content in a crash of the machine."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open folders, and needs no such thing
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from timm_autoslim.atomic import write_text
 from timm_autoslim.errors import LatencyError
 from timm_autoslim.kernels import onnxruntime_ms
 from timm_autoslim.space import Widths
@@ -323,14 +322,7 @@ class LatencyTable:
         text = json.dumps(
             {"format": FORMAT, **self._made_for, "operators": self._operators, "fits": self._fits}, indent=0
         )
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(temporary, self.path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_text(self.path, text)
 
 
 def anchors(supernet: Supernet) -> list[Widths]:

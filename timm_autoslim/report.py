@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from timm_autoslim.atomic import replacing, write_text
 from timm_autoslim.errors import ArtifactError
 
 SEARCHED = "searched"
@@ -56,15 +56,10 @@ def write_report(run: Path) -> Path:
     folder = run / "report"
     folder.mkdir(exist_ok=True)
     for name, picture in pictures.items():
-        _write(folder / f"{name}.png", picture)
-    _write(run / "report.html", page.encode())
+        with replacing(folder / f"{name}.png") as part:
+            part.write_bytes(picture)
+    write_text(run / "report.html", page)
     return run / "report.html"
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -13,7 +13,6 @@ Results are one JSON line a model; a run that is started again goes on with the 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
@@ -26,9 +25,11 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from results import Results
 from tqdm import tqdm
 
 import timm_autoslim
+from timm_autoslim.atomic import write_text
 from timm_autoslim.bases import create_base, create_hollow
 from timm_autoslim.costs import reach
 from timm_autoslim.errors import AutoSlimError
@@ -233,20 +234,15 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=int, default=12, help="address space for one model")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    lines = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else []
-    results = [json.loads(line) for line in lines]
+    results = Results(args.results)
     done = {r["name"] for r in results}
     wanted = [] if args.only_table else args.models or names(args.smallest)
     todo = [n for n in wanted if n not in done]
-    with args.results.open("a", encoding="utf-8") as file:
-        found = sweep(todo, args.jobs, args.equal, args.gigabytes, args.seconds)
-        for result in tqdm(found, total=len(todo), unit="model"):
-            results.append(result)
-            file.write(json.dumps(result) + "\n")
-            file.flush()
+    found = sweep(todo, args.jobs, args.equal, args.gigabytes, args.seconds)
+    for result in tqdm(found, total=len(todo), unit="model"):
+        results.add(result)
     if args.table:
-        args.table.write_text(table(results), encoding="utf-8")
+        write_text(args.table, table(results))
     failed = [r["name"] for r in results if "error" in r]
     print(f"{len(results) - len(failed)} of {len(results)} convert" + (f"; not: {', '.join(failed)}" if failed else ""))
 

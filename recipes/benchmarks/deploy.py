@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import statistics
 import time
@@ -28,10 +27,12 @@ import timm
 import torch
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from results import Results, put_table
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_autoslim
+from timm_autoslim.atomic import write_text
 from timm_autoslim.bases import create_base
 
 MODELS = ("resnet50", "mobilenetv2_100", "convnext_nano", "vit_small_patch16_224", "torchvision/mobilenet_v3_large")
@@ -39,7 +40,6 @@ MODELS = ("resnet50", "mobilenetv2_100", "convnext_nano", "vit_small_patch16_224
 NETWORKS = {"whole": (1.0, 1), "half": (0.5, 1), "half-of-16s": (0.5, 16), "quarter-of-16s": (0.25, 16)}
 FORMS = {"torch": "PyTorch", "onnx": "ONNX Runtime", "int8": "ONNX Runtime, int8"}
 FILES = {"torch": "exported/model.safetensors", "onnx": "model.onnx", "int8": "int8.onnx"}
-BEGIN, END = "<!-- deploy: made by recipes/benchmarks/deploy.py -->", "<!-- deploy: end -->"
 
 
 class Images(CalibrationDataReader):  # type: ignore[misc]
@@ -73,9 +73,7 @@ def prepare(name: str, folder: Path) -> None:
         timm_autoslim.export(plain, place / "exported")
         spent = timm_autoslim.cost(supernet, widths)
         facts = {"macs": spent.macs, "params": spent.params, **_deploy(place, images)}
-        part = place / "facts.part"
-        part.write_text(json.dumps(facts), encoding="utf-8")
-        os.replace(part, place / "facts.json")
+        write_text(place / "facts.json", json.dumps(facts))
 
 
 def choose(supernet: timm_autoslim.Supernet, share: float) -> timm_autoslim.Widths:
@@ -192,25 +190,17 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="write the table between its markers in this page")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.work.mkdir(parents=True, exist_ok=True)
-    file = args.work / "results.jsonl"
-    results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    results = Results(args.work / "results.jsonl")
     done = {result["name"] for result in results}
     for name in tqdm([] if args.only_table else [n for n in args.models if n not in done], unit="model"):
         prepare(name, folder_of(args.work, name))
         if not args.only_prepare:
-            results.append(measure(name, folder_of(args.work, name), args.rounds))
-            with file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(results[-1]) + "\n")
+            results.add(measure(name, folder_of(args.work, name), args.rounds))
     order = {name: i for i, name in enumerate(args.models)}
     text = table(sorted(results, key=lambda r: order.get(r["name"], len(order))), args.work)
     print(text)
     if args.table:
-        page = args.table.read_text(encoding="utf-8")
-        before, after = page.split(BEGIN)[0], page.split(END)[1]
-        part = args.table.with_name(args.table.name + ".part")
-        part.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-        os.replace(part, args.table)
+        put_table(args.table, "deploy", text)
 
 
 if __name__ == "__main__":

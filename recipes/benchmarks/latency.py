@@ -15,15 +15,13 @@ the results folder.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from results import Results, put_table
 from tqdm import tqdm
 
 import timm_autoslim
@@ -33,7 +31,6 @@ from timm_autoslim.stopwatch import device_name
 from timm_autoslim.supernet import Supernet
 
 MODELS = {"resnet50": 96, "mobilenetv2_100": 128, "vit_tiny_patch16_224": 112}  # with the side of their images
-START, END = "<!-- latency -->", "<!-- /latency -->"
 
 
 def build(name: str) -> Supernet:
@@ -96,18 +93,6 @@ def table(results: list[dict[str, Any]]) -> str:
     ])  # fmt: skip
 
 
-def write_page(path: Path, text: str) -> None:
-    """Put the table between the page's markers, in one step."""
-    before, found, rest = path.read_text(encoding="utf-8").partition(START)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise SystemExit(f"{path}: has no {START} and {END} to write between")
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(f"{before}{START}\n{text}\n{END}{after}")
-    os.replace(temporary, path)
-
-
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,20 +107,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="turns that each subnet has")
     parser.add_argument("--only-table", action="store_true", help="measure nothing")
     args = parser.parse_args()
-    args.results.mkdir(parents=True, exist_ok=True)
-    file = args.results / "results.jsonl"
-    results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    results = Results(args.results / "results.jsonl")
     done = {(r["model"], r["runtime"], r["batch_size"]) for r in results}
     todo = [] if args.only_table else [n for n in args.models if (n, args.runtime, args.batch_size) not in done]
     for name in tqdm(todo, unit="model"):
-        results.append(measure(name, args))
-        with file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(results[-1]) + "\n")
+        results.add(measure(name, args))
     if not results:
-        raise SystemExit(f"{file}: has no result yet")
+        raise SystemExit(f"{results.path}: has no result yet")
     print(table(results))
     if args.page:
-        write_page(args.page, table(results))
+        put_table(args.page, "latency", table(results))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ and the finished rows stay in the output folder, so an interrupted run goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,12 +17,10 @@ from pathlib import Path
 import timm
 import torch
 import torchvision
+from results import Results, export_half
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
-
-import timm_autoslim
-from timm_autoslim.bases import create_base
 
 MODELS = (
     *("resnet50", "mobilenetv3_small_050", "efficientnet_b0", "convnext_tiny", "vit_small_patch16_224"),
@@ -42,19 +39,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    args.output.mkdir(parents=True, exist_ok=True)
-    rows = {}
-    for name in tqdm(args.models):
-        path = args.output / f"{name.replace('/', '_')}.json"
-        if not path.is_file():
-            row = measure(name, args.output / name.replace("/", "_"), args.rounds)
-            path.write_text(json.dumps(row), encoding="utf-8")
-        rows[name] = json.loads(path.read_text(encoding="utf-8"))
+    results = Results(args.output / "results.jsonl")
+    done = {row["name"] for row in results}
+    for name in tqdm([name for name in args.models if name not in done], unit="model"):
+        results.add({"name": name, **measure(name, args.output / name.replace("/", "_"), args.rounds)})
     print(HEAD)
-    for name, row in rows.items():
+    for row in results:
         empty, full = row["folder"] - row["base"], row["folder_weights"] - row["base_weights"]
         print(
-            f"| {name} | {row['tensors']} | {row['base']:.0f} | {row['folder']:.0f} | {empty:+.0f} | "
+            f"| {row['name']} | {row['tensors']} | {row['base']:.0f} | {row['folder']:.0f} | {empty:+.0f} | "
             f"{row['folder'] / row['base']:.2f} | {row['base_weights']:.0f} | {row['folder_weights']:.0f} | "
             f"{full:+.0f} | {row['folder_weights'] / row['base_weights']:.2f} |"
         )
@@ -62,15 +55,8 @@ def main() -> None:
 
 def measure(name: str, folder: Path, rounds: int) -> dict[str, float]:
     """Time one model; milliseconds by what was timed, and the number of its tensors."""
-    model = create_base(name)
+    model = export_half(name, folder)
     weights = folder.with_suffix(".base.safetensors")
-    if not folder.exists():
-        supernet = timm_autoslim.convert(model, base=name)
-        plain = supernet.extract(supernet.space.uniform(0.5))
-        for module in plain.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
-                module.num_batches_tracked.fill_(1)  # the accuracy does not matter here
-        timm_autoslim.export(plain, folder)
     save_file(model.state_dict(), weights)
 
     builder = name.partition("torchvision/")[2]

@@ -32,16 +32,16 @@ from tqdm import tqdm
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
-from common import command, make_supernet, parse_args, read_weights, write_json, write_text, write_weights
+from common import command, make_supernet, parse_args, read_weights, write_json, write_weights
 from data import in_memory, open_images, read_split, split_training
 from loop import Backward, Trainer
 from processes import make_accelerator
 from progress import Progress
+from results import put_table
 from train import Sandwich
 
 import timm_autoslim
 from timm_autoslim import HeldOut, SearchResult, Supernet
-from timm_autoslim.errors import ConfigError
 
 BUDGETS = {"macs": ["60%", "40%", "25%"]}
 SHARED = {
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     table = make_table(output)
     print(table)
     if given.docs:
-        write_between(Path(given.docs), table)
+        put_table(Path(given.docs), "search", table)
 
 
 class Augmented(Dataset):
@@ -271,16 +271,6 @@ def _result_rows(searches: dict[str, Any], results: list[dict[str, Any]]) -> lis
                 f"{network['error']:.4f} | {accuracy} | {len(tested)} |"
             )
     return rows
-
-
-def write_between(page: Path, table: str) -> None:
-    """Replace what stands between the markers of a page."""
-    text = page.read_text(encoding="utf-8")
-    begin, end = "<!-- search: begin -->", "<!-- search: end -->"
-    if begin not in text or end not in text:
-        raise ConfigError(f"{page} lacks the lines {begin} and {end}: the table goes between them.")
-    head, tail = text.split(begin)[0], text.split(end)[1]
-    write_text(page, f"{head}{begin}\n{table}{end}{tail}")
 
 
 if __name__ == "__main__":

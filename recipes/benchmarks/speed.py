@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import resource
@@ -36,6 +35,7 @@ from typing import Any
 
 import timm
 import torch
+from results import Results, put_table
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -50,7 +50,6 @@ SETTING = ("model", "batch", "size", "device", "threads", "amp", "channels_last"
 # glibc's malloc, fixed: keep every page that it ever had, or give freed blocks of 64 KiB back at once.
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else it keeps holes between activations of many sizes
-MARKS = ("<!-- speed.py writes from here -->", "<!-- to here -->")
 
 
 class Bench:
@@ -244,17 +243,6 @@ def _memory(result: dict[str, Any] | None) -> str:
     return "" if result is None else "{ratio:.2f} ({ours:.0f} / {theirs:.0f} MiB)".format(**result)
 
 
-def write_table(page: Path, results: list[dict[str, Any]]) -> None:
-    """Put the table between the marks of the page."""
-    before, mark, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not mark or not end:
-        raise SystemExit(f"{page} lacks the lines {MARKS[0]!r} and {MARKS[1]!r}, between which the table goes")
-    part = page.with_name(page.name + ".part")
-    part.write_text(f"{before}{mark}\n{table(results)}\n{end}{after}", encoding="utf-8")
-    part.replace(page)
-
-
 def main() -> None:
     """Measure what is lacking, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -273,9 +261,7 @@ def main() -> None:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--repeats", type=int, default=9)
     args = parser.parse_args()
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    lines = args.results.read_text(encoding="utf-8").splitlines() if args.results.exists() else []
-    results = [json.loads(line) for line in lines]
+    results = Results(args.results)
     done = [(r["question"], r["setting"]) for r in results]
     common = {"size": args.size, "device": args.device, "threads": args.threads, "amp": args.amp,
               "channels_last": args.channels_last, "torch": torch.__version__}  # fmt: skip
@@ -288,7 +274,7 @@ def main() -> None:
     ]
     todo = [] if args.only_table else [job for job in todo if job not in done]
     timed = {"half": (measure_half, KEEP), "defaults": (measure_half, {}), "step": (measure_step, KEEP)}
-    with args.results.open("a", encoding="utf-8") as file, contextlib.closing(tqdm(todo, unit="measurement")) as bar:
+    with contextlib.closing(tqdm(todo, unit="measurement")) as bar:
         for question, setting in bar:
             bar.set_postfix_str(f"{setting['model']}, batch {setting['batch']}: {question}")
             if question == "memory":
@@ -296,12 +282,10 @@ def main() -> None:
             else:
                 measure, malloc = timed[question]
                 found = in_process(measure, (setting, args.repeats), malloc)
-            results.append({"question": question, "setting": setting, **found})
-            file.write(json.dumps(results[-1]) + "\n")
-            file.flush()
+            results.add({"question": question, "setting": setting, **found})
     print(table(results))
     if args.table:
-        write_table(args.table, results)
+        put_table(args.table, "speed", table(results))
 
 
 if __name__ == "__main__":

@@ -24,22 +24,13 @@ import pytest
 import timm
 import torch
 from coverage import names
+from results import export_half
 from tqdm import tqdm
 
-import timm_autoslim
 from timm_autoslim.bases import TORCHVISION
 
 SUFFIX = "_slim"
 HOME = "slimmed_models"  # the module that timm believes them to be defined in
-
-
-def export_half(name: str, folder: Path) -> None:
-    """Export a model with random weights, each of its widths halved."""
-    torch.manual_seed(0)
-    supernet = timm_autoslim.convert(timm.create_model(name).eval())
-    plain = supernet.extract(supernet.space.uniform(0.5))
-    timm_autoslim.calibrate(plain, [torch.rand(2, *plain.pretrained_cfg["input_size"])])
-    timm_autoslim.export(plain, folder / name)
 
 
 def register(name: str, folder: Path) -> None:
@@ -95,7 +86,7 @@ def main() -> int:
     torch.set_num_threads(1)
     wanted = args.models or [name for name in names(smallest=True) if not name.startswith(TORCHVISION)]
     for name in tqdm([n for n in wanted if not (args.folder / n).exists()], desc="exported"):
-        export_half(name, args.folder)
+        export_half(name, args.folder / name)
     sys.modules[HOME] = types.ModuleType(HOME)
     for name in wanted:
         register(name, args.folder.resolve())
