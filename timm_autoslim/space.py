@@ -122,7 +122,8 @@ class SearchSpace:
         """Return `widths`, or raise WidthError if they are of another search space."""
         if not isinstance(widths, Widths):
             raise WidthError(
-                f"got widths of type {type(widths).__name__}; needed: Widths, which methods of the space make"
+                f"got widths of type {type(widths).__name__}; needed: Widths, as made by "
+                "supernet.space.from_dict({name: width}), .uniform(ratio), .max() and so on"
             )
         if widths.space_id != self.id:
             raise WidthError(
