@@ -9,6 +9,7 @@ and the finished rows stay in the output folder, so an interrupted run goes on.
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -82,10 +83,13 @@ def measure(name: str, folder: Path, rounds: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {key: [] for key in timed}
     for turn in range(rounds + 1):
         for key, function in timed.items():
+            gc.collect()  # else what earlier calls left is collected in whichever call the count runs full
             start = time.process_time()
-            function()
+            made = function()
+            spent = time.process_time() - start
             if turn:  # the first turn fills caches
-                taken[key].append((time.process_time() - start) * 1000)
+                taken[key].append(spent * 1000)
+            del made
     weights.unlink()
     return {**{key: statistics.median(times) for key, times in taken.items()}, "tensors": len(model.state_dict())}
 
