@@ -6,8 +6,10 @@ from collections import OrderedDict
 
 import pytest
 import timm
+import torch
 from test_registry import make_recipe
 
+from timm_autoslim import bounds
 from timm_autoslim.artifact import export
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.registry import build_slimmed
@@ -47,6 +49,7 @@ REFUSED = [
     ((*ARGS, "embed_dim"), 960_000, "arguments that build at most"),
     ((*ARGS, "depth"), 900_000, "arguments that build at most"),
     ((*ARGS, "num_classes"), 1_000_000_000, "a number of at most"),
+    (("model_args", "recipe", "attributes", "blocks.0.norm1.eps"), 1e300, r"n \*\* -0\.5 of a head"),
     (("num_classes",), 1_000_000_000_000, "an integer from 0 to 1000000"),
 ]
 
@@ -55,6 +58,16 @@ REFUSED = [
 def test_what_is_no_smaller_model_is_refused(path, value, message, exported, tmp_path):
     with pytest.raises(ArtifactError, match=message):
         load(exported, tmp_path / "out", path, value)
+
+
+def test_long_lists_of_numbers_are_not_multiplied():
+    """The product of a list that a base makes a tensor of has millions of digits, which would take minutes."""
+    numbers = [10**6] * 200_000
+    size, given = bounds._at_most([numbers, torch.zeros(3)])
+    assert bounds.ENDLESS <= size < bounds.ENDLESS**2
+    assert given
+    with bounds.Bounded(bounds.MAX_ELEMENTS):
+        assert torch.tensor(numbers).sum() == 2 * 10**11
 
 
 SOURCES = {

@@ -43,6 +43,7 @@ class Tied(nn.Module):
         self.norm = nn.LayerNorm(8)
         self.splits = [4, 4]
         self.scale = 0.5
+        self.factor, self.drop = 3.0, 0.5
         self.flag = True
 
 
@@ -104,9 +105,12 @@ BAD_SHAPES = [
     ({}, {"splits": [1]}, r"2 positive integers, none above \(4, 4\)"),
     ({}, {"splits": [1, 5]}, "none above"),
     ({}, {"norm.normalized_shape": 4}, "none above"),
-    ({}, {"scale": -0.5}, "finite number of the sign of 0.5"),
-    ({}, {"scale": float("inf")}, "finite number"),
-    ({}, {"scale": 1}, "finite number"),
+    *(
+        ({}, {"scale": value}, r"n \*\* -0.5 of a head of n channels, where the base has such a scale of more, not 0.5")
+        for value in (-0.5, float("inf"), float("nan"), 1, 0.0, 1e-200, 1e5, 1.5, 0.6, 5**-0.5)
+    ),
+    ({}, {"factor": 2.0}, "not 3.0"),  # no scale of attention scores
+    ({}, {"drop": 1.0}, "not 0.5"),
 ]
 
 

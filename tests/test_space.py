@@ -264,7 +264,7 @@ def test_widths_of_another_model_are_refused(space):
         WidthError, match=r"got widths of another model \(2 groups, space \w+\); needed: widths of this space"
     ):
         space.check(other.max())
-    with pytest.raises(WidthError, match="got widths of type dict; needed: Widths, as made by supernet.space.from_dict"):
+    with pytest.raises(WidthError, match=r"of type dict; needed: Widths, as made by supernet\.space\.from_dict"):
         space.check({"stem": 8, "inner": 8})
     assert space.check(convert(Plain(32), IMAGE).space.min()) == space.min()  # the same architecture is the same space
 

@@ -15,17 +15,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import FeatureInfo, PretrainedCfg
 from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 
-from timm_autoslim.atomic import sync
+from timm_autoslim.atomic import replacing, sync
 from timm_autoslim.bases import ARCHITECTURE, TORCHVISION, feature_taps
 from timm_autoslim.card import check_figures, write_card
 from timm_autoslim.errors import ArtifactError, OutputExistsError, StaleStatisticsError
 from timm_autoslim.folder import CONFIG, WEIGHTS
+from timm_autoslim.proof import difference
 from timm_autoslim.pruned import PRUNED, write_pruned
 from timm_autoslim.recipe import check_recipe
 from timm_autoslim.registry import build_slimmed, pool_type
@@ -48,9 +50,10 @@ def export(
 ) -> Path:
     """Write a slimmed model to a new folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads.
 
-    The model's base is rebuilt, shrunk and compared with `plain` before anything is written, so a folder that exists
-    also loads. It appears at once or not at all, also when the process is killed. Loading needs `import timm_autoslim`
-    and `timm.create_model`.
+    What was written is loaded and compared with `plain` before the folder appears: its weights, and what it says of an
+    image with weights that let all parts speak. So a folder that exists also loads, and is the same model. It appears
+    at once or not at all, also when the process is killed. Loading needs `import timm_autoslim` and
+    `timm.create_model`.
 
     Args:
         plain: a model from `supernet.extract`, fine-tuned or calibrated; its head and its input channels may have
@@ -66,23 +69,28 @@ def export(
     Raises:
         OutputExistsError: `out` exists.
         StaleStatisticsError: BatchNorm statistics of a narrowed model are not its own.
-        ArtifactError: the model has no recipe or no base, or is a backbone (`features_only=True`), or what the recipe
-            builds differs from it.
+        ArtifactError: the model has no recipe or no base, is a backbone (`features_only=True`), has weights that are
+            NaN or on the meta device, or what the folder builds differs from it.
     """
     folder = Path(out)
     _refuse_existing(folder)
     figures = check_figures(card)
     recipe = _recipe(plain, base, base_args)
+    _refuse_without_numbers(plain)
     _refuse_stale(plain, recipe)
-    rebuilt, settings = _prove(plain, recipe)
-    config = _config(plain, rebuilt, recipe, settings)
-    # clones: safetensors refuses tensors that share memory, and tied parameters need both of their names
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in plain.state_dict().items()}
-    with _created(folder) as draft:
-        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
-        (draft / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        plain_timm = write_pruned(draft / PRUNED, plain, recipe, settings)
-        write_card(draft / CARD, folder.name, config, figures, rebuilt, plain_timm)
+    with torch.random.fork_rng(devices=[]):  # building draws random numbers
+        rebuilt, settings = _fit(plain, recipe)
+        config = _config(plain, rebuilt, recipe, settings)
+        # clones: safetensors refuses tensors that share memory, and tied parameters need both of their names
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in plain.state_dict().items()}
+        with _created(folder) as draft:
+            with replacing(draft / WEIGHTS) as part:
+                save_file(tensors, part, metadata={"format": "pt"})
+            (draft / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            _prove_folder(draft, plain, tensors, config)
+            size = config["pretrained_cfg"]["input_size"]
+            plain_timm = write_pruned(draft / PRUNED, plain, recipe, settings, size)
+            write_card(draft / CARD, folder.name, config, figures, rebuilt, plain_timm)
     return folder
 
 
@@ -99,6 +107,8 @@ def _refuse_existing(folder: Path) -> None:
 def _recipe(plain: nn.Module, base: str | None, base_args: Mapping[str, object] | None) -> dict[str, Any]:
     """The model's recipe with its base, checked."""
     kind = type(plain).__name__
+    if hasattr(plain, "_orig_mod"):
+        raise ArtifactError(f"{kind} is compiled: needed the model that it was made of; export(model._orig_mod, ...)")
     found = getattr(plain, "autoslim", None)
     if found is None:
         raise ArtifactError(
@@ -114,6 +124,8 @@ def _recipe(plain: nn.Module, base: str | None, base_args: Mapping[str, object] 
     if base is not None:
         recipe["base"] = base
     if base_args is not None:
+        if not isinstance(base_args, Mapping):
+            raise ArtifactError(f"base_args: got {reprlib.repr(base_args)}, needed a mapping from names of arguments")
         recipe["base_args"] = copy.deepcopy(dict(base_args))
     if recipe["base"] is None:
         raise ArtifactError(
@@ -141,25 +153,33 @@ def _is_json(value: object) -> bool:
         return False
 
 
+def _refuse_without_numbers(plain: nn.Module) -> None:
+    for name, tensor in plain.state_dict().items():
+        if tensor.is_meta or tensor.isnan().any():
+            got = "a tensor on the meta device" if tensor.is_meta else "weights that are NaN"
+            raise ArtifactError(f"{name}: got {got}, needed numbers; export a model that works")
+
+
 def _refuse_stale(plain: nn.Module, recipe: Mapping[str, Any]) -> None:
     if not recipe["sizes"]:
         return
     for name, module in plain.named_modules():
         batches = module.num_batches_tracked if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
-        if batches is not None and int(batches) == 0:
+        if batches is not None and int(batches) < 1:
             raise StaleStatisticsError(
-                f"{name}: got BatchNorm statistics over 0 batches, needed statistics of this narrower model; call "
-                "timm_autoslim.calibrate(model, batches) or fine-tune it before export"
+                f"{name}: got BatchNorm statistics that are the whole model's, or were {1 - int(batches)} batches of "
+                "training short of being this narrower model's, needed its own; call "
+                "timm_autoslim.calibrate(model, batches), or fine-tune it for longer, before export"
             )
 
 
-def _prove(plain: nn.Module, recipe: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """Rebuild the model as the loader will and compare; return what was built, and the settings that it took."""
+def _fit(plain: nn.Module, recipe: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Rebuild the model without data and compare names and shapes; return it, and the settings that it took."""
     rebuilt = _rebuild(recipe)
     settings = _settings(plain, rebuilt)
     if settings:
         rebuilt = _rebuild(recipe, **settings)
-    advice = f"pass base_args= with the arguments that {recipe['base']!r} was created with, and base= if it was another"
+    advice = _advice(recipe)
     if type(rebuilt) is not type(plain):
         raise ArtifactError(f"model: got {type(plain).__name__}, needed {type(rebuilt).__name__}; {advice}")
     got, needed = plain.state_dict(), rebuilt.state_dict()
@@ -174,6 +194,27 @@ def _prove(plain: nn.Module, recipe: dict[str, Any]) -> tuple[nn.Module, dict[st
             want = shapes[-1] if name in needed else "no such tensor"
             raise ArtifactError(f"{name}: got {have}, needed {want} as the base and the recipe build it; {advice}")
     return rebuilt, settings
+
+
+def _prove_folder(draft: Path, plain: nn.Module, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Load what was written, and compare its weights and what it says of an image with the model's."""
+    again: nn.Module = timm.create_model(f"local-dir:{draft}", pretrained=True)
+    loaded = again.state_dict()
+    found = next((n for n, t in tensors.items() if not torch.equal(loaded[n].cpu().to(t.dtype), t)), None)
+    gap = f"other numbers in {found}" if found else difference(plain, again, config["pretrained_cfg"]["input_size"])
+    if gap:
+        raise ArtifactError(
+            f"{type(plain).__name__}: got, when the folder was loaded again, {gap}; needed the same model; "
+            f"{_advice(config['model_args']['recipe'])}"
+        )
+
+
+def _advice(recipe: Mapping[str, Any]) -> str:
+    return (
+        f"pass base_args= with the arguments that {recipe['base']!r} was created with, and base= if it was another; "
+        "what was changed by hand after extract(), no folder describes: undo it before export, and do it on the loaded "
+        "model"
+    )
 
 
 def _rebuild(recipe: dict[str, Any], **settings: Any) -> nn.Module:

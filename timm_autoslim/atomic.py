@@ -19,7 +19,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode
         yield part
+        part.chmod(mode)  # safetensors leaves files that only their owner can read
         sync(part)
         os.replace(part, path)
     except BaseException:

@@ -31,6 +31,7 @@ MIN_ELEMENTS = 2**26
 MAX_TENSORS = 20_000
 # Results up to this many elements are counted once they are there; larger ones are foretold on the meta device.
 SMALL = 2**22
+ENDLESS = 2**62  # more than any limit
 # Functions that constructors call all the time and that return no new tensor.
 QUIET = frozenset(
     ("__get__", "__set__", "__bool__", "_set_grad_enabled", "device", "dim", "is_contiguous", "item", "numel", "size")
@@ -149,9 +150,10 @@ def _at_most(waiting: list[Any]) -> tuple[int, bool]:
     size, given = 1, False
     for value in waiting:  # grows while it is read
         if type(value) is int:  # by far the most
-            size *= abs(value) or 1
+            if size < ENDLESS:  # a product of all the numbers of a long list would take minutes
+                size *= abs(value) or 1
         elif isinstance(value, Tensor):
-            size, given = size * max(1, value.numel()), True
+            size, given = min(size, ENDLESS) * max(1, value.numel()), True
         elif is_int(value):
             size *= max(1, abs(value))
         elif isinstance(value, float):
@@ -245,11 +247,10 @@ def bounded(base: str, file_elements: int | None, function: Any, /, *args: Any, 
 
 def _usual(base: str) -> int:
     """How many elements a base creates without arguments; 0 if it needs some, or cannot be built without data."""
-    endless = 2**62
-    meter = Bounded(endless)
+    meter = Bounded(ENDLESS)
     try:
         with torch.device("meta"), meter:
             create_raw(base)
     except ArtifactError:
         return 0
-    return endless - meter.left
+    return ENDLESS - meter.left

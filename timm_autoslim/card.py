@@ -23,9 +23,11 @@ def check_figures(card: Mapping[str, object] | None) -> dict[str, str]:
     """Return the user's figures as text, by label.
 
     Raises:
-        ArtifactError: a label is no text, or a value neither a number nor text.
+        ArtifactError: it is no mapping, a label is no text, or a value neither a number nor text.
     """
     rows: dict[str, str] = {}
+    if not isinstance(card, Mapping | None):
+        raise ArtifactError(f"card: got {reprlib.repr(card)}, needed a mapping from labels to numbers or text")
     for label, value in (card or {}).items():
         if not isinstance(label, str) or not (isinstance(value, str | int | float) or value is None):
             raise ArtifactError(

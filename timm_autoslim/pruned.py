@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ import torch
 from timm.models._prune import adapt_model_from_string
 from torch import nn
 
-from timm_autoslim.bases import PROBE, TORCHVISION
+from timm_autoslim.bases import TORCHVISION
+from timm_autoslim.proof import difference
 
 PRUNED = "pruned.txt"
 _SAID = ("num_features", "head_hidden_size", "num_classes", "feature_info")
 
 
-def write_pruned(path: Path, plain: nn.Module, recipe: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def write_pruned(
+    path: Path, plain: nn.Module, recipe: Mapping[str, Any], settings: Mapping[str, Any], size: Sequence[int]
+) -> str:
     """Write timm's text of a pruned model, if timm alone makes the same model of it: same tensors, output and widths.
 
     The text knows convolutions without groups or one for each channel, BatchNorm2d and linear layers. timm reads such
@@ -29,6 +32,7 @@ def write_pruned(path: Path, plain: nn.Module, recipe: Mapping[str, Any], settin
         plain: the slimmed model, on the CPU in float32 if the text is to be written.
         recipe: its recipe.
         settings: what was changed since the base was created, as arguments of `timm.create_model`.
+        size: the shape (C, H, W) of an image that it is made for.
 
     Returns:
         The lines that load it with plain timm, run in its folder; empty if there is no text.
@@ -47,7 +51,7 @@ def write_pruned(path: Path, plain: nn.Module, recipe: Mapping[str, Any], settin
             return ""
         again = adapt_model_from_string(timm.create_model(recipe["base"], **args), text)
         again.load_state_dict(state)
-        if not _same(plain, again):
+        if any(_said(plain, name) != _said(again, name) for name in _SAID) or difference(plain, again, size):
             return ""
     except Exception:  # timm's function may raise anything on what its format cannot say
         return ""
@@ -61,19 +65,6 @@ def write_pruned(path: Path, plain: nn.Module, recipe: Mapping[str, Any], settin
     )
 
 
-@torch.no_grad()
-def _same(plain: nn.Module, again: nn.Module) -> bool:
-    """Whether two models say the same of themselves and, in eval mode, of an image."""
-    for name in _SAID:
-        mine, theirs = getattr(plain, name, None), getattr(again, name, None)
-        if getattr(mine, "info", mine) != getattr(theirs, "info", theirs):
-            return False
-    channels: Any = again.pretrained_cfg["input_size"][0]  # type: ignore[index]
-    channels = getattr(again, "in_chans", channels)
-    image = torch.randn(1, channels, PROBE, PROBE, generator=torch.Generator().manual_seed(0))
-    training = {module: module.training for module in plain.modules()}
-    try:
-        return torch.equal(plain.eval()(image), again.eval()(image))
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+def _said(model: nn.Module, name: str) -> object:
+    said = getattr(model, name, None)
+    return getattr(said, "info", said)

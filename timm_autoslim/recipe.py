@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +17,7 @@ from timm_autoslim.pieces import Axis
 from timm_autoslim.slicing import Slices, shrink_
 
 FORMAT = 1
+MAX_HEAD_DIM = 2**16
 RECIPE_KEYS = ("format", "base", "base_args", "sizes", "attributes", "widths")
 # A recipe may come from a stranger: it may say how the base is built, never where weights or settings come from.
 FORBIDDEN_ARGS = frozenset(
@@ -53,6 +56,19 @@ def check_recipe(recipe: object) -> dict[str, Any]:
         raise fail(f"base_args.{refused[0]}", recipe["base_args"][refused[0]], "only arguments that shape the base")
     check_plain("base_args", recipe["base_args"])
     return {key: copy_plain(key, value) for key, value in recipe.items()}
+
+
+def built_with(model: nn.Module) -> dict[str, Any]:
+    """The arguments that timm says it built a model with (since 1.0.31), as far as a recipe can hold them."""
+    known = getattr(model, "_model_args", None)
+    held: dict[str, Any] = {}
+    for key, value in known.items() if isinstance(known, Mapping) else ():
+        if value is None or key in FORBIDDEN_ARGS or key == "taps":  # which a slimmed model has beside its base's own
+            continue
+        with contextlib.suppress(TypeError, ValueError):  # classes and functions: an export says so where they matter
+            check_plain(key, value)
+            held[key] = json.loads(json.dumps(value, allow_nan=False))  # tuples become lists
+    return held
 
 
 def apply_recipe(model: nn.Module, recipe: Mapping[str, Any]) -> nn.Module:
@@ -183,6 +199,15 @@ def _current(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> o
     return found
 
 
+def _head_dim(scale: object) -> int | None:
+    """The n of which a number is n ** -0.5."""
+    if isinstance(scale, float) and MAX_HEAD_DIM**-0.5 <= scale <= 1:
+        n = round(scale**-2)
+        if math.isclose(n**-0.5, scale, rel_tol=1e-6):
+            return n
+    return None
+
+
 def _value(model: nn.Module, modules: Mapping[str, nn.Module], path: str, value: object) -> Any:
     where = f"attributes.{path}"
     now = _current(model, modules, path)
@@ -191,9 +216,12 @@ def _value(model: nn.Module, modules: Mapping[str, nn.Module], path: str, value:
             raise fail(where, value, f"an integer from 1 to {now}")
         return value
     if isinstance(now, float):
-        # the only floats that widths move are scales such as head_dim ** -0.5, which grow as the width shrinks
-        if not (isinstance(value, float) and math.isfinite(value) and value * now > 0):
-            raise fail(where, value, f"a finite number of the sign of {now}")
+        # the only floats that widths move are scales of attention scores, head_dim ** -0.5
+        whole, part = _head_dim(now), _head_dim(value)
+        if whole is None or part is None or part > whole or "drop" in path.rpartition(".")[2]:
+            raise fail(
+                where, value, f"n ** -0.5 of a head of n channels, where the base has such a scale of more, not {now}"
+            )
         return value
     if isinstance(now, Sequence) and not isinstance(now, str) and now and all(map(is_int, now)):
         given = value if isinstance(value, list | tuple) and len(value) == len(now) else [0] * len(now)

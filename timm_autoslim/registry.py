@@ -41,6 +41,8 @@ from timm_autoslim.folder import (
 )
 from timm_autoslim.recipe import apply_checked, apply_part, apply_recipe, check_recipe
 
+HANDED_ON = ("pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "taps")  # by timm or config.json
+
 __all__ = ["apply_recipe", "autoslim", "build_slimmed", "check_recipe", "create_base"]
 
 
@@ -81,6 +83,8 @@ def _build(
     if not is_int(native) or native < 0:
         raise fail("base_args.num_classes", native, "an integer, 0 for no head")
     wanted = native if num_classes is None else num_classes
+    if not is_int(wanted) or wanted < 0:
+        raise ArtifactError(f"num_classes: got {reprlib.repr(wanted)}, needed an integer, 0 for no head; pass another")
     # The recipe holds the head's tensors if its base had a head: such a base is built, and the head changed afterwards.
     args["num_classes"] = wanted if bool(wanted) == bool(native) else native
     if unfilled and file_elements is not None:
@@ -209,9 +213,10 @@ def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     except AutoSlimError:
         raise
     except Exception as error:  # timm and constructors may raise anything at all on what they do not expect
+        asked = reprlib.repr(sorted(k for k, v in kwargs.items() if v is not None and k not in HANDED_ON))
         said = str(error) if len(str(error)) <= 500 else f"{str(error)[:500]}..."
         raise ArtifactError(
-            f"{source.place}: cannot be loaded with {reprlib.repr(sorted(kwargs))}: {type(error).__name__}: {said}; "
+            f"{source.place}: cannot be loaded with {asked}: {type(error).__name__}: {said}; "
             "leave these arguments out, or export the model anew"
         ) from error
 

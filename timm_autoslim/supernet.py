@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from timm_autoslim import slicing
 from timm_autoslim.costs import Conditions
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.pieces import Axis
+from timm_autoslim.recipe import FORMAT, built_with
 from timm_autoslim.space import SearchSpace, Widths, build_space
 from timm_autoslim.tape import Tape
 from timm_autoslim.tracing.graph import ChannelGraph
@@ -22,7 +24,6 @@ from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.tracing.trace import trace as trace_model
 from timm_autoslim.tracing.twin import sized, tensors_in
 
-RECIPE_FORMAT = 1
 # What timm's models say of themselves, and torchvision's do not.
 _TIMM_ONLY = ("feature_info", "num_features", "head_hidden_size")
 # Tried in turn where neither the user nor the model says what images it takes.
@@ -153,8 +154,9 @@ class Supernet(nn.Module):
         """Return the subnet as an ordinary model of the same type, with weights of its own.
 
         `plain.autoslim` is its recipe as plain data: base, arguments, sizes, attributes and widths. A narrower subnet
-        has the widest's BatchNorm statistics, which are not its own: they are marked by `num_batches_tracked == 0`
-        until `calibrate` or training renews them, and `export` refuses them until then.
+        has the widest's BatchNorm statistics, which are not its own. `num_batches_tracked` marks them: it is 0 or less
+        until `calibrate`, or training for as many batches as leave them a hundredth (44 at a momentum of 0.1), renews
+        them, and `export` refuses them until then.
 
         Raises:
             WidthError: the widths are of another model, or an `at` block is open.
@@ -172,7 +174,7 @@ class Supernet(nn.Module):
             for module in plain.modules():
                 tracked = getattr(module, "num_batches_tracked", None)
                 if isinstance(tracked, Tensor):
-                    tracked.zero_()
+                    tracked.fill_(1 - _batches_to_own(getattr(module, "momentum", None)))
         plain.autoslim = self._recipe(plain, found, widths)  # type: ignore[assignment]
         return plain
 
@@ -192,7 +194,7 @@ class Supernet(nn.Module):
         if (self._base or "").startswith("torchvision/"):  # the loader measures anew what torchvision's models lack
             attributes = {p: v for p, v in attributes.items() if p.partition(".")[0] not in _TIMM_ONLY}
         return {
-            "format": RECIPE_FORMAT,
+            "format": FORMAT,
             "base": self._base,
             "base_args": dict(self._base_args),
             "sizes": sizes,
@@ -227,6 +229,13 @@ def _statistics(model: nn.Module) -> dict[str, tuple[Axis, ...]]:
             if buffer is not None:
                 names[f"{path}.{leaf}" if path else leaf] = (None,) * buffer.dim()
     return names
+
+
+def _batches_to_own(momentum: float | None) -> int:
+    """In how many batches of training BatchNorm statistics become a module's own, but for a hundredth."""
+    if momentum is None or not 0 < momentum < 1:  # a cumulative average, or none: the first batch replaces what was
+        return 1
+    return math.ceil(math.log(0.01) / math.log1p(-momentum))
 
 
 def _example(model: nn.Module) -> list[Any]:
@@ -316,7 +325,8 @@ def convert(
         divisor: widths that are sampled and searched are multiples of it, for all or by glob.
         choices: the widths that are sampled and searched, by glob.
         base, base_args: the timm name ("resnet18") or "torchvision/NAME", and its arguments, that build the model
-            again; an exported model needs them. For a timm model made by its name they are known already.
+            again; an exported model needs them. For a timm model made by its name it is known already, and so are its
+            arguments if timm keeps them (1.0.31 does) and JSON can; `base_args` are added to these.
         keep_output: whether the model's outputs keep their channels. By default they do, unless the model has
             `num_classes == 0`: then its outputs are features, and the last stage may shrink as all others.
         whole_heads: globs of attention modules that lose whole heads; all others keep their heads, and each head
@@ -346,9 +356,10 @@ def convert(
 
         model = reordered(model, found.graph, order)
     recipe = getattr(model, "autoslim", None)
+    args = built_with(model)
     if base is None and recipe:  # slimmed already: its recipe is taken further
-        base, base_args = recipe["base"], {**recipe["base_args"], **(base_args or {})}
+        base, args = recipe["base"], {**recipe["base_args"], **args}
     elif base is None:
         config = getattr(model, "pretrained_cfg", None)
         base = config.get("architecture") if isinstance(config, Mapping) else None
-    return Supernet(model, found, space, base, base_args or {})
+    return Supernet(model, found, space, base, {**args, **(base_args or {})})

@@ -1,0 +1,97 @@
+"""Whether two models are one function: compared by what they say of an image, with weights that let all parts speak."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from timm_autoslim.bases import PROBE
+from timm_autoslim.slicing import Slices, extract, forget
+
+FAINT = 1e-2  # parameters below it, such as a LayerScale of 1e-6, hide the branch that they scale
+
+
+@torch.no_grad()
+def difference(plain: nn.Module, again: nn.Module, size: Sequence[int]) -> str:
+    """Run two models with tensors of the same names and shapes, on the same weights and image, in evaluation mode.
+
+    Both get the weights of `again`, and where these are faint, such as a head or a branch that starts at zero, random
+    ones: with its weights at zero one layer is as good as any other.
+
+    Args:
+        plain: a model on any device, of any type; it stays as it is.
+        again: another in float32, which is left on the CPU with other weights.
+        size: the shape (C, H, W) of an image that they are made for. A smaller one is tried first.
+
+    Returns:
+        What differs, empty if nothing does. Where `plain` takes no image of this size, only the modules' types and
+        settings are compared.
+    """
+    mine, theirs = (model.to("cpu").eval() for model in (extract(plain, Slices({}, {})), again))
+    forget(mine.modules())  # what modules cached of other weights
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in theirs.parameters():
+            if parameter.is_floating_point() and parameter.numel() and parameter.abs().max() < FAINT:
+                parameter.normal_(0, 0.1)
+        mine.load_state_dict(theirs.state_dict(), assign=True)
+        _share_buffers(mine, theirs)
+        channels, *sides = size
+        for shape in dict.fromkeys([(channels, *(min(side, PROBE) for side in sides)), (channels, *sides)]):
+            image = torch.randn(1, *shape)
+            needed = _outputs(mine, image)
+            if not isinstance(needed, Exception):
+                gap = _gap(needed, _outputs(theirs, image))
+                return gap and "; ".join(filter(None, (f"{gap} for an image {shape}", _first_module(mine, theirs))))
+    return _first_module(mine, theirs)
+
+
+def _share_buffers(mine: nn.Module, theirs: nn.Module) -> None:
+    """Give a model of a lower precision the other's constants where they are the same but for that."""
+    for module, other in zip(mine.modules(), theirs.modules(), strict=False):
+        for name, buffer in module._buffers.items():
+            whole = other._buffers.get(name)
+            if buffer is not None and whole is not None and buffer.dtype != whole.dtype:
+                same = buffer.shape == whole.shape and torch.equal(whole.to(buffer.dtype), buffer)
+                module._buffers[name] = whole if same else buffer.to(whole.dtype)
+
+
+def _outputs(model: nn.Module, image: Tensor) -> list[Tensor] | Exception:
+    torch.manual_seed(0)
+    try:
+        return [leaf for leaf in tree_leaves(model(image)) if isinstance(leaf, Tensor)]
+    except Exception as error:  # whatever a model raises on an image that it is not made for
+        return error
+
+
+def _gap(mine: list[Tensor], theirs: list[Tensor] | Exception) -> str:
+    """Say how outputs differ."""
+    if isinstance(theirs, Exception):
+        return f"{type(theirs).__name__}: {str(theirs)[:200]}"
+    if [tensor.shape for tensor in mine] != [tensor.shape for tensor in theirs]:
+        return f"outputs {[tuple(t.shape) for t in theirs]} instead of {[tuple(t.shape) for t in mine]}"
+    if all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(mine, theirs, strict=True)):
+        return ""
+    return f"outputs that differ by {max(float((a - b).abs().max()) for a, b in zip(mine, theirs, strict=True)):.2g}"
+
+
+def _first_module(mine: nn.Module, theirs: nn.Module) -> str:
+    """Name the first module that is of another kind or has other settings."""
+    for (path, one), (other_path, other) in zip(mine.named_modules(), theirs.named_modules(), strict=False):
+        place = path or "the model"
+        if path != other_path:
+            return f"first {place} in place of {other_path}"
+        if "forward" in vars(one) and "forward" not in vars(other):
+            return f"{place} has a forward of its own"
+        texts = [f"{type(module).__name__}({module.extra_repr()})" for module in (one, other)]
+        if texts[0] != texts[1]:
+            return f"first {place}: {texts[0]} in place of {texts[1]}"
+        for name, value in vars(one).items():
+            plain = isinstance(value, bool | int | float | str) and not name.startswith("_")
+            if plain and value != vars(other).get(name):
+                return f"first {name} of {place}: {value!r} in place of {vars(other).get(name)!r}"
+    hooked = [path for path, module in mine.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    return f"{hooked[0] or 'the model'} has a forward hook" if hooked else ""
