@@ -61,10 +61,10 @@ def test_tied_parameters_stay_tied(names):
 
 
 def test_plain_tensors_tuples_lists_and_floats():
-    attributes = {"norm.normalized_shape": [5], "splits": [2, 3], "scale": 0.75}
+    attributes = {"norm.normalized_shape": [5], "splits": [2, 3], "scale": 3**-0.5}
     model = apply_recipe(Tied(), plain_recipe({"table": [5]}, attributes))
     assert model.table.tolist() == [0, 1, 2, 3, 4]
-    assert (model.norm.normalized_shape, model.splits, model.scale) == ((5,), [2, 3], 0.75)
+    assert (model.norm.normalized_shape, model.splits, model.scale) == ((5,), [2, 3], 3**-0.5)
     model = apply_recipe(Tied(), plain_recipe({}, {"norm.normalized_shape.0": 6, "splits.1": 1}))
     assert (model.norm.normalized_shape, model.splits) == ((6,), [4, 1])
 
