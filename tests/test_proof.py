@@ -84,7 +84,7 @@ def test_arguments_given_at_loading_are_in_the_next_folder(resnet, tmp_path):
         (
             lambda: torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True]),
             "torchvision/resnet50",
-            r"first layer3\.0\.conv2",
+            "first dilation of the model: 4 in place of 1",
         ),
     ],
 )
