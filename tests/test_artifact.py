@@ -199,6 +199,14 @@ def test_the_card_has_figures_and_the_two_lines(tmp_path):
     assert str(tmp_path) not in text
 
 
+def test_the_card_s_line_is_code_for_any_name(tmp_path, monkeypatch):
+    folder = export(slim("test_vit"), tmp_path / 'a "b"')
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec((folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0], names)
+    assert type(names["model"]).__name__ == "VisionTransformer"
+
+
 def test_the_card_says_what_the_model_and_its_base_cost(resnet):
     plain, folder = resnet
     text = (folder / "README.md").read_text(encoding="utf-8")

@@ -154,3 +154,18 @@ def test_bases_that_cannot_stand_on_the_meta_device_export(tmp_path):
     with pytest.raises(ArtifactError, match="meta"), torch.device("meta"):
         create_base("torchvision/regnet_y_400mf")
     assert same(state(model), state(load(export(model, tmp_path / "out"))))
+
+
+def test_a_process_that_was_quicker_keeps_its_folder(tmp_path, monkeypatch):
+    plain = slim("test_vit")
+    rename = os.rename
+
+    def late(draft, folder):
+        folder.mkdir()
+        (folder / "theirs").touch()
+        rename(draft, folder)
+
+    monkeypatch.setattr("os.rename", late)
+    with pytest.raises(OutputExistsError, match="exists already"):
+        export(plain, tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]

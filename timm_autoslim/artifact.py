@@ -320,7 +320,11 @@ def _created(folder: Path) -> Iterator[Path]:
             for path in (*draft.iterdir(), draft):
                 sync(path)
             _refuse_existing(folder)  # a rename would silently replace an empty folder
-            os.rename(draft, folder)
+            try:
+                os.rename(draft, folder)
+            except OSError:
+                _refuse_existing(folder)  # another process was quicker
+                raise
         sync(folder.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)

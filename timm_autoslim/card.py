@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -99,7 +100,7 @@ def write_card(
         *([""] if figures else []),
         *([f"![Output channels of every layer, and of the base's]({FIGURE})", ""] if drawn else []),
         *("## Load it", "", "```python", "import timm, timm_autoslim"),
-        f'model = timm.create_model("local-dir:{name}", pretrained=True)',
+        f"model = timm.create_model({json.dumps(f'local-dir:{name}', ensure_ascii=False)}, pretrained=True)",
         *("```", ""),
         *("`num_classes=`, `in_chans=`, `features_only=True` and timm's other arguments work as on the base.", ""),
         *(["With timm alone, in this folder:", "", "```python", plain_timm, "```", ""] if plain_timm else []),

@@ -83,7 +83,10 @@ def _check_file(path: Path) -> int:
     try:
         found = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise _fail(path, f"a file that cannot be read ({error})", "a regular file") from error
+        needed = "a regular file"
+        if path.name == WEIGHTS:  # timm's own save_for_hf writes a pickle unless it is told otherwise
+            needed += " of safetensors, as export and save_for_hf(safe_serialization=True) write it"
+        raise _fail(path, f"a file that cannot be read ({error})", needed) from error
     if not stat.S_ISREG(found.st_mode):
         raise _fail(path, "no regular file", "a regular file")
     return found.st_size
