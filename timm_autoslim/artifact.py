@@ -23,7 +23,7 @@ from timm.models._pretrained import filter_pretrained_cfg
 from torch import Tensor, nn
 
 from timm_autoslim.atomic import replacing, sync
-from timm_autoslim.bases import ARCHITECTURE, TORCHVISION, feature_taps
+from timm_autoslim.bases import ARCHITECTURE, TORCHVISION, feature_taps, hollow
 from timm_autoslim.card import check_figures, write_card
 from timm_autoslim.errors import ArtifactError, OutputExistsError, StaleStatisticsError
 from timm_autoslim.folder import CONFIG, WEIGHTS
@@ -133,14 +133,10 @@ def _recipe(plain: nn.Module, base: str | None, base_args: Mapping[str, object] 
             "(a timm name or 'torchvision/NAME') and base_args= to export() or convert()"
         )
     recipe = check_recipe(recipe)
-    try:
-        same = json.loads(json.dumps(recipe, allow_nan=False)) == recipe
-    except (TypeError, ValueError):
-        same = False
-    if not same:
-        part = next((key for key, value in recipe.items() if not _is_json(value)), "")
+    part = next((key for key, value in recipe.items() if not _is_json(value)), None)
+    if part is not None:
         raise ArtifactError(
-            f"recipe {part!r}: got {reprlib.repr(recipe.get(part))}, which JSON does not return as it was; needed "
+            f"recipe {part!r}: got {reprlib.repr(recipe[part])}, which JSON does not return as it was; needed "
             "text, numbers, lists and mappings from text (lists, not tuples, in base_args=)"
         )
     return recipe
@@ -175,10 +171,10 @@ def _refuse_stale(plain: nn.Module, recipe: Mapping[str, Any]) -> None:
 
 def _fit(plain: nn.Module, recipe: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """Rebuild the model without data and compare names and shapes; return it, and the settings that it took."""
-    rebuilt = _rebuild(recipe)
+    rebuilt = hollow(build_slimmed, recipe)
     settings = _settings(plain, rebuilt)
     if settings:
-        rebuilt = _rebuild(recipe, **settings)
+        rebuilt = hollow(build_slimmed, recipe, **settings)
     advice = _advice(recipe)
     if type(rebuilt) is not type(plain):
         raise ArtifactError(f"model: got {type(plain).__name__}, needed {type(rebuilt).__name__}; {advice}")
@@ -215,15 +211,6 @@ def _advice(recipe: Mapping[str, Any]) -> str:
         "what was changed by hand after extract(), no folder describes: undo it before export, and do it on the loaded "
         "model"
     )
-
-
-def _rebuild(recipe: dict[str, Any], **settings: Any) -> nn.Module:
-    try:
-        with torch.device("meta"):
-            return build_slimmed(recipe, **settings)
-    except ArtifactError:
-        # Some constructors read values, which meta tensors do not have: a real model tells those from real faults.
-        return build_slimmed(recipe, **settings)
 
 
 def _settings(plain: nn.Module, rebuilt: nn.Module) -> dict[str, Any]:

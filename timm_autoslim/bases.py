@@ -52,13 +52,18 @@ def create_base(name: str, /, **kwargs: Any) -> nn.Module:
     return model
 
 
-def create_hollow(name: str, /, **kwargs: Any) -> nn.Module:
-    """As `create_base`, on the meta device: a model without data. A base that cannot be built there has data."""
+def hollow(function: Callable[..., nn.Module], /, *args: Any, **kwargs: Any) -> nn.Module:
+    """Build a model on the meta device, without data; some constructors read values, and then it has data."""
     try:
         with torch.device("meta"):
-            return create_base(name, **kwargs)
+            return function(*args, **kwargs)
     except ArtifactError:
-        return create_base(name, **kwargs)
+        return function(*args, **kwargs)
+
+
+def create_hollow(name: str, /, **kwargs: Any) -> nn.Module:
+    """As `create_base`, but without data where that works."""
+    return hollow(create_base, name, **kwargs)
 
 
 def create_raw(name: str, /, **kwargs: Any) -> nn.Module:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, register_model
 from timm.models._hub import download_from_hf
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from timm_autoslim.bases import (
     cut_heads,
     describe_features,
     find_filter,
+    hollow,
     is_int,
 )
 from timm_autoslim.bounds import bounded, bounded_unfilled, fail
@@ -143,11 +143,7 @@ def _as_stored(
 ) -> nn.Module:
     """The model that the weights are of, with their own image size, classes and pooling; without data if that works."""
     args = {key: value for key, value in args.items() if key not in ("img_size", "num_classes", "global_pool")}
-    try:
-        with torch.device("meta"):
-            return _build(recipe, elements, taps, False, **own, **args)
-    except ArtifactError:  # some constructors read values
-        return _build(recipe, elements, taps, False, **own, **args)
+    return hollow(_build, recipe, elements, taps, False, **own, **args)
 
 
 def _resize(
