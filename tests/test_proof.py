@@ -217,25 +217,33 @@ def test_statistics_become_own_by_many_batches_of_training(tmp_path):
 
 
 class Fixed(nn.Module):
-    def __init__(self, factor=1.0):
+    def __init__(self, factor=1.0, side=200):
         super().__init__()
-        self.conv, self.factor = nn.Conv2d(3, 4, 3), factor
+        self.conv, self.factor, self.side = nn.Conv2d(3, 4, 3), factor, side
 
     def forward(self, x):
-        if x.shape[-1] != 200:
+        if x.shape[-1] != self.side:
             raise ValueError("not that size")
         return self.conv(x).mean((2, 3)) * self.factor
 
 
-def test_models_of_one_size_are_run_at_it():
-    assert difference(Fixed(), Fixed(), (3, 200, 200)) == ""
-    assert "outputs that differ by" in difference(Fixed(2.0), Fixed(), (3, 200, 200))
-    assert "factor of the model: 2.0 in place of 1.0" in difference(Fixed(2.0), Fixed(), (3, 200, 200))
+@pytest.mark.parametrize("size", [(3, 200, 200), (3, 256, 200)])
+def test_models_of_one_size_are_run_at_it(size):
+    assert difference(Fixed(), Fixed(), size) == ""
+    assert "outputs that differ by" in difference(Fixed(2.0), Fixed(), size)
+    assert "factor of the model: 2.0 in place of 1.0" in difference(Fixed(2.0), Fixed(), size)
+
+
+def test_models_of_another_size_than_they_say_are_run_at_a_usual_one():
+    assert difference(Fixed(side=192), Fixed(side=192), (3, 300, 300)) == ""
+    assert "of (192, 192) pixels" in difference(Fixed(2.0, side=192), Fixed(side=192), (3, 300, 300))
 
 
 def test_models_that_take_no_image_are_compared_by_their_parts():
-    assert difference(Fixed(), Fixed(), (3, 64, 64)) == ""
-    assert difference(Fixed(2.0), Fixed(), (3, 64, 64)) == "first factor of the model: 2.0 in place of 1.0"
+    assert difference(Fixed(2.0), Fixed(), (3, 64, 64)) == ""
+    other = Fixed()
+    other.conv.dilation = (2, 2)
+    assert difference(other, Fixed(), (3, 64, 64)).startswith("first conv: Conv2d(3, 4, kernel_size=(3, 3), stride=")
 
 
 def test_a_lower_precision_is_no_difference():

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from timm_autoslim.bases import PROBE
 from timm_autoslim.slicing import Slices, extract, forget
 
+USUAL = (32, 64, 96, 160, 192, 224, 256, 288, 320, 384, 448, 512)  # pixels
 FAINT = 1e-2  # parameters below it, such as a LayerScale of 1e-6, hide the branch that they scale
 
 
@@ -24,10 +25,10 @@ def difference(plain: nn.Module, again: nn.Module, size: Sequence[int]) -> str:
     Args:
         plain: a model on any device, of any type; it stays as it is.
         again: another in float32, which is left on the CPU with other weights.
-        size: the shape (C, H, W) of an image that they are made for. A smaller one is tried first.
+        size: the shape (C, H, W) of an image that they are made for. A smaller one is tried first, and usual sizes last.
 
     Returns:
-        What differs, empty if nothing does. Where `plain` takes no image of this size, only the modules' types and
+        What differs, empty if nothing does. Where `plain` takes no image of these sizes, only the modules' types and
         settings are compared.
     """
     mine, theirs = (model.to("cpu").eval() for model in (extract(plain, Slices({}, {})), again))
@@ -40,13 +41,15 @@ def difference(plain: nn.Module, again: nn.Module, size: Sequence[int]) -> str:
         mine.load_state_dict(theirs.state_dict(), assign=True)
         _share_buffers(mine, theirs)
         channels, *sides = size
-        for shape in dict.fromkeys([(channels, *(min(side, PROBE) for side in sides)), (channels, *sides)]):
-            image = torch.randn(1, *shape)
+        for shape in dict.fromkeys([tuple(min(side, PROBE) for side in sides), tuple(sides), *((s, s) for s in USUAL)]):
+            image = torch.randn(1, channels, *shape)
             needed = _outputs(mine, image)
             if not isinstance(needed, Exception):
                 gap = _gap(needed, _outputs(theirs, image))
-                return gap and "; ".join(filter(None, (f"{gap} for an image {shape}", _first_module(mine, theirs))))
-    return _first_module(mine, theirs)
+                return gap and "; ".join(
+                    filter(None, (f"{gap} for an image of {shape} pixels", _first_module(mine, theirs)))
+                )
+    return _first_module(mine, theirs, attributes=False)
 
 
 def _share_buffers(mine: nn.Module, theirs: nn.Module) -> None:
@@ -78,8 +81,8 @@ def _gap(mine: list[Tensor], theirs: list[Tensor] | Exception) -> str:
     return f"outputs that differ by {max(float((a - b).abs().max()) for a, b in zip(mine, theirs, strict=True)):.2g}"
 
 
-def _first_module(mine: nn.Module, theirs: nn.Module) -> str:
-    """Name the first module that is of another kind or has other settings."""
+def _first_module(mine: nn.Module, theirs: nn.Module, attributes: bool = True) -> str:
+    """Name the first module that is of another kind or has other settings, or other attributes, which may say nothing."""
     for (path, one), (other_path, other) in zip(mine.named_modules(), theirs.named_modules(), strict=False):
         place = path or "the model"
         if path != other_path:
@@ -89,7 +92,7 @@ def _first_module(mine: nn.Module, theirs: nn.Module) -> str:
         texts = [f"{type(module).__name__}({module.extra_repr()})" for module in (one, other)]
         if texts[0] != texts[1]:
             return f"first {place}: {texts[0]} in place of {texts[1]}"
-        for name, value in vars(one).items():
+        for name, value in vars(one).items() if attributes else ():
             plain = isinstance(value, bool | int | float | str) and not name.startswith("_")
             if plain and value != vars(other).get(name):
                 return f"first {name} of {place}: {value!r} in place of {vars(other).get(name)!r}"
