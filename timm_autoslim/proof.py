@@ -25,7 +25,8 @@ def difference(plain: nn.Module, again: nn.Module, size: Sequence[int]) -> str:
     Args:
         plain: a model on any device, of any type; it stays as it is.
         again: another in float32, which is left on the CPU with other weights.
-        size: the shape (C, H, W) of an image that they are made for. A smaller one is tried first, and usual sizes last.
+        size: the shape (C, H, W) of an image that they are made for. A smaller one is tried first,
+            and usual sizes last.
 
     Returns:
         What differs, empty if nothing does. Where `plain` takes no image of these sizes, only the modules' types and
@@ -46,9 +47,8 @@ def difference(plain: nn.Module, again: nn.Module, size: Sequence[int]) -> str:
             needed = _outputs(mine, image)
             if not isinstance(needed, Exception):
                 gap = _gap(needed, _outputs(theirs, image))
-                return gap and "; ".join(
-                    filter(None, (f"{gap} for an image of {shape} pixels", _first_module(mine, theirs)))
-                )
+                said = (f"{gap} for an image of {shape} pixels", _first_module(mine, theirs))
+                return gap and "; ".join(filter(None, said))
     return _first_module(mine, theirs, attributes=False)
 
 
@@ -82,7 +82,7 @@ def _gap(mine: list[Tensor], theirs: list[Tensor] | Exception) -> str:
 
 
 def _first_module(mine: nn.Module, theirs: nn.Module, attributes: bool = True) -> str:
-    """Name the first module that is of another kind or has other settings, or other attributes, which may say nothing."""
+    """Name the first module that is of another kind or has other settings, or other attributes (some only describe)."""
     for (path, one), (other_path, other) in zip(mine.named_modules(), theirs.named_modules(), strict=False):
         place = path or "the model"
         if path != other_path:
