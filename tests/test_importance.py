@@ -98,8 +98,9 @@ def test_taylor_sorts_by_gradient_times_weight_and_asks_for_gradients(model, ima
     assert torch.equal(supernet.model.bn_inner.bias[-1], model.bn_inner.bias[3])
 
 
-@pytest.mark.parametrize("frozen", ["inner.weight", "bn_inner.bias"])
+@pytest.mark.parametrize("frozen", ["inner.weight", "inner.bias", "head.weight"])
 def test_taylor_names_a_frozen_weight_that_it_reads(model, images, frozen):
+    model.inner.bias = nn.Parameter(torch.randn(16))
     model.get_parameter(frozen).requires_grad_(False)
     with_gradients(model, images)
     message = rf'{frozen}: the criterion "taylor" got no gradient here; .* with requires_grad=True for every weight'
@@ -107,9 +108,12 @@ def test_taylor_names_a_frozen_weight_that_it_reads(model, images, frozen):
         convert(model, IMAGE, order="taylor")
 
 
-def test_taylor_takes_a_frozen_weight_that_it_does_not_read(model, images):
+def test_taylor_takes_frozen_weights_that_it_does_not_read(model, images):
     model.head.bias.requires_grad_(False)  # of the outputs, which nothing sorts
-    assert convert(with_gradients(model, images), IMAGE, order="taylor").model.head.bias.grad is None
+    for norm in (model.bn, model.bn_inner, model.bn_outer):  # as in many a fine-tuning
+        norm.requires_grad_(False)
+    ordered = convert(with_gradients(model, images), IMAGE, order="taylor").model
+    assert not torch.equal(ordered.inner.weight, model.inner.weight)
 
 
 def test_a_random_order_is_the_same_at_each_call_and_leaves_the_global_generator_alone(model):

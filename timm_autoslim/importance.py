@@ -96,11 +96,15 @@ def unit_scores(
     ]
 
 
+_INPUTS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+
+
 def _check_gradients(groups: Iterable[Any]) -> None:
     """Raise WidthError if a weight that "taylor" reads has no gradient."""
-    inputs = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)  # which a bias has no part in
+    # it reads nothing of BatchNorms, and of layers that take the channels in no bias
+    read = {tp.prune_batchnorm_out_channels: (), **dict.fromkeys(_INPUTS, ("weight",))}
     for dependency in (dependency for group in groups for dependency, _ in group):
-        for leaf in ("weight",) if dependency.handler in inputs else ("weight", "bias"):
+        for leaf in read.get(dependency.handler, ("weight", "bias")):
             tensor = getattr(dependency.target.module, leaf, None)
             if tensor is not None and (not tensor.is_leaf or tensor.grad is None):
                 path = dependency.target.name.partition(" ")[0]
