@@ -46,6 +46,30 @@ def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) 
     return parser.parse_args(argv)
 
 
+def check_numbers(args: argparse.Namespace, least: Mapping[int, Sequence[str]]) -> None:
+    """Refuse numbers that cannot be, before any work is done; flags that were not given pass.
+
+    Args:
+        args: the flags of a recipe.
+        least: flags of this recipe by the least that they can be; those of all recipes are known.
+
+    Raises:
+        ConfigError: one is too small, or the seed is none that NumPy takes too.
+    """
+    needed = [
+        (0, "threads"),
+        (0, "workers"),
+        (1, "batch_size"),
+        *((n, flag) for n, flags in least.items() for flag in flags),
+    ]
+    for number, flag in needed:
+        given = getattr(args, flag)
+        if given is not None and given < number:
+            raise ConfigError(f"--{flag.replace('_', '-')} {given}: needed {number} or more.")
+    if not 0 <= args.seed < 2**32:
+        raise ConfigError(f"--seed {args.seed}: needed a number from 0 to {2**32 - 1}.")
+
+
 def command(main: Callable[[], None]) -> None:
     """Run a recipe from the shell: what the user can mend is a message, not a traceback."""
     try:

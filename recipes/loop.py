@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import set_seed
 from checkpoints import Checkpoints, Progress, check_same, restore
+from common import check_numbers
 from processes import start_trackers
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -75,18 +76,11 @@ def learning_rate(args: argparse.Namespace, images: int) -> float:
 
 
 def check_training(args: argparse.Namespace) -> None:
-    """Refuse numbers that cannot be, before any work is done.
-
-    Raises:
-        ConfigError: one is too small.
-    """
-    for least, flags in {
-        0: ("epochs", "recovery_interval", "workers", "warmup_epochs"),
-        1: ("batch_size", "grad_accum_steps", "checkpoint_hist", "log_interval", "val_interval", "lr_base_size"),
-    }.items():
-        for flag in flags:
-            if getattr(args, flag) < least:
-                raise ConfigError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: needed {least} or more.")
+    """Refuse numbers that cannot be, before any work is done; raises as `check_numbers` does."""
+    check_numbers(args, {
+        0: ("epochs", "recovery_interval", "warmup_epochs"),
+        1: ("grad_accum_steps", "checkpoint_hist", "log_interval", "val_interval", "lr_base_size"),
+    })  # fmt: skip
 
 
 class Trainer:

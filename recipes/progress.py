@@ -19,7 +19,7 @@ class Progress(dict[str, Any]):
     """Scores that a search knows so far, kept in a file of the run folder, which is replaced whole.
 
     Raises:
-        ConfigError: the file cannot be read, or is of a search with other settings.
+        ConfigError: the file cannot be read, holds what is no score, or is of a search with other settings.
     """
 
     def __init__(self, path: Path, setting: dict[str, Any], accelerator: Accelerator) -> None:
@@ -37,6 +37,12 @@ class Progress(dict[str, Any]):
             before, scores = dict(kept["setting"]), dict(kept["scores"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{self.path} is no progress of a search ({error}): remove it to start anew.") from error
+        for key, score in scores.items():
+            if not _is_score(score):
+                raise ConfigError(
+                    f"{self.path}: got {score!r} as the score of {key!r}; needed: [error, images], a finite number and "
+                    "a number of images; remove the file to score anew."
+                )
         changed = sorted(key for key in before.keys() | self.setting.keys() if before.get(key) != self.setting.get(key))
         if changed:
             raise ConfigError(
@@ -61,3 +67,11 @@ class Progress(dict[str, Any]):
 
     def __exit__(self, *_: object) -> None:
         self.save()
+
+
+def _is_score(value: Any) -> bool:
+    """Whether this is a finite error and a number of images, as the search writes them."""
+    if not isinstance(value, list) or [type(number) for number in value] not in ([float, int], [int, int]):
+        return False
+    error, images = value
+    return abs(error) < float("inf") and images >= 0

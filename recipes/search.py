@@ -18,6 +18,7 @@ import argparse
 import csv
 import dataclasses
 import hashlib
+import io
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from common import command, load_supernet, parse_args, read_args, write_json
+from common import check_numbers, command, load_supernet, parse_args, read_args, write_json
 from data import in_memory, open_images, read_split
 from processes import make_accelerator
 from progress import Progress
@@ -36,8 +37,9 @@ from tqdm import tqdm
 
 import timm_autoslim
 from timm_autoslim import HeldOut, SharedLatency, Team
-from timm_autoslim.costs import UNITS, Budget, cost_by_module, parse_limits, read_budgets
-from timm_autoslim.errors import BudgetError, ConfigError, DataError
+from timm_autoslim.atomic import write_text
+from timm_autoslim.costs import Budget, cost_by_module, parse_limits, read_budgets
+from timm_autoslim.errors import DataError
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,8 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args("search", __doc__, argv)
     run = Path(args.run)
     texts = budget_texts(args.budgets)
-    if args.candidates < 1:
-        raise ConfigError(f"--candidates {args.candidates}: at least 1 is needed.")
+    check_numbers(args, {0: ("images",), 1: ("candidates", "steps", "cost_batch_size", "latency_threads")})
     args = read_args(run, args)
     accelerator = make_accelerator(args)
     accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}")
@@ -143,32 +144,9 @@ def setting(run: Path, args: argparse.Namespace, images: int) -> dict[str, Any]:
 
 
 def budget_texts(given: Sequence[str]) -> list[str]:
-    """The budgets as texts that the search reads: `macs=50%` is `macs<=50%`; several limits at once stand as given.
-
-    Raises:
-        BudgetError: not of the form UNIT=AMOUNT, or an unknown unit.
-    """
-    amounts_by_unit([text for text in given if "<=" not in text])
+    """The budgets as texts that the search reads: `macs=50%` is `macs<=50%`; several limits at once stand as given."""
     texts = [text if "<=" in text else text.replace("=", "<=", 1) for text in given]
     return list(dict.fromkeys(" ".join(text.split()) for text in texts))
-
-
-def amounts_by_unit(given: list[str]) -> dict[str, list[str]]:
-    """`macs=50%` and the like, by unit.
-
-    Raises:
-        BudgetError: not of the form UNIT=AMOUNT, or an unknown unit.
-    """
-    budgets: dict[str, list[str]] = {}
-    for text in given:
-        unit, _, amount = text.partition("=")
-        if unit not in UNITS or not amount:
-            raise BudgetError(
-                f"--budgets {text!r}: needed UNIT=AMOUNT, such as macs=50%, macs=300M or params=2.5M; "
-                f"units {list(UNITS)}."
-            )
-        budgets.setdefault(unit, []).append(amount)
-    return budgets
 
 
 def write_results(
@@ -183,7 +161,8 @@ def write_results(
     networks = []
     for group in zip(*(result.networks for result in results.values()), strict=True):  # of one budget
         text = asked[Budget(tuple(group[0].limits.items()))]
-        units, amounts = zip(*(part.replace(" ", "").split("<=") for part in text.split(" and ")), strict=True)
+        units = list(group[0].limits)  # in the order of the text
+        amounts = [part.partition("<=")[2].replace(" ", "") for part in text.split(" and ")]
         name = "-".join(f"{u}-{a.replace('%', 'pct')}" for u, a in zip(units, amounts, strict=True))
         for kind, found in zip(results, group, strict=True):
             networks.append({
@@ -210,11 +189,12 @@ def write_results(
 
 def write_trace(path: Path, steps: list[dict[str, Any]]) -> None:
     """The steps of the descent as a table."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, fieldnames=["index", "group", "width", "error", "macs", "params", "evaluations"],
-                               extrasaction="ignore")  # fmt: skip
-        table.writeheader()
-        table.writerows(steps)
+    text = io.StringIO()
+    table = csv.DictWriter(text, fieldnames=["index", "group", "width", "error", "macs", "params", "evaluations"],
+                           extrasaction="ignore", lineterminator="\n")  # fmt: skip
+    table.writeheader()
+    table.writerows(steps)
+    write_text(path, text.getvalue())
 
 
 class Descent(tqdm):

@@ -9,7 +9,7 @@ from zoo import Member, Plain, assert_same, randomise, snapshot
 
 from timm_autoslim import convert
 from timm_autoslim.errors import WidthError
-from timm_autoslim.importance import CRITERIA, _scores, permute, reordered, strand_group
+from timm_autoslim.importance import CRITERIA, permute, reordered, strand_group, unit_scores
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 # An order changes the order of float32 sums, nothing else.
@@ -60,7 +60,7 @@ def test_scores_are_torch_prunings_over_all_layers_of_a_channel(model):
     )
     total = sum(layers)
     supernet = convert(model, IMAGE)
-    found = _scores(model, supernet.graph, "l1")[strand_named(supernet, "inner")]
+    found = unit_scores(model, supernet.graph, "l1")[strand_named(supernet, "inner")]
     np.testing.assert_allclose(found, (total / total.mean()).detach().numpy(), rtol=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_bn_scale_sorts_by_the_scale_of_batch_norm(model):
 
 def test_taylor_sorts_by_gradient_times_weight_and_asks_for_gradients(model, images):
     with pytest.raises(
-        WidthError, match=r'stem\.weight: order="taylor" got no gradient here; run the loss backward on some'
+        WidthError, match=r'stem\.weight: the criterion "taylor" got no gradient here; run the loss backward'
     ):
         convert(model, IMAGE, order="taylor")
     with_gradients(model, images)
@@ -96,6 +96,35 @@ def test_taylor_sorts_by_gradient_times_weight_and_asks_for_gradients(model, ima
     supernet = convert(model, IMAGE, order="taylor")
     assert torch.equal(supernet.model.bn_inner.bias[0], model.bn_inner.bias[11])
     assert torch.equal(supernet.model.bn_inner.bias[-1], model.bn_inner.bias[3])
+
+
+@pytest.mark.parametrize("frozen", ["inner.weight", "inner.bias", "head.weight"])
+def test_taylor_names_a_frozen_weight_that_it_reads(model, images, frozen):
+    model.inner.bias = nn.Parameter(torch.randn(16))
+    model.get_parameter(frozen).requires_grad_(False)
+    with_gradients(model, images)
+    message = rf'{frozen}: the criterion "taylor" got no gradient here; .* with requires_grad=True for every weight'
+    with pytest.raises(WidthError, match=message):
+        convert(model, IMAGE, order="taylor")
+
+
+def test_taylor_takes_frozen_weights_that_it_does_not_read(model, images):
+    model.head.bias.requires_grad_(False)  # of the outputs, which nothing sorts
+    for norm in (model.bn, model.bn_inner, model.bn_outer):  # as in many a fine-tuning
+        norm.requires_grad_(False)
+    ordered = convert(with_gradients(model, images), IMAGE, order="taylor").model
+    assert not torch.equal(ordered.inner.weight, model.inner.weight)
+
+
+def test_a_random_order_is_the_same_at_each_call_and_leaves_the_global_generator_alone(model):
+    torch.manual_seed(1)
+    first = convert(model, IMAGE, order="random").model
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    again = convert(model, IMAGE, order="random").model
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.inner.weight, model.inner.weight)
 
 
 def test_an_unknown_order_is_refused(model):
@@ -147,7 +176,6 @@ def test_channels_that_a_shuffle_matches_by_position_stay_where_they_are():
     supernet = convert(model, images[:1])
     graph = supernet.graph
     assert {s.ordered for s in graph.strands} == {True, False}
-    assert [s is None for s in _scores(model, graph, "random")] == [s.ordered for s in graph.strands]
     permuted = reordered(model, graph, "random")
     torch.testing.assert_close(permuted(images), model(images), rtol=EXACT, atol=EXACT)
     before, after = model.state_dict(), permuted.state_dict()

@@ -221,9 +221,29 @@ def test_what_is_no_script_is_refused(script, tmp_path, monkeypatch, capsys):
     assert f"error: {script}: cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["run"], ["run", "--flag", "x.py"], []])
-def test_run_needs_a_script(words, capsys):
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run"], "run: error: the following arguments are required: SCRIPT\n"),
+        (["run", "--flag", "x.py"], "error: unrecognized arguments: --flag"),
+        ([], "error: the following arguments are required: command"),
+    ],
+)
+def test_run_needs_a_script(words, message, capsys):
     with pytest.raises(SystemExit) as error:
         main(words)
     assert error.value.code == 2
-    assert "usage: python -m timm_autoslim" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "usage: python -m timm_autoslim" in printed
+    assert message in printed
+
+
+def test_a_script_may_follow_two_dashes(capsys):
+    assert main(["run", "--", "missing.py"]) == 2
+    assert "error: missing.py: cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["-3", "99999999999", "1" + "0" * 30])
+def test_a_size_that_no_image_has_is_refused(size, capsys):
+    assert main(["inspect", "resnet10t", "--size", size]) == 1
+    assert f"error: size={size}: no image has this height and width" in capsys.readouterr().err

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from recipe_tools import RECIPES, common, launch, parse, train, write_config
 
-import timm_autoslim
+from timm_autoslim.costs import cost, read_budgets, uniform_within
 from timm_autoslim.errors import AutoSlimError, BudgetError, ConfigError, DataError, OutputExistsError
 
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
@@ -74,13 +74,9 @@ def test_every_config_parses_and_its_budgets_are_in_reach(path):
     args.num_classes = args.num_classes or 10
     with torch.device("meta"):
         supernet = common.make_supernet(args)
-    budgets = search.amounts_by_unit(common.parse_args("search", None, ["somewhere", "-c", str(path)]).budgets)
-    for unit, amounts in budgets.items():
-        for amount in amounts:
-            widths = timm_autoslim.uniform_at(supernet, unit, amount)
-            cost = getattr(timm_autoslim.cost(supernet, widths), unit)
-            limit = timm_autoslim.costs.parse_budget(amount, getattr(timm_autoslim.cost(supernet), unit))
-            assert 0.8 * limit < cost <= limit < getattr(timm_autoslim.cost(supernet), unit)
+    texts = search.budget_texts(common.parse_args("search", None, ["somewhere", "-c", str(path)]).budgets)
+    for budget in read_budgets(supernet, texts):
+        assert 0.8 < budget.used(cost(supernet, uniform_within(supernet, budget))) <= 1 < budget.used(cost(supernet))
     assert "/" not in yaml.safe_load(path.read_text()).get("data_dir", "")
 
 
@@ -91,13 +87,6 @@ def test_flags_of_run_are_configuration_values():
     }  # fmt: skip
     with pytest.raises(ConfigError, match="'stray' is no flag"):
         run.overrides(["stray"])
-
-
-def test_budgets_are_read_or_refused():
-    assert search.amounts_by_unit(["macs=50%", "macs=10M", "params=1M"]) == {"macs": ["50%", "10M"], "params": ["1M"]}
-    for wrong in ("50%", "flops=3", "macs="):
-        with pytest.raises(BudgetError, match="needed UNIT=AMOUNT"):
-            search.amounts_by_unit([wrong])
 
 
 # ---------------------------------------------------------------------------------------------------------- data

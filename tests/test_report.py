@@ -77,15 +77,60 @@ def test_a_search_without_steps_has_no_descent(run):
     assert "The descent" not in (run / "report.html").read_text()
 
 
+def test_of_several_limits_the_one_that_is_used_most_counts(run):
+    content = json.loads((run / "search.json").read_text())
+    network = content["networks"][0]
+    both = max(network["macs"], network["params"]) * 1.01  # the same number for either
+    content["networks"] = [
+        network | {"unit": "params and macs", "asked": "1M and 1M", "budget": both, "limits": limits}
+        for limits in ({"params": both, "macs": both}, {"macs": both, "params": both})
+    ]
+    (run / "search.json").write_text(json.dumps(content))
+    assert main(["report", str(run)]) == 0
+    assert (run / "report.html").read_text().count("<td>99.0 %</td>") == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {}}', '{"a": {"top1": "good"}}', "\x00"])
+def test_broken_results_are_told_and_nothing_is_written(run, capsys, text):
+    (run / "results.json").write_text(text)
+    assert main(["report", str(run)]) == 1
+    assert re.search(r"results\.json is no .*; remove it to do without accuracies", capsys.readouterr().err)
+    assert sorted(path.name for path in run.iterdir()) == ["results.json", "search.json"]
+
+
+def test_zeros_that_would_divide_are_told_and_nothing_is_written(run, capsys):
+    content = json.loads((run / "search.json").read_text())
+    networks = content["networks"]
+    for change in (
+        {"groups": dict.fromkeys(content["groups"], 0)},
+        {"networks": [n | {"limits": dict.fromkeys(n["limits"], 0)} for n in networks]},
+    ):
+        (run / "search.json").write_text(json.dumps(content | change))
+        assert main(["report", str(run)]) == 1
+        assert "does not hold what the report shows (ZeroDivisionError: " in capsys.readouterr().err
+        assert [path.name for path in run.iterdir()] == ["search.json"]
+
+
+@pytest.mark.parametrize("name", ["report", "report.html"])
+def test_what_stands_in_the_way_of_the_report_is_kept(run, capsys, name):
+    if name == "report":
+        (run / name).write_text("mine")
+    else:
+        (run / name).mkdir()
+    assert main(["report", str(run)]) == 1
+    assert re.search(r"the report cannot be written \(.*move away what is there", capsys.readouterr().err)
+    assert sorted(path.name for path in run.iterdir()) == sorted([name, "search.json"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, r"holds no search\.json; needed: the run folder of a finished search"),
-        ("{", r"search\.json is no JSON"),
+        ("{", r"search\.json is no JSON that can be read"),
         ("[]", r"is no search of a known format"),
         ('{"format": 2, "networks": [1]}', r"is no search of a known format"),
         ('{"format": 1, "networks": []}', r"with at least one network"),
-        ('{"format": 1, "networks": [{"kind": "searched"}]}', r"lacks what the report shows \(KeyError: "),
+        ('{"format": 1, "networks": [{"kind": "searched"}]}', r"does not hold what the report shows \(KeyError: "),
     ],
 )
 def test_other_folders_are_refused_and_nothing_is_written(tmp_path, capsys, text, message):

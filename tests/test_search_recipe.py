@@ -14,6 +14,8 @@ import data
 import pytest
 import search
 import train
+from accelerate import Accelerator
+from progress import Progress
 from recipe_tools import RECIPES, ROOT, common, launch_two, trained, write_config
 
 from timm_autoslim.__main__ import main as command_line
@@ -92,8 +94,6 @@ def test_budgets_become_texts():
         "macs<=60% and params <= 50%",
         "params<=1M",
     ]
-    with pytest.raises(BudgetError, match="needed UNIT=AMOUNT"):
-        search.budget_texts([JOINT, "50%"])
 
 
 # -- the held-out images ----------------------------------------------------------------------------------------------
@@ -212,6 +212,23 @@ def test_a_file_that_is_no_progress_is_told_and_kept(folder):
     path.unlink()
 
 
+@pytest.mark.parametrize(
+    "score",
+    [None, "abc", [1.0], ["a", 64], [float("nan"), 64], [float("inf"), 64], [1.0, -1], [1.0, 8.5], [True, 8], {}],
+)
+def test_what_is_no_score_is_told_by_its_key_and_kept(folder, score):
+    path = folder / "search-progress.json"
+    text = json.dumps({"setting": {}, "scores": {"8,8:0": [1, 8], "8,8:1": score}})
+    path.write_text(text)
+    message = (
+        rf"search-progress\.json: got {re.escape(repr(score))} as the score of '8,8:1'; .* remove the file to score"
+    )
+    with pytest.raises(ConfigError, match=message):
+        Progress(path, {}, Accelerator())
+    assert path.read_text() == text
+    path.unlink()
+
+
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
@@ -238,18 +255,59 @@ def test_the_bar_tells_layer_width_error_and_distance(folder, capsys):
     assert re.search(r"\+\d+\.\d% macs to \d+\.\d+M", bar)
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "--steps 0: needed 1 or more"),
+        (["--images", "-5"], "--images -5: needed 0 or more"),
+        (["--candidates", "0"], "--candidates 0: needed 1 or more"),
+        (["--cost-batch-size", "0"], "--cost-batch-size 0: needed 1 or more"),
+        (["--batch-size", "0"], "--batch-size 0: needed 1 or more"),
+        (["--threads", "-1"], "--threads -1: needed 0 or more"),
+        (["--workers", "-1"], "--workers -1: needed 0 or more"),
+        (["--seed", str(2**64)], f"--seed {2**64}: needed a number from 0 to 4294967295"),
+        (["--seed", "-1"], "--seed -1: needed a number from 0 to 4294967295"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_before_anything_is_loaded(folder, monkeypatch, flags, message):
+    monkeypatch.setattr(search, "load_supernet", lambda *_: pytest.fail("the supernet was loaded"))
+    with pytest.raises(ConfigError, match=message):
+        found(folder, *flags)
+    assert not (folder / "search-progress.json").exists()
+
+
+def test_the_table_of_steps_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "search.csv"
+    step = {
+        "index": 0,
+        "group": "a",
+        "width": 8,
+        "error": 0.5,
+        "macs": 3,
+        "params": 2,
+        "evaluations": 1,
+        "unit": "macs",
+    }
+    search.write_trace(path, [step])
+    before = path.read_bytes()
+    assert before == b"index,group,width,error,macs,params,evaluations\n0,a,8,0.5,3,2,1\n"
+    with pytest.raises(AttributeError):
+        search.write_trace(path, [step, None])
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("search.csv", before)]
+
+
 def test_bad_input_is_refused_before_anything_is_evaluated(folder, monkeypatch, capsys):
     monkeypatch.setattr(search, "in_memory", lambda *_: pytest.fail("images were loaded"))
     for budget, message in (
         ("macs=0.1%", r"is out of reach: the narrowest subnet"),
         ("macs<=60% and params<=1%", r"of [\d,]+ params is out of reach"),
-        ("flops=3", r"needed UNIT=AMOUNT"),
+        ("flops=3", r"got a budget in 'flops'; needed: one of"),
+        ("50%", r"got the budget '50%'; needed: a text of UNIT<=AMOUNT"),
+        ("macs=", r"got the budget ''; needed: a number"),
         ("watts<=3", r"got a budget in 'watts'; needed: one of"),
         ("macs=much", r"got the budget 'much'"),
     ):
         with pytest.raises(BudgetError, match=message):
             found(folder, "--budgets", budget)
-    with pytest.raises(ConfigError, match=r"--candidates 0: at least 1 is needed"):
-        found(folder, "--candidates", "0")
     with pytest.raises(ConfigError, match=r"baselines: .* needs a list of 'uniform', 'random'"):
         common.parse_args("search", None, ["r", "-c", write_config(folder.parent, baselines=["greedy"])])

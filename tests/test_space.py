@@ -1,11 +1,14 @@
 """The search space: groups, and the widths made by its methods."""
 
 import json
+import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import ScaledStdConv2d
 from torch import nn
 from zoo import Plain, arbitrary_widths
 
@@ -73,10 +76,16 @@ def test_uniform_takes_the_nearest_choice_the_wider_of_two_or_the_exact_number(s
     assert space.uniform(0.01, exact=True) == space.min()
 
 
-@pytest.mark.parametrize("ratio", [0, -0.5, 1.01, float("nan")])
+@pytest.mark.parametrize("ratio", [0, -0.5, 1.01, float("nan"), None, "0.5", True])
 def test_a_uniform_ratio_out_of_range_is_refused(space, ratio):
-    with pytest.raises(WidthError, match=rf"got the ratio {ratio}; needed: above 0 and at most 1"):
+    with pytest.raises(WidthError, match=rf"got the ratio {ratio!r}; needed: a number above 0 and at most 1"):
         space.uniform(ratio)
+
+
+def test_a_seed_is_no_generator(space):
+    for draw in (space.sample, space.sample_multiplier):
+        with pytest.raises(WidthError, match=r"got the generator 5; needed: a torch\.Generator, such as"):
+            draw(5)
 
 
 def test_sampling_is_random_over_all_choices_and_repeats_with_its_generator(space):
@@ -149,7 +158,62 @@ def test_widths_are_a_frozen_hashable_mapping(space):
     assert narrower.to_dict() == {"stem": 5, "inner": 6}
     assert narrower != widths
     assert widths != {"stem": 5, "inner": 7}
-    assert widths != Widths(widths.values_, widths.names, "another space")
+    assert widths != Widths(widths.values_, widths.groups, "another space")
+    assert repr(widths) == "Widths({'stem': 5, 'inner': 7})"
+
+
+NO_WIDTHS = [0, -3, 10**6, 2.5, 4.0, True, "4", None, np.float64(4)]
+
+
+@pytest.mark.parametrize("width", NO_WIDTHS)
+def test_widths_hold_nothing_but_widths_however_they_are_made(space, width):
+    message = re.escape(f"inner: got the width {width!r}; needed: an integer from 1 to 64")
+    makers = (
+        lambda: space.max().replaced("inner", width),
+        lambda: space.from_dict({"stem": 8, "inner": width}),
+        lambda: Widths((8, width), space.groups, space.id),
+    )
+    for make in makers:
+        with pytest.raises(WidthError, match=message):
+            make()
+    with pytest.raises(WidthError, match=r"inner: got .* channels; needed: an integer from 1 to 64"):
+        space.from_channels({"inner": width})
+
+
+def test_an_unknown_group_is_not_replaced(space):
+    with pytest.raises(WidthError, match=r"'innr' is no group of this search space of 2 groups; the closest are \['in"):
+        space.max().replaced("innr", 4)
+
+
+def test_numpys_integers_become_plain_ones(supernet):
+    space = supernet.space
+    four = np.int64(4)
+    plain = space.from_dict({"stem": 32, "inner": 4})
+    for widths in (
+        space.from_dict({"stem": np.int32(32), "inner": four}),
+        space.from_channels({"inner": four}),
+        space.max().replaced("inner", four),
+    ):
+        assert widths == plain
+        assert [type(width) for width in widths.values()] == [int, int]
+    assert (
+        json.loads(json.dumps(supernet.extract(space.from_channels({"inner": four})).autoslim))["widths"]["inner"] == 4
+    )
+    rules = {"min": {"inner": four}, "divisor": np.int64(8), "choices": {"stem": np.array([8, 16])}}
+    assert json.dumps([group.choices for group in space_with(**rules).groups]) == json.dumps(
+        [[8, 16, 32], [8, 16, 24, 32, 40, 48, 56, 64]]
+    )
+
+
+def test_the_floor_of_a_group_holds_for_every_way_to_widths():
+    """A standardised weight with a single value would be divided by a deviation of nothing."""
+    space = convert(nn.Sequential(nn.Conv2d(3, 8, 1), ScaledStdConv2d(8, 8, 1), nn.Conv2d(8, 4, 1)), IMAGE).space
+    assert space["0"].floor == 2
+    assert space.from_channels({"0": 2})["0"] == 2
+    with pytest.raises(WidthError, match=r"0: got 1 channels; needed: an integer from 2 to 8"):
+        space.from_channels({"0": 1})
+    with pytest.raises(WidthError, match=r"0: got the width 1; needed: an integer from 2 to 8"):
+        space.max().replaced("0", 1)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +224,8 @@ def test_widths_are_a_frozen_hashable_mapping(space):
         ({"xyz": 8}, r"'xyz' is no group of this search space of 2 groups; the groups are \['stem', 'inner'\]"),
         ({"stem": 0, "inner": 8}, r"stem: got the width 0; needed: an integer from 1 to 32"),
         ({"stem": 8, "inner": 65}, r"inner: got the width 65; needed: an integer from 1 to 64"),
-        ({"stem": 8, "inner": 8.0}, r"inner: got the width 8\.0; needed: an integer"),
-        ({"stem": 8, "inner": True}, r"inner: got the width True; needed: an integer"),
-        ({"stem": 8, "inner": "8"}, r"inner: got the width '8'; needed: an integer"),
+        (None, r"got widths of type NoneType; needed: a dict \{group: width\}"),
+        (["stem", "inner"], r"got widths of type list; needed: a dict \{group: width\}"),
     ],
 )
 def test_from_dict_names_what_is_wrong(space, widths, message):
@@ -185,8 +248,8 @@ def test_from_channels_takes_any_producer_and_leaves_the_rest_whole(space):
         ),
         ({"bn": 8}, r"bn: this module produces no channels; modules that do: \[.*'stem'"),
         ({"head": 8}, r"head: its 10 channels are fixed: .*an output of the model"),
-        ({"inner": 65}, r"inner: got 65 channels; needed: from 1 to 64"),
-        ({"inner": 0}, r"inner: got 0 channels; needed: from 1 to 64"),
+        ({"inner": 65}, r"inner: got 65 channels; needed: an integer from 1 to 64"),
+        (None, r"got channels of type NoneType; needed: a dict \{module: channels\}"),
     ],
 )
 def test_from_channels_names_what_is_wrong(space, channels, message):
@@ -200,7 +263,7 @@ def test_a_grouped_convolution_counts_channels_in_steps():
     assert (group.name, group.size, group.channels) == ("stem", 8, 4)
     assert space.from_channels({"grouped": 12}).to_dict() == {"stem": 3}
     assert space.channels(space.from_dict({"stem": 3})) == {"stem": 12, "grouped": 12, "head": 10}
-    with pytest.raises(WidthError, match=r"grouped: got 10 channels; needed: from 4 to 32 in steps of 4"):
+    with pytest.raises(WidthError, match=r"grouped: got 10 channels; needed: an integer from 4 to 32 in steps of 4"):
         space.from_channels({"grouped": 10})
 
 
@@ -242,6 +305,13 @@ def test_rules_for_all_and_by_glob():
         ({"min": 1.5}, r"stem: got min=1\.5; needed"),
         ({"min": -0.1}, r"stem: got min=-0\.1; needed"),
         ({"min": {"inner": 65}}, r"inner: got min=65; needed: an integer from 1 to 64"),
+        ({"min": True}, r"stem: got min=True; needed: an integer from 1 to 32"),
+        ({"min": "8"}, r"stem: got min='8'; needed"),
+        ({"choices": {"inner": []}}, r"inner: got choices=\[\]; needed: a list of at least one width"),
+        ({"choices": {"inner": 8}}, r"inner: got choices=8; needed: a list of at least one width"),
+        ({"choices": {"inner": [8.0]}}, r"inner: got the width 8\.0; needed: an integer from 1 to 64"),
+        ({"choices": [8, 16]}, r"got choices of type list; needed: a dict \{glob: \[widths\]\}"),
+        ({"divisor": True}, r"stem: got the divisor True; needed: an integer of at least 1"),
         ({"divisor": 0}, r"stem: got the divisor 0; needed: an integer of at least 1"),
         ({"divisor": 0.5}, r"stem: got the divisor 0\.5; needed: an integer"),
         ({"choices": {"inner": [8, 65]}}, r"inner: got the width 65; needed: an integer from 1 to 64"),
@@ -264,7 +334,9 @@ def test_widths_of_another_model_are_refused(space):
         WidthError, match=r"got widths of another model \(2 groups, space \w+\); needed: widths of this space"
     ):
         space.check(other.max())
-    with pytest.raises(WidthError, match=r"of type dict; needed: Widths, as made by supernet\.space\.from_dict"):
+    with pytest.raises(
+        WidthError, match=r"got widths of type dict; needed: Widths, as made by supernet\.space\.from_dict"
+    ):
         space.check({"stem": 8, "inner": 8})
     assert space.check(convert(Plain(32), IMAGE).space.min()) == space.min()  # the same architecture is the same space
 

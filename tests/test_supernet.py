@@ -365,13 +365,14 @@ def scripted():
             NothingToSlimError,
             "^no channel of the model can be removed; what is in the way: an out",
         ),
+        (nn.Sequential, NothingToSlimError, "what is in the way: it has no weights, and so no channels$"),
         (
             lambda: convert(Plain(), IMAGE),
             TraceError,
             r"^the model: got a Supernet; needed: the plain model; convert supernet\.",
         ),
     ],
-    ids=["wrong", "reads", "halfway", "scripted", "part scripted", "lazy", "nothing", "supernet"],
+    ids=["wrong", "reads", "halfway", "scripted", "part scripted", "lazy", "nothing", "no weights", "supernet"],
 )
 @pytest.mark.parametrize("example", [IMAGE, None], ids=["example", "no example"])
 def test_a_model_that_cannot_be_converted_is_refused_and_left_alone(build, error, message, example):

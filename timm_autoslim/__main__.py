@@ -15,7 +15,7 @@ import torch
 
 from timm_autoslim.bases import create_hollow
 from timm_autoslim.costs import cost_by_module, reach
-from timm_autoslim.errors import ArtifactError, AutoSlimError
+from timm_autoslim.errors import ArtifactError, AutoSlimError, TraceError
 from timm_autoslim.supernet import Supernet, convert
 
 
@@ -40,11 +40,16 @@ def inspect(name: str, size: int | None = None, modules: bool = False) -> str:
 
     Raises:
         ArtifactError: the name is unknown.
-        TraceError: the model cannot be traced.
+        TraceError: the model cannot be traced, or not at this size.
         NothingToSlimError: no channel of it can be removed.
     """
     model = create_hollow(name)  # shapes are all that is read
-    example = None if size is None else torch.empty(1, 3, size, size, device="meta")
+    try:
+        example = None if size is None else torch.empty(1, 3, size, size, device="meta")
+    except (RuntimeError, TypeError) as error:
+        raise TraceError(
+            f"size={size}: no image has this height and width ({error}); needed: pixels, such as 224"
+        ) from error
     start = time.perf_counter()
     supernet = convert(model, example)
     seconds = time.perf_counter() - start
@@ -132,12 +137,14 @@ def main(argv: list[str] | None = None) -> int:
         "run",
         help="run a script, such as timm's validate.py, that is to load exported folders: --model local-dir:FOLDER",
     )
-    start.add_argument("script", help="path of a Python script")
-    start.add_argument("args", nargs="...", help="the script's own arguments")
+    start.add_argument("script", metavar="SCRIPT", help="path of a Python script")
+    start.add_argument("args", metavar="ARGS", nargs="*", default=[], help="the script's own arguments")
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["run"] and len(words) > 1 and not words[1].startswith("-"):
         return run(words[1], words[2:])  # past argparse, which would drop a `--` among the script's arguments
     args = parser.parse_args(words)
+    if args.command == "run":  # after a `--`
+        return run(args.script, args.args)
     try:
         print(report(args.run) if args.command == "report" else inspect(args.model, args.size, args.modules))
     except AutoSlimError as error:

@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 
 from timm_autoslim.costs import Budget, Budgets, cost, fill_budget, read_budgets, uniform_within
-from timm_autoslim.errors import WidthError
 from timm_autoslim.scoring import Evaluate, Scorer, Scores, Team
 from timm_autoslim.slimming import Found, SearchResult
 from timm_autoslim.space import Widths
@@ -65,7 +64,7 @@ def baseline(
     Raises:
         BudgetError: a budget is malformed or out of reach; nothing was evaluated then.
         ValueError: another argument is out of range.
-        WidthError: the criterion is "taylor" and a parameter has no gradient.
+        WidthError: the criterion is "taylor" and a weight that it reads has no gradient.
         EvaluationError, LatencyError, StaleStatisticsError: as in `search`.
     """
     from timm_autoslim.importance import CRITERIA  # torch-pruning loads slowly, and only rankings need it
@@ -170,27 +169,15 @@ def _evolved(
 
 def _unit_scores(supernet: Supernet, criterion: str, seed: int) -> list[NDArray[np.float64]]:
     """Return, for every group, the scores of its units, falling."""
-    from timm_autoslim.importance import CRITERIA, strand_group
+    from timm_autoslim.importance import unit_scores
 
-    model, graph = supernet.model, supernet.graph
-    if criterion == "taylor":
-        bare = next((n for n, p in model.named_parameters() if p.requires_grad and p.grad is None), None)
-        if bare is not None:
-            raise WidthError(
-                f'{bare}: criterion="taylor" got no gradient here; run the loss backward through the widest subnet on '
-                "some batches first"
-            )
+    graph = supernet.graph
     found: list[list[NDArray[np.float64]]] = [[] for _ in graph.group_sizes]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the criterion "random" draws from it
-        scorer = CRITERIA[criterion]()
-        for index, strand in enumerate(graph.strands):
-            group = strand_group(model, graph, index)
-            scores = scorer(group) if group is not None else None
-            if scores is not None:
-                falling = -np.sort(-np.nan_to_num(scores[: strand.size].double().cpu().numpy()))
-                # one unit of the group's width is `ratio` of each strand's
-                found[strand.group].append(falling.reshape(-1, strand.ratio).mean(1))
+    for strand, scores in zip(graph.strands, unit_scores(supernet.model, graph, criterion, seed), strict=True):
+        if scores is not None:
+            falling = -np.sort(-np.nan_to_num(scores))
+            # one unit of the group's width is `ratio` of each strand's
+            found[strand.group].append(falling.reshape(-1, strand.ratio).mean(1))
     units: list[NDArray[np.float64] | None] = [np.mean(scores, axis=0) if scores else None for scores in found]
     # of a group without scores as many units are below any score as of all others; evenly, where there are no others
     known = np.concatenate([u for u in units if u is not None] or [np.array([0.0, 1.0])])

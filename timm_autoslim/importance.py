@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import numpy as np
@@ -69,14 +69,50 @@ def strand_group(model: nn.Module, graph: ChannelGraph, strand: int) -> Any | No
     return group if first else None
 
 
-def _scores(model: nn.Module, graph: ChannelGraph, order: str) -> list[NDArray[np.float64] | None]:
-    criterion = CRITERIA[order]()
-    scores: list[NDArray[np.float64] | None] = []
-    for index, strand in enumerate(graph.strands):
-        group = None if strand.ordered else strand_group(model, graph, index)
-        found = criterion(group) if group is not None else None
-        scores.append(None if found is None else found[: strand.size].double().cpu().numpy())
-    return scores
+def unit_scores(
+    model: nn.Module, graph: ChannelGraph, criterion: str, seed: int = 0
+) -> list[NDArray[np.float64] | None]:
+    """Return the scores of the units of every strand, by rank; None for a strand of which the criterion says nothing.
+
+    Args:
+        model: the traced model.
+        graph: its channel graph.
+        criterion: a name in `CRITERIA`.
+        seed: of the criterion "random"; torch's global generator is left as it was.
+
+    Raises:
+        WidthError: the criterion is "taylor", and a weight that it reads has no gradient.
+    """
+    groups = [strand_group(model, graph, index) for index in range(len(graph.strands))]
+    if criterion == "taylor":
+        _check_gradients(group for group in groups if group is not None)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        scorer = CRITERIA[criterion]()
+        scores = [None if group is None else scorer(group) for group in groups]
+    return [
+        None if found is None else found[: strand.size].double().cpu().numpy()
+        for strand, found in zip(graph.strands, scores, strict=True)
+    ]
+
+
+_INPUTS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+
+
+def _check_gradients(groups: Iterable[Any]) -> None:
+    """Raise WidthError if a weight that "taylor" reads has no gradient."""
+    # it reads nothing of BatchNorms, and of layers that take the channels in no bias
+    read = {tp.prune_batchnorm_out_channels: (), **dict.fromkeys(_INPUTS, ("weight",))}
+    for dependency in (dependency for group in groups for dependency, _ in group):
+        for leaf in read.get(dependency.handler, ("weight", "bias")):
+            tensor = getattr(dependency.target.module, leaf, None)
+            if tensor is not None and (not tensor.is_leaf or tensor.grad is None):
+                path = dependency.target.name.partition(" ")[0]
+                raise WidthError(
+                    f'{path}.{leaf}: the criterion "taylor" got no gradient here; run the loss backward through '
+                    "the widest subnet on some batches first, with requires_grad=True for every weight: a frozen one "
+                    "gets none"
+                )
 
 
 def _permuted(place: Place_, orders: dict[int, NDArray[np.int64]]) -> NDArray[np.int64]:
@@ -113,6 +149,7 @@ def reordered(model: M, graph: ChannelGraph, order: str) -> M:
     """Return a copy of `model` whose channels are sorted by importance, the best first, in every strand.
 
     The copy computes the same function to float rounding. Channels that a shuffle matches by position keep their order.
+    The same model and order give the same copy, "random" included.
 
     Args:
         model: the traced model.
@@ -120,16 +157,12 @@ def reordered(model: M, graph: ChannelGraph, order: str) -> M:
         order: a name in `CRITERIA`; "taylor" needs gradients, so run backward on some batches first.
 
     Raises:
-        WidthError: the order is unknown, or "taylor" is asked for without gradients.
+        WidthError: the order is unknown, or it is "taylor" and a weight that it reads has no gradient.
     """
     if order not in CRITERIA:
         raise WidthError(f"got order={order!r}; needed: None or one of {sorted(CRITERIA)}")
-    if order == "taylor":
-        bare = next((n for n, p in model.named_parameters() if p.requires_grad and p.grad is None), None)
-        if bare is not None:
-            raise WidthError(
-                f'{bare}: order="taylor" got no gradient here; run the loss backward on some batches before convert()'
-            )
-    scores = _scores(model, graph, order)
-    orders = {i: np.argsort(-s, kind="stable") for i, s in enumerate(scores) if s is not None}
+    scores = zip(graph.strands, unit_scores(model, graph, order), strict=True)
+    orders = {
+        i: np.argsort(-s, kind="stable") for i, (strand, s) in enumerate(scores) if s is not None and not strand.ordered
+    }
     return permute(model, graph, orders)

@@ -37,42 +37,64 @@ def write_report(run: Path) -> Path:
         The path of the page.
 
     Raises:
-        ArtifactError: the folder holds no search.json, or one that this version cannot show; nothing was written.
+        ArtifactError: the folder holds no search.json, or one that this version cannot show, or a results.json that it
+            cannot read, and then nothing was written; or the folder cannot be written to.
     """
     search = _read(run / "search.json")
-    tested = run / "results.json"
-    results = json.loads(tested.read_text(encoding="utf-8")) if tested.is_file() else {}
+    results = _read_results(run / "results.json")
     draw: dict[str, Callable[[Mapping[str, Any]], Figure]] = {
         "widths": _draw_widths, "descent": _draw_descent, "pareto": _draw_pareto, "layers": _draw_layers,
     }  # fmt: skip
     try:
         pictures = {name: _png(make(search)) for name, make in draw.items() if name != "descent" or search["steps"]}
         page = _page(run.resolve().name, search, results, pictures)
-    except (KeyError, TypeError, IndexError, AttributeError, StopIteration, jinja2.TemplateError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, jinja2.TemplateError) as error:
         raise ArtifactError(
-            f"{run}/search.json lacks what the report shows ({type(error).__name__}: {error}); needed: what this "
-            "version's recipes/search.py writes; search again"
+            f"{run}/search.json does not hold what the report shows ({type(error).__name__}: {error}); needed: what "
+            "this version's recipes/search.py writes; search again"
         ) from error
-    folder = run / "report"
-    folder.mkdir(exist_ok=True)
-    for name, picture in pictures.items():
-        with replacing(folder / f"{name}.png") as part:
-            part.write_bytes(picture)
-    write_text(run / "report.html", page)
-    return run / "report.html"
+    folder, whole = run / "report", run / "report.html"
+    try:
+        if whole.is_dir():
+            raise IsADirectoryError(f"{whole} is a folder")
+        folder.mkdir(exist_ok=True)
+        for name, picture in pictures.items():
+            with replacing(folder / f"{name}.png") as part:
+                part.write_bytes(picture)
+        write_text(whole, page)
+    except OSError as error:
+        raise ArtifactError(
+            f"the report cannot be written ({error}); needed: a folder {folder} and a file {whole}, new or of an "
+            "earlier report; move away what is there, or make room"
+        ) from error
+    return whole
 
 
 def _read(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ArtifactError(f"{path.parent} holds no search.json; needed: the run folder of a finished search")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{path} is no JSON ({error}); search again") from error
+    found = _read_json(path, "search again")
     known = isinstance(found, dict) and found.get("format") == 1
     if not known or not found.get("networks"):
         raise ArtifactError(f"{path} is no search of a known format with at least one network; search again")
     return found  # type: ignore[no-any-return]
+
+
+def _read_results(path: Path) -> Mapping[str, Mapping[str, float]]:
+    """Return the accuracies by network, and none where there is no such file."""
+    remedy = "remove it to do without accuracies, or fine-tune again"
+    found = _read_json(path, remedy) if path.is_file() else {}
+    rows = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(row, dict) and isinstance(row.get("top1"), (int, float)) for row in rows):
+        raise ArtifactError(f"{path} is no table of accuracies; needed: what recipes/finetune.py writes; {remedy}")
+    return found
+
+
+def _read_json(path: Path, remedy: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is no JSON that can be read ({error}); {remedy}") from error
 
 
 def _png(figure: Figure) -> bytes:
@@ -216,7 +238,7 @@ tr.searched td { font-weight: 600; }
 {%- if results %}<th>test top-1</th>{% endif %}</tr>
 {%- for budget, networks in budgets.items() %}{% for network in networks %}
 <tr class="{{ network.kind }}"><td>{{ budget }}</td><td>{{ network.kind }}</td>
-<td>{{ millions(network.macs) }}M</td><td>{{ '%.1f' % (100 * network[used(network)] / network.budget) }} %</td>
+<td>{{ millions(network.macs) }}M</td><td>{{ '%.1f' % (100 * used(network)) }} %</td>
 <td>{{ millions(network.params, 3) }}M</td><td>{{ '%.4f' % network.error }}</td>
 {%- if results %}<td>{{ '%.2f %%' % results[network.name].top1 if network.name in results }}</td>{% endif %}</tr>
 {%- endfor %}{% endfor %}
@@ -239,5 +261,5 @@ def _page(
         name=name, search=search, results=results, titles=TITLES, budgets=_budgets(search),
         pictures={key: base64.b64encode(picture).decode() for key, picture in pictures.items()},
         millions=lambda value, digits=2: f"{value / 1e6:.{digits}f}",
-        used=lambda network: next(unit for unit, limit in network["limits"].items() if limit == network["budget"]),
+        used=lambda network: max(network[unit] / limit for unit, limit in network["limits"].items()),
     )  # fmt: skip

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import hashlib
 import json
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from timm_autoslim.costs import cost_of
@@ -19,6 +22,11 @@ from timm_autoslim.tracing.graph import ChannelGraph
 DEFAULT_MIN = 0.15
 # Widths are multiples of 8 channels as in the paper, or of fewer where a group would have less than this many steps.
 DEFAULT_STEPS = 8
+
+
+def _integer(value: object) -> int | None:
+    """Return an integer of Python's or NumPy's as Python's own; None for all else, bool included."""
+    return int(value) if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True)
@@ -45,26 +53,54 @@ class ChannelGroup:
     producers: tuple[str, ...]
     floor: int = 1
 
+    def checked(self, width: object) -> int:
+        """Return a width of this group as a plain integer.
 
-@dataclass(frozen=True)
+        Raises:
+            WidthError: it is no integer, or is not from the floor to the size.
+        """
+        number = _integer(width)
+        if number is None or not self.floor <= number <= self.size:
+            raise WidthError(
+                f"{self.name}: got the width {width!r}; needed: an integer from {self.floor} to {self.size}"
+            )
+        return number
+
+
+@dataclass(frozen=True, repr=False)
 class Widths(Mapping[str, int]):
-    """The widths of one subnet: a read-only mapping from group name to width, tied to its search space."""
+    """The widths of one subnet: a read-only mapping from group name to width, tied to its search space.
+
+    Raises:
+        WidthError: a value is no width of its group.
+    """
 
     values_: tuple[int, ...]
-    names: tuple[str, ...]
+    groups: tuple[ChannelGroup, ...]
     space_id: str
 
+    def __post_init__(self) -> None:
+        if len(self.values_) != len(self.groups):
+            raise WidthError(f"got {len(self.values_)} widths; needed: one for each of {len(self.groups)} groups")
+        for group, value in zip(self.groups, self.values_, strict=True):
+            if type(value) is not int or not group.floor <= value <= group.size:  # a search makes many: quick if right
+                object.__setattr__(self, "values_", tuple(map(ChannelGroup.checked, self.groups, self.values_)))
+                break
+
+    def _index(self, name: str) -> int:
+        for index, group in enumerate(self.groups):
+            if group.name == name:
+                return index
+        raise KeyError(name)
+
     def __getitem__(self, name: str) -> int:
-        try:
-            return self.values_[self.names.index(name)]
-        except ValueError:
-            raise KeyError(name) from None
+        return self.values_[self._index(name)]
 
     def __iter__(self) -> Any:
-        return iter(self.names)
+        return iter([group.name for group in self.groups])
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.groups)
 
     def __hash__(self) -> int:
         return hash((self.values_, self.space_id))
@@ -72,14 +108,46 @@ class Widths(Mapping[str, int]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Widths) and (self.values_, self.space_id) == (other.values_, other.space_id)
 
+    def __repr__(self) -> str:
+        return f"Widths({self.to_dict()})"
+
     def to_dict(self) -> dict[str, int]:
         """Return the widths as plain data, for JSON; `SearchSpace.from_dict` reads it back."""
-        return dict(zip(self.names, self.values_, strict=True))
+        return dict(zip(self, self.values_, strict=True))
 
     def replaced(self, name: str, width: int) -> Widths:
-        """Return the same widths, but for one group."""
-        index = self.names.index(name)
-        return Widths((*self.values_[:index], width, *self.values_[index + 1 :]), self.names, self.space_id)
+        """Return the same widths, but for one group.
+
+        Raises:
+            WidthError: there is no such group, or the width is no integer from its floor to its size.
+        """
+        try:
+            index = self._index(name)
+        except KeyError:
+            raise WidthError(_no_group(name, list(self))) from None
+        return Widths((*self.values_[:index], width, *self.values_[index + 1 :]), self.groups, self.space_id)
+
+
+def _no_group(name: object, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(name), names, 3)
+    hint = f"the closest are {close}" if close else f"the groups are {list(names[:8])}..."
+    return f"{name!r} is no group of this search space of {len(names)} groups; {hint}"
+
+
+def _check_mapping(what: str, given: object, form: str) -> None:
+    if not isinstance(given, Mapping):
+        raise WidthError(f"got {what} of type {type(given).__name__}; needed: a dict {form}")
+
+
+def _draw(n: int, generator: torch.Generator | None) -> list[float]:
+    """Return n random numbers, from 0 to below 1."""
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise WidthError(
+            f"got the generator {generator!r}; needed: a torch.Generator, such as torch.Generator().manual_seed(5), or "
+            "None for torch's own"
+        )
+    draws: list[float] = torch.rand(n, generator=generator).tolist()
+    return draws
 
 
 Rule = Mapping[str, Any]
@@ -100,7 +168,7 @@ class SearchSpace:
         try:
             return self.groups[self._index[name]]
         except KeyError:
-            raise WidthError(self._no_group(name)) from None
+            raise WidthError(_no_group(name, self.names)) from None
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -108,15 +176,8 @@ class SearchSpace:
     def __str__(self) -> str:
         return self.table()
 
-    def _no_group(self, name: object) -> str:
-        import difflib
-
-        close = difflib.get_close_matches(str(name), self.names, 3)
-        hint = f"the closest are {close}" if close else f"the groups are {list(self.names[:8])}..."
-        return f"{name!r} is no group of this search space of {len(self.groups)} groups; {hint}"
-
     def _make(self, values: Iterable[int]) -> Widths:
-        return Widths(tuple(values), self.names, self.id)
+        return Widths(tuple(values), self.groups, self.id)
 
     def check(self, widths: Widths) -> Widths:
         """Return `widths`, or raise WidthError if they are of another search space."""
@@ -146,15 +207,19 @@ class SearchSpace:
         Raises:
             WidthError: the ratio is not above 0 and at most 1.
         """
-        if not 0 < ratio <= 1:
-            raise WidthError(f"got the ratio {ratio}; needed: above 0 and at most 1")
+        if not isinstance(ratio, numbers.Real) or isinstance(ratio, bool) or not 0 < ratio <= 1:
+            raise WidthError(f"got the ratio {ratio!r}; needed: a number above 0 and at most 1")
         if exact:
             return self._make(max(g.choices[0], round(ratio * g.size)) for g in self.groups)
         return self._make(min(g.choices, key=lambda c: (abs(c - ratio * g.size), -c)) for g in self.groups)
 
     def sample(self, generator: torch.Generator | None = None) -> Widths:
-        """Return random widths, every group on its own (AutoSlim's non-uniform sampling)."""
-        draws = torch.rand(len(self.groups), generator=generator).tolist()
+        """Return random widths, every group on its own (AutoSlim's non-uniform sampling).
+
+        Raises:
+            WidthError: the generator is no `torch.Generator`.
+        """
+        draws = _draw(len(self.groups), generator)
         return self._make(g.choices[int(u * len(g.choices))] for u, g in zip(draws, self.groups, strict=True))
 
     def sample_multiplier(self, generator: torch.Generator | None = None) -> Widths:
@@ -162,41 +227,38 @@ class SearchSpace:
 
         It is drawn evenly between the least share that any group can have and 1; a group that cannot go as low stays at
         its narrowest.
+
+        Raises:
+            WidthError: the generator is no `torch.Generator`.
         """
         least = min((g.choices[0] / g.size for g in self.groups), default=1.0)
-        return self.uniform(min(1.0, least + (1 - least) * torch.rand(1, generator=generator).item()))
+        return self.uniform(min(1.0, least + (1 - least) * _draw(1, generator)[0]))
 
     def from_dict(self, widths: Mapping[str, int]) -> Widths:
         """Return the widths that a plain dict names: for every group an integer from its floor to its size.
 
         Raises:
-            WidthError: a group is missing or unknown, or a width is out of range.
+            WidthError: a group is missing or unknown, or a width is no integer or out of range.
         """
+        _check_mapping("widths", widths, "{group: width}")
         for name in widths:
             if name not in self._index:
-                raise WidthError(self._no_group(name))
+                raise WidthError(_no_group(name, self.names))
         missing = [n for n in self.names if n not in widths]
         if missing:
             raise WidthError(
                 f"{missing[0]}: no width is given for it ({len(missing)} of {len(self)} are missing); name all"
             )
-        return self._make(self._valid(g, widths[g.name]) for g in self.groups)
-
-    @staticmethod
-    def _valid(group: ChannelGroup, width: int) -> int:
-        if isinstance(width, bool) or not isinstance(width, int) or not group.floor <= width <= group.size:
-            raise WidthError(
-                f"{group.name}: got the width {width!r}; needed: an integer from {group.floor} to {group.size}"
-            )
-        return width
+        return self._make(widths[g.name] for g in self.groups)
 
     def from_channels(self, channels: Mapping[str, int]) -> Widths:
         """Return widths from the number of channels of the modules that produce them; all other groups stay whole.
 
         Raises:
-            WidthError: a module produces no channels that can change, a number is out of reach, or two modules that
-                share a group are given numbers that contradict each other.
+            WidthError: a module produces no channels that can change, a number is no integer or out of reach, or two
+                modules that share a group are given numbers that contradict each other.
         """
+        _check_mapping("channels", channels, "{module: channels}")
         values: dict[int, tuple[int, str]] = {}
         for path, wanted in channels.items():
             group, width = self._solve(path, wanted)
@@ -221,15 +283,16 @@ class SearchSpace:
             raise WidthError(
                 f"{path}: its channels belong to the groups {[self.names[g] for g, _ in count.terms]}; use from_dict"
             )
-        (group, factor), size = count.terms[0], self.groups[count.terms[0][0]].size
-        width, rest = divmod(wanted - count.fixed, factor)
-        if rest or not 1 <= width <= size:
+        (index, factor), fixed = count.terms[0], count.fixed
+        group, number = self.groups[index], _integer(wanted)
+        width, rest = divmod(-1 if number is None else number - fixed, factor)
+        if number is None or rest or not group.floor <= width <= group.size:
             step = f" in steps of {factor}" if factor > 1 else ""
             raise WidthError(
-                f"{path}: got {wanted} channels; needed: from {count.fixed + factor} to "
-                f"{count.fixed + factor * size}{step}"
+                f"{path}: got {wanted!r} channels; needed: an integer from {fixed + factor * group.floor} to "
+                f"{fixed + factor * group.size}{step}"
             )
-        return group, width
+        return index, width
 
     def channels(self, widths: Widths) -> dict[str, int]:
         """Return the number of channels of every module that produces some, at these widths."""
@@ -291,8 +354,9 @@ def build_space(
     rules: dict[str, Rule] = {
         "min": min if isinstance(min, Mapping) else {} if min is None else {"*": min},
         "divisor": divisor if isinstance(divisor, Mapping) else {} if divisor is None else {"*": divisor},
-        "choices": choices or {},
+        "choices": {} if choices is None else choices,
     }
+    _check_mapping("choices", rules["choices"], "{glob: [widths]}")
     used: dict[str, set[str]] = {key: set() for key in rules}
     groups = []
     for index, (name, size) in enumerate(zip(graph.names, graph.group_sizes, strict=True)):
@@ -313,24 +377,23 @@ def build_space(
 def _group(
     name: str, size: int, channels: int, producers: tuple[str, ...], floor: int, given: Mapping[str, Any]
 ) -> ChannelGroup:
-    divisor = given["divisor"] if given["divisor"] is not None else default_divisor(size, channels)
-    if not isinstance(divisor, int) or divisor < 1:
-        raise WidthError(f"{name}: got the divisor {divisor!r}; needed: an integer of at least 1")
-    lowest = given["min"] if given["min"] is not None else DEFAULT_MIN
-    if isinstance(lowest, float):
-        lowest = max(round(lowest * size), floor) if 0 < lowest <= 1 else -1
-    if not floor <= lowest <= size:
+    divisor = _integer(default_divisor(size, channels) if given["divisor"] is None else given["divisor"])
+    if divisor is None or divisor < 1:
+        raise WidthError(f"{name}: got the divisor {given['divisor']!r}; needed: an integer of at least 1")
+    least = DEFAULT_MIN if given["min"] is None else given["min"]
+    if isinstance(least, float):
+        lowest = max(round(least * size), floor) if 0 < least <= 1 else None
+    else:
+        lowest = _integer(least)
+    if lowest is None or not floor <= lowest <= size:
         raise WidthError(
             f"{name}: got min={given['min']!r}; needed: an integer from {floor} to {size}, "
             "or a share above 0 and at most 1"
         )
-    steps = given["choices"]
-    if steps is None:
-        first = -(-lowest // divisor) * divisor
-        steps = [*range(first, size, divisor), size]
-    steps = sorted(set(steps))
-    for width in steps:
-        SearchSpace._valid(ChannelGroup(name, size, lowest, divisor, (), channels, producers, floor), width)
-    if not steps or steps[-1] != size:
-        steps.append(size)  # the widest is always a subnet
-    return ChannelGroup(name, size, lowest, divisor, tuple(steps), channels, producers, floor)
+    first = -(-lowest // divisor) * divisor
+    steps = [*range(first, size, divisor), size] if given["choices"] is None else given["choices"]
+    if not isinstance(steps, Iterable) or isinstance(steps, (str, bytes)) or not (steps := list(steps)):
+        raise WidthError(f"{name}: got choices={given['choices']!r}; needed: a list of at least one width")
+    bare = ChannelGroup(name, size, lowest, divisor, (), channels, producers, floor)
+    chosen = sorted({*map(bare.checked, steps), size})  # the widest is always a subnet
+    return replace(bare, choices=tuple(chosen))

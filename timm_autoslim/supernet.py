@@ -318,7 +318,8 @@ def convert(
             of the first tensor is the batch, whose length is changed; tensors that are as long there follow it. By
             default the shape in the model's `pretrained_cfg`, else the usual sizes of images are tried.
         order: sort the channels of every group by importance, so that the narrow subnets have the best ones: "l1",
-            "l2", "bn_scale", "fpgm", "lamp" or "random". None leaves them as they stand, and then the widest subnet is
+            "l2", "bn_scale", "fpgm", "lamp", "taylor" (of the gradients in the model: run the loss backward first) or
+            "random" (the same at each call). None leaves them as they stand, and then the widest subnet is
             bit-equal to the model.
         freeze: globs of module paths whose weights must stay whole: what leaves these modules, and what enters them.
         min: the least width of a group: a share of its size (float) or a number (int), for all or by glob.
@@ -335,7 +336,8 @@ def convert(
     Raises:
         TraceError: the model's forward cannot be traced.
         NothingToSlimError: no channel can be removed.
-        WidthError: a glob matches nothing, or a value is out of range.
+        WidthError: a glob matches nothing, a value is out of range, or the order is "taylor" and a weight that it reads
+            has no gradient.
     """
     if isinstance(model, Supernet):
         raise TraceError(

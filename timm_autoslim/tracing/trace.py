@@ -201,7 +201,7 @@ class Tracer:
             with contextlib.suppress(NothingToSlimError, WidthError):
                 return Tracer(self.model, self.example, self.keep_output, ["*"]).run()
         if not graph.group_sizes:
-            reasons = sorted(set(graph.fixed.values()))[:8]
+            reasons = sorted(set(graph.fixed.values()))[:8] or ["it has no weights, and so no channels"]
             raise NothingToSlimError(
                 "no channel of the model can be removed; what is in the way: " + "; ".join(reasons)
             )
