@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from timm_autoslim.costs import Budget, Budgets, cost, fill_budget, read_budgets, uniform_within
+from timm_autoslim.costs import Budget, Budgets, cost, fill_budget, read_budgets, uniform_within, within_reach
 from timm_autoslim.errors import WidthError
 from timm_autoslim.scoring import Evaluate, Scorer, Scores, Team
 from timm_autoslim.slimming import Found, SearchResult
@@ -110,10 +110,13 @@ def _draw(n: int, generator: torch.Generator) -> list[float]:
 
 
 def _landed(supernet: Supernet, widths: Widths, budget: Budget, generator: torch.Generator) -> Widths:
-    """Move all widths by one share towards the narrowest or the widest until the budget is met, and fill it up."""
+    """Move all widths by one share until the budget is met, and fill it up.
+
+    They move towards the widest, or from above the budget towards the subnet that `within_reach` has for it.
+    """
     space = supernet.space
     narrowing = not budget.holds(cost(supernet, widths))
-    start, end = (space.min(), widths) if narrowing else (widths, space.max())
+    start, end = (within_reach(supernet, budget), widths) if narrowing else (widths, space.max())
 
     def between(share: float) -> Widths:
         return space.from_dict({name: int(start[name] + share * (end[name] - start[name])) for name in space.names})
@@ -121,7 +124,7 @@ def _landed(supernet: Supernet, widths: Widths, budget: Budget, generator: torch
     low, high = 0.0, 1.0
     if budget.holds(cost(supernet, end)):
         return end
-    for _ in range(20):  # the cost is monotone in the share
+    for _ in range(20):  # `low` is a share that holds, the largest where the cost grows with it
         middle = (low + high) / 2
         if budget.holds(cost(supernet, between(middle))):
             low = middle
@@ -212,11 +215,13 @@ def _ranked(supernet: Supernet, budget: Budget, scores: list[NDArray[np.float64]
             {g.name: max(g.choices[0], g.size - int(n)) for g, n in zip(space.groups, gone, strict=True)}
         )
 
-    low, high = -1, len(owners)  # the cost falls as units go, and with all of them gone is that of the narrowest
+    low, high = -1, len(owners)  # with all of them gone it is the narrowest
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if budget.holds(cost(supernet, without(middle))) else (middle, high)
     widths = without(high)
+    if not budget.holds(cost(supernet, widths)):  # the narrowest need not take the least memory or time
+        widths = within_reach(supernet, budget)
     # the unit that would come back next is the best of those that went
     ahead = {g.name: s[widths[g.name]] for g, s in zip(space.groups, scores, strict=True) if widths[g.name] < g.size}
     return fill_budget(supernet, widths, budget, sorted(ahead, key=lambda name: -ahead[name]))

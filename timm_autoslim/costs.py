@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -77,7 +79,7 @@ class Cost:
 
     _meter: ClassVar[_Meter | None] = None
 
-    @property
+    @cached_property
     def peak_bytes(self) -> int:
         """The most memory that inference takes at once: weights, inputs and activations of one batch, in bytes.
 
@@ -92,7 +94,7 @@ class Cost:
         tape = meter.supernet.tape(meter.conditions.batch_size, meter.conditions.dtype)
         return tape.peak_bytes(meter.widths.values_)
 
-    @property
+    @cached_property
     def latency_ms(self) -> float:
         """The milliseconds for one batch, predicted from measured operators by the `conditions`' latency table.
 
@@ -108,11 +110,19 @@ class Cost:
             )
         return meter.conditions.latency.predict(meter.supernet, meter.widths)
 
+    def kept(self, units: Iterable[str]) -> Cost:
+        """Return this cost to be kept: it knows these units, and no longer holds the supernet that others need."""
+        for unit in units:
+            getattr(self, unit)
+        return copy.copy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the supernet out of copies and pickles; what was read before stays known."""
+        return {name: value for name, value in self.__dict__.items() if name != "_meter"}
+
     def _met(self, unit: str) -> _Meter:
         if self._meter is None:
-            raise BudgetError(
-                f"this cost was made of MACs and parameters alone; call cost(supernet, widths) for {unit}"
-            )
+            raise BudgetError(f"this cost is kept without {unit}; call cost(supernet, widths) for it")
         return self._meter
 
 
@@ -219,6 +229,8 @@ def reach(supernet: Supernet) -> Reach:
 
 
 UNITS = ("macs", "params", "peak_bytes", "latency_ms")
+_GROWING = ("macs", "params")  # where a group is wider there are no fewer; memory and latency may be less
+_RATIOS = [i / 20 for i in range(20, 0, -1)]  # of the uniform subnets that are tried where the narrowest is over budget
 FILLED = 0.99  # a budget of which this share is used counts as used up
 _SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "": 1.0}
 _AMOUNT = re.compile(r"(.*?)(%|[kMGB]|[KMG]i)?", re.DOTALL)
@@ -253,19 +265,6 @@ def check_unit(unit: str) -> str:
     return unit
 
 
-def check_reach(supernet: Supernet, unit: str, budget: float) -> None:
-    """Raise BudgetError if not even the narrowest subnet meets the budget; say what it reaches."""
-    narrowest = float(getattr(cost(supernet, supernet.space.min()), unit))
-    if budget < narrowest:
-        whole = float(getattr(cost(supernet), unit))
-        digits = 3 if unit == "latency_ms" else 0
-        raise BudgetError(
-            f"the budget of {budget:,.{digits}f} {unit} is out of reach: the narrowest subnet of the search space has "
-            f"{narrowest:,.{digits}f} ({narrowest / whole:.1%} of the whole); raise the budget, or lower `min` in "
-            "convert()"
-        )
-
-
 @dataclass(frozen=True)
 class Budget:
     """The upper limits that one network must keep, in one unit or in several; all of them must hold.
@@ -278,7 +277,7 @@ class Budget:
 
     def exceeded(self, spent: Cost) -> tuple[tuple[str, float], ...]:
         """Return the limits that this cost is above."""
-        return tuple((unit, limit) for unit, limit in self.limits if getattr(spent, unit) > limit)
+        return tuple((unit, limit) for unit, limit in self.limits if not getattr(spent, unit) <= limit)
 
     def holds(self, spent: Cost) -> bool:
         """Whether this cost is above none of the limits."""
@@ -329,7 +328,7 @@ def read_budgets(supernet: Supernet, budgets: Budgets) -> list[Budget]:
             its own; or a list of texts such as "macs<=300M and params<=2M", where all limits of one text must hold.
 
     Raises:
-        BudgetError: a budget is malformed, or not even the narrowest subnet meets it.
+        BudgetError: a budget is malformed or out of reach, see `within_reach`.
     """
     whole = cost(supernet)
     found: list[Budget] = []
@@ -348,29 +347,58 @@ def read_budgets(supernet: Supernet, budgets: Budgets) -> list[Budget]:
     if not found:
         raise BudgetError("got no budget; needed: at least one number")
     for budget in found:
-        # the narrowest subnet is the least in every unit, so limits that it meets one by one hold together
-        for unit, limit in budget.limits:
-            check_reach(supernet, unit, limit)
+        within_reach(supernet, budget)
     shares = {b: sorted((limit / getattr(whole, unit), unit, limit) for unit, limit in b.limits) for b in found}
     return sorted(found, key=lambda b: shares[b], reverse=True)
+
+
+def within_reach(supernet: Supernet, budget: Budget) -> Widths:
+    """Return a subnet within the budget: the narrowest, or else the widest uniform one that is.
+
+    No subnet has fewer MACs or parameters than the narrowest. Memory and latency need not be the least there.
+
+    Raises:
+        BudgetError: neither is within the budget; the text says what the narrowest costs.
+    """
+    space = supernet.space
+    spent = cost(supernet, space.min())
+    exceeded = budget.exceeded(spent)
+    if not exceeded:
+        return space.min()
+    uniform = [] if any(unit in _GROWING for unit, _ in exceeded) else [space.uniform(ratio) for ratio in _RATIOS]
+    for widths in dict.fromkeys(uniform):
+        if budget.holds(cost(supernet, widths)):
+            return widths
+    unit, limit = next((e for e in exceeded if e[0] in _GROWING), exceeded[0])
+    narrowest, whole = float(getattr(spent, unit)), float(getattr(cost(supernet), unit))
+    digits = 3 if unit == "latency_ms" else 0
+    also = ", and no uniform one holds it" if uniform else ""
+    raise BudgetError(
+        f"the budget of {limit:,.{digits}f} {unit} is out of reach: the narrowest subnet of the search space has "
+        f"{narrowest:,.{digits}f} ({narrowest / whole:.1%} of the whole){also}; raise "
+        "the budget, or lower `min` in convert()"
+    )
 
 
 def uniform_within(supernet: Supernet, budget: Budget) -> Widths:
     """Return the widths of the widest uniform multiplier within the budget, rounded to single units.
 
     The divisor is left out of account, so that uniform slimming, the baseline of every search, uses its budget up.
+
+    Raises:
+        BudgetError: the budget is out of reach, see `within_reach`.
     """
     space = supernet.space
     low, high = 0.0, 1.0
     if budget.holds(cost(supernet)):
         return space.max()
-    for _ in range(40):  # the cost is monotone in the multiplier, a latency nearly so
+    for _ in range(40):  # memory and latency may grow as the multiplier falls: then this is one that holds, of several
         middle = (low + high) / 2
         if budget.holds(cost(supernet, space.uniform(middle, exact=True))):
             low = middle
         else:
             high = middle
-    return space.uniform(low, exact=True) if low > 0 else space.min()
+    return space.uniform(low, exact=True) if low > 0 else within_reach(supernet, budget)
 
 
 def uniform_at(supernet: Supernet, unit: str, budget: float | str) -> Widths:
@@ -379,12 +407,10 @@ def uniform_at(supernet: Supernet, unit: str, budget: float | str) -> Widths:
     The divisor is left out of account, so that uniform slimming, the baseline of every search, uses its budget up.
 
     Raises:
-        BudgetError: the budget is malformed, of an unknown unit, or not even the narrowest meets it.
+        BudgetError: the budget is malformed, of an unknown unit, or out of reach.
     """
     check_unit(unit)
-    number = parse_budget(budget, getattr(cost(supernet), unit))
-    check_reach(supernet, unit, number)
-    return uniform_within(supernet, Budget(((unit, number),)))
+    return uniform_within(supernet, Budget(((unit, parse_budget(budget, getattr(cost(supernet), unit))),)))
 
 
 def widest_within(supernet: Supernet, widths: Widths, name: str, budget: Budget, *, exact: bool = True) -> Widths:
@@ -395,7 +421,7 @@ def widest_within(supernet: Supernet, widths: Widths, name: str, budget: Budget,
     """
     group, now = supernet.space[name], widths[name]
     wider = range(now + 1, group.size + 1) if exact else [c for c in group.choices if c > now]
-    # the cost is monotone in the width, a latency nearly so
+    # memory and latency may fall as the width grows: then this is a width that holds, if not the widest
     fitting = bisect.bisect(wider, False, key=lambda w: not budget.holds(cost(supernet, widths.replaced(name, w))))
     return widths.replaced(name, wider[fitting - 1]) if fitting else widths
 
