@@ -4,7 +4,9 @@ import itertools
 import json
 import math
 import random
+from decimal import Decimal
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -15,7 +17,7 @@ from zoo import Plain, assert_same, randomise, snapshot
 
 from timm_autoslim import Conditions, HeldOut, baseline, convert, cost, search, uniform_at
 from timm_autoslim.costs import Budget, Cost
-from timm_autoslim.errors import BudgetError, EvaluationError, StaleStatisticsError
+from timm_autoslim.errors import BudgetError, ConfigError, EvaluationError, StaleStatisticsError
 from timm_autoslim.scoring import Scorer
 from timm_autoslim.slimming import Found, _Descent, _FastDescent
 
@@ -573,6 +575,13 @@ def test_a_network_over_budget_is_never_returned(supernet):
         ({"macs": "half"}, r"got the budget 'half'; needed: a number"),
         ({"macs": -1}, r"got the budget -1; needed: a positive number"),
         ({"flops": "50%"}, r"got a budget in 'flops'; needed: one of \['macs', 'params', 'peak_bytes', 'latency_ms'\]"),
+        ({"macs": None}, "got the budget None; needed: a number"),
+        ({"macs": Decimal(5)}, r"got the budget Decimal\('5'\); needed: a number"),
+        ({"macs": torch.tensor(5)}, r"got the budget tensor\(5\); needed: a number"),
+        ({"macs": True}, "got the budget True; needed: a number"),
+        ({"macs": 10**400}, "got the budget 1000.*; needed: a positive number"),
+        ({"macs": np.int64(5)}, "the budget of 5 macs is out of reach"),
+        (None, "got the budgets None; needed: a dict"),
         ({"macs": []}, r"got no budget; needed: at least one number"),
         ({}, r'got the budgets \{\}; needed: a dict such as \{"macs": \["60%", "300M"\]\}'),
         ("50%", r"got the budgets '50%'; needed: a dict"),
@@ -596,14 +605,32 @@ def test_budgets_are_refused_before_anything_is_evaluated(supernet, budgets, mes
     [
         ({"mode": "slow"}, r"got mode='slow'; needed: one of \['fast', 'reference'\]"),
         ({"rank": "loss"}, r"got rank='loss'; needed: one of \['error', 'per_cost'\]"),
-        ({"steps": 0}, "got steps=0; needed: at least 1"),
+        ({"steps": 0}, "got steps=0; needed: a positive integer or None"),
+        ({"steps": 2.5}, r"got steps=2\.5; needed: a positive integer or None"),
+        ({"steps": True}, "got steps=True; needed: a positive integer or None"),
+        ({"seed": None}, "got seed=None; needed: an integer from"),
+        ({"seed": 2**70}, r"got seed=\d+; needed: an integer from"),
+        ({"scores": []}, "got scores of type list; needed: a dict, or None"),
+        ({"team": 2}, "got team=2; needed: a Team, or None"),
     ],
 )
 def test_other_arguments_are_refused_before_anything_is_evaluated(supernet, given, message):
     evaluate = missing(supernet, a=5, b=1, c=3)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         search(supernet, {"macs": "50%"}, evaluate, **given)
     assert evaluate.calls == 0
+
+
+def test_a_plain_model_is_told_to_be_converted(supernet):
+    calls = [
+        lambda model: search(model, {"macs": "50%"}, lambda subnet: 1.0),
+        lambda model: baseline(model, {"macs": "50%"}, lambda subnet: 1.0, "uniform"),
+        lambda model: uniform_at(model, "macs", "50%"),
+        cost,
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=r"got a Branches; needed: a Supernet, as convert\(model\) returns"):
+            call(supernet.model)
 
 
 def raising(subnet):

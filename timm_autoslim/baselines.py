@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from timm_autoslim.arguments import generator_of, whole_number
 from timm_autoslim.costs import Budget, Budgets, cost, fill_budget, read_budgets, uniform_within, within_reach
-from timm_autoslim.errors import WidthError
+from timm_autoslim.errors import ConfigError, WidthError
 from timm_autoslim.scoring import Evaluate, Scorer, Scores, Team
 from timm_autoslim.slimming import Found, SearchResult
 from timm_autoslim.space import Widths
@@ -64,28 +65,26 @@ def baseline(
 
     Raises:
         BudgetError: a budget is malformed or out of reach; nothing was evaluated then.
-        ValueError: another argument is out of range.
+        ConfigError: another argument is unknown, of the wrong type or out of range.
         WidthError: the criterion is "taylor" and a parameter has no gradient.
         EvaluationError, LatencyError, StaleStatisticsError: as in `search`.
     """
     from timm_autoslim.importance import CRITERIA  # torch-pruning loads slowly, and only rankings need it
 
     if kind not in get_args(Kind):
-        raise ValueError(f"got kind={kind!r}; needed: one of {list(get_args(Kind))}")
-    if criterion not in CRITERIA:
-        raise ValueError(f"got criterion={criterion!r}; needed: one of {sorted(CRITERIA)}")
-    if candidates < 1 or population < 2:
-        raise ValueError(
-            f"got candidates={candidates} and population={population}; needed: at least 1 candidate and a population "
-            "of at least 2"
-        )
+        raise ConfigError(f"got kind={kind!r}; needed: one of {list(get_args(Kind))}")
+    if criterion not in list(CRITERIA):
+        raise ConfigError(f"got criterion={criterion!r}; needed: one of {sorted(CRITERIA)}")
+    candidates = whole_number("candidates", candidates, ConfigError)
+    population = whole_number("population", population, ConfigError, least=2)
+    generator_of(seed)
     score = Scorer(supernet, evaluate, scores, team)
     ordered = read_budgets(supernet, budgets)
     choose: dict[Kind, Callable[[Budget], Widths]] = {
         "uniform": lambda budget: uniform_within(supernet, budget),
-        "random": lambda budget: _best(_random(supernet, budget, candidates, _generator(seed)), score),
+        "random": lambda budget: _best(_random(supernet, budget, candidates, generator_of(seed)), score),
         "importance": lambda budget: _ranked(supernet, budget, _unit_scores(supernet, criterion, seed)),
-        "evolutionary": lambda budget: _evolved(supernet, budget, score, candidates, population, _generator(seed)),
+        "evolutionary": lambda budget: _evolved(supernet, budget, score, candidates, population, generator_of(seed)),
     }
     networks = []
     for budget in ordered:
@@ -99,10 +98,6 @@ def _best(subnets: Iterable[Widths], score: Scorer) -> Widths:
     found = list(subnets)
     errors = score.many(found)
     return found[errors.index(min(errors))]
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def _draw(n: int, generator: torch.Generator) -> list[float]:

@@ -6,16 +6,17 @@ import bisect
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 
-from timm_autoslim.errors import BudgetError
+from timm_autoslim.arguments import whole_number
+from timm_autoslim.errors import BudgetError, ConfigError, LatencyError
 from timm_autoslim.terms import Terms, parameter_terms
 from timm_autoslim.tracing.graph import ChannelGraph, Count
 
@@ -46,12 +47,13 @@ class Conditions:
     latency: Latency | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise BudgetError(f"got batch_size={self.batch_size!r}; needed: a positive integer")
+        object.__setattr__(self, "batch_size", whole_number("batch_size", self.batch_size, BudgetError))
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise BudgetError(
                 f"got dtype={self.dtype!r}; needed: a floating point type, such as torch.float16, or None"
             )
+        if self.latency is not None and not callable(getattr(self.latency, "predict", None)):
+            raise BudgetError(f"got latency={self.latency!r}; needed: what predicts, such as a LatencyTable, or None")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,26 @@ class _Meter:
     supernet: Supernet
     widths: Widths
     conditions: Conditions
+
+
+def _peak_bytes(meter: _Meter) -> int:
+    tape = meter.supernet.tape(meter.conditions.batch_size, meter.conditions.dtype)
+    return tape.peak_bytes(meter.widths.values_)
+
+
+def _latency_ms(meter: _Meter) -> float:
+    if meter.conditions.latency is None:
+        raise BudgetError(
+            "latency_ms is known only for a named device; needed: a LatencyTable, as cost(..., latency=table), or "
+            "for a search supernet.conditions = Conditions(latency=table)"
+        )
+    found = meter.conditions.latency.predict(meter.supernet, meter.widths)
+    if not isinstance(found, Real) or not 0 < found < float("inf"):
+        raise LatencyError(
+            f"{type(meter.conditions.latency).__name__}.predict: got {found!r} at the widths "
+            f"{meter.widths.to_dict()}; needed: a positive number of milliseconds"
+        )
+    return float(found)
 
 
 @dataclass(frozen=True)
@@ -79,7 +101,7 @@ class Cost:
 
     _meter: ClassVar[_Meter | None] = None
 
-    @cached_property
+    @property
     def peak_bytes(self) -> int:
         """The most memory that inference takes at once: weights, inputs and activations of one batch, in bytes.
 
@@ -90,25 +112,17 @@ class Cost:
         Raises:
             TraceError: the lifetimes cannot be told, because narrower subnets run other operators.
         """
-        meter = self._met("peak_bytes")
-        tape = meter.supernet.tape(meter.conditions.batch_size, meter.conditions.dtype)
-        return tape.peak_bytes(meter.widths.values_)
+        return int(self._read("peak_bytes", _peak_bytes))
 
-    @cached_property
+    @property
     def latency_ms(self) -> float:
         """The milliseconds for one batch, predicted from measured operators by the `conditions`' latency table.
 
         Raises:
             BudgetError: there is no latency table.
-            LatencyError: the table cannot measure here.
+            LatencyError: the table cannot measure here, or what it says is no positive number.
         """
-        meter = self._met("latency_ms")
-        if meter.conditions.latency is None:
-            raise BudgetError(
-                "latency_ms is known only for a named device; needed: a LatencyTable, as cost(..., latency=table), or "
-                "for a search supernet.conditions = Conditions(latency=table)"
-            )
-        return meter.conditions.latency.predict(meter.supernet, meter.widths)
+        return float(self._read("latency_ms", _latency_ms))
 
     def kept(self, units: Iterable[str]) -> Cost:
         """Return this cost to be kept: it knows these units, and no longer holds the supernet that others need."""
@@ -120,10 +134,14 @@ class Cost:
         """Leave the supernet out of copies and pickles; what was read before stays known."""
         return {name: value for name, value in self.__dict__.items() if name != "_meter"}
 
-    def _met(self, unit: str) -> _Meter:
-        if self._meter is None:
-            raise BudgetError(f"this cost is kept without {unit}; call cost(supernet, widths) for it")
-        return self._meter
+    def _read(self, unit: str, tell: Callable[[_Meter], float]) -> float:
+        """Return a cost that is told when it is first asked for, and remembered."""
+        if unit not in self.__dict__:  # beside the property of this name, which has the say
+            if self._meter is None:
+                raise BudgetError(f"this cost is kept without {unit}; call cost(supernet, widths) for it")
+            self.__dict__[unit] = tell(self._meter)
+        found: float = self.__dict__[unit]
+        return found
 
 
 class _Compiled:
@@ -175,8 +193,10 @@ def cost(
 
     Raises:
         WidthError: the widths are of another model.
-        BudgetError: the batch size is not positive, or the type no floating point type.
+        BudgetError: the batch size is not positive, the type no floating point type, or the latency predicts nothing.
+        ConfigError: the model is no supernet.
     """
+    check_supernet(supernet)
     widths = supernet.space.check(widths if widths is not None else supernet.space.max())
     usual = supernet.conditions
     conditions = Conditions(
@@ -187,6 +207,15 @@ def cost(
     found = cost_of(supernet.graph, widths.values_)
     object.__setattr__(found, "_meter", _Meter(supernet, widths, conditions))
     return found
+
+
+def check_supernet(supernet: Any) -> None:
+    """Raise ConfigError if this is no supernet."""
+    # the room of supernets stands on this one, so that it cannot be asked for here
+    if not isinstance(getattr(supernet, "graph", None), ChannelGraph):
+        raise ConfigError(
+            f"the supernet: got a {type(supernet).__name__}; needed: a Supernet, as convert(model) returns"
+        )
 
 
 def cost_by_module(supernet: Supernet, widths: Widths | None = None) -> dict[str, int]:
@@ -232,12 +261,12 @@ UNITS = ("macs", "params", "peak_bytes", "latency_ms")
 _GROWING = ("macs", "params")  # where a group is wider there are no fewer; memory and latency may be less
 _RATIOS = [i / 20 for i in range(20, 0, -1)]  # of the uniform subnets that are tried where the narrowest is over budget
 FILLED = 0.99  # a budget of which this share is used counts as used up
-_SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "": 1.0}
-_AMOUNT = re.compile(r"(.*?)(%|[kMGB]|[KMG]i)?", re.DOTALL)
+_SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "": 1.0}
+_AMOUNT = re.compile(r"(.*?)(%|[kKMG]|[KMG]i)?", re.DOTALL)
 
 
 def parse_budget(budget: float | str, whole: float) -> float:
-    """Return a budget as a number: 300e6, "300M", "1.2G", "20Mi" (of 1,048,576), or "60%" of `whole`.
+    """Return a budget as a number: 300e6, "500k" or "500K", "300M", "1.2G", "20Mi" (of 1,048,576), "60%" of `whole`.
 
     Raises:
         BudgetError: the text is no budget, or the number is not positive.
@@ -249,12 +278,16 @@ def parse_budget(budget: float | str, whole: float) -> float:
             assert found is not None
             number = float(found[1])
             number = number / 100 * whole if found[2] == "%" else number * _SUFFIXES[found[2] or ""]
-        else:
+        elif isinstance(budget, Real) and not isinstance(budget, bool):
             number = float(budget)
+        else:
+            raise TypeError
+    except OverflowError:
+        number = float("inf")
     except (TypeError, ValueError):
         raise BudgetError(f'got the budget {budget!r}; needed: a number, "300M", "1.2G" or "60%"') from None
     if not 0 < number < float("inf"):
-        raise BudgetError(f"got the budget {budget!r}; needed: a positive number")
+        raise BudgetError(f"got the budget {repr(budget)[:40]}; needed: a positive number")
     return number
 
 
@@ -335,7 +368,7 @@ def read_budgets(supernet: Supernet, budgets: Budgets) -> list[Budget]:
     if isinstance(budgets, Mapping) and budgets:
         for unit, values in budgets.items():
             size = getattr(whole, check_unit(unit))
-            for value in [values] if isinstance(values, (int, float, str)) else values:
+            for value in [values] if isinstance(values, str) or not isinstance(values, Sequence) else values:
                 found.append(Budget(((unit, parse_budget(value, size)),)))
     elif isinstance(budgets, Sequence) and budgets and not isinstance(budgets, str):
         found = [parse_limits(text, whole) for text in budgets]

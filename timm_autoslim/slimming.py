@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from timm_autoslim.arguments import generator_of, whole_number
 from timm_autoslim.costs import (
     FILLED,
     Budget,
@@ -21,7 +22,7 @@ from timm_autoslim.costs import (
     widest_within,
     within_reach,
 )
-from timm_autoslim.errors import BudgetError
+from timm_autoslim.errors import BudgetError, ConfigError
 from timm_autoslim.scoring import Evaluate, Scorer, Scores, Team
 from timm_autoslim.space import ChannelGroup, Widths
 from timm_autoslim.supernet import Supernet
@@ -366,15 +367,16 @@ def search(
 
     Args:
         supernet: a trained supernet.
-        budgets: by unit ("macs", "params"), a number, a text such as "300M" or "60%" (of the widest), or a list of
+        budgets: by unit (`UNITS`), a number, a text such as "500k", "300M" or "60%" (of the widest), or a list of
             them, each a budget of its own; or a list of texts such as "macs<=300M and params<=2M", where all limits
             of one text must hold for the network found.
         evaluate: called with a callable subnet (images (N, C, H, W) -> logits (N, K)); returns its error or loss on
             held-out images, lower is better. It must use the same images at every call. A `HeldOut` can be scored in
             parts, which the fast mode needs to save images; 8 to 16 parts are good.
         mode: "reference" scores every group at every step, on all held-out images, as published. "fast" finds about
-            the same networks with a tenth of the forward work or less: at every step it scores the few groups that
-            promise most by what is known of them, on a part of the images, which grows as the subnets get cheaper.
+            the same networks with less forward work: at every step it scores the few groups that promise most by what
+            is known of them, on a part of the images, which grows as the subnets get cheaper. That is a tenth of the
+            work or less with many groups and a `HeldOut`, a fifth with few groups, a third with any other callable.
         rank: "error" ranks candidates by error alone, as published; "per_cost" by the rise of the error for each
             unit of the budget saved.
         steps: the range of each group is walked in about this many steps; by default 10, as published (section 4), and
@@ -397,23 +399,24 @@ def search(
 
     Raises:
         BudgetError: a budget is malformed or out of reach; nothing was evaluated then.
-        LatencyError: the team does not share its latency.
+        ConfigError: another argument is unknown, of the wrong type or out of range.
+        LatencyError: the team does not share its latency, or a prediction is no positive number.
         EvaluationError: evaluate raised or returned no finite number; the text names the widths. `scores` has what
-            was scored before.
+            was scored before. Or `scores` was given what is no score.
         StaleStatisticsError: evaluate switched BatchNorm back to running statistics.
     """
     if mode not in get_args(Mode):
-        raise ValueError(f"got mode={mode!r}; needed: one of {list(get_args(Mode))}")
+        raise ConfigError(f"got mode={mode!r}; needed: one of {list(get_args(Mode))}")
     if rank not in get_args(Rank):
-        raise ValueError(f"got rank={rank!r}; needed: one of {list(get_args(Rank))}")
+        raise ConfigError(f"got rank={rank!r}; needed: one of {list(get_args(Rank))}")
     if refine not in get_args(Refine):
-        raise ValueError(f"got refine={refine!r}; needed: one of {list(get_args(Refine))}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"got steps={steps}; needed: at least 1")
+        raise ConfigError(f"got refine={refine!r}; needed: one of {list(get_args(Refine))}")
+    steps = steps if steps is None else whole_number("steps", steps, ConfigError, also=" or None")
+    draws = generator_of(seed)
     score = Scorer(supernet, evaluate, scores, team)
     ordered = read_budgets(supernet, budgets)
-    draws = torch.randperm(len(supernet.space), generator=torch.Generator().manual_seed(seed)).tolist()
-    order = dict(zip(supernet.space.names, draws, strict=True))
+    ranks = torch.randperm(len(supernet.space), generator=draws).tolist()
+    order = dict(zip(supernet.space.names, ranks, strict=True))
     kind = _FastDescent if mode == "fast" else _Descent
     descent = kind(supernet, score, rank, steps or kind.STEPS, order)
     units = dict.fromkeys(unit for budget in ordered for unit, _ in budget.limits)
