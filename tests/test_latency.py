@@ -333,6 +333,8 @@ def test_a_table_refuses_what_is_no_subnet(supernet, monkeypatch):
         table.predict(supernet, supernet.space.max().to_dict())
     with pytest.raises(ConfigError, match="got a Plain; needed: a Supernet, as convert"):
         table.predict(supernet.model, supernet.space.max())
+    with pytest.raises(ConfigError, match="got a Plain; needed: a Supernet, as convert"):
+        table.report(supernet.model, [supernet.space.max()])
     with pytest.raises(LatencyError, match=r"report\(\) got no subnets"):
         table.report(supernet, [])
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from test_slimming import IMAGE, Branches, width_of
+from test_slimming import IMAGE, Branches, Said, in_step, width_of
 from zoo import randomise
 
 from timm_autoslim import Conditions, HeldOut, SharedLatency, Team, baseline, convert, cost, search
@@ -154,6 +154,23 @@ def test_a_team_goes_by_the_times_of_its_first_process(method):
     assert together(3, work) == [work(Team())] * 3
     assert len(clocks[0].asked) == len(set(clocks[0].asked)) > 10
     assert not clocks[1].asked + clocks[2].asked
+
+
+@pytest.mark.parametrize("mode", ["fast", "reference"])
+def test_a_team_and_a_resumed_search_find_the_same_where_no_first_step_saves(mode):
+    scores = {}
+
+    def work(team, known=None):
+        supernet = make_supernet()
+        supernet.conditions = Conditions(latency=SharedLatency(Said(in_step), team))
+        budgets = ["latency_ms<=60% and macs<=80%", "latency_ms<=30%"]
+        return search(supernet, budgets, held_out(supernet), mode=mode, scores=known, team=team).to_dict()
+
+    alone = work(Team(), scores)
+    assert together(2, work) == [alone] * 2
+    assert work(Team(), dict(list(scores.items())[: len(scores) // 2])) == alone
+    spent = [step["spent"]["latency_ms"] for step in alone["steps"]]
+    assert max(spent) > 10  # of the widest
 
 
 def test_what_stops_the_first_process_from_measuring_stops_all():

@@ -198,8 +198,8 @@ class LatencyTable:
             LatencyError: an operator cannot be measured by itself, or the supernet has no weights.
             TraceError: narrower subnets run other operators.
             WidthError: the widths are of another model.
+            ConfigError: the model is no supernet.
         """
-        check_supernet(supernet)
         model = self._model(supernet)
         key = model, supernet.space.check(widths)
         if key not in self._predicted:
@@ -247,6 +247,7 @@ class LatencyTable:
 
     def _model(self, supernet: Supernet) -> str:
         """Return what a fit is kept under: runtime, the operators of the widest, and the space that anchors are of."""
+        check_supernet(supernet)
         tape = supernet.tape(self.batch_size, self.dtype)
         operators = [f"{o.name}{_text(o.args)}{_text(o.kwargs)}" for o in tape.operators]
         text = "\n".join([supernet.space.id, *operators])
