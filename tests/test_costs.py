@@ -177,9 +177,7 @@ def test_a_kept_cost_holds_no_supernet():
     again = pickle.loads(pickle.dumps(found))
     assert (again, again.peak_bytes) == (found, peak)
     assert len(pickle.dumps(kept)) < 4000
-    with pytest.raises(
-        BudgetError, match=r"this cost is kept without latency_ms; call cost\(supernet, widths\) for it"
-    ):
+    with pytest.raises(BudgetError, match=r"this cost is kept without latency_ms; call cost\(supernet"):
         _ = again.latency_ms
     network, alive = kept.networks[0], weakref.ref(supernet)
     assert network.cost.peak_bytes == cost(supernet, network.widths).peak_bytes <= network.budget

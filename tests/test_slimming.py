@@ -611,6 +611,7 @@ def test_budgets_are_refused_before_anything_is_evaluated(supernet, budgets, mes
         ({"seed": None}, "got seed=None; needed: an integer from"),
         ({"seed": 2**70}, r"got seed=\d+; needed: an integer from"),
         ({"scores": []}, "got scores of type list; needed: a dict, or None"),
+        ({"on_step": 5}, "got on_step=5; needed: a callable that takes a Step, or None"),
         ({"team": 2}, "got team=2; needed: a Team, or None"),
     ],
 )

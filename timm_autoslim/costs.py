@@ -138,7 +138,7 @@ class Cost:
         """Return a cost that is told when it is first asked for, and remembered."""
         if unit not in self.__dict__:  # beside the property of this name, which has the say
             if self._meter is None:
-                raise BudgetError(f"this cost is kept without {unit}; call cost(supernet, widths) for it")
+                raise BudgetError(f"this cost is kept without {unit}; call cost(supernet, widths) for {unit}")
             self.__dict__[unit] = tell(self._meter)
         found: float = self.__dict__[unit]
         return found

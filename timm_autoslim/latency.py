@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -356,8 +356,13 @@ def _factors(factors: Any) -> list[Any]:
 def _check_writable(path: Path) -> None:
     """Raise LatencyError where no file can be made: better before anything is measured than after."""
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise LatencyError(f"{path}: this latency table cannot be written in {folder}; give a path that can be written")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LatencyError(
+            f"{path}: this latency table cannot be written in {folder} ({error}); give a path that can be written"
+        ) from None
 
 
 def anchors(supernet: Supernet) -> list[Widths]:

@@ -412,6 +412,8 @@ def search(
     if refine not in get_args(Refine):
         raise ConfigError(f"got refine={refine!r}; needed: one of {list(get_args(Refine))}")
     steps = steps if steps is None else whole_number("steps", steps, ConfigError, also=" or None")
+    if on_step is not None and not callable(on_step):
+        raise ConfigError(f"got on_step={on_step!r}; needed: a callable that takes a Step, or None")
     draws = generator_of(seed)
     score = Scorer(supernet, evaluate, scores, team)
     ordered = read_budgets(supernet, budgets)
