@@ -8,7 +8,7 @@ from test_slimming import IMAGE, SIZES, Branches, Chain, assert_filled, drawn_bu
 from zoo import assert_same, randomise, snapshot
 
 from timm_autoslim import baseline, convert, cost, uniform_at
-from timm_autoslim.errors import BudgetError, EvaluationError, WidthError
+from timm_autoslim.errors import BudgetError, ConfigError, EvaluationError, WidthError
 
 KINDS = ["uniform", "random", "importance", "evolutionary"]
 FEW = {"candidates": 12, "population": 4}
@@ -164,8 +164,11 @@ def test_taylor_needs_gradients(supernet):
     [
         ({"kind": "greedy"}, ValueError, r"got kind='greedy'; needed: one of \['uniform', 'random', 'importance',"),
         ({"criterion": "size"}, ValueError, r"got criterion='size'; needed: one of \['bn_scale', 'fpgm',"),
-        ({"candidates": 0}, ValueError, r"got candidates=0 and population=20; needed: at least 1 candidate"),
-        ({"population": 1}, ValueError, r"got candidates=100 and population=1; needed: .* a population of at least 2"),
+        ({"candidates": 0}, ValueError, "got candidates=0; needed: a positive integer"),
+        ({"population": 1}, ValueError, "got population=1; needed: an integer from 2 to"),
+        ({"candidates": 2.5}, ConfigError, r"got candidates=2\.5; needed: a positive integer"),
+        ({"seed": "a"}, ConfigError, "got seed='a'; needed: an integer from"),
+        ({"criterion": []}, ConfigError, r"got criterion=\[\]; needed: one of"),
         ({"budgets": {"macs": "0.1%"}}, BudgetError, r"the budget of [\d,]+ macs is out of reach"),
         ({"budgets": ["macs<=50% and params<=1%"]}, BudgetError, r"the budget of [\d,]+ params is out of reach"),
     ],

@@ -16,6 +16,7 @@ PACKAGE = Path(timm_autoslim.__file__).parent
 # off the graph alone, so the space may stand on them (to print its table).
 ROOMS = [
     "errors",
+    "arguments",
     "atomic",
     "pieces",
     "slicing",

@@ -1,6 +1,7 @@
 """Latency: what is measured, what a table predicts from it, and what is refused."""
 
 import json
+import random
 import re
 import shutil
 from dataclasses import replace
@@ -14,7 +15,7 @@ from zoo import Plain
 import timm_autoslim.latency as room
 from timm_autoslim import Conditions, LatencyTable, baseline, convert, cost, kernels, measure_latency, search, stopwatch
 from timm_autoslim.costs import read_budgets
-from timm_autoslim.errors import BudgetError, LatencyError
+from timm_autoslim.errors import BudgetError, ConfigError, LatencyError, WidthError
 from timm_autoslim.kernels import onnxruntime_ms
 from timm_autoslim.latency import LatencyReport, anchors, fit_factors
 from timm_autoslim.stopwatch import device_name, measure_in_turns
@@ -133,7 +134,9 @@ def test_models_are_measured_in_turns_and_the_median_turn_counts(monkeypatch):
         ({"device": "cuda:77"}, "got the device 'cuda:77', which cannot be used here"),
         ({"device": "meta"}, "got the device 'meta', on which nothing is computed"),
         ({"runtime": "tensorrt"}, "got runtime='tensorrt'; needed: one of ['eager', 'compile', 'onnxruntime']"),
+        ({"device": None}, "got the device 'None', which cannot be used here"),
         ({"threads": 0}, "got threads=0; needed: a positive integer"),
+        ({"threads": True}, "got threads=True; needed: a positive integer"),
         ({"dtype": torch.int8}, "got dtype=torch.int8; needed: a floating point type"),
     ],
 )
@@ -142,6 +145,25 @@ def test_what_cannot_be_measured_is_refused(given, message):
         measure_latency(Plain(), torch.randn(2, 3, 8, 8), **given)
     with pytest.raises(LatencyError, match=re.escape(message)):
         LatencyTable(**given)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "given", "message"),
+    [
+        (Plain(), torch.zeros(1, 3, 8, 8), {"repeats": 0}, "got repeats=0; needed: a positive integer"),
+        (Plain(), torch.zeros(1, 3, 8, 8), {"repeats": "3"}, "got repeats='3'; needed: a positive integer"),
+        (None, torch.zeros(1, 3, 8, 8), {}, "the model: got a NoneType; needed: a plain nn.Module"),
+        (
+            Plain(),
+            torch.zeros(1, 5, 8, 8),
+            {},
+            "the model: cannot run as runtime='eager' (RuntimeError: Given",
+        ),
+    ],
+)
+def test_a_measurement_that_cannot_be_made_is_refused(model, inputs, given, message):
+    with pytest.raises(LatencyError, match=re.escape(message)):
+        measure_latency(model, inputs, **given)
 
 
 def test_a_model_without_weights_is_refused():
@@ -228,6 +250,32 @@ def test_a_table_that_cannot_be_written_leaves_the_old_one(supernet, monkeypatch
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_two_spaces_of_one_model_keep_their_predictions_apart(monkeypatch):
+    fake_times(monkeypatch)
+    convs = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1, stride=4)
+    model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+    table, found = LatencyTable(), {}
+    for frozen in ("0", "4"):
+        supernet = convert(model, torch.zeros(1, 3, 16, 16), freeze=frozen)
+        widths = supernet.space.uniform(0.25)
+        found[supernet.space.names, widths.values_] = table.predict(supernet, widths)
+        assert LatencyTable().predict(supernet, widths) == found[supernet.space.names, widths.values_]
+    assert len({values for _, values in found}) == 1 < len(set(found.values()))
+
+
+def test_random_numbers_are_left_alone(supernet, tmp_path):
+    def state():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+    table, widths, before = LatencyTable(), supernet.space.uniform(0.4), state()
+    supernet.conditions = Conditions(latency=table)
+    table.predict(supernet, widths)
+    table.report(supernet, [widths], rounds=1, repeats=1)
+    measure_latency(supernet.extract(widths), supernet.example(2), repeats=1)
+    search(supernet, {"latency_ms": "80%"}, lambda subnet: 1.0, steps=1, refine="none")
+    assert state() == before
+
+
 @pytest.mark.parametrize(("key", "value"), [("device", "Another CPU"), ("threads", 7), ("torch", "1.0.0")])
 def test_a_table_of_another_device_is_refused(supernet, monkeypatch, tmp_path, key, value):
     fake_times(monkeypatch)
@@ -249,6 +297,46 @@ def test_a_file_that_is_no_table_is_refused(tmp_path, text):
     with pytest.raises(LatencyError, match="is no latency table"):
         LatencyTable(path)
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -5.0, None, "3", True])
+@pytest.mark.parametrize("part", ["operators", "fits"])
+def test_a_table_of_times_that_no_clock_gives_is_refused(supernet, monkeypatch, tmp_path, part, value):
+    fake_times(monkeypatch)
+    path = tmp_path / "table.json"
+    LatencyTable(path).predict(supernet, supernet.space.max())
+    found = json.loads(path.read_text())
+    key = next(iter(found[part]))
+    found[part][key] = value if part == "operators" else [*found[part][key][:-1], value]
+    path.write_text(json.dumps(found))
+    message = re.escape(f"{path}: is no latency table (ValueError: {part}: got {value!r}, needed are numbers")
+    with pytest.raises(LatencyError, match=message):
+        LatencyTable(path)
+    found[part][key] = [1.0, 2.0]
+    path.write_text(json.dumps(found))
+    with pytest.raises(LatencyError, match="is no latency table"):
+        LatencyTable(path)
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LatencyError, match=r"table\.json: this latency table cannot be written in .*file"):
+        LatencyTable(tmp_path / "file" / "table.json")
+
+
+def test_a_table_refuses_what_is_no_subnet(supernet, monkeypatch):
+    fake_times(monkeypatch)
+    table = LatencyTable()
+    with pytest.raises(WidthError, match="got widths of another model"):
+        table.predict(supernet, convert(Plain(16), torch.zeros(1, 3, 8, 8)).space.max())
+    with pytest.raises(WidthError, match="got widths of type dict"):
+        table.predict(supernet, supernet.space.max().to_dict())
+    with pytest.raises(ConfigError, match="got a Plain; needed: a Supernet, as convert"):
+        table.predict(supernet.model, supernet.space.max())
+    with pytest.raises(ConfigError, match="got a Plain; needed: a Supernet, as convert"):
+        table.report(supernet.model, [supernet.space.max()])
+    with pytest.raises(LatencyError, match=r"report\(\) got no subnets"):
+        table.report(supernet, [])
 
 
 def test_a_table_of_a_later_format_is_refused(tmp_path):
@@ -355,6 +443,26 @@ def test_a_search_keeps_a_budget_of_latency_and_macs(supernet, monkeypatch, meth
 def test_a_budget_of_latency_needs_a_table(supernet):
     with pytest.raises(BudgetError, match="latency_ms is known only for a named device; needed: a LatencyTable"):
         search(supernet, ["macs<=50% and latency_ms<=8"], lambda subnet: 1.0)
+
+
+class Says:
+    def __init__(self, value):
+        self.value = value
+
+    def predict(self, supernet, widths):
+        return self.value
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0, None, "3"])
+@pytest.mark.parametrize("budget", ["50%", "0.001"])
+def test_a_latency_that_is_no_time_is_refused(supernet, value, budget):
+    supernet.conditions = Conditions(latency=Says(value))
+    message = rf"Says\.predict: got {value!r} at the widths \{{'stem': 32.*; needed: a positive number of milliseconds"
+    with pytest.raises(LatencyError, match=message):
+        search(supernet, {"latency_ms": budget}, lambda subnet: 1.0)
+    assert cost(supernet, latency=Says(np.float32(2))).latency_ms == 2
+    with pytest.raises(BudgetError, match=r"got latency='t\.json'; needed: what predicts"):
+        cost(supernet, latency="t.json")
 
 
 def test_a_budget_of_latency_out_of_reach_is_refused(supernet, monkeypatch):

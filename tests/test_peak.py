@@ -216,6 +216,34 @@ def test_a_search_keeps_a_budget_of_memory():
     assert 0.45 * whole.peak_bytes < cost(supernet, uniform).peak_bytes <= 0.5 * whole.peak_bytes
 
 
+class Attending(nn.Module):
+    """Attention whose queries and values narrow apart: where they differ, torch holds the scores of all 256 tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 4, 4)
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+        self.wide, self.out = nn.Linear(32, 64), nn.Linear(64, 4)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        x = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.out(self.wide(x).relu().mean(1))
+
+
+@pytest.mark.parametrize("mode", ["fast", "reference"])
+def test_a_search_keeps_a_budget_of_memory_that_a_narrower_group_can_exceed(mode):
+    supernet = convert(Attending(), torch.zeros(1, 3, 64, 64))
+    whole, space = cost(supernet).peak_bytes, supernet.space
+    assert {"q", "v"} <= set(space.names)
+    for name in ("q", "v"):  # a step of one alone takes more memory
+        assert cost(supernet, space.max().replaced(name, space[name].choices[-2])).peak_bytes > whole
+    for budget in ("peak_bytes<=90%", "peak_bytes<=45%", "macs<=50% and peak_bytes<=80%"):
+        found = search(supernet, [budget], lambda _: sum(1 / w for w in supernet._held.values()), mode=mode).networks[0]
+        assert all(getattr(cost(supernet, found.widths), unit) <= limit for unit, limit in found.limits.items())
+
+
 def test_a_budget_of_memory_out_of_reach_is_refused():
     supernet = convert(Plain(32), torch.zeros(1, 3, 8, 8))
     with pytest.raises(BudgetError, match="the budget of 1,000 peak_bytes is out of reach: the narrowest"):

@@ -4,11 +4,11 @@ import threading
 
 import pytest
 import torch
-from test_slimming import IMAGE, Branches, width_of
+from test_slimming import IMAGE, Branches, Said, in_step, width_of
 from zoo import randomise
 
 from timm_autoslim import Conditions, HeldOut, SharedLatency, Team, baseline, convert, cost, search
-from timm_autoslim.errors import DataError, EvaluationError, LatencyError
+from timm_autoslim.errors import ConfigError, DataError, EvaluationError, LatencyError, StaleStatisticsError
 from timm_autoslim.scoring import Scorer
 
 PRICES = {"a": 5.0, "b": 1.0, "c": 3.0}
@@ -156,6 +156,23 @@ def test_a_team_goes_by_the_times_of_its_first_process(method):
     assert not clocks[1].asked + clocks[2].asked
 
 
+@pytest.mark.parametrize("mode", ["fast", "reference"])
+def test_a_team_and_a_resumed_search_find_the_same_where_no_first_step_saves(mode):
+    scores = {}
+
+    def work(team, known=None):
+        supernet = make_supernet()
+        supernet.conditions = Conditions(latency=SharedLatency(Said(in_step), team))
+        budgets = ["latency_ms<=60% and macs<=80%", "latency_ms<=30%"]
+        return search(supernet, budgets, held_out(supernet), mode=mode, scores=known, team=team).to_dict()
+
+    alone = work(Team(), scores)
+    assert together(2, work) == [alone] * 2
+    assert work(Team(), dict(list(scores.items())[: len(scores) // 2])) == alone
+    spent = [step["spent"]["latency_ms"] for step in alone["steps"]]
+    assert max(spent) > 10  # of the widest
+
+
 def test_what_stops_the_first_process_from_measuring_stops_all():
     class Broken:
         def predict(self, supernet, widths):
@@ -171,6 +188,20 @@ def test_what_stops_the_first_process_from_measuring_stops_all():
     assert together(2, work) == ["told", "told"]
     with pytest.raises(LatencyError, match="got no latency in the first process; needed: a LatencyTable there"):
         SharedLatency(None, Team())
+
+
+def test_a_full_disk_of_the_first_process_is_told_to_all():
+    class Full:
+        def predict(self, supernet, widths):
+            raise OSError("disk full")
+
+    def work(team):
+        supernet = make_supernet()
+        with pytest.raises(LatencyError, match="predicting the latency raised OSError: disk full"):
+            SharedLatency(None if team.index else Full(), team).predict(supernet, supernet.space.max())
+        return "told"
+
+    assert together(2, work) == ["told", "told"]
 
 
 def test_times_of_every_process_by_itself_are_refused():
@@ -199,6 +230,63 @@ def test_a_failure_in_one_process_reaches_all_and_keeps_what_was_scored():
     assert list(known) == ["16,16,32:0", "16,16,32:1", "16,16,32:2"]
     assert supernet._held is None
     assert not supernet.model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("team", [None, Team(0, 2, lambda items: pytest.fail("it was killed before"))])
+def test_what_was_scored_before_the_process_was_killed_is_kept(team):
+    supernet, known = make_supernet(), {}
+
+    def score(subnet, part):
+        if len(known) == 3:
+            raise KeyboardInterrupt
+        return 1.0
+
+    scorer = Scorer(supernet, HeldOut(range(8), score), known, team)
+    with pytest.raises(KeyboardInterrupt):
+        scorer.many([supernet.space.max()])
+    assert len(known) == 3
+
+
+@pytest.mark.parametrize(
+    "value", [None, "abc", [1.0], ["a", 64], [float("nan"), 8], [1.0, -1], [1.0, None], [None, 8], 5, {"a": 1}, []]
+)
+@pytest.mark.parametrize("method", ["fast", "random"])
+def test_known_scores_that_are_none_are_refused_by_their_key(method, value):
+    supernet, seen = make_supernet(), []
+    with pytest.raises(
+        EvaluationError, match=r"scores\['1,2,3:0'\]: got .*; needed: \[error, images\], a finite number"
+    ):
+        METHODS[method](supernet, held_out(supernet, seen=seen), scores={"4,4,4:0": [0.5, 8], "1,2,3:0": value})
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ((part for part in range(3)), r"got a generator of batches; needed: a sequence, .*such as list\(loader\)"),
+        (None, "got a NoneType of batches"),
+        (5, "got a int of batches"),
+        (torch.utils.data.DataLoader(range(3)), "got a DataLoader of batches"),
+        ({0: 1}, "got a dict of batches"),
+    ],
+)
+def test_batches_that_cannot_be_taken_again_are_refused(batches, message):
+    with pytest.raises(DataError, match=message):
+        HeldOut(batches, lambda subnet, batch: 0.0)
+
+
+@pytest.mark.parametrize(("index", "count"), [(3, 2), (2, 2), (0, 0), (-1, 2), ("0", 1), (0, True)])
+def test_a_team_without_this_process_is_refused(index, count):
+    with pytest.raises(ConfigError, match=r"got Team\.(index|count)=.*; needed: "):
+        Team(index, count)
+
+
+def test_evaluate_moves_no_flag_of_the_supernet():
+    supernet = make_supernet().train()
+    with pytest.raises(StaleStatisticsError):
+        Scorer(supernet, lambda subnet: float(subnet.eval()(IMAGE).sum()))(supernet.space.max())
+    assert supernet.training
+    assert all(module.training for module in supernet.modules())
 
 
 def test_an_evaluate_without_a_forward_costs_nothing():

@@ -4,7 +4,9 @@ import itertools
 import json
 import math
 import random
+from decimal import Decimal
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,11 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 from zoo import Plain, assert_same, randomise, snapshot
 
-from timm_autoslim import HeldOut, convert, cost, search
-from timm_autoslim.costs import Budget
-from timm_autoslim.errors import BudgetError, EvaluationError, StaleStatisticsError
+from timm_autoslim import Conditions, HeldOut, baseline, convert, cost, search, uniform_at
+from timm_autoslim.costs import Budget, Cost
+from timm_autoslim.errors import BudgetError, ConfigError, EvaluationError, StaleStatisticsError
 from timm_autoslim.scoring import Scorer
-from timm_autoslim.slimming import _Descent, _FastDescent
+from timm_autoslim.slimming import Found, _Descent, _FastDescent
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 SIZES = {"a": 16, "b": 16, "c": 32}
@@ -486,6 +488,78 @@ def test_ties_are_decided_by_the_seed(mode):
     assert len({json.dumps(found(seed)["steps"][:3]) for seed in range(6)}) > 1
 
 
+# -- costs that may grow as groups narrow ---------------------------------------------------------------------------
+
+
+class Said:
+    """Predicts what a function of the widths, as shares of the groups' sizes, says."""
+
+    def __init__(self, milliseconds):
+        self.milliseconds = milliseconds
+
+    def predict(self, supernet, widths):
+        return self.milliseconds([widths[g.name] / g.size for g in supernet.space.groups])
+
+
+def aligned(shares):
+    """Every group whose width is no multiple of a quarter takes half a millisecond more."""
+    return 10 * sum(shares) / len(shares) + 0.5 * sum(share % 0.25 > 0 for share in shares)
+
+
+def in_step(shares):
+    """Groups that are not about equally wide take much longer: no first step saves anything."""
+    return 10 * sum(shares) / len(shares) + 20 * (max(shares) - min(shares) > 0.05)
+
+
+def slow_when_narrow(shares):
+    """The narrowest subnet is slower than the uniform ones in the middle."""
+    return 10 * max(shares) + 8 * (min(shares) < 0.3)
+
+
+def choose(method, supernet, budget, evaluate, **more):
+    """Search in a mode, or by a baseline."""
+    if method in ("fast", "reference"):
+        return search(supernet, budget, evaluate, mode=method, **more).networks[0]
+    return baseline(supernet, budget, evaluate, method, candidates=4, population=2).networks[0]
+
+
+@pytest.mark.parametrize("method", ["fast", "reference", "uniform", "random", "importance", "evolutionary"])
+@pytest.mark.parametrize("milliseconds", [aligned, in_step, slow_when_narrow])
+@pytest.mark.parametrize("budget", ["latency_ms<=80%", "latency_ms<=50%", "latency_ms<=60% and macs<=40%"])
+def test_a_reachable_budget_is_met_whatever_the_cost_does(supernet, method, milliseconds, budget):
+    supernet.conditions = Conditions(latency=Said(milliseconds))
+    evaluate = missing(supernet, a=5, b=1, c=3)
+    found = choose(method, supernet, [budget], evaluate)
+    spent = cost(supernet, found.widths)
+    assert all(getattr(spent, unit) == getattr(found.cost, unit) <= limit for unit, limit in found.limits.items())
+    if method in ("fast", "reference"):
+        rough = choose(method, supernet, [budget], evaluate, refine="none")
+        assert all(getattr(rough.cost, unit) <= limit for unit, limit in rough.limits.items())
+        assert found.error <= rough.error
+        assert choose(method, supernet, [budget], evaluate) == found
+
+
+def test_a_budget_that_neither_the_narrowest_nor_a_uniform_subnet_meets_is_refused(supernet):
+    supernet.conditions = Conditions(latency=Said(slow_when_narrow))
+    evaluate = missing(supernet, a=5, b=1, c=3)
+    message = (
+        r"the budget of 2\.000 latency_ms .* narrowest .* has 9\.250 \(92\.5% .*, and no uniform one holds it; raise"
+    )
+    with pytest.raises(BudgetError, match=message):
+        search(supernet, {"latency_ms": 2}, evaluate)
+    with pytest.raises(BudgetError, match="and no uniform one holds it"):
+        uniform_at(supernet, "latency_ms", 2)
+    assert evaluate.calls == 0
+    assert max(uniform_at(supernet, "latency_ms", 4)[n] / SIZES[n] for n in SIZES) <= 0.4
+
+
+def test_a_network_over_budget_is_never_returned(supernet):
+    budget, widths = Budget((("macs", 100.0), ("params", 10.0))), supernet.space.max()
+    assert Found.of(budget, widths, Cost(100, 9), 0.5).limits == {"macs": 100.0, "params": 10.0}
+    with pytest.raises(BudgetError, match=r"network found costs 101 macs where it cost at most 100\.0 before"):
+        Found.of(budget, widths, Cost(101, 9), 0.5)
+
+
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -501,6 +575,13 @@ def test_ties_are_decided_by_the_seed(mode):
         ({"macs": "half"}, r"got the budget 'half'; needed: a number"),
         ({"macs": -1}, r"got the budget -1; needed: a positive number"),
         ({"flops": "50%"}, r"got a budget in 'flops'; needed: one of \['macs', 'params', 'peak_bytes', 'latency_ms'\]"),
+        ({"macs": None}, "got the budget None; needed: a number"),
+        ({"macs": Decimal(5)}, r"got the budget Decimal\('5'\); needed: a number"),
+        ({"macs": torch.tensor(5)}, r"got the budget tensor\(5\); needed: a number"),
+        ({"macs": True}, "got the budget True; needed: a number"),
+        ({"macs": 10**400}, "got the budget 1000.*; needed: a positive number"),
+        ({"macs": np.int64(5)}, "the budget of 5 macs is out of reach"),
+        (None, "got the budgets None; needed: a dict"),
         ({"macs": []}, r"got no budget; needed: at least one number"),
         ({}, r'got the budgets \{\}; needed: a dict such as \{"macs": \["60%", "300M"\]\}'),
         ("50%", r"got the budgets '50%'; needed: a dict"),
@@ -524,14 +605,33 @@ def test_budgets_are_refused_before_anything_is_evaluated(supernet, budgets, mes
     [
         ({"mode": "slow"}, r"got mode='slow'; needed: one of \['fast', 'reference'\]"),
         ({"rank": "loss"}, r"got rank='loss'; needed: one of \['error', 'per_cost'\]"),
-        ({"steps": 0}, "got steps=0; needed: at least 1"),
+        ({"steps": 0}, "got steps=0; needed: a positive integer or None"),
+        ({"steps": 2.5}, r"got steps=2\.5; needed: a positive integer or None"),
+        ({"steps": True}, "got steps=True; needed: a positive integer or None"),
+        ({"seed": None}, "got seed=None; needed: an integer from"),
+        ({"seed": 2**70}, r"got seed=\d+; needed: an integer from"),
+        ({"scores": []}, "got scores of type list; needed: a dict, or None"),
+        ({"on_step": 5}, "got on_step=5; needed: a callable that takes a Step, or None"),
+        ({"team": 2}, "got team=2; needed: a Team, or None"),
     ],
 )
 def test_other_arguments_are_refused_before_anything_is_evaluated(supernet, given, message):
     evaluate = missing(supernet, a=5, b=1, c=3)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ConfigError, match=message):
         search(supernet, {"macs": "50%"}, evaluate, **given)
     assert evaluate.calls == 0
+
+
+def test_a_plain_model_is_told_to_be_converted(supernet):
+    calls = [
+        lambda model: search(model, {"macs": "50%"}, lambda subnet: 1.0),
+        lambda model: baseline(model, {"macs": "50%"}, lambda subnet: 1.0, "uniform"),
+        lambda model: uniform_at(model, "macs", "50%"),
+        cost,
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=r"got a Branches; needed: a Supernet, as convert\(model\) returns"):
+            call(supernet.model)
 
 
 def raising(subnet):

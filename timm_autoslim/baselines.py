@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from timm_autoslim.costs import Budget, Budgets, cost, fill_budget, read_budgets, uniform_within
+from timm_autoslim.arguments import generator_of, whole_number
+from timm_autoslim.costs import Budget, Budgets, cost, fill_budget, read_budgets, uniform_within, within_reach
+from timm_autoslim.errors import ConfigError
 from timm_autoslim.scoring import Evaluate, Scorer, Scores, Team
 from timm_autoslim.slimming import Found, SearchResult
 from timm_autoslim.space import Widths
@@ -63,28 +65,26 @@ def baseline(
 
     Raises:
         BudgetError: a budget is malformed or out of reach; nothing was evaluated then.
-        ValueError: another argument is out of range.
+        ConfigError: another argument is unknown, of the wrong type or out of range.
         WidthError: the criterion is "taylor" and a weight that it reads has no gradient.
         EvaluationError, LatencyError, StaleStatisticsError: as in `search`.
     """
     from timm_autoslim.importance import CRITERIA  # torch-pruning loads slowly, and only rankings need it
 
     if kind not in get_args(Kind):
-        raise ValueError(f"got kind={kind!r}; needed: one of {list(get_args(Kind))}")
-    if criterion not in CRITERIA:
-        raise ValueError(f"got criterion={criterion!r}; needed: one of {sorted(CRITERIA)}")
-    if candidates < 1 or population < 2:
-        raise ValueError(
-            f"got candidates={candidates} and population={population}; needed: at least 1 candidate and a population "
-            "of at least 2"
-        )
+        raise ConfigError(f"got kind={kind!r}; needed: one of {list(get_args(Kind))}")
+    if criterion not in list(CRITERIA):
+        raise ConfigError(f"got criterion={criterion!r}; needed: one of {sorted(CRITERIA)}")
+    candidates = whole_number("candidates", candidates, ConfigError)
+    population = whole_number("population", population, ConfigError, least=2)
+    generator_of(seed)
     score = Scorer(supernet, evaluate, scores, team)
     ordered = read_budgets(supernet, budgets)
     choose: dict[Kind, Callable[[Budget], Widths]] = {
         "uniform": lambda budget: uniform_within(supernet, budget),
-        "random": lambda budget: _best(_random(supernet, budget, candidates, _generator(seed)), score),
+        "random": lambda budget: _best(_random(supernet, budget, candidates, generator_of(seed)), score),
         "importance": lambda budget: _ranked(supernet, budget, _unit_scores(supernet, criterion, seed)),
-        "evolutionary": lambda budget: _evolved(supernet, budget, score, candidates, population, _generator(seed)),
+        "evolutionary": lambda budget: _evolved(supernet, budget, score, candidates, population, generator_of(seed)),
     }
     networks = []
     for budget in ordered:
@@ -100,19 +100,18 @@ def _best(subnets: Iterable[Widths], score: Scorer) -> Widths:
     return found[errors.index(min(errors))]
 
 
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def _draw(n: int, generator: torch.Generator) -> list[float]:
     return [float(u) for u in torch.rand(n, generator=generator)]
 
 
 def _landed(supernet: Supernet, widths: Widths, budget: Budget, generator: torch.Generator) -> Widths:
-    """Move all widths by one share towards the narrowest or the widest until the budget is met, and fill it up."""
+    """Move all widths by one share until the budget is met, and fill it up.
+
+    They move towards the widest, or from above the budget towards the subnet that `within_reach` has for it.
+    """
     space = supernet.space
     narrowing = not budget.holds(cost(supernet, widths))
-    start, end = (space.min(), widths) if narrowing else (widths, space.max())
+    start, end = (within_reach(supernet, budget), widths) if narrowing else (widths, space.max())
 
     def between(share: float) -> Widths:
         return space.from_dict({name: int(start[name] + share * (end[name] - start[name])) for name in space.names})
@@ -120,7 +119,7 @@ def _landed(supernet: Supernet, widths: Widths, budget: Budget, generator: torch
     low, high = 0.0, 1.0
     if budget.holds(cost(supernet, end)):
         return end
-    for _ in range(20):  # the cost is monotone in the share
+    for _ in range(20):  # `low` is a share that holds, the largest where the cost grows with it
         middle = (low + high) / 2
         if budget.holds(cost(supernet, between(middle))):
             low = middle
@@ -199,11 +198,13 @@ def _ranked(supernet: Supernet, budget: Budget, scores: list[NDArray[np.float64]
             {g.name: max(g.choices[0], g.size - int(n)) for g, n in zip(space.groups, gone, strict=True)}
         )
 
-    low, high = -1, len(owners)  # the cost falls as units go, and with all of them gone is that of the narrowest
+    low, high = -1, len(owners)  # with all of them gone it is the narrowest
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if budget.holds(cost(supernet, without(middle))) else (middle, high)
     widths = without(high)
+    if not budget.holds(cost(supernet, widths)):  # the narrowest need not take the least memory or time
+        widths = within_reach(supernet, budget)
     # the unit that would come back next is the best of those that went
     ahead = {g.name: s[widths[g.name]] for g, s in zip(space.groups, scores, strict=True) if widths[g.name] < g.size}
     return fill_budget(supernet, widths, budget, sorted(ahead, key=lambda name: -ahead[name]))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from numbers import Real
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 
-from timm_autoslim.errors import BudgetError
+from timm_autoslim.arguments import whole_number
+from timm_autoslim.errors import BudgetError, ConfigError, LatencyError
 from timm_autoslim.terms import Terms, parameter_terms
 from timm_autoslim.tracing.graph import ChannelGraph, Count
 
@@ -44,12 +47,13 @@ class Conditions:
     latency: Latency | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise BudgetError(f"got batch_size={self.batch_size!r}; needed: a positive integer")
+        object.__setattr__(self, "batch_size", whole_number("batch_size", self.batch_size, BudgetError))
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise BudgetError(
                 f"got dtype={self.dtype!r}; needed: a floating point type, such as torch.float16, or None"
             )
+        if self.latency is not None and not callable(getattr(self.latency, "predict", None)):
+            raise BudgetError(f"got latency={self.latency!r}; needed: what predicts, such as a LatencyTable, or None")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,26 @@ class _Meter:
     supernet: Supernet
     widths: Widths
     conditions: Conditions
+
+
+def _peak_bytes(meter: _Meter) -> int:
+    tape = meter.supernet.tape(meter.conditions.batch_size, meter.conditions.dtype)
+    return tape.peak_bytes(meter.widths.values_)
+
+
+def _latency_ms(meter: _Meter) -> float:
+    if meter.conditions.latency is None:
+        raise BudgetError(
+            "latency_ms is known only for a named device; needed: a LatencyTable, as cost(..., latency=table), or "
+            "for a search supernet.conditions = Conditions(latency=table)"
+        )
+    found = meter.conditions.latency.predict(meter.supernet, meter.widths)
+    if not isinstance(found, Real) or not 0 < found < float("inf"):
+        raise LatencyError(
+            f"{type(meter.conditions.latency).__name__}.predict: got {found!r} at the widths "
+            f"{meter.widths.to_dict()}; needed: a positive number of milliseconds"
+        )
+    return float(found)
 
 
 @dataclass(frozen=True)
@@ -88,9 +112,7 @@ class Cost:
         Raises:
             TraceError: the lifetimes cannot be told, because narrower subnets run other operators.
         """
-        meter = self._met("peak_bytes")
-        tape = meter.supernet.tape(meter.conditions.batch_size, meter.conditions.dtype)
-        return tape.peak_bytes(meter.widths.values_)
+        return int(self._read("peak_bytes", _peak_bytes))
 
     @property
     def latency_ms(self) -> float:
@@ -98,22 +120,28 @@ class Cost:
 
         Raises:
             BudgetError: there is no latency table.
-            LatencyError: the table cannot measure here.
+            LatencyError: the table cannot measure here, or what it says is no positive number.
         """
-        meter = self._met("latency_ms")
-        if meter.conditions.latency is None:
-            raise BudgetError(
-                "latency_ms is known only for a named device; needed: a LatencyTable, as cost(..., latency=table), or "
-                "for a search supernet.conditions = Conditions(latency=table)"
-            )
-        return meter.conditions.latency.predict(meter.supernet, meter.widths)
+        return float(self._read("latency_ms", _latency_ms))
 
-    def _met(self, unit: str) -> _Meter:
-        if self._meter is None:
-            raise BudgetError(
-                f"this cost was made of MACs and parameters alone; call cost(supernet, widths) for {unit}"
-            )
-        return self._meter
+    def kept(self, units: Iterable[str]) -> Cost:
+        """Return this cost to be kept: it knows these units, and no longer holds the supernet that others need."""
+        for unit in units:
+            getattr(self, unit)
+        return copy.copy(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the supernet out of copies and pickles; what was read before stays known."""
+        return {name: value for name, value in self.__dict__.items() if name != "_meter"}
+
+    def _read(self, unit: str, tell: Callable[[_Meter], float]) -> float:
+        """Return a cost that is told when it is first asked for, and remembered."""
+        if unit not in self.__dict__:  # beside the property of this name, which has the say
+            if self._meter is None:
+                raise BudgetError(f"this cost is kept without {unit}; call cost(supernet, widths) for {unit}")
+            self.__dict__[unit] = tell(self._meter)
+        found: float = self.__dict__[unit]
+        return found
 
 
 class _Compiled:
@@ -165,8 +193,10 @@ def cost(
 
     Raises:
         WidthError: the widths are of another model.
-        BudgetError: the batch size is not positive, or the type no floating point type.
+        BudgetError: the batch size is not positive, the type no floating point type, or the latency predicts nothing.
+        ConfigError: the model is no supernet.
     """
+    check_supernet(supernet)
     widths = supernet.space.check(widths if widths is not None else supernet.space.max())
     usual = supernet.conditions
     conditions = Conditions(
@@ -177,6 +207,15 @@ def cost(
     found = cost_of(supernet.graph, widths.values_)
     object.__setattr__(found, "_meter", _Meter(supernet, widths, conditions))
     return found
+
+
+def check_supernet(supernet: Any) -> None:
+    """Raise ConfigError if this is no supernet."""
+    # the room of supernets stands on this one, so that it cannot be asked for here
+    if not isinstance(getattr(supernet, "graph", None), ChannelGraph):
+        raise ConfigError(
+            f"the supernet: got a {type(supernet).__name__}; needed: a Supernet, as convert(model) returns"
+        )
 
 
 def cost_by_module(supernet: Supernet, widths: Widths | None = None) -> dict[str, int]:
@@ -219,13 +258,15 @@ def reach(supernet: Supernet) -> Reach:
 
 
 UNITS = ("macs", "params", "peak_bytes", "latency_ms")
+_GROWING = ("macs", "params")  # where a group is wider there are no fewer; memory and latency may be less
+_RATIOS = [i / 20 for i in range(20, 0, -1)]  # of the uniform subnets that are tried where the narrowest is over budget
 FILLED = 0.99  # a budget of which this share is used counts as used up
-_SUFFIXES = {"k": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "": 1.0}
-_AMOUNT = re.compile(r"(.*?)(%|[kMGB]|[KMG]i)?", re.DOTALL)
+_SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "": 1.0}
+_AMOUNT = re.compile(r"(.*?)(%|[kKMG]|[KMG]i)?", re.DOTALL)
 
 
 def parse_budget(budget: float | str, whole: float) -> float:
-    """Return a budget as a number: 300e6, "300M", "1.2G", "20Mi" (of 1,048,576), or "60%" of `whole`.
+    """Return a budget as a number: 300e6, "500k" or "500K", "300M", "1.2G", "20Mi" (of 1,048,576), "60%" of `whole`.
 
     Raises:
         BudgetError: the text is no budget, or the number is not positive.
@@ -237,12 +278,16 @@ def parse_budget(budget: float | str, whole: float) -> float:
             assert found is not None
             number = float(found[1])
             number = number / 100 * whole if found[2] == "%" else number * _SUFFIXES[found[2] or ""]
-        else:
+        elif isinstance(budget, Real) and not isinstance(budget, bool):
             number = float(budget)
+        else:
+            raise TypeError
+    except OverflowError:
+        number = float("inf")
     except (TypeError, ValueError):
         raise BudgetError(f'got the budget {budget!r}; needed: a number, "300M", "1.2G" or "60%"') from None
     if not 0 < number < float("inf"):
-        raise BudgetError(f"got the budget {budget!r}; needed: a positive number")
+        raise BudgetError(f"got the budget {repr(budget)[:40]}; needed: a positive number")
     return number
 
 
@@ -251,19 +296,6 @@ def check_unit(unit: str) -> str:
     if unit not in UNITS:
         raise BudgetError(f"got a budget in {unit!r}; needed: one of {list(UNITS)}")
     return unit
-
-
-def check_reach(supernet: Supernet, unit: str, budget: float) -> None:
-    """Raise BudgetError if not even the narrowest subnet meets the budget; say what it reaches."""
-    narrowest = float(getattr(cost(supernet, supernet.space.min()), unit))
-    if budget < narrowest:
-        whole = float(getattr(cost(supernet), unit))
-        digits = 3 if unit == "latency_ms" else 0
-        raise BudgetError(
-            f"the budget of {budget:,.{digits}f} {unit} is out of reach: the narrowest subnet of the search space has "
-            f"{narrowest:,.{digits}f} ({narrowest / whole:.1%} of the whole); raise the budget, or lower `min` in "
-            "convert()"
-        )
 
 
 @dataclass(frozen=True)
@@ -278,7 +310,7 @@ class Budget:
 
     def exceeded(self, spent: Cost) -> tuple[tuple[str, float], ...]:
         """Return the limits that this cost is above."""
-        return tuple((unit, limit) for unit, limit in self.limits if getattr(spent, unit) > limit)
+        return tuple((unit, limit) for unit, limit in self.limits if not getattr(spent, unit) <= limit)
 
     def holds(self, spent: Cost) -> bool:
         """Whether this cost is above none of the limits."""
@@ -329,14 +361,14 @@ def read_budgets(supernet: Supernet, budgets: Budgets) -> list[Budget]:
             its own; or a list of texts such as "macs<=300M and params<=2M", where all limits of one text must hold.
 
     Raises:
-        BudgetError: a budget is malformed, or not even the narrowest subnet meets it.
+        BudgetError: a budget is malformed or out of reach, see `within_reach`.
     """
     whole = cost(supernet)
     found: list[Budget] = []
     if isinstance(budgets, Mapping) and budgets:
         for unit, values in budgets.items():
             size = getattr(whole, check_unit(unit))
-            for value in [values] if isinstance(values, (int, float, str)) else values:
+            for value in [values] if isinstance(values, str) or not isinstance(values, Sequence) else values:
                 found.append(Budget(((unit, parse_budget(value, size)),)))
     elif isinstance(budgets, Sequence) and budgets and not isinstance(budgets, str):
         found = [parse_limits(text, whole) for text in budgets]
@@ -348,29 +380,58 @@ def read_budgets(supernet: Supernet, budgets: Budgets) -> list[Budget]:
     if not found:
         raise BudgetError("got no budget; needed: at least one number")
     for budget in found:
-        # the narrowest subnet is the least in every unit, so limits that it meets one by one hold together
-        for unit, limit in budget.limits:
-            check_reach(supernet, unit, limit)
+        within_reach(supernet, budget)
     shares = {b: sorted((limit / getattr(whole, unit), unit, limit) for unit, limit in b.limits) for b in found}
     return sorted(found, key=lambda b: shares[b], reverse=True)
+
+
+def within_reach(supernet: Supernet, budget: Budget) -> Widths:
+    """Return a subnet within the budget: the narrowest, or else the widest uniform one that is.
+
+    No subnet has fewer MACs or parameters than the narrowest. Memory and latency need not be the least there.
+
+    Raises:
+        BudgetError: neither is within the budget; the text says what the narrowest costs.
+    """
+    space = supernet.space
+    spent = cost(supernet, space.min())
+    exceeded = budget.exceeded(spent)
+    if not exceeded:
+        return space.min()
+    uniform = [] if any(unit in _GROWING for unit, _ in exceeded) else [space.uniform(ratio) for ratio in _RATIOS]
+    for widths in dict.fromkeys(uniform):
+        if budget.holds(cost(supernet, widths)):
+            return widths
+    unit, limit = next((e for e in exceeded if e[0] in _GROWING), exceeded[0])
+    narrowest, whole = float(getattr(spent, unit)), float(getattr(cost(supernet), unit))
+    digits = 3 if unit == "latency_ms" else 0
+    also = ", and no uniform one holds it" if uniform else ""
+    raise BudgetError(
+        f"the budget of {limit:,.{digits}f} {unit} is out of reach: the narrowest subnet of the search space has "
+        f"{narrowest:,.{digits}f} ({narrowest / whole:.1%} of the whole){also}; raise "
+        "the budget, or lower `min` in convert()"
+    )
 
 
 def uniform_within(supernet: Supernet, budget: Budget) -> Widths:
     """Return the widths of the widest uniform multiplier within the budget, rounded to single units.
 
     The divisor is left out of account, so that uniform slimming, the baseline of every search, uses its budget up.
+
+    Raises:
+        BudgetError: the budget is out of reach, see `within_reach`.
     """
     space = supernet.space
     low, high = 0.0, 1.0
     if budget.holds(cost(supernet)):
         return space.max()
-    for _ in range(40):  # the cost is monotone in the multiplier, a latency nearly so
+    for _ in range(40):  # memory and latency may grow as the multiplier falls: then this is one that holds, of several
         middle = (low + high) / 2
         if budget.holds(cost(supernet, space.uniform(middle, exact=True))):
             low = middle
         else:
             high = middle
-    return space.uniform(low, exact=True) if low > 0 else space.min()
+    return space.uniform(low, exact=True) if low > 0 else within_reach(supernet, budget)
 
 
 def uniform_at(supernet: Supernet, unit: str, budget: float | str) -> Widths:
@@ -379,12 +440,10 @@ def uniform_at(supernet: Supernet, unit: str, budget: float | str) -> Widths:
     The divisor is left out of account, so that uniform slimming, the baseline of every search, uses its budget up.
 
     Raises:
-        BudgetError: the budget is malformed, of an unknown unit, or not even the narrowest meets it.
+        BudgetError: the budget is malformed, of an unknown unit, or out of reach.
     """
     check_unit(unit)
-    number = parse_budget(budget, getattr(cost(supernet), unit))
-    check_reach(supernet, unit, number)
-    return uniform_within(supernet, Budget(((unit, number),)))
+    return uniform_within(supernet, Budget(((unit, parse_budget(budget, getattr(cost(supernet), unit))),)))
 
 
 def widest_within(supernet: Supernet, widths: Widths, name: str, budget: Budget, *, exact: bool = True) -> Widths:
@@ -395,7 +454,7 @@ def widest_within(supernet: Supernet, widths: Widths, name: str, budget: Budget,
     """
     group, now = supernet.space[name], widths[name]
     wider = range(now + 1, group.size + 1) if exact else [c for c in group.choices if c > now]
-    # the cost is monotone in the width, a latency nearly so
+    # memory and latency may fall as the width grows: then this is a width that holds, if not the widest
     fitting = bisect.bisect(wider, False, key=lambda w: not budget.holds(cost(supernet, widths.replaced(name, w))))
     return widths.replaced(name, wider[fitting - 1]) if fitting else widths
 

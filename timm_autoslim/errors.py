@@ -48,7 +48,7 @@ class OutputExistsError(AutoSlimError, FileExistsError):
 
 
 class ConfigError(AutoSlimError, ValueError):
-    """A recipe's configuration names an unknown key or holds a value of the wrong type."""
+    """A setting of a recipe, or an argument, that is unknown, of the wrong type or out of range."""
 
 
 class DataError(AutoSlimError, ValueError):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import statistics
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -18,7 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from timm_autoslim.arguments import whole_number
 from timm_autoslim.atomic import write_text
+from timm_autoslim.costs import check_supernet
 from timm_autoslim.errors import LatencyError
 from timm_autoslim.kernels import onnxruntime_ms
 from timm_autoslim.space import Widths
@@ -35,6 +38,7 @@ from timm_autoslim.supernet import Supernet
 from timm_autoslim.tape import ATTENTION, Operator, TensorSpec
 
 FORMAT = 3
+FACTORS = 5  # of a prediction
 ANCHORS = 8  # subnets that are measured whole, once for each model, to fit what the sum of operators leaves out
 # Operators whose kernels a runtime keeps; it fuses or removes most of the others.
 _HEAVY = ("aten.convolution", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", ATTENTION, "lstm", "gru", "rnn")
@@ -135,9 +139,9 @@ class LatencyTable:
     prediction is `a + b * heavy + c * light + d * megabytes + e * heavy * megabytes`: the times of convolutions, matrix
     products, attention and recurrent layers added up, those of all other operators, and what the heavy ones read,
     weights included. An operator that is measured again and again finds that in the caches, and in a network the less
-    so, the more the network reads. The five factors are none of them negative, and are fitted for each model and
-    runtime to the measured latency of a few whole subnets: they stand for what Python and the runtime add, for caches,
-    and for what the runtime fuses.
+    so, the more the network reads. The five factors are none of them negative, and are fitted for each search space
+    and runtime to the measured latency of a few whole subnets: they stand for what Python and the runtime add, for
+    caches, and for what the runtime fuses.
 
     A table belongs to one processor or GPU, number of threads and version of torch. With a path it is read from there,
     and written back whenever something was measured.
@@ -160,13 +164,11 @@ class LatencyTable:
 
         Raises:
             LatencyError: an unknown device or runtime, or a file that is no table, or one of another device, number of
-                threads or version of torch.
+                threads or version of torch, or a path that cannot be written.
         """
         check_conditions(device, dtype, runtime, threads)
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise LatencyError(f"got batch_size={batch_size!r}; needed: a positive integer")
         self.device, self.dtype, self.runtime = torch.device(device), dtype, runtime
-        self.batch_size, self.threads = batch_size, threads
+        self.batch_size, self.threads = whole_number("batch_size", batch_size, LatencyError), threads
         self.path = None if path is None else Path(path)
         self._made_for = {"device": device_name(device), "threads": threads, "torch": torch.__version__}
         self._inside = ""  # where heavy operators are measured, if not in eager mode
@@ -176,9 +178,11 @@ class LatencyTable:
             self._inside = f"onnxruntime-{onnxruntime.__version__} "
         self._operators: dict[str, float] = {}
         self._fits: dict[str, list[float]] = {}
-        self._predicted: dict[tuple[str, tuple[int, ...]], float] = {}
+        self._predicted: dict[tuple[str, Widths], float] = {}
         if self.path is not None and self.path.exists():
             self._operators, self._fits = self._read(self.path)
+        elif self.path is not None:
+            _check_writable(self.path)
 
     def __len__(self) -> int:
         """Return how many operators have been measured."""
@@ -193,9 +197,11 @@ class LatencyTable:
         Raises:
             LatencyError: an operator cannot be measured by itself, or the supernet has no weights.
             TraceError: narrower subnets run other operators.
+            WidthError: the widths are of another model.
+            ConfigError: the model is no supernet.
         """
         model = self._model(supernet)
-        key = model, widths.values_
+        key = model, supernet.space.check(widths)
         if key not in self._predicted:
             if model not in self._fits:
                 self._fit(supernet)
@@ -227,7 +233,12 @@ class LatencyTable:
         The anchors are measured again, in turns with these subnets, and the model is fitted anew: the report tells how
         well a fit predicts subnets that it has not seen, and not how much faster or slower the machine has become since
         an earlier fit.
+
+        Raises:
+            LatencyError: there are no subnets, or what `predict` raises.
         """
+        if not subnets:
+            raise LatencyError("report() got no subnets; needed: at least one, such as supernet.space.uniform(0.4)")
         measured = self._fit(supernet, subnets, rounds=rounds, repeats=repeats)
         predicted = [self.predict(supernet, widths) for widths in subnets]
         return LatencyReport(tuple(subnets), tuple(measured), tuple(predicted))
@@ -235,10 +246,12 @@ class LatencyTable:
     # -- fitting ------------------------------------------------------------------------------------------------
 
     def _model(self, supernet: Supernet) -> str:
-        """Return what a fit is kept under: runtime, and the operators of the widest."""
+        """Return what a fit is kept under: runtime, the operators of the widest, and the space that anchors are of."""
+        check_supernet(supernet)
         tape = supernet.tape(self.batch_size, self.dtype)
-        operators = "\n".join(f"{o.name}{_text(o.args)}{_text(o.kwargs)}" for o in tape.operators)
-        return f"{self.runtime} {hashlib.sha256(operators.encode()).hexdigest()[:16]}"
+        operators = [f"{o.name}{_text(o.args)}{_text(o.kwargs)}" for o in tape.operators]
+        text = "\n".join([supernet.space.id, *operators])
+        return f"{self.runtime} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def _fit(self, supernet: Supernet, others: Sequence[Widths] = (), **turns: int) -> list[float]:
         """Fit the factors to the anchors, measured in turns with other subnets; return the times of those."""
@@ -296,6 +309,8 @@ class LatencyTable:
             found = json.loads(path.read_text(encoding="utf-8"))
             number, made_for = found["format"], {key: found[key] for key in self._made_for}
             operators, fits = dict(found["operators"]), dict(found["fits"])
+            _check_times("operators", operators.values())
+            _check_times("fits", [factor for factors in fits.values() for factor in _factors(factors)])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LatencyError(
                 f"{path}: is no latency table ({type(error).__name__}: {error}); give the path of a table, or of a new "
@@ -323,6 +338,31 @@ class LatencyTable:
             {"format": FORMAT, **self._made_for, "operators": self._operators, "fits": self._fits}, indent=0
         )
         write_text(self.path, text)
+
+
+def _check_times(where: str, values: Iterable[Any]) -> None:
+    """Raise ValueError for a value that no measurement has."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+            raise ValueError(f"{where}: got {value!r}, needed are numbers that are finite and not negative")
+
+
+def _factors(factors: Any) -> list[Any]:
+    if not isinstance(factors, list) or len(factors) != FACTORS:
+        raise ValueError(f"fits: got {factors!r}, needed are {FACTORS} factors")
+    return factors
+
+
+def _check_writable(path: Path) -> None:
+    """Raise LatencyError where no file can be made: better before anything is measured than after."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LatencyError(
+            f"{path}: this latency table cannot be written in {folder} ({error}); give a path that can be written"
+        ) from None
 
 
 def anchors(supernet: Supernet) -> list[Widths]:

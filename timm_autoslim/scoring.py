@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from timm_autoslim.arguments import whole_number
 from timm_autoslim.calibration import batch_statistics, check_batch_statistics
-from timm_autoslim.costs import Latency, cost
-from timm_autoslim.errors import AutoSlimError, DataError, EvaluationError, LatencyError
+from timm_autoslim.costs import Latency, check_supernet, cost
+from timm_autoslim.errors import AutoSlimError, ConfigError, DataError, EvaluationError, LatencyError
 from timm_autoslim.space import Widths
 from timm_autoslim.supernet import Supernet
 from timm_autoslim.tracing.twin import tensors_in
@@ -32,10 +34,17 @@ class HeldOut:
         score: `score(subnet, batch)`, the error or loss of a callable subnet on one of them, a float.
 
     Raises:
-        DataError: there are no batches.
+        DataError: there are no batches, or they cannot be counted and taken by index.
     """
 
     def __init__(self, batches: Sequence[Any], score: Callable[[Subnet, Any], float]) -> None:
+        if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")) or isinstance(batches, Mapping):
+            raise DataError(
+                f"HeldOut() got a {type(batches).__name__} of batches; needed: a sequence, which gives the same "
+                "batches again and again, such as list(loader)"
+            )
+        if not callable(score):
+            raise DataError(f"HeldOut() got score={score!r}; needed: a callable score(subnet, batch)")
         if not len(batches):
             raise DataError("HeldOut() got no batches; needed: at least one batch of held-out images.")
         self.batches, self.score = batches, score
@@ -56,11 +65,18 @@ class Team:
         index, count: which process this is, of how many.
         gather: takes a list, and returns the lists of all processes one after the other, by index; such as
             `accelerate.utils.gather_object`.
+
+    Raises:
+        ConfigError: there is no process of this index among so many.
     """
 
     index: int = 0
     count: int = 1
     gather: Callable[[list[Any]], list[Any]] = list
+
+    def __post_init__(self) -> None:
+        whole_number("Team.count", self.count, ConfigError)
+        whole_number("Team.index", self.index, ConfigError, 0, self.count - 1)
 
 
 class SharedLatency:
@@ -81,7 +97,8 @@ class SharedLatency:
         """Return milliseconds for one batch, the same in all processes.
 
         Raises:
-            AutoSlimError: what the prediction raised in the first process, in all of them.
+            AutoSlimError: what the prediction raised in the first process, in all of them; a LatencyError if that
+                was another exception.
         """
         if widths not in self._known:
             said: list[Any] = []
@@ -90,10 +107,14 @@ class SharedLatency:
                     said.append(self.latency.predict(supernet, widths))
                 except AutoSlimError as error:  # the others wait for this one, and must be told
                     said.append(error)
+                except Exception as error:  # a full disk, for example; not every exception can be sent
+                    failed = LatencyError(f"predicting the latency raised {type(error).__name__}: {error}")
+                    failed.__cause__ = error
+                    said.append(failed)
             (answer,) = self.team.gather(said)
             if isinstance(answer, AutoSlimError):
                 raise answer
-            self._known[widths] = float(answer)
+            self._known[widths] = answer
         return self._known[widths]
 
 
@@ -111,13 +132,22 @@ class Scorer:
         macs: forward work of them, images times MACs.
 
     Raises:
+        ConfigError: an argument of the wrong type.
+        EvaluationError: `scores` holds what no search has written.
         LatencyError: a latency that the processes of the team do not share.
     """
 
     def __init__(
         self, supernet: Supernet, evaluate: Evaluate, scores: Scores | None = None, team: Team | None = None
     ) -> None:
-        self.supernet, self.evaluate, self.team = supernet, evaluate, team or Team()
+        check_supernet(supernet)
+        if not isinstance(team, Team | None):
+            raise ConfigError(f"got team={team!r}; needed: a Team, or None")
+        if not isinstance(scores, MutableMapping | None):
+            raise ConfigError(f"got scores of type {type(scores).__name__}; needed: a dict, or None")
+        for key, value in (scores or {}).items():
+            _check_known(key, value)
+        self.supernet, self.evaluate, self.team = supernet, evaluate, Team() if team is None else team
         latency = supernet.conditions.latency
         if self.team.count > 1 and latency is not None and not isinstance(latency, SharedLatency):
             raise LatencyError(
@@ -164,7 +194,8 @@ class Scorer:
         done: list[tuple[str, Any]] = []
         for job in jobs[team.index :: team.count]:
             try:
-                done.append((_key(job), self._scored(job)))
+                self._scores[_key(job)] = found = self._scored(job)  # at once: kept even if the process ends now
+                done.append((_key(job), found))
             except AutoSlimError as error:  # the other processes wait for this one, and must be told
                 done.append((_key(job), error))
                 break
@@ -181,7 +212,7 @@ class Scorer:
 
     def _scored(self, job: _Job) -> list[float]:
         widths, part = job
-        model = self.supernet.model
+        model, training = self.supernet.model, self.supernet.training
         try:
             with torch.no_grad(), self.supernet.at(widths), batch_statistics(model), _counted(model) as images:
                 if isinstance(self.evaluate, HeldOut):
@@ -195,6 +226,8 @@ class Scorer:
             raise EvaluationError(
                 f"evaluate raised {type(cause).__name__}: {cause}; at the widths {widths.to_dict()}"
             ) from cause
+        finally:
+            self.supernet.training = training  # the wrapper's own flag, which evaluate may have moved
         if not math.isfinite(error):
             raise EvaluationError(
                 f"evaluate returned {error}; needed: a finite error or loss; at the widths {widths.to_dict()}"
@@ -205,6 +238,18 @@ class Scorer:
 def _key(job: _Job) -> str:
     widths, part = job
     return f"{','.join(map(str, widths.values_))}:{part}"
+
+
+def _check_known(key: Any, value: Any) -> None:
+    """Raise EvaluationError if what is known of a subnet from before is no score."""
+    if isinstance(value, (list, tuple)) and len(value) == 2:
+        error, images = value
+        if isinstance(error, Real) and math.isfinite(error) and isinstance(images, int) and images >= 0:
+            return
+    raise EvaluationError(
+        f"scores[{key!r}]: got {value!r}; needed: [error, images], a finite number and how many images; take the entry "
+        "out, or remove the file that it comes from, and it is scored anew"
+    )
 
 
 @contextmanager

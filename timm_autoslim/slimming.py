@@ -10,8 +10,19 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from timm_autoslim.costs import FILLED, Budget, Budgets, Cost, cost, fill_budget, read_budgets, widest_within
-from timm_autoslim.errors import BudgetError
+from timm_autoslim.arguments import generator_of, whole_number
+from timm_autoslim.costs import (
+    FILLED,
+    Budget,
+    Budgets,
+    Cost,
+    cost,
+    fill_budget,
+    read_budgets,
+    widest_within,
+    within_reach,
+)
+from timm_autoslim.errors import BudgetError, ConfigError
 from timm_autoslim.scoring import Evaluate, Scorer, Scores, Team
 from timm_autoslim.space import ChannelGroup, Widths
 from timm_autoslim.supernet import Supernet
@@ -52,7 +63,7 @@ class Found:
 
     Attributes:
         unit, budget: the budget; where it is several limits, the one that the network uses the largest share of.
-        widths, cost, error: the network.
+        widths, cost, error: the network; its cost knows MACs, parameters and the units of the budget.
         limits: all limits of the budget, by unit.
     """
 
@@ -65,8 +76,17 @@ class Found:
 
     @classmethod
     def of(cls, budget: Budget, widths: Widths, spent: Cost, error: float) -> Found:
-        """Record what was found for a budget."""
-        return cls(*budget.tightest(spent), widths, spent, error, dict(budget.limits))
+        """Record what was found for a budget.
+
+        Raises:
+            BudgetError: the cost is above the budget, which only a latency that changes its mind can cause.
+        """
+        for unit, limit in budget.exceeded(spent):
+            raise BudgetError(
+                f"the network found costs {getattr(spent, unit):,} {unit} where it cost at most {limit:,} before; "
+                f"needed: the same {unit} for the same widths at every call of supernet.conditions.latency"
+            )
+        return cls(*budget.tightest(spent), widths, spent.kept(dict(budget.limits)), error, dict(budget.limits))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
@@ -151,11 +171,14 @@ class _Descent:
 
     def refined(self, budget: Budget, refine: Refine) -> Widths:
         """Widen groups into what the descent left of the budget, and return the best subnet met on the way."""
-        met = [self.widths, *self._fill(budget, refine)]
+        start = self.widths
+        if not budget.holds(cost(self.supernet, start)):  # the descent ended at the narrowest, which is not the least
+            start = within_reach(self.supernet, budget)
+        met = [start, *self._fill(start, budget, refine)]
         # wider first: the descent's own subnet stands only where it is truly better
         return min(reversed(met), key=self.score)
 
-    def _fill(self, budget: Budget, refine: Refine) -> list[Widths]:
+    def _fill(self, widths: Widths, budget: Budget, refine: Refine) -> list[Widths]:
         """Widen one group after the other until less than 1 % of the budget is left or nothing wider fits.
 
         Each round widens one group as far as the budget allows, the one whose error is then the least. After
@@ -166,7 +189,7 @@ class _Descent:
             The subnets that were chosen by their error, and the last one.
         """
         met: list[Widths] = []
-        widths, exact = self.widths, False
+        exact = False
         while refine != "none" and budget.used(cost(self.supernet, widths)) < FILLED:
             wider = [widest_within(self.supernet, widths, n, budget, exact=exact) for n in self.supernet.space.names]
             wider = sorted(
@@ -200,21 +223,16 @@ class _Descent:
             widths = self.widths.replaced(group.name, narrower)
             if budget.holds(cost(self.supernet, widths)):
                 widths = self._least_cut(group.name, widths, budget)
-            saved = _saved(now, cost(self.supernet, widths), exceeded)
-            if saved > 0:
-                found.append(_Candidate(group.name, widths, saved))
-        if not found:
-            unit, limit = budget.tightest(now)
-            raise BudgetError(
-                f"no group can be slimmed further, and {getattr(now, unit):,} {unit} are above the budget of "
-                f"{limit:,.0f}"
-            )
-        return found
+            found.append(_Candidate(group.name, widths, _saved(now, cost(self.supernet, widths), exceeded)))
+        # Where no step saves memory or latency, as where attention would lose its fused kernel by one step and win it
+        # back by the next, the descent goes on by what costs least.
+        most = max(c.saved for c in found)
+        return [c for c in found if c.saved > 0 or c.saved == most]
 
     def _key(self, candidate: _Candidate, loss: float) -> tuple[float, float, int]:
         """Order candidates, the best first, by how much they raise the error."""
         # A step that lowers the error is best the more it does, whatever it saves.
-        key = loss / candidate.saved if self.rank == "per_cost" and loss > 0 else loss
+        key = loss / candidate.saved if self.rank == "per_cost" and loss > 0 and candidate.saved > 0 else loss
         return key, -candidate.saved, self.order[candidate.name]
 
     def _least_cut(self, name: str, widths: Widths, budget: Budget) -> Widths:
@@ -259,6 +277,10 @@ class _FastDescent(_Descent):
         draws = random.Random(repr(self.order))  # the order is drawn by the seed; every budget trades alike
         for _ in range(math.ceil(self.TRADES * len(self.supernet.space) / self.TOGETHER)):
             traded = [self._traded(widths, budget, refine, draws) for _ in range(self.TOGETHER)]
+            # a narrower group may take more memory or time
+            traded = [t for t in traded if budget.holds(cost(self.supernet, t))]
+            if not traded:
+                continue
             errors = self._errors(traded)
             best = traded[errors.index(min(errors))]  # on some of the images, so it has to prove itself on all
             if (found := self.score(best)) < error:
@@ -345,15 +367,16 @@ def search(
 
     Args:
         supernet: a trained supernet.
-        budgets: by unit ("macs", "params"), a number, a text such as "300M" or "60%" (of the widest), or a list of
+        budgets: by unit (`UNITS`), a number, a text such as "500k", "300M" or "60%" (of the widest), or a list of
             them, each a budget of its own; or a list of texts such as "macs<=300M and params<=2M", where all limits
             of one text must hold for the network found.
         evaluate: called with a callable subnet (images (N, C, H, W) -> logits (N, K)); returns its error or loss on
             held-out images, lower is better. It must use the same images at every call. A `HeldOut` can be scored in
             parts, which the fast mode needs to save images; 8 to 16 parts are good.
         mode: "reference" scores every group at every step, on all held-out images, as published. "fast" finds about
-            the same networks with a tenth of the forward work or less: at every step it scores the few groups that
-            promise most by what is known of them, on a part of the images, which grows as the subnets get cheaper.
+            the same networks with less forward work: at every step it scores the few groups that promise most by what
+            is known of them, on a part of the images, which grows as the subnets get cheaper. That is a tenth of the
+            work or less with many groups and a `HeldOut`, a fifth with few groups, a third with any other callable.
         rank: "error" ranks candidates by error alone, as published; "per_cost" by the rise of the error for each
             unit of the budget saved.
         steps: the range of each group is walked in about this many steps; by default 10, as published (section 4), and
@@ -376,30 +399,34 @@ def search(
 
     Raises:
         BudgetError: a budget is malformed or out of reach; nothing was evaluated then.
-        LatencyError: the team does not share its latency.
+        ConfigError: another argument is unknown, of the wrong type or out of range.
+        LatencyError: the team does not share its latency, or a prediction is no positive number.
         EvaluationError: evaluate raised or returned no finite number; the text names the widths. `scores` has what
-            was scored before.
+            was scored before. Or `scores` was given what is no score.
         StaleStatisticsError: evaluate switched BatchNorm back to running statistics.
     """
     if mode not in get_args(Mode):
-        raise ValueError(f"got mode={mode!r}; needed: one of {list(get_args(Mode))}")
+        raise ConfigError(f"got mode={mode!r}; needed: one of {list(get_args(Mode))}")
     if rank not in get_args(Rank):
-        raise ValueError(f"got rank={rank!r}; needed: one of {list(get_args(Rank))}")
+        raise ConfigError(f"got rank={rank!r}; needed: one of {list(get_args(Rank))}")
     if refine not in get_args(Refine):
-        raise ValueError(f"got refine={refine!r}; needed: one of {list(get_args(Refine))}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"got steps={steps}; needed: at least 1")
+        raise ConfigError(f"got refine={refine!r}; needed: one of {list(get_args(Refine))}")
+    steps = steps if steps is None else whole_number("steps", steps, ConfigError, also=" or None")
+    if on_step is not None and not callable(on_step):
+        raise ConfigError(f"got on_step={on_step!r}; needed: a callable that takes a Step, or None")
+    draws = generator_of(seed)
     score = Scorer(supernet, evaluate, scores, team)
     ordered = read_budgets(supernet, budgets)
-    draws = torch.randperm(len(supernet.space), generator=torch.Generator().manual_seed(seed)).tolist()
-    order = dict(zip(supernet.space.names, draws, strict=True))
+    ranks = torch.randperm(len(supernet.space), generator=draws).tolist()
+    order = dict(zip(supernet.space.names, ranks, strict=True))
     kind = _FastDescent if mode == "fast" else _Descent
     descent = kind(supernet, score, rank, steps or kind.STEPS, order)
     units = dict.fromkeys(unit for budget in ordered for unit, _ in budget.limits)
+    narrowest = supernet.space.min()
     networks: list[Found] = []
     trail: list[Step] = []
     for budget in ordered:
-        while not budget.holds(before := cost(supernet, descent.widths)):
+        while descent.widths != narrowest and not budget.holds(before := cost(supernet, descent.widths)):
             name = descent.step(budget)
             now = cost(supernet, descent.widths)
             made = Step(

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
+from timm_autoslim.arguments import integer
 from timm_autoslim.costs import cost_of
 from timm_autoslim.errors import WidthError
 from timm_autoslim.tracing.graph import ChannelGraph
@@ -22,11 +22,6 @@ from timm_autoslim.tracing.graph import ChannelGraph
 DEFAULT_MIN = 0.15
 # Widths are multiples of 8 channels as in the paper, or of fewer where a group would have less than this many steps.
 DEFAULT_STEPS = 8
-
-
-def _integer(value: object) -> int | None:
-    """Return an integer of Python's or NumPy's as Python's own; None for all else, bool included."""
-    return int(value) if isinstance(value, (int, np.integer)) and not isinstance(value, bool) else None
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,7 @@ class ChannelGroup:
         Raises:
             WidthError: it is no integer, or is not from the floor to the size.
         """
-        number = _integer(width)
+        number = integer(width)
         if number is None or not self.floor <= number <= self.size:
             raise WidthError(
                 f"{self.name}: got the width {width!r}; needed: an integer from {self.floor} to {self.size}"
@@ -284,7 +279,7 @@ class SearchSpace:
                 f"{path}: its channels belong to the groups {[self.names[g] for g, _ in count.terms]}; use from_dict"
             )
         (index, factor), fixed = count.terms[0], count.fixed
-        group, number = self.groups[index], _integer(wanted)
+        group, number = self.groups[index], integer(wanted)
         width, rest = divmod(-1 if number is None else number - fixed, factor)
         if number is None or rest or not group.floor <= width <= group.size:
             step = f" in steps of {factor}" if factor > 1 else ""
@@ -377,14 +372,14 @@ def build_space(
 def _group(
     name: str, size: int, channels: int, producers: tuple[str, ...], floor: int, given: Mapping[str, Any]
 ) -> ChannelGroup:
-    divisor = _integer(default_divisor(size, channels) if given["divisor"] is None else given["divisor"])
+    divisor = integer(default_divisor(size, channels) if given["divisor"] is None else given["divisor"])
     if divisor is None or divisor < 1:
         raise WidthError(f"{name}: got the divisor {given['divisor']!r}; needed: an integer of at least 1")
     least = DEFAULT_MIN if given["min"] is None else given["min"]
     if isinstance(least, float):
         lowest = max(round(least * size), floor) if 0 < least <= 1 else None
     else:
-        lowest = _integer(least)
+        lowest = integer(least)
     if lowest is None or not floor <= lowest <= size:
         raise WidthError(
             f"{name}: got min={given['min']!r}; needed: an integer from {floor} to {size}, "

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch import _dynamo as dynamo
 
-from timm_autoslim.errors import LatencyError
+from timm_autoslim.arguments import whole_number
+from timm_autoslim.errors import AutoSlimError, LatencyError
 from timm_autoslim.tracing.twin import call, tensors_in
 
 _MANY = 1 << 30  # more models than anyone compiles
@@ -33,7 +34,7 @@ def device_name(device: str | torch.device) -> str:
     try:
         found = torch.device(device)
         torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         raise LatencyError(
             f"got the device {str(device)!r}, which cannot be used here ({str(error).splitlines()[0][:150]}); "
             'needed: a device of this machine, such as "cpu" or "cuda:0"'
@@ -111,7 +112,8 @@ def measure_latency(
         repeats: how many times are measured.
 
     Raises:
-        LatencyError: an unknown device or runtime, a missing package, or a model without weights (on the meta device).
+        LatencyError: an unknown device or runtime, a missing package, a model without weights (on the meta device), or
+            one that cannot run on these inputs.
     """
     return measure_in_turns(
         [model], inputs, device=device, dtype=dtype, runtime=runtime, threads=threads, rounds=1, repeats=repeats
@@ -141,15 +143,28 @@ def measure_in_turns(
         LatencyError: as `measure_latency` does.
     """
     check_conditions(device, dtype, runtime, threads)
+    rounds, repeats = whole_number("rounds", rounds, LatencyError), whole_number("repeats", repeats, LatencyError)
     where = torch.device(device)
     given = placed(inputs, where, dtype)
     with running_threads(threads), torch.no_grad():
-        runs = [_runner(_copied(model, where, dtype), given, runtime, threads) for model in models]
-        turns = [[timed(run, where, repeats, 0.0) for run in runs] for _ in range(rounds)]
+        try:
+            runs = [_runner(_copied(model, where, dtype), given, runtime, threads) for model in models]
+            turns = [[timed(run, where, repeats, 0.0) for run in runs] for _ in range(rounds)]
+        except AutoSlimError:
+            raise
+        except Exception as error:  # whatever a model says to inputs, and a runtime to a model
+            raise LatencyError(
+                f"the model: cannot run as runtime={runtime!r} ({type(error).__name__}: {str(error)[:200]}); needed: "
+                "inputs that fit its forward, and a runtime that knows its operators"
+            ) from error
     return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
 def _copied(model: nn.Module, where: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise LatencyError(
+            f"the model: got a {type(model).__name__}; needed: a plain nn.Module, as supernet.extract(widths) returns"
+        )
     if any(t.is_meta for t in model.state_dict().values()):
         raise LatencyError("the model has no weights (it is on the meta device); needed: a model that can run")
     return copy.deepcopy(model).eval().to(where, dtype)
@@ -159,8 +174,7 @@ def check_conditions(device: str | torch.device, dtype: torch.dtype | None, runt
     """Raise LatencyError for an unknown device, type or runtime, or a number of threads that is none."""
     if runtime not in get_args(Runtime):
         raise LatencyError(f"got runtime={runtime!r}; needed: one of {list(get_args(Runtime))}")
-    if not isinstance(threads, int) or threads < 1:
-        raise LatencyError(f"got threads={threads!r}; needed: a positive integer")
+    whole_number("threads", threads, LatencyError)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise LatencyError(f"got dtype={dtype!r}; needed: a floating point type, such as torch.float16, or None")
     device_name(device)
@@ -225,7 +239,8 @@ def placed(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
 def filled(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a tensor of ordinary numbers: near 1, so that repeated products become neither denormal nor infinite."""
     if dtype.is_floating_point:
-        return torch.rand(tuple(shape), device=device).add_(0.5).to(dtype)
+        generator = torch.Generator(device).manual_seed(0)  # of its own: measuring must not move the user's
+        return torch.rand(tuple(shape), device=device, generator=generator).add_(0.5).to(dtype)
     return (
         torch.ones(tuple(shape), dtype=dtype, device=device)
         if dtype == torch.bool
