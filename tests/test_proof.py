@@ -216,6 +216,18 @@ def test_statistics_become_own_by_many_batches_of_training(tmp_path):
     timm_autoslim.export(plain, tmp_path / "one")
 
 
+def test_statistics_of_a_head_that_only_trains_may_be_nobodys(tmp_path):
+    args = {"init_weights": False, "aux_logits": True}
+    plain = half(torchvision.models.googlenet(**args), base="torchvision/googlenet", base_args=args)
+    assert plain.aux1.conv.bn.num_batches_tracked == 0  # calibrate() does not reach it
+    timm_autoslim.export(plain, tmp_path / "one")
+    again = timm.create_model(f"local-dir:{tmp_path / 'one'}", pretrained=True).eval()
+    assert same(state(again), state(plain))
+    plain.inception3a.branch1.bn.num_batches_tracked.zero_()
+    with pytest.raises(StaleStatisticsError, match=r"^inception3a\.branch1\.bn: got BatchNorm"):
+        timm_autoslim.export(plain, tmp_path / "two")
+
+
 class Fixed(nn.Module):
     def __init__(self, factor=1.0, side=200):
         super().__init__()

@@ -10,7 +10,7 @@ import re
 import reprlib
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from timm_autoslim.bases import ARCHITECTURE, TORCHVISION, feature_taps, hollow
 from timm_autoslim.card import check_figures, write_card
 from timm_autoslim.errors import ArtifactError, OutputExistsError, StaleStatisticsError
 from timm_autoslim.folder import CONFIG, WEIGHTS
-from timm_autoslim.proof import difference
+from timm_autoslim.proof import difference, idle
 from timm_autoslim.pruned import PRUNED, write_pruned
 from timm_autoslim.recipe import check_recipe
 from timm_autoslim.registry import build_slimmed, pool_type
@@ -77,10 +77,11 @@ def export(
     figures = check_figures(card)
     recipe = _recipe(plain, base, base_args)
     _refuse_without_numbers(plain)
-    _refuse_stale(plain, recipe)
     with torch.random.fork_rng(devices=[]):  # building draws random numbers
         rebuilt, settings = _fit(plain, recipe)
         config = _config(plain, rebuilt, recipe, settings)
+        size = config["pretrained_cfg"]["input_size"]
+        _refuse_stale(plain, recipe, size)
         # clones: safetensors refuses tensors that share memory, and tied parameters need both of their names
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in plain.state_dict().items()}
         with _created(folder) as draft:
@@ -88,7 +89,6 @@ def export(
                 save_file(tensors, part, metadata={"format": "pt"})
             (draft / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             _prove_folder(draft, plain, tensors, config)
-            size = config["pretrained_cfg"]["input_size"]
             plain_timm = write_pruned(draft / PRUNED, plain, recipe, settings, size)
             write_card(draft / CARD, folder.name, config, figures, rebuilt, plain_timm)
     return folder
@@ -156,14 +156,19 @@ def _refuse_without_numbers(plain: nn.Module) -> None:
             raise ArtifactError(f"{name}: got {got}, needed numbers; export a model that works")
 
 
-def _refuse_stale(plain: nn.Module, recipe: Mapping[str, Any]) -> None:
-    if not recipe["sizes"]:
+def _refuse_stale(plain: nn.Module, recipe: Mapping[str, Any], size: Sequence[int]) -> None:
+    norms = {name: m for name, m in plain.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    tracked = {name: int(m.num_batches_tracked) for name, m in norms.items() if m.num_batches_tracked is not None}
+    stale = {name: batches for name, batches in tracked.items() if batches < 1}
+    if not recipe["sizes"] or not stale:
         return
-    for name, module in plain.named_modules():
-        batches = module.num_batches_tracked if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
-        if batches is not None and int(batches) < 1:
+    # What calibrate() cannot reach has no part in evaluation either. The parent decides: it may call no BatchNorm, and
+    # use its tensors.
+    unused = idle(plain, size)
+    for name, batches in stale.items():
+        if name.rpartition(".")[0] not in unused:
             raise StaleStatisticsError(
-                f"{name}: got BatchNorm statistics that are the whole model's, or were {1 - int(batches)} batches of "
+                f"{name}: got BatchNorm statistics that are the whole model's, or were {1 - batches} batches of "
                 "training short of being this narrower model's, needed its own; call "
                 "timm_autoslim.calibrate(model, batches), or fine-tune it for longer, before export"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,15 +41,36 @@ def difference(plain: nn.Module, again: nn.Module, size: Sequence[int]) -> str:
                 parameter.normal_(0, 0.1)
         mine.load_state_dict(theirs.state_dict(), assign=True)
         _share_buffers(mine, theirs)
-        channels, *sides = size
-        for shape in dict.fromkeys([tuple(min(side, PROBE) for side in sides), tuple(sides), *((s, s) for s in USUAL)]):
-            image = torch.randn(1, channels, *shape)
+        for image in _images(size):
             needed = _outputs(mine, image)
             if not isinstance(needed, Exception):
                 gap = _gap(needed, _outputs(theirs, image))
-                said = (f"{gap} for an image of {shape} pixels", _first_module(mine, theirs))
+                said = (f"{gap} for an image of {tuple(image.shape[2:])} pixels", _first_module(mine, theirs))
                 return gap and "; ".join(filter(None, said))
     return _first_module(mine, theirs, attributes=False)
+
+
+@torch.no_grad()
+def idle(plain: nn.Module, size: Sequence[int]) -> set[str]:
+    """Return the paths of the modules that have no part in evaluation, such as an auxiliary head; `size` as above.
+
+    There are none where `plain` takes no image of these sizes.
+    """
+    model = extract(plain, Slices({}, {})).to("cpu").float().eval()
+    forget(model.modules())
+    ran: set[str] = set()
+    for path, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, path=path: ran.add(path))
+    with torch.random.fork_rng(devices=[]):
+        if any(not isinstance(_outputs(model, image), Exception) for image in _images(size)):
+            return {path for path, _ in model.named_modules()} - ran
+    return set()
+
+
+def _images(size: Sequence[int]) -> Iterator[Tensor]:
+    channels, *sides = size
+    for shape in dict.fromkeys([tuple(min(side, PROBE) for side in sides), tuple(sides), *((s, s) for s in USUAL)]):
+        yield torch.randn(1, channels, *shape)
 
 
 def _share_buffers(mine: nn.Module, theirs: nn.Module) -> None:
