@@ -258,5 +258,23 @@ def test_models_that_take_no_image_are_compared_by_their_parts():
     assert difference(other, Fixed(), (3, 64, 64)).startswith("first conv: Conv2d(3, 4, kernel_size=(3, 3), stride=")
 
 
+class Several(Fixed):
+    def __init__(self, above=0.0, dtype=torch.float64):
+        super().__init__()
+        self.above, self.dtype = above, dtype
+
+    def forward(self, x):
+        out = super().forward(x)
+        return {"sum": out.sum((), dtype=self.dtype), "above": [out > self.above, "text"]}
+
+
+def test_every_tensor_of_the_outputs_counts():
+    size = (3, 200, 200)
+    assert difference(Several(), Several(), size) == ""
+    assert difference(Several(above=9.0), Several(above=-9.0), size).startswith("outputs that differ by 1 for")
+    message = difference(Several(dtype=torch.float32), Several(), size)
+    assert message.startswith("outputs () of torch.float64, (1, 4) of torch.bool instead of () of torch.float32, ")
+
+
 def test_a_lower_precision_is_no_difference():
     assert difference(Fixed().half(), Fixed(), (3, 200, 200)) == ""

@@ -95,11 +95,13 @@ def _gap(mine: list[Tensor], theirs: list[Tensor] | Exception) -> str:
     """Say how outputs differ."""
     if isinstance(theirs, Exception):
         return f"{type(theirs).__name__}: {str(theirs)[:200]}"
-    if [tensor.shape for tensor in mine] != [tensor.shape for tensor in theirs]:
-        return f"outputs {[tuple(t.shape) for t in theirs]} instead of {[tuple(t.shape) for t in mine]}"
+    kinds = [[f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in out] for out in (mine, theirs)]
+    if kinds[0] != kinds[1]:
+        return f"outputs {', '.join(kinds[1])} instead of {', '.join(kinds[0])}"
     if all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(mine, theirs, strict=True)):
         return ""
-    return f"outputs that differ by {max(float((a - b).abs().max()) for a, b in zip(mine, theirs, strict=True)):.2g}"
+    gaps = [(a.double() - b.double()).abs().max().item() for a, b in zip(mine, theirs, strict=True) if a.numel()]
+    return f"outputs that differ by {max(gaps):.2g}"
 
 
 def _first_module(mine: nn.Module, theirs: nn.Module, attributes: bool = True) -> str:
