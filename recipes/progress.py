@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from common import write_json
 
 from timm_autoslim.errors import ConfigError
+from timm_autoslim.scoring import is_score
 
 SAVED_EVERY = 5  # seconds
 
@@ -38,7 +39,7 @@ class Progress(dict[str, Any]):
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{self.path} is no progress of a search ({error}): remove it to start anew.") from error
         for key, score in scores.items():
-            if not _is_score(score):
+            if not is_score(score):
                 raise ConfigError(
                     f"{self.path}: got {score!r} as the score of {key!r}; needed: [error, images], a finite number and "
                     "a number of images; remove the file to score anew."
@@ -67,11 +68,3 @@ class Progress(dict[str, Any]):
 
     def __exit__(self, *_: object) -> None:
         self.save()
-
-
-def _is_score(value: Any) -> bool:
-    """Whether this is a finite error and a number of images, as the search writes them."""
-    if not isinstance(value, list) or [type(number) for number in value] not in ([float, int], [int, int]):
-        return False
-    error, images = value
-    return abs(error) < float("inf") and images >= 0

@@ -85,10 +85,10 @@ def export(
         # clones: safetensors refuses tensors that share memory, and tied parameters need both of their names
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in plain.state_dict().items()}
         with _created(folder) as draft:
-            with replacing(draft / WEIGHTS) as part:
+            with replacing(draft / WEIGHTS) as part:  # gives it the rights that any new file has
                 save_file(tensors, part, metadata={"format": "pt"})
             (draft / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-            _prove_folder(draft, plain, tensors, config)
+            _prove_folder(draft, plain, tensors, recipe, size)
             plain_timm = write_pruned(draft / PRUNED, plain, recipe, settings, size)
             write_card(draft / CARD, folder.name, config, figures, rebuilt, plain_timm)
     return folder
@@ -197,16 +197,18 @@ def _fit(plain: nn.Module, recipe: dict[str, Any]) -> tuple[nn.Module, dict[str,
     return rebuilt, settings
 
 
-def _prove_folder(draft: Path, plain: nn.Module, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def _prove_folder(
+    draft: Path, plain: nn.Module, tensors: Mapping[str, Tensor], recipe: Mapping[str, Any], size: Sequence[int]
+) -> None:
     """Load what was written, and compare its weights and what it says of an image with the model's."""
     again: nn.Module = timm.create_model(f"local-dir:{draft}", pretrained=True)
     loaded = again.state_dict()
     found = next((n for n, t in tensors.items() if not torch.equal(loaded[n].cpu().to(t.dtype), t)), None)
-    gap = f"other numbers in {found}" if found else difference(plain, again, config["pretrained_cfg"]["input_size"])
+    gap = f"other numbers in {found}" if found else difference(plain, again, size)
     if gap:
         raise ArtifactError(
             f"{type(plain).__name__}: got, when the folder was loaded again, {gap}; needed the same model; "
-            f"{_advice(config['model_args']['recipe'])}"
+            f"{_advice(recipe)}"
         )
 
 

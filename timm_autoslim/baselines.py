@@ -14,7 +14,7 @@ from timm_autoslim.costs import Budget, Budgets, cost, fill_budget, read_budgets
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.scoring import Evaluate, Scorer, Scores, Team
 from timm_autoslim.slimming import Found, SearchResult
-from timm_autoslim.space import Widths
+from timm_autoslim.space import Widths, draw
 from timm_autoslim.supernet import Supernet
 
 Kind = Literal["uniform", "random", "importance", "evolutionary"]
@@ -77,7 +77,7 @@ def baseline(
         raise ConfigError(f"got criterion={criterion!r}; needed: one of {sorted(CRITERIA)}")
     candidates = whole_number("candidates", candidates, ConfigError)
     population = whole_number("population", population, ConfigError, least=2)
-    generator_of(seed)
+    generator_of(seed)  # refuses what is no seed; every budget starts one anew
     score = Scorer(supernet, evaluate, scores, team)
     ordered = read_budgets(supernet, budgets)
     choose: dict[Kind, Callable[[Budget], Widths]] = {
@@ -98,10 +98,6 @@ def _best(subnets: Iterable[Widths], score: Scorer) -> Widths:
     found = list(subnets)
     errors = score.many(found)
     return found[errors.index(min(errors))]
-
-
-def _draw(n: int, generator: torch.Generator) -> list[float]:
-    return [float(u) for u in torch.rand(n, generator=generator)]
 
 
 def _landed(supernet: Supernet, widths: Widths, budget: Budget, generator: torch.Generator) -> Widths:
@@ -137,7 +133,7 @@ def _random(supernet: Supernet, budget: Budget, n: int, generator: torch.Generat
 
 def _drawn(supernet: Supernet, generator: torch.Generator) -> Widths:
     groups = supernet.space.groups
-    draws = _draw(len(groups), generator)
+    draws = draw(len(groups), generator)
     return supernet.space.from_dict(
         {g.name: g.choices[0] + int(u * (g.size - g.choices[0] + 1)) for u, g in zip(draws, groups, strict=True)}
     )
@@ -157,10 +153,10 @@ def _evolved(
             return alive[0]
         parents = alive[: max(1, population // 2)]
         for index in range(min(population, candidates - drawn)):
-            one, two = (parents[int(u * len(parents))] for u in _draw(2, generator))
+            one, two = (parents[int(u * len(parents))] for u in draw(2, generator))
             chance = MUTATED if index % 2 else 0.5  # mutations and crossovers take turns
             other = _drawn(supernet, generator) if index % 2 else two
-            draws = dict(zip(names, _draw(len(names), generator), strict=True))
+            draws = dict(zip(names, draw(len(names), generator), strict=True))
             child = supernet.space.from_dict({n: other[n] if draws[n] < chance else one[n] for n in names})
             alive.append(_landed(supernet, child, budget, generator))
             drawn += 1

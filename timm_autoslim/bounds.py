@@ -149,17 +149,19 @@ def _at_most(waiting: list[Any]) -> tuple[int, bool]:
     """How many elements a function of these arguments can return at most, and whether a tensor is among them."""
     size, given = 1, False
     for value in waiting:  # grows while it is read
+        factor = 1
         if type(value) is int:  # by far the most
-            if size < ENDLESS:  # a product of all the numbers of a long list would take minutes
-                size *= abs(value) or 1
+            factor = abs(value)
         elif isinstance(value, Tensor):
-            size, given = min(size, ENDLESS) * max(1, value.numel()), True
+            factor, given = value.numel(), True
         elif is_int(value):
-            size *= max(1, abs(value))
+            factor = abs(value)
         elif isinstance(value, float):
-            size *= max(1, math.ceil(abs(value))) if math.isfinite(value) else 1
+            factor = math.ceil(abs(value)) if math.isfinite(value) else 1
         elif isinstance(value, list | tuple):
             waiting += value
+        if size < ENDLESS:  # a product of all the numbers of a long list would take minutes
+            size *= factor or 1
     return size, given
 
 

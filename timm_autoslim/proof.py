@@ -32,8 +32,7 @@ def difference(plain: nn.Module, again: nn.Module, size: Sequence[int]) -> str:
         What differs, empty if nothing does. Where `plain` takes no image of these sizes, only the modules' types and
         settings are compared.
     """
-    mine, theirs = (model.to("cpu").eval() for model in (extract(plain, Slices({}, {})), again))
-    forget(mine.modules())  # what modules cached of other weights
+    mine, theirs = _copied(plain), again.to("cpu").eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for parameter in theirs.parameters():
@@ -56,8 +55,7 @@ def idle(plain: nn.Module, size: Sequence[int]) -> set[str]:
 
     There are none where `plain` takes no image of these sizes.
     """
-    model = extract(plain, Slices({}, {})).to("cpu").float().eval()
-    forget(model.modules())
+    model = _copied(plain).float()
     ran: set[str] = set()
     for path, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, path=path: ran.add(path))
@@ -65,6 +63,12 @@ def idle(plain: nn.Module, size: Sequence[int]) -> set[str]:
         if any(not isinstance(_outputs(model, image), Exception) for image in _images(size)):
             return {path for path, _ in model.named_modules()} - ran
     return set()
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    copied = extract(model, Slices({}, {})).to("cpu").eval()
+    forget(copied.modules())  # what modules cached of other weights
+    return copied
 
 
 def _images(size: Sequence[int]) -> Iterator[Tensor]:

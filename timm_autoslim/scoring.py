@@ -146,7 +146,11 @@ class Scorer:
         if not isinstance(scores, MutableMapping | None):
             raise ConfigError(f"got scores of type {type(scores).__name__}; needed: a dict, or None")
         for key, value in (scores or {}).items():
-            _check_known(key, value)
+            if not is_score(value):
+                raise EvaluationError(
+                    f"scores[{key!r}]: got {value!r}; needed: [error, images], a finite number and how many images; "
+                    "take the entry out, or remove the file that it comes from, and it is scored anew"
+                )
         self.supernet, self.evaluate, self.team = supernet, evaluate, Team() if team is None else team
         latency = supernet.conditions.latency
         if self.team.count > 1 and latency is not None and not isinstance(latency, SharedLatency):
@@ -240,16 +244,12 @@ def _key(job: _Job) -> str:
     return f"{','.join(map(str, widths.values_))}:{part}"
 
 
-def _check_known(key: Any, value: Any) -> None:
-    """Raise EvaluationError if what is known of a subnet from before is no score."""
-    if isinstance(value, (list, tuple)) and len(value) == 2:
-        error, images = value
-        if isinstance(error, Real) and math.isfinite(error) and isinstance(images, int) and images >= 0:
-            return
-    raise EvaluationError(
-        f"scores[{key!r}]: got {value!r}; needed: [error, images], a finite number and how many images; take the entry "
-        "out, or remove the file that it comes from, and it is scored anew"
-    )
+def is_score(value: Any) -> bool:
+    """Whether this is what a search keeps of a subnet: a finite error, and of how many images."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or any(isinstance(v, bool) for v in value):
+        return False
+    error, images = value
+    return isinstance(error, Real) and math.isfinite(error) and isinstance(images, int) and images >= 0
 
 
 @contextmanager

@@ -134,8 +134,12 @@ def _check_mapping(what: str, given: object, form: str) -> None:
         raise WidthError(f"got {what} of type {type(given).__name__}; needed: a dict {form}")
 
 
-def _draw(n: int, generator: torch.Generator | None) -> list[float]:
-    """Return n random numbers, from 0 to below 1."""
+def draw(n: int, generator: torch.Generator | None) -> list[float]:
+    """Return n random numbers, from 0 to below 1.
+
+    Raises:
+        WidthError: the generator is no `torch.Generator`.
+    """
     if not isinstance(generator, (torch.Generator, type(None))):
         raise WidthError(
             f"got the generator {generator!r}; needed: a torch.Generator, such as torch.Generator().manual_seed(5), or "
@@ -214,7 +218,7 @@ class SearchSpace:
         Raises:
             WidthError: the generator is no `torch.Generator`.
         """
-        draws = _draw(len(self.groups), generator)
+        draws = draw(len(self.groups), generator)
         return self._make(g.choices[int(u * len(g.choices))] for u, g in zip(draws, self.groups, strict=True))
 
     def sample_multiplier(self, generator: torch.Generator | None = None) -> Widths:
@@ -227,7 +231,7 @@ class SearchSpace:
             WidthError: the generator is no `torch.Generator`.
         """
         least = min((g.choices[0] / g.size for g in self.groups), default=1.0)
-        return self.uniform(min(1.0, least + (1 - least) * _draw(1, generator)[0]))
+        return self.uniform(min(1.0, least + (1 - least) * draw(1, generator)[0]))
 
     def from_dict(self, widths: Mapping[str, int]) -> Widths:
         """Return the widths that a plain dict names: for every group an integer from its floor to its size.
