@@ -8,4 +8,4 @@ export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1  # the tests run side by side, one th
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/pytest --numprocesses 2 --durations 15 "$@"
+.venv/bin/pytest --numprocesses 2 --dist loadgroup --durations 15 "$@"

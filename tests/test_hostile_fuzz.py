@@ -32,6 +32,7 @@ SECONDS = 10
 # What no folder of these small models may take, in bytes: the floor of what a base may create, twice.
 MEMORY = 4 * 2 * bounds.MIN_ELEMENTS
 worst = {"memory": 0, "seconds": 0.0}
+pytestmark = pytest.mark.xdist_group("fuzz")  # one process, for the last test tells what all of them took
 PACKAGE = str(Path(timm_autoslim.__file__).parent)
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
 
