@@ -16,8 +16,8 @@ from common import read_weights, write_json, write_weights
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from timm_autoslim.atomic import sync
 from timm_autoslim.errors import AutoSlimError, ConfigError
+from timm_autoslim.utils.files import sync
 
 PROGRESS = "progress.json"
 OPTIMIZER = "optimizer.pt"

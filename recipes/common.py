@@ -24,9 +24,9 @@ from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 import timm_autoslim
-from timm_autoslim import registry
-from timm_autoslim.atomic import replacing, write_text
+from timm_autoslim.artifact import bases as registry
 from timm_autoslim.errors import AutoSlimError, ConfigError
+from timm_autoslim.utils.files import replacing, write_text
 
 # ------------------------------------------------------------------------------------------------- configuration
 

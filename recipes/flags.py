@@ -6,7 +6,7 @@ import argparse
 
 from timm.utils import ParseKwargs
 
-from timm_autoslim.importance import CRITERIA
+from timm_autoslim.supernet.order import CRITERIA
 
 ON_OFF = argparse.BooleanOptionalAction
 

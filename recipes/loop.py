@@ -30,8 +30,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from validation import Validation
 
-from timm_autoslim.atomic import write_text
 from timm_autoslim.errors import AutoSlimError, ConfigError, DataError
+from timm_autoslim.utils.files import write_text
 
 # A resumed run may differ in these without a word: they do not change the weights.
 SILENT = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "log_interval", "checkpoint_hist",

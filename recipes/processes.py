@@ -17,8 +17,8 @@ from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwa
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from timm_autoslim.atomic import write_text
 from timm_autoslim.errors import ConfigError
+from timm_autoslim.utils.files import write_text
 
 REFUSED = {
     "DeepSpeed": "ACCELERATE_USE_DEEPSPEED",

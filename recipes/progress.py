@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from common import write_json
 
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.scoring import is_score
+from timm_autoslim.slimming.scoring import is_score
 
 SAVED_EVERY = 5  # seconds
 

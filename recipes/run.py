@@ -30,8 +30,8 @@ from processes import make_accelerator
 from validation import evaluate
 
 import timm_autoslim  # noqa: F401  (registers the exported models with timm)
-from timm_autoslim.atomic import write_text
 from timm_autoslim.errors import ArtifactError, ConfigError
+from timm_autoslim.utils.files import write_text
 
 HERE = Path(__file__).resolve().parent
 

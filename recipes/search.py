@@ -37,9 +37,10 @@ from tqdm import tqdm
 
 import timm_autoslim
 from timm_autoslim import HeldOut, SharedLatency, Team
-from timm_autoslim.atomic import write_text
-from timm_autoslim.costs import Budget, cost_by_module, parse_limits, read_budgets
+from timm_autoslim.costs.cost import cost_by_module
 from timm_autoslim.errors import DataError
+from timm_autoslim.slimming.budgets import Budget, parse_limits, read_budgets
+from timm_autoslim.utils.files import write_text
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,10 +12,11 @@ import torch
 from common import base_args, make_model, resolve_input
 from torch import Tensor, nn
 
-from timm_autoslim import Supernet, registry
+from timm_autoslim import Supernet
+from timm_autoslim.artifact import bases as registry
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.importance import reordered
-from timm_autoslim.residual import zero_last_norms
+from timm_autoslim.supernet.order import reordered
+from timm_autoslim.training.residual import zero_last_norms
 
 
 def check_starting_flags(args: argparse.Namespace) -> None:
@@ -116,7 +117,7 @@ def order_channels(
 
     Args:
         supernet: on its device.
-        order: a name in `timm_autoslim.importance.CRITERIA`.
+        order: a name in `timm_autoslim.supernet.order.CRITERIA`.
         loss_fn: whose gradients "taylor" takes, in evaluation mode.
         batches: inputs and targets on the device; only read for "taylor".
     """

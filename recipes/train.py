@@ -31,7 +31,8 @@ from validation import Validation, check_batch, subnets
 
 from timm_autoslim import SearchSpace, Supernet, Widths, sandwich_step
 from timm_autoslim.errors import ConfigError, DataError, OutputExistsError
-from timm_autoslim.sandwich import adaptive_alpha_divergence, resized, soft_cross_entropy
+from timm_autoslim.training.distillation import adaptive_alpha_divergence, soft_cross_entropy
+from timm_autoslim.training.sandwich import resized
 
 DISTILL = {"kl": soft_cross_entropy, "alpha": adaptive_alpha_divergence}
 

@@ -16,7 +16,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from timm_autoslim.registry import pool_type
+from timm_autoslim.artifact.load import pool_type
 
 
 def channels(out, fmt):
@@ -365,7 +365,7 @@ def scripted(make, pixels):
 
 def maker(name, **given):
     """Make a model by timm's function or, of torchvision, by ours, with the same weights every time."""
-    from timm_autoslim.bases import create_base
+    from timm_autoslim.artifact.bases import create_base
 
     def make(**args):
         torch.manual_seed(1)

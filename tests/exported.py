@@ -7,7 +7,7 @@ from test_registry import RESNET, RESNET_ATTRIBUTES, make_recipe
 from timm.models._hub import has_hf_hub
 from torch import nn
 
-from timm_autoslim.registry import build_slimmed
+from timm_autoslim.artifact.load import build_slimmed
 
 MOBILENET = {"features.18.0": (200, None), "features.18.1": (200, None), "classifier.1": (None, 200)}
 TIMM_MOBILENET = {"blocks.1.0.conv_pw": (24, None), "blocks.1.0.bn1": (24, None), "blocks.1.0.conv_dw": (24, None),

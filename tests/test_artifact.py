@@ -12,9 +12,9 @@ from timm.models._hub import save_for_hf
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_autoslim.artifact import export
+from timm_autoslim.artifact.export import export
+from timm_autoslim.artifact.load import build_slimmed, create_base
 from timm_autoslim.errors import ArtifactError
-from timm_autoslim.registry import build_slimmed, create_base
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_the_card_says_what_the_model_and_its_base_cost(resnet):
 
 
 def test_without_matplotlib_there_is_no_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr("timm_autoslim.card.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("timm_autoslim.artifact.card.importlib.util.find_spec", lambda name: None)
     folder = export(slim("torchvision/squeezenet1_1"), tmp_path / "out")
     assert not (folder / "widths.png").exists()
     assert "widths.png" not in (folder / "README.md").read_text(encoding="utf-8")

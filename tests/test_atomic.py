@@ -8,10 +8,10 @@ import timm
 from exported import slim
 from test_registry import same, state
 
-import timm_autoslim.artifact as artifact
 from timm_autoslim import check_folder
-from timm_autoslim.artifact import export
-from timm_autoslim.registry import build_slimmed
+from timm_autoslim.artifact import export as artifact
+from timm_autoslim.artifact.export import export
+from timm_autoslim.artifact.load import build_slimmed
 
 
 def dying(model, out, step):

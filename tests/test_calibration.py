@@ -11,8 +11,8 @@ from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_autoslim import batch_statistics, calibrate, convert, sandwich_step
-from timm_autoslim.calibration import check_batch_statistics
 from timm_autoslim.errors import DataError, StaleStatisticsError
+from timm_autoslim.training.calibration import check_batch_statistics
 
 
 def network():

@@ -14,8 +14,8 @@ import torch
 from zoo import randomise
 
 import timm_autoslim
-from timm_autoslim.bases import create_base, create_hollow
-from timm_autoslim.importance import reordered
+from timm_autoslim.artifact.bases import create_base, create_hollow
+from timm_autoslim.supernet.order import reordered
 
 # The largest error in float64, relative to the output: summation order leaves more than 9 digits in all models but
 # those that cast to float32 inside.

@@ -16,7 +16,7 @@ from test_classes import MEMBERS
 from zoo import TIMM
 
 import timm_autoslim
-from timm_autoslim.bases import create_hollow
+from timm_autoslim.artifact.bases import create_hollow
 
 ALL = os.environ.get("AUTOSLIM_CONTRACT") == "all"
 SMALL = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "test_byobnet", "test_nfnet", "test_mambaout"]

@@ -16,12 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import Plain
 
 from timm_autoslim import convert, cost, search, uniform_at
-from timm_autoslim.costs import (
-    UNITS,
+from timm_autoslim.costs.cost import UNITS, Cost, check_unit, cost_by_module
+from timm_autoslim.errors import BudgetError, WidthError
+from timm_autoslim.slimming.budgets import (
     Budget,
-    Cost,
-    check_unit,
-    cost_by_module,
     parse_budget,
     parse_limits,
     read_budgets,
@@ -29,7 +27,6 @@ from timm_autoslim.costs import (
     widest_within,
     within_reach,
 )
-from timm_autoslim.errors import BudgetError, WidthError
 
 # AutoSlim (arXiv 1903.11728), the authors' published channel lists. MobileNet-v2: stem, out of block 0, then (expanded,
 # out) of the other 16 blocks, tail, classes; made from a network that is 1.5 times as wide.

@@ -10,7 +10,7 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torchvision.models import squeezenet1_1
 
 from timm_autoslim import calibrate, convert, cost, export
-from timm_autoslim.registry import create_base
+from timm_autoslim.artifact.load import create_base
 
 # and the side of their images: residual, attention, inverted bottlenecks with squeeze-excitation, torchvision
 MODELS = {"resnet10t": 64, "test_vit": 160, "test_efficientnet": 64, "torchvision/squeezenet1_1": 64}

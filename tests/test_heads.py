@@ -8,8 +8,9 @@ from torch import nn
 from zoo import randomise
 
 import timm_autoslim
+from timm_autoslim.artifact.apply import apply_recipe
 from timm_autoslim.errors import WidthError
-from timm_autoslim.importance import reordered
+from timm_autoslim.supernet.order import reordered
 
 
 def small(name="test_vit", **arguments):
@@ -92,7 +93,7 @@ def test_a_recipe_says_which_channels_of_an_unsaved_table_stay():
     recipe = supernet.extract(supernet.space.from_dict({"left": 3, "right": 5})).autoslim
     assert recipe["sizes"]["table"] == [[[0, 3], [8, 5]]]
     assert recipe["sizes"]["head.weight"] == [None, 8]
-    again = timm_autoslim.registry.apply_recipe(Halves(), recipe)
+    again = apply_recipe(Halves(), recipe)
     assert again.table.tolist() == [1, 2, 3, 9, 10, 11, 12, 13]
     ordered = timm_autoslim.convert(model, images, "l1")  # sorting would part the table from its channels
     assert torch.equal(ordered.model.table, model.table)
@@ -106,7 +107,7 @@ def test_slimming_twice_composes_what_stays_of_an_unsaved_table():
     second = timm_autoslim.convert(once, images)
     twice = second.extract(second.space.from_dict({"left": 2, "right": 4}))
     assert twice.autoslim["sizes"]["table"] == [[[0, 2], [8, 4]]]
-    assert torch.equal(timm_autoslim.registry.apply_recipe(Halves(), twice.autoslim).table, twice.table)
+    assert torch.equal(apply_recipe(Halves(), twice.autoslim).table, twice.table)
 
 
 class Cached(nn.Module):

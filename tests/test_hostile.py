@@ -9,10 +9,10 @@ import timm
 import torch
 from test_registry import make_recipe
 
-from timm_autoslim import bounds
-from timm_autoslim.artifact import export
+from timm_autoslim.artifact import limits as bounds
+from timm_autoslim.artifact.export import export
+from timm_autoslim.artifact.load import build_slimmed
 from timm_autoslim.errors import ArtifactError
-from timm_autoslim.registry import build_slimmed
 
 
 @pytest.fixture(scope="module")

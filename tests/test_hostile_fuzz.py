@@ -22,10 +22,11 @@ from safetensors.torch import load_file, save_file
 from test_registry import make_recipe
 
 import timm_autoslim
-from timm_autoslim import bounds, check_folder
-from timm_autoslim.artifact import export
+from timm_autoslim import check_folder
+from timm_autoslim.artifact import limits as bounds
+from timm_autoslim.artifact.export import export
+from timm_autoslim.artifact.load import build_slimmed, create_base
 from timm_autoslim.errors import ArtifactError
-from timm_autoslim.registry import build_slimmed, create_base
 
 EXAMPLES = int(os.environ.get("AUTOSLIM_FUZZ", "60"))
 SECONDS = 10

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from test_registry import same, state
 
 import timm_autoslim
-from timm_autoslim.artifact import export
+from timm_autoslim.artifact.export import export
 from timm_autoslim.errors import ArtifactError
 
 ROOT = Path(timm_autoslim.__file__).parent.parent

@@ -9,7 +9,7 @@ from zoo import Member, Plain, assert_same, randomise, snapshot
 
 from timm_autoslim import convert
 from timm_autoslim.errors import WidthError
-from timm_autoslim.importance import CRITERIA, permute, reordered, strand_group, unit_scores
+from timm_autoslim.supernet.order import CRITERIA, permute, reordered, strand_group, unit_scores
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 # An order changes the order of float32 sums, nothing else.

@@ -24,7 +24,7 @@ from zoo import Plain, arbitrary_widths, assert_same, randomise, snapshot
 
 from timm_autoslim import convert, cost
 from timm_autoslim.errors import TraceError, WidthError
-from timm_autoslim.space import Widths
+from timm_autoslim.supernet.space import Widths
 from timm_autoslim.tracing import ops
 
 IMAGE = torch.zeros(1, 3, 8, 8)

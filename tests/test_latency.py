@@ -12,13 +12,15 @@ import torch
 from torch import nn
 from zoo import Plain
 
-import timm_autoslim.latency as room
-from timm_autoslim import Conditions, LatencyTable, baseline, convert, cost, kernels, measure_latency, search, stopwatch
-from timm_autoslim.costs import read_budgets
+from timm_autoslim import Conditions, LatencyTable, baseline, convert, cost, measure_latency, search
+from timm_autoslim.costs import latency as room
+from timm_autoslim.costs import measure as stopwatch
+from timm_autoslim.costs import onnxruntime as kernels
+from timm_autoslim.costs.latency import LatencyReport, anchors, fit_factors
+from timm_autoslim.costs.measure import device_name, measure_in_turns
+from timm_autoslim.costs.onnxruntime import onnxruntime_ms
 from timm_autoslim.errors import BudgetError, ConfigError, LatencyError, WidthError
-from timm_autoslim.kernels import onnxruntime_ms
-from timm_autoslim.latency import LatencyReport, anchors, fit_factors
-from timm_autoslim.stopwatch import device_name, measure_in_turns
+from timm_autoslim.slimming.budgets import read_budgets
 
 
 @pytest.fixture

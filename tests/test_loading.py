@@ -16,9 +16,9 @@ from test_registry import same, state
 from torch import nn
 
 import timm_autoslim
-from timm_autoslim.artifact import export
-from timm_autoslim.bases import find_filter
-from timm_autoslim.bounds import bounded_unfilled
+from timm_autoslim.artifact.bases import find_filter
+from timm_autoslim.artifact.export import export
+from timm_autoslim.artifact.limits import bounded_unfilled
 from timm_autoslim.errors import ArtifactError
 
 

@@ -18,8 +18,8 @@ from test_registry import make_recipe
 from torchvision.io import write_png
 
 from timm_autoslim.__main__ import main
-from timm_autoslim.artifact import export
-from timm_autoslim.registry import build_slimmed
+from timm_autoslim.artifact.export import export
+from timm_autoslim.artifact.load import build_slimmed
 
 ROOT = Path(__file__).parent.parent
 

@@ -12,10 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 from zoo import Member, Plain, arbitrary_widths
 
 from timm_autoslim import Conditions, convert, cost, search, uniform_at
-from timm_autoslim.costs import Cost, read_budgets
+from timm_autoslim.costs.cost import Cost
+from timm_autoslim.costs.tape import Run, Tape, record
 from timm_autoslim.errors import BudgetError, WidthError
-from timm_autoslim.tape import Run, Tape, record
-from timm_autoslim.tracing.twin import named_tensors
+from timm_autoslim.slimming.budgets import read_budgets
+from timm_autoslim.utils.meta import named_tensors
 
 SMALL = {"depth": 2, "embed_dim": 96, "num_heads": 3}
 CNNS = [

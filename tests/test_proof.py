@@ -11,8 +11,8 @@ from test_registry import same, state
 from torch import nn
 
 import timm_autoslim
+from timm_autoslim.artifact.compare import difference
 from timm_autoslim.errors import ArtifactError, StaleStatisticsError
-from timm_autoslim.proof import difference
 
 KEEPS_ARGS = hasattr(timm.create_model("test_resnet"), "_model_args")  # timm from 1.0.31 on
 SIZE = (3, 64, 64)

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import arbitrary_widths, assert_same, randomise, snapshot
 
 from timm_autoslim import convert, cost
-from timm_autoslim.costs import cost_by_module
-from timm_autoslim.importance import reordered
-from timm_autoslim.pieces import take
+from timm_autoslim.costs.cost import cost_by_module
+from timm_autoslim.slicing.tensors import take
+from timm_autoslim.supernet.order import reordered
 
 EXACT = 1e-9  # float64: a permutation changes only the order of sums, a fused kernel that of all its arithmetic
 

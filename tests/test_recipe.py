@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from test_registry import RESNET, RESNET_ATTRIBUTES, changed, make_recipe, same, state
 from torch import nn
 
+from timm_autoslim.artifact.apply import apply_recipe
+from timm_autoslim.artifact.load import build_slimmed, create_base
+from timm_autoslim.artifact.spec import RECIPE_KEYS, check_recipe
 from timm_autoslim.errors import ArtifactError
-from timm_autoslim.recipe import RECIPE_KEYS, apply_recipe, check_recipe
-from timm_autoslim.registry import build_slimmed, create_base
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ import yaml
 from PIL import Image
 from recipe_tools import RECIPES, common, launch, parse, train, write_config
 
-from timm_autoslim.costs import cost, read_budgets, uniform_within
+from timm_autoslim.costs.cost import cost
 from timm_autoslim.errors import AutoSlimError, BudgetError, ConfigError, DataError, OutputExistsError
+from timm_autoslim.slimming.budgets import read_budgets, uniform_within
 
 CONFIGS = sorted((RECIPES / "configs").glob("*.yaml"))
 

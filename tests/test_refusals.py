@@ -8,10 +8,10 @@ from exported import CASES, load, slim
 from test_registry import changed, make_recipe, same, state
 from torch import nn
 
-import timm_autoslim.artifact as artifact
-from timm_autoslim.artifact import export
+from timm_autoslim.artifact import export as artifact
+from timm_autoslim.artifact.export import export
+from timm_autoslim.artifact.load import apply_recipe, build_slimmed, create_base
 from timm_autoslim.errors import ArtifactError, OutputExistsError, StaleStatisticsError
-from timm_autoslim.registry import apply_recipe, build_slimmed, create_base
 
 
 def refused(error, message, tmp_path, model, **kwargs):

@@ -8,9 +8,9 @@ import torch
 from timm.models import FeatureInfo
 from torch import nn
 
-from timm_autoslim import backbones
+from timm_autoslim.artifact import features as backbones
+from timm_autoslim.artifact.load import build_slimmed, create_base
 from timm_autoslim.errors import ArgumentError, ArtifactError
-from timm_autoslim.registry import build_slimmed, create_base
 
 # the out and in sizes of every layer of resnet10t that its last stage's and one inner width of 48 and 40 concern
 RESNET = {

@@ -10,7 +10,7 @@ from test_scoring import held_out, make_supernet
 
 from timm_autoslim import baseline, cost, search
 from timm_autoslim.__main__ import main
-from timm_autoslim.costs import cost_by_module
+from timm_autoslim.costs.cost import cost_by_module
 
 BUDGETS = {"macs": ["60%", "30%"]}
 KINDS = ["searched", "uniform", "random"]

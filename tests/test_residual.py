@@ -3,7 +3,7 @@ import timm
 import torch
 from torch import nn
 
-from timm_autoslim.residual import zero_last_norms
+from timm_autoslim.training.residual import zero_last_norms
 
 IMAGES = torch.zeros(1, 3, 64, 64)
 

@@ -7,7 +7,7 @@ import timm
 import torch
 from recipe_tools import RECIPES
 
-from timm_autoslim.atomic import replacing, write_text
+from timm_autoslim.utils.files import replacing, write_text
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import timm
 import torch
 
 from timm_autoslim import calibrate, convert, export
-from timm_autoslim.registry import create_base
+from timm_autoslim.artifact.load import create_base
 
 MODELS = {
     "resnet10t": {},

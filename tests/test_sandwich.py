@@ -13,7 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from timm_autoslim import convert, sandwich_step
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.sandwich import adaptive_alpha_divergence, resized, soft_cross_entropy, without_dropout
+from timm_autoslim.training.distillation import adaptive_alpha_divergence, soft_cross_entropy
+from timm_autoslim.training.dropout import without_dropout
+from timm_autoslim.training.sandwich import resized
 
 
 def small_supernet(norm=True):

@@ -9,7 +9,7 @@ from zoo import randomise
 
 from timm_autoslim import Conditions, HeldOut, SharedLatency, Team, baseline, convert, cost, search
 from timm_autoslim.errors import ConfigError, DataError, EvaluationError, LatencyError, StaleStatisticsError
-from timm_autoslim.scoring import Scorer
+from timm_autoslim.slimming.scoring import Scorer
 
 PRICES = {"a": 5.0, "b": 1.0, "c": 3.0}
 

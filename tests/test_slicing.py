@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 from zoo import Plain, assert_same, randomise, snapshot
 
-from timm_autoslim.pieces import NODE_TENSORS, add, take
-from timm_autoslim.slicing import Slices, applied, extract, put_back, set_attributes, shrink_
+from timm_autoslim.slicing.attributes import put_back, set_attributes
+from timm_autoslim.slicing.slices import Slices, applied, extract, shrink_
+from timm_autoslim.slicing.tensors import NODE_TENSORS, add, take
 from timm_autoslim.tracing.graph import _runs
 
 

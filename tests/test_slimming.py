@@ -16,10 +16,12 @@ from torch import nn
 from zoo import Plain, assert_same, randomise, snapshot
 
 from timm_autoslim import Conditions, HeldOut, baseline, convert, cost, search, uniform_at
-from timm_autoslim.costs import Budget, Cost
+from timm_autoslim.costs.cost import Cost
 from timm_autoslim.errors import BudgetError, ConfigError, EvaluationError, StaleStatisticsError
-from timm_autoslim.scoring import Scorer
-from timm_autoslim.slimming import Found, _Descent, _FastDescent
+from timm_autoslim.slimming.budgets import Budget
+from timm_autoslim.slimming.descent import _Descent, _FastDescent
+from timm_autoslim.slimming.result import Found
+from timm_autoslim.slimming.scoring import Scorer
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 SIZES = {"a": 16, "b": 16, "c": 32}

@@ -15,7 +15,8 @@ from zoo import Plain, arbitrary_widths
 import timm_autoslim
 from timm_autoslim import convert, cost
 from timm_autoslim.errors import WidthError
-from timm_autoslim.space import DEFAULT_MIN, Widths, default_divisor
+from timm_autoslim.supernet.rules import DEFAULT_MIN, default_divisor
+from timm_autoslim.supernet.space import Widths
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 

@@ -8,7 +8,7 @@ import yaml
 from safetensors.torch import save_file
 
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.importance import CRITERIA
+from timm_autoslim.supernet.order import CRITERIA
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
 

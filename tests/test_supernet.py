@@ -12,7 +12,7 @@ from zoo import CLASSES, Plain, arbitrary_widths, assert_same, randomise, snapsh
 
 from timm_autoslim import convert, cost
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
-from timm_autoslim.supernet import _CACHED_SLICES
+from timm_autoslim.supernet.supernet import _CACHED_SLICES
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 

@@ -12,7 +12,7 @@ from zoo import arbitrary_widths, randomise
 
 from timm_autoslim import convert, cost
 from timm_autoslim.errors import NothingToSlimError
-from timm_autoslim.importance import reordered
+from timm_autoslim.supernet.order import reordered
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.trace import trace
 

@@ -10,9 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import ZOO, Member, assert_same, snapshot, some_widths, tensors, without_chance
 
 import timm_autoslim
-from timm_autoslim.importance import reordered
-from timm_autoslim.pieces import take
-from timm_autoslim.supernet import Supernet
+from timm_autoslim.slicing.tensors import take
+from timm_autoslim.supernet.order import reordered
+from timm_autoslim.supernet.supernet import Supernet
 
 # Summation order is all that a permutation changes; in float64 that leaves more than 12 digits.
 PERMUTED = 1e-10

@@ -1,100 +1,84 @@
 """Slim any timm or torchvision model: one slimmable supernet, a greedy channel search, an ordinary smaller model.
 
-Importing the package registers slimmed models with timm. What makes them is imported when it is first asked for, so who
-only loads a model waits for neither tracing nor search.
+Importing the package registers slimmed models with timm. All else is imported when it is first asked for, so that
+loading a slimmed model waits for neither tracing nor search.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from timm_autoslim import registry as registry  # timm knows slimmed models from here on
-from timm_autoslim.errors import AutoSlimError
+from timm_autoslim.artifact import load as load  # registers the entrypoint of slimmed models with timm
+from timm_autoslim.errors import AutoSlimError as AutoSlimError
 
 if TYPE_CHECKING:
-    from timm_autoslim.artifact import export
-    from timm_autoslim.baselines import baseline
-    from timm_autoslim.calibration import batch_statistics, calibrate
-    from timm_autoslim.costs import Conditions, Cost, cost, uniform_at
-    from timm_autoslim.folder import check_folder
-    from timm_autoslim.hub import push
-    from timm_autoslim.latency import LatencyReport, LatencyTable
-    from timm_autoslim.sandwich import SandwichStep, sandwich_step
-    from timm_autoslim.scoring import HeldOut, SharedLatency, Team
-    from timm_autoslim.slimming import Found, SearchResult, Step, search
-    from timm_autoslim.space import ChannelGroup, SearchSpace, Widths
-    from timm_autoslim.stopwatch import measure_latency
-    from timm_autoslim.supernet import Supernet, convert
+    from timm_autoslim.artifact.export import export as export
+    from timm_autoslim.artifact.folder import check_folder as check_folder
+    from timm_autoslim.artifact.hub import push as push
+    from timm_autoslim.costs.cost import Conditions as Conditions
+    from timm_autoslim.costs.cost import Cost as Cost
+    from timm_autoslim.costs.cost import cost as cost
+    from timm_autoslim.costs.latency import LatencyReport as LatencyReport
+    from timm_autoslim.costs.latency import LatencyTable as LatencyTable
+    from timm_autoslim.costs.measure import measure_latency as measure_latency
+    from timm_autoslim.slimming.baselines import baseline as baseline
+    from timm_autoslim.slimming.budgets import uniform_at as uniform_at
+    from timm_autoslim.slimming.descent import search as search
+    from timm_autoslim.slimming.result import Found as Found
+    from timm_autoslim.slimming.result import SearchResult as SearchResult
+    from timm_autoslim.slimming.result import Step as Step
+    from timm_autoslim.slimming.scoring import HeldOut as HeldOut
+    from timm_autoslim.slimming.scoring import SharedLatency as SharedLatency
+    from timm_autoslim.slimming.scoring import Team as Team
+    from timm_autoslim.supernet.convert import convert as convert
+    from timm_autoslim.supernet.space import ChannelGroup as ChannelGroup
+    from timm_autoslim.supernet.space import SearchSpace as SearchSpace
+    from timm_autoslim.supernet.space import Widths as Widths
+    from timm_autoslim.supernet.supernet import Supernet as Supernet
+    from timm_autoslim.training.calibration import batch_statistics as batch_statistics
+    from timm_autoslim.training.calibration import calibrate as calibrate
+    from timm_autoslim.training.sandwich import SandwichStep as SandwichStep
+    from timm_autoslim.training.sandwich import sandwich_step as sandwich_step
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AutoSlimError",
-    "ChannelGroup",
-    "Conditions",
-    "Cost",
-    "Found",
-    "HeldOut",
-    "LatencyReport",
-    "LatencyTable",
-    "SandwichStep",
-    "SearchResult",
-    "SearchSpace",
-    "SharedLatency",
-    "Step",
-    "Supernet",
-    "Team",
-    "Widths",
-    "baseline",
-    "batch_statistics",
-    "calibrate",
-    "check_folder",
-    "convert",
-    "cost",
-    "export",
-    "measure_latency",
-    "push",
-    "sandwich_step",
-    "search",
-    "uniform_at",
-]
-
-# the room that each of these names is in
-_ROOMS = {
-    "ChannelGroup": "space",
-    "Conditions": "costs",
-    "Cost": "costs",
-    "Found": "slimming",
-    "HeldOut": "scoring",
-    "LatencyReport": "latency",
-    "LatencyTable": "latency",
-    "SandwichStep": "sandwich",
-    "SearchResult": "slimming",
-    "SearchSpace": "space",
-    "SharedLatency": "scoring",
-    "Step": "slimming",
-    "Supernet": "supernet",
-    "Team": "scoring",
-    "Widths": "space",
-    "baseline": "baselines",
-    "batch_statistics": "calibration",
-    "calibrate": "calibration",
-    "check_folder": "folder",
-    "convert": "supernet",
-    "cost": "costs",
-    "export": "artifact",
-    "measure_latency": "stopwatch",
-    "push": "hub",
-    "sandwich_step": "sandwich",
-    "search": "slimming",
-    "uniform_at": "costs",
+# The module that defines each public name.
+_MODULES = {
+    "ChannelGroup": "supernet.space",
+    "Conditions": "costs.cost",
+    "Cost": "costs.cost",
+    "Found": "slimming.result",
+    "HeldOut": "slimming.scoring",
+    "LatencyReport": "costs.latency",
+    "LatencyTable": "costs.latency",
+    "SandwichStep": "training.sandwich",
+    "SearchResult": "slimming.result",
+    "SearchSpace": "supernet.space",
+    "SharedLatency": "slimming.scoring",
+    "Step": "slimming.result",
+    "Supernet": "supernet.supernet",
+    "Team": "slimming.scoring",
+    "Widths": "supernet.space",
+    "baseline": "slimming.baselines",
+    "batch_statistics": "training.calibration",
+    "calibrate": "training.calibration",
+    "check_folder": "artifact.folder",
+    "convert": "supernet.convert",
+    "cost": "costs.cost",
+    "export": "artifact.export",
+    "measure_latency": "costs.measure",
+    "push": "artifact.hub",
+    "sandwich_step": "training.sandwich",
+    "search": "slimming.descent",
+    "uniform_at": "slimming.budgets",
 }
+__all__ = ["AutoSlimError", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for."""
-    if name not in _ROOMS:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_ROOMS[name]}"), name)
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

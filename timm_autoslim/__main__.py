@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from timm_autoslim.bases import create_hollow
-from timm_autoslim.costs import cost_by_module, reach
+from timm_autoslim.artifact.bases import create_hollow
+from timm_autoslim.costs.cost import cost_by_module, reach
 from timm_autoslim.errors import ArtifactError, AutoSlimError, TraceError
-from timm_autoslim.supernet import Supernet, convert
+from timm_autoslim.supernet.convert import convert
+from timm_autoslim.supernet.supernet import Supernet
 
 
 def _fixed(supernet: Supernet) -> list[str]:
@@ -76,7 +77,7 @@ def report(run: Path) -> Path:
         ArtifactError: the folder holds no search that can be shown, or a package that draws is not installed.
     """
     try:
-        from timm_autoslim.report import write_report  # what it draws with is an extra
+        from timm_autoslim.slimming.report import write_report  # what it draws with is an extra
     except ModuleNotFoundError as error:
         raise ArtifactError(f"the report needs {error.name}: pip install 'timm-autoslim[recipes]'") from error
     return write_report(run)

@@ -29,10 +29,10 @@ from results import Results
 from tqdm import tqdm
 
 import timm_autoslim
-from timm_autoslim.atomic import write_text
-from timm_autoslim.bases import create_base, create_hollow
-from timm_autoslim.costs import reach
+from timm_autoslim.artifact.bases import create_base, create_hollow
+from timm_autoslim.costs.cost import reach
 from timm_autoslim.errors import AutoSlimError
+from timm_autoslim.utils.files import write_text
 
 MOST_PARAMS = 100_000_000  # a model with more is not built with weights
 

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_autoslim
-from timm_autoslim.atomic import write_text
-from timm_autoslim.bases import create_base
+from timm_autoslim.artifact.bases import create_base
+from timm_autoslim.utils.files import write_text
 
 MODELS = ("resnet50", "mobilenetv2_100", "convnext_nano", "vit_small_patch16_224", "torchvision/mobilenet_v3_large")
 # share of the MACs, and what all widths are multiples of

@@ -25,10 +25,10 @@ from results import Results, put_table
 from tqdm import tqdm
 
 import timm_autoslim
-from timm_autoslim.latency import LatencyReport
-from timm_autoslim.space import Widths
-from timm_autoslim.stopwatch import device_name
-from timm_autoslim.supernet import Supernet
+from timm_autoslim.costs.latency import LatencyReport
+from timm_autoslim.costs.measure import device_name
+from timm_autoslim.supernet.space import Widths
+from timm_autoslim.supernet.supernet import Supernet
 
 MODELS = {"resnet50": 96, "mobilenetv2_100": 128, "vit_tiny_patch16_224": 112}  # with the side of their images
 

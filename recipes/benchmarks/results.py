@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import timm_autoslim
-from timm_autoslim.atomic import write_text
-from timm_autoslim.bases import create_base
+from timm_autoslim.artifact.bases import create_base
+from timm_autoslim.utils.files import write_text
 
 
 class Results(list[dict[str, Any]]):

@@ -41,8 +41,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import timm_autoslim
-import timm_autoslim.importance  # not at its first use, which would count as memory of the training
-from timm_autoslim.sandwich import soft_cross_entropy
+import timm_autoslim.supernet.order  # not at its first use, which would count as memory of the training
+from timm_autoslim.training.distillation import soft_cross_entropy
 
 MODELS = ("resnet50", "mobilenetv2_100", "vit_tiny_patch16_224")
 QUESTIONS = ("half", "defaults", "step", "memory")

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_autoslim.pieces import Axis
-from timm_autoslim.slicing import Slices, Value
+from timm_autoslim.slicing.attributes import Value
+from timm_autoslim.slicing.slices import Slices
+from timm_autoslim.slicing.tensors import Axis
 from timm_autoslim.tracing.flow import Contraction, Flow
 from timm_autoslim.tracing.labels import AttributeUse, Kernel, Vector
 

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_autoslim import slicing
+from timm_autoslim.slicing import slices as slicing
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label
 from timm_autoslim.tracing.ops import recurrent
-from timm_autoslim.tracing.twin import call, seeded, sized, tensors_in
+from timm_autoslim.utils.meta import call, seeded, sized, tensors_in
 
 
 @dataclass(frozen=True)

@@ -16,25 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.tracing import ops
+from timm_autoslim.tracing.describe import DESCRIBES_HEAD, Watch
 from timm_autoslim.tracing.flow import Call, Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.prove import Operation, Prover, Record, suspects
+from timm_autoslim.tracing.refusals import check_example, check_model, what_failed
 from timm_autoslim.tracing.sizes import FromExpression, Size, wrap_attributes
-from timm_autoslim.tracing.twin import (
-    call,
-    check_example,
-    check_model,
-    meta_twin,
-    named_tensors,
-    seeded,
-    sized,
-    tensors_in,
-    tied_names,
-    what_failed,
-)
-from timm_autoslim.tracing.watch import DESCRIBES_HEAD, Watch
+from timm_autoslim.utils.meta import call, meta_twin, named_tensors, seeded, sized, tensors_in, tied_names
 
 MAX_REPAIRS = 40
 NARROW = 0.35  # of the MACs at half width, where a quarter is ideal

@@ -1,0 +1,1 @@
+"""What a subnet costs: MACs, parameters, memory and latency."""

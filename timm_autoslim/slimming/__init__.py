@@ -1,0 +1,1 @@
+"""Choose widths: budgets, scores, the greedy descent, the baselines, and what was found."""

@@ -1,0 +1,312 @@
+"""The search space: one width for each channel group, and the widths that a subnet has."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from timm_autoslim.costs.cost import cost_of
+from timm_autoslim.errors import WidthError
+from timm_autoslim.tracing.graph import ChannelGraph
+from timm_autoslim.utils.arguments import integer
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that share one width.
+
+    Attributes:
+        name: path of the module that produces the channels first.
+        size: the widest width; a width counts units, and a unit is nearly always one channel of that module (of a
+            grouped convolution it is one whole group).
+        min, divisor: shape what is sampled and searched.
+        choices: the widths that are sampled and searched, ascending; the last is `size`.
+        floor: the narrowest width that the model can run with; 1 for nearly every model.
+        channels: channels that one unit has in the module that names the group.
+        producers: paths of all modules that produce channels of this group.
+    """
+
+    name: str
+    size: int
+    min: int
+    divisor: int
+    choices: tuple[int, ...]
+    channels: int
+    producers: tuple[str, ...]
+    floor: int = 1
+
+    def checked(self, width: object) -> int:
+        """Return a width of this group as a plain integer.
+
+        Raises:
+            WidthError: it is no integer, or is not from the floor to the size.
+        """
+        number = integer(width)
+        if number is None or not self.floor <= number <= self.size:
+            raise WidthError(
+                f"{self.name}: got the width {width!r}; needed: an integer from {self.floor} to {self.size}"
+            )
+        return number
+
+
+@dataclass(frozen=True, repr=False)
+class Widths(Mapping[str, int]):
+    """The widths of one subnet: a read-only mapping from group name to width, tied to its search space.
+
+    Raises:
+        WidthError: a value is no width of its group.
+    """
+
+    values_: tuple[int, ...]
+    groups: tuple[ChannelGroup, ...]
+    space_id: str
+
+    def __post_init__(self) -> None:
+        if len(self.values_) != len(self.groups):
+            raise WidthError(f"got {len(self.values_)} widths; needed: one for each of {len(self.groups)} groups")
+        for group, value in zip(self.groups, self.values_, strict=True):
+            if type(value) is not int or not group.floor <= value <= group.size:  # a search makes many: quick if right
+                object.__setattr__(self, "values_", tuple(map(ChannelGroup.checked, self.groups, self.values_)))
+                break
+
+    def _index(self, name: str) -> int:
+        for index, group in enumerate(self.groups):
+            if group.name == name:
+                return index
+        raise KeyError(name)
+
+    def __getitem__(self, name: str) -> int:
+        return self.values_[self._index(name)]
+
+    def __iter__(self) -> Any:
+        return iter([group.name for group in self.groups])
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __hash__(self) -> int:
+        return hash((self.values_, self.space_id))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Widths) and (self.values_, self.space_id) == (other.values_, other.space_id)
+
+    def __repr__(self) -> str:
+        return f"Widths({self.to_dict()})"
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the widths as plain data, for JSON; `SearchSpace.from_dict` reads it back."""
+        return dict(zip(self, self.values_, strict=True))
+
+    def replaced(self, name: str, width: int) -> Widths:
+        """Return the same widths, but for one group.
+
+        Raises:
+            WidthError: there is no such group, or the width is no integer from its floor to its size.
+        """
+        try:
+            index = self._index(name)
+        except KeyError:
+            raise WidthError(_no_group(name, list(self))) from None
+        return Widths((*self.values_[:index], width, *self.values_[index + 1 :]), self.groups, self.space_id)
+
+
+def _no_group(name: object, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(name), names, 3)
+    hint = f"the closest are {close}" if close else f"the groups are {list(names[:8])}..."
+    return f"{name!r} is no group of this search space of {len(names)} groups; {hint}"
+
+
+def check_mapping(what: str, given: object, form: str) -> None:
+    """Raise WidthError if an argument is no mapping."""
+    if not isinstance(given, Mapping):
+        raise WidthError(f"got {what} of type {type(given).__name__}; needed: a dict {form}")
+
+
+def draw(n: int, generator: torch.Generator | None) -> list[float]:
+    """Return n random numbers, from 0 to below 1.
+
+    Raises:
+        WidthError: the generator is no `torch.Generator`.
+    """
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise WidthError(
+            f"got the generator {generator!r}; needed: a torch.Generator, such as torch.Generator().manual_seed(5), or "
+            "None for torch's own"
+        )
+    draws: list[float] = torch.rand(n, generator=generator).tolist()
+    return draws
+
+
+class SearchSpace:
+    """All subnets of a supernet."""
+
+    def __init__(self, graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> None:
+        self._graph = graph
+        self.groups = tuple(groups)
+        self.names = tuple(g.name for g in self.groups)
+        self._index = {name: i for i, name in enumerate(self.names)}
+        text = json.dumps([(g.name, g.size) for g in self.groups])
+        self.id = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def __getitem__(self, name: str) -> ChannelGroup:
+        try:
+            return self.groups[self._index[name]]
+        except KeyError:
+            raise WidthError(_no_group(name, self.names)) from None
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _make(self, values: Iterable[int]) -> Widths:
+        return Widths(tuple(values), self.groups, self.id)
+
+    def check(self, widths: Widths) -> Widths:
+        """Return `widths`, or raise WidthError if they are of another search space."""
+        if not isinstance(widths, Widths):
+            raise WidthError(
+                f"got widths of type {type(widths).__name__}; needed: Widths, as made by "
+                "supernet.space.from_dict({name: width}), .uniform(ratio), .max() and so on"
+            )
+        if widths.space_id != self.id:
+            raise WidthError(
+                f"got widths of another model ({len(widths)} groups, space {widths.space_id}); "
+                f"needed: widths of this space ({len(self)} groups, {self.id}), made by its own methods"
+            )
+        return widths
+
+    def max(self) -> Widths:
+        """Return the widths of the whole model."""
+        return self._make(g.size for g in self.groups)
+
+    def min(self) -> Widths:
+        """Return the narrowest widths that are sampled and searched."""
+        return self._make(g.choices[0] for g in self.groups)
+
+    def uniform(self, ratio: float, exact: bool = False) -> Widths:
+        """Return one multiplier for all groups, each rounded to the nearest of its choices (or, if exact, to a unit).
+
+        Raises:
+            WidthError: the ratio is not above 0 and at most 1.
+        """
+        if not isinstance(ratio, numbers.Real) or isinstance(ratio, bool) or not 0 < ratio <= 1:
+            raise WidthError(f"got the ratio {ratio!r}; needed: a number above 0 and at most 1")
+        if exact:
+            return self._make(max(g.choices[0], round(ratio * g.size)) for g in self.groups)
+        return self._make(min(g.choices, key=lambda c: (abs(c - ratio * g.size), -c)) for g in self.groups)
+
+    def sample(self, generator: torch.Generator | None = None) -> Widths:
+        """Return random widths, every group on its own (AutoSlim's non-uniform sampling).
+
+        Raises:
+            WidthError: the generator is no `torch.Generator`.
+        """
+        draws = draw(len(self.groups), generator)
+        return self._make(g.choices[int(u * len(g.choices))] for u, g in zip(draws, self.groups, strict=True))
+
+    def sample_multiplier(self, generator: torch.Generator | None = None) -> Widths:
+        """Return one random multiplier for all groups, as `uniform` applies it (US-Nets, arXiv 1903.05134).
+
+        It is drawn evenly between the least share that any group can have and 1; a group that cannot go as low stays at
+        its narrowest.
+
+        Raises:
+            WidthError: the generator is no `torch.Generator`.
+        """
+        least = min((g.choices[0] / g.size for g in self.groups), default=1.0)
+        return self.uniform(min(1.0, least + (1 - least) * draw(1, generator)[0]))
+
+    def from_dict(self, widths: Mapping[str, int]) -> Widths:
+        """Return the widths that a plain dict names: for every group an integer from its floor to its size.
+
+        Raises:
+            WidthError: a group is missing or unknown, or a width is no integer or out of range.
+        """
+        check_mapping("widths", widths, "{group: width}")
+        for name in widths:
+            if name not in self._index:
+                raise WidthError(_no_group(name, self.names))
+        missing = [n for n in self.names if n not in widths]
+        if missing:
+            raise WidthError(
+                f"{missing[0]}: no width is given for it ({len(missing)} of {len(self)} are missing); name all"
+            )
+        return self._make(widths[g.name] for g in self.groups)
+
+    def from_channels(self, channels: Mapping[str, int]) -> Widths:
+        """Return widths from the number of channels of the modules that produce them; all other groups stay whole.
+
+        Raises:
+            WidthError: a module produces no channels that can change, a number is no integer or out of reach, or two
+                modules that share a group are given numbers that contradict each other.
+        """
+        check_mapping("channels", channels, "{module: channels}")
+        values: dict[int, tuple[int, str]] = {}
+        for path, wanted in channels.items():
+            group, width = self._solve(path, wanted)
+            if values.get(group, (width, ""))[0] != width:
+                other = values[group][1]
+                raise WidthError(
+                    f"{path}: {wanted} channels contradict the {channels[other]} of {other}: both are the group "
+                    f"{self.names[group]!r}; give them numbers that agree"
+                )
+            values[group] = (width, path)
+        return self._make(values[i][0] if i in values else g.size for i, g in enumerate(self.groups))
+
+    def _solve(self, path: str, wanted: int) -> tuple[int, int]:
+        count = self._graph.producers.get(path)
+        if count is None:
+            raise WidthError(
+                f"{path}: this module produces no channels; modules that do: {list(self._graph.producers)[:8]}..."
+            )
+        if not count.terms:
+            raise WidthError(f"{path}: its {count.fixed} channels are fixed: {self._graph.reason(path)}")
+        if len(count.terms) > 1:
+            raise WidthError(
+                f"{path}: its channels belong to the groups {[self.names[g] for g, _ in count.terms]}; use from_dict"
+            )
+        (index, factor), fixed = count.terms[0], count.fixed
+        group, number = self.groups[index], integer(wanted)
+        width, rest = divmod(-1 if number is None else number - fixed, factor)
+        if number is None or rest or not group.floor <= width <= group.size:
+            step = f" in steps of {factor}" if factor > 1 else ""
+            raise WidthError(
+                f"{path}: got {wanted!r} channels; needed: an integer from {fixed + factor * group.floor} to "
+                f"{fixed + factor * group.size}{step}"
+            )
+        return index, width
+
+    def channels(self, widths: Widths) -> dict[str, int]:
+        """Return the number of channels of every module that produces some, at these widths."""
+        values = self.check(widths).values_
+        return {path: count(values) for path, count in self._graph.producers.items()}
+
+    def table(self) -> str:
+        """Return a table of the groups, with the MACs and parameters of the whole model at min, half and max."""
+        rows = [("group", "size", "min", "divisor", "choices", "modules")]
+        for g in self.groups:
+            rows.append(
+                (g.name, str(g.size), str(g.choices[0]), str(g.divisor), str(len(g.choices)), str(len(g.producers)))
+            )
+        wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True)))
+            for row in rows
+        ]
+        lines.insert(1, "-" * len(lines[0]))
+        lines.append("-" * len(lines[0]))
+        whole = cost_of(self._graph, self.max().values_)
+        for name, widths in (("min", self.min()), ("half", self.uniform(0.5)), ("max", self.max())):
+            c = cost_of(self._graph, widths.values_)
+            macs = f"{c.macs / 1e6:>10.1f}M MACs ({c.macs / whole.macs:6.1%})"
+            lines.append(f"{name:<5} {macs}  {c.params / 1e6:>8.2f}M params ({c.params / whole.params:6.1%})")
+        return "\n".join(lines)

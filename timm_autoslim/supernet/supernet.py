@@ -1,0 +1,234 @@
+"""The slimmable supernet: one model, every subnet of it, shared weights."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_autoslim.artifact.spec import FORMAT
+from timm_autoslim.costs.cost import Conditions
+from timm_autoslim.costs.tape import Tape
+from timm_autoslim.errors import TraceError, WidthError
+from timm_autoslim.slicing import slices as slicing
+from timm_autoslim.slicing.tensors import Axis
+from timm_autoslim.supernet.space import SearchSpace, Widths
+from timm_autoslim.tracing.graph import ChannelGraph
+from timm_autoslim.tracing.trace import Trace
+from timm_autoslim.utils.meta import sized, tensors_in
+
+# What timm's models say of themselves, and torchvision's do not.
+_TIMM_ONLY = ("feature_info", "num_features", "head_hidden_size")
+_CACHED_SLICES = 64
+
+
+class Supernet(nn.Module):
+    """A model whose every forward takes the widths of a subnet; made by `convert`.
+
+    Attributes:
+        model: the model itself, whole; its parameters are the shared weights.
+        space: the search space.
+        graph: the channel-dependency graph.
+        conditions: what `peak_bytes` and `latency_ms` are counted for in `cost` and in a search; set it as you like.
+    """
+
+    model: nn.Module
+    conditions: Conditions
+
+    def __init__(
+        self, model: nn.Module, found: Trace, space: SearchSpace, base: str | None, base_args: Mapping[str, Any]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.space = space
+        self.graph: ChannelGraph = found.graph
+        self._trace = found
+        self._base, self._base_args = base, dict(base_args)
+        self._cache: OrderedDict[tuple[int, ...], slicing.Slices] = OrderedDict()
+        self._held: Widths | None = None  # the widths of the `at` block that is open
+        self.conditions = Conditions()
+        self._tapes: dict[tuple[int, torch.dtype | None], Tape] = {}
+
+    @property
+    def repairs(self) -> tuple[str, ...]:
+        """What the proof of the trace had to freeze, each with its reason; empty for most models."""
+        return tuple(self._trace.repairs)
+
+    @property
+    def unruled(self) -> tuple[str, ...]:
+        """The operators of the model that have no rule, so that what enters them is fixed."""
+        return tuple(sorted(self._trace.unruled))
+
+    def forward(self, *inputs: Any, widths: Widths | None = None, **named: Any) -> Any:
+        """Run the subnet of these widths; without widths the widest, or that of an open `at` block.
+
+        Args:
+            inputs, named: what the model's own forward takes, such as images (N, C, H, W).
+            widths: by name, or after the last input: `supernet(images, widths)`.
+
+        Raises:
+            WidthError: the widths are of another model, or differ from those of the open block.
+            TraceError: the model uses reentrant gradient checkpointing, which would run the whole model in backward.
+        """
+        if widths is None and inputs:
+            last, further = inputs[-1], len(inputs) > self._trace.positional
+            if isinstance(last, Widths) or (last is None and further):  # supernet(images, None) is the widest
+                inputs, widths = inputs[:-1], last
+        if self._held is not None:
+            if widths is not None and widths != self._held:
+                raise WidthError(
+                    "other widths than those of the open `with supernet.at(...)` block; leave the block first"
+                )
+            return self.model(*inputs, **named)
+        if widths is None:
+            return self.model(*inputs, **named)
+        with self.at(widths):
+            out = self.model(*inputs, **named)
+        if widths != self.space.max():
+            _refuse_reentrant_checkpoints(out)
+        return out
+
+    @contextlib.contextmanager
+    def at(self, widths: Widths) -> Iterator[Supernet]:
+        """Hold the subnet of these widths for the length of the block, around forward and backward.
+
+        Gradients reach the shared weights. Only at the widest do BatchNorm's running statistics move.
+
+        Raises:
+            WidthError: the widths are of another model, or a block is open already.
+        """
+        self.space.check(widths)
+        if self._held is not None:
+            raise WidthError("a `with supernet.at(...)` block is open already; leave it first")
+        self._held = widths
+        try:
+            if widths == self.space.max():
+                yield self
+            else:
+                with slicing.applied(self.model, self._slices(widths)):
+                    yield self
+        finally:
+            self._held = None
+
+    def _slices(self, widths: Widths) -> slicing.Slices:
+        key = widths.values_
+        if key not in self._cache:
+            # described attributes too: a forward may read one as a number, and the extracted model has them all
+            found = self.graph.slices(key, self._trace.described)
+            tensors = {**_statistics(self.model), **found.tensors}
+            self._cache[key] = slicing.Slices(tensors, found.attributes)
+            if len(self._cache) > _CACHED_SLICES:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key]
+
+    def tape(self, batch_size: int = 1, dtype: torch.dtype | None = None) -> Tape:
+        """Return what one forward in eval mode does, as functions of the widths; made at the first call, then kept.
+
+        Raises:
+            TraceError: narrower subnets run other operators than the widest.
+            WidthError: an `at` block is open, and the tape is not made yet.
+        """
+        key = batch_size, dtype
+        if key not in self._tapes:
+            if self._held is not None:
+                raise WidthError("a `with supernet.at(...)` block is open, and its weights are sliced; leave it first")
+            found = self._trace
+            self._tapes[key] = Tape(self.model, found.example, self.graph, found.described, batch_size, dtype)
+        return self._tapes[key]
+
+    def example(self, batch_size: int = 1) -> Any:
+        """Return inputs of the shapes that the model was traced with, of this batch size, on the meta device."""
+        return sized(self._trace.example, batch_size)
+
+    def extract(self, widths: Widths | None = None) -> nn.Module:
+        """Return the subnet as an ordinary model of the same type, with weights of its own.
+
+        `plain.autoslim` is its recipe as plain data: base, arguments, sizes, attributes and widths. A narrower subnet
+        has the widest's BatchNorm statistics, which are not its own. `num_batches_tracked` marks them: it is 0 or less
+        until `calibrate`, or training for as many batches as leave them a hundredth (44 at a momentum of 0.1), renews
+        them, and `export` refuses them until then.
+
+        Raises:
+            WidthError: the widths are of another model, or an `at` block is open.
+        """
+        widths = self.space.check(widths if widths is not None else self.space.max())
+        if self._held is not None:
+            raise WidthError(
+                "a `with supernet.at(...)` block is open, and its weights are sliced; leave it before extract()"
+            )
+        whole = widths == self.space.max()
+        found = self.graph.slices(widths.values_, self._trace.described)
+        tensors = {} if whole else {**_statistics(self.model), **found.tensors}
+        plain = slicing.extract(self.model, slicing.Slices(tensors, found.attributes))
+        if not whole:
+            for module in plain.modules():
+                tracked = getattr(module, "num_batches_tracked", None)
+                if isinstance(tracked, Tensor):
+                    tracked.fill_(1 - _batches_to_own(getattr(module, "momentum", None)))
+        plain.autoslim = self._recipe(plain, found, widths)  # type: ignore[assignment]
+        return plain
+
+    def _recipe(self, plain: nn.Module, found: slicing.Slices, widths: Widths) -> dict[str, Any]:
+        before = getattr(self.model, "autoslim", None) or {}  # of a model that was slimmed already
+        sizes = dict(before.get("sizes", {}))
+        saved = set(self.model.state_dict())  # the rest comes from the base again: it must be known which channels stay
+        for name, axes in found.tensors.items():
+            if any(axis is not None for axis in axes):
+                kept = sizes.get(name, [None] * len(axes))
+                sizes[name] = [
+                    old if runs is None else sum(n for _, n in runs) if name in saved else slicing.within(runs, old)
+                    for old, runs in zip(kept, axes, strict=True)
+                ]
+        new = {p: list(v) if isinstance(v, tuple) else v for p, v in found.attributes.items()}
+        attributes = {**before.get("attributes", {}), **new}
+        if (self._base or "").startswith("torchvision/"):  # the loader measures anew what torchvision's models lack
+            attributes = {p: v for p, v in attributes.items() if p.partition(".")[0] not in _TIMM_ONLY}
+        return {
+            "format": FORMAT,
+            "base": self._base,
+            "base_args": dict(self._base_args),
+            "sizes": sizes,
+            "attributes": attributes,
+            "widths": widths.to_dict(),
+        }
+
+
+def _refuse_reentrant_checkpoints(out: Any) -> None:
+    """Raise if backward would run parts of the model again: by then the slices are gone, and nothing would notice."""
+    waiting = [t.grad_fn for t in tensors_in(out) if t.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            raise TraceError(
+                "the model: got reentrant gradient checkpointing, which runs the forward again in backward, without "
+                "the slices of this call; needed: `with supernet.at(widths):` around forward and backward"
+            )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+
+
+def _statistics(model: nn.Module) -> dict[str, tuple[Axis, ...]]:
+    """Name every running statistic, so that a narrower subnet gets copies even of those that are not narrowed."""
+    names: dict[str, tuple[Axis, ...]] = {}
+    for path, module in model.named_modules():
+        for leaf in ("running_mean", "running_var", "num_batches_tracked"):
+            buffer = module._buffers.get(leaf)
+            if buffer is not None:
+                names[f"{path}.{leaf}" if path else leaf] = (None,) * buffer.dim()
+    return names
+
+
+def _batches_to_own(momentum: float | None) -> int:
+    """In how many batches of training BatchNorm statistics become a module's own, but for a hundredth."""
+    if momentum is None or not 0 < momentum < 1:  # a cumulative average, or none: the first batch replaces what was
+        return 1
+    return math.ceil(math.log(0.01) / math.log1p(-momentum))

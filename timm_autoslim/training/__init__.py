@@ -1,0 +1,1 @@
+"""Train a supernet: the sandwich rule, distillation, and BatchNorm statistics."""

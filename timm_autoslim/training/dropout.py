@@ -1,0 +1,68 @@
+"""Dropout and drop path, switched off for the length of a block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    pass
+
+
+# By name, so that torchvision need not be imported and the copies in other code count too.
+_DROP_MODULES = frozenset(
+    ("DropPath", "DropBlock2d", "DropBlock3d", "PatchDropout", "PatchDropoutWithIndices", "StochasticDepth")
+)
+_DROP_FUNCTIONS = frozenset(
+    (
+        *(torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout),
+        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout),
+    )
+)
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and drop path off for the length of a block, while BatchNorm keeps its batch statistics.
+
+    Covers modules (torch's dropouts; timm's and torchvision's drop path, drop block and patch dropout) and the
+    functions of `torch.nn.functional` that a forward calls itself, attention's dropout among them.
+    """
+    paused = [module for module in model.modules() if module.training and _drops(module)]
+    try:
+        for module in paused:
+            module.training = False  # not eval(), which would reach what such a module may hold
+        with _NoDropout():
+            yield
+    finally:
+        for module in paused:
+            module.training = True
+
+
+def _drops(module: nn.Module) -> bool:
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return True
+    return any(kind.__name__ in _DROP_MODULES for kind in type(module).__mro__)
+
+
+class _NoDropout(TorchFunctionMode):
+    """Makes dropout functions do nothing; many models call these, and no module tells of them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _DROP_FUNCTIONS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs["dropout_p"] = 0.0
+        elif func is F.multi_head_attention_forward:
+            kwargs["training"] = False
+        return func(*args, **kwargs)
