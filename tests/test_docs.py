@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from apart import run_apart
+from helpers.subprocesses import run_apart
 
 from timm_autoslim.__main__ import main
 
@@ -57,7 +57,7 @@ def run_blocks(page):
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
 def test_python_blocks_run(page, tmp_path):
     # apart: a page may register a rule, seed, or set threads
-    done = run_apart("test_docs", "run_blocks", page, cwd=tmp_path)
+    done = run_apart(run_blocks, page, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from apart import run_apart
-from test_registry import make_recipe
+from helpers.specs import make_recipe
+from helpers.subprocesses import run_apart
 from torchvision.io import write_png
 
 from timm_autoslim.__main__ import main
@@ -41,7 +41,7 @@ def run_script(args, cwd):
 
 def run(*args, cwd):
     """As `python -m timm_autoslim run ARGS...`, in a process that has imported everything already."""
-    return run_apart("test_main", "run_script", list(map(str, args)), str(cwd), cwd=cwd)
+    return run_apart(run_script, list(map(str, args)), str(cwd), cwd=cwd)
 
 
 @pytest.fixture(scope="module")

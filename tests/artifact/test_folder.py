@@ -1,0 +1,106 @@
+"""A folder from a stranger describes a smaller model, and does nothing else."""
+
+import json
+import shutil
+from collections import OrderedDict
+
+import pytest
+import timm
+import torch
+from helpers.specs import make_recipe
+
+from timm_autoslim.artifact import limits as bounds
+from timm_autoslim.artifact.export import export
+from timm_autoslim.artifact.load import build_slimmed
+from timm_autoslim.errors import ArtifactError
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    narrow = {"blocks.0.mlp.fc1": (100, None), "blocks.0.mlp.fc2": (None, 100)}
+    return export(build_slimmed(make_recipe("test_vit", narrow)), tmp_path_factory.mktemp("hostile") / "out")
+
+
+def load(exported, folder, path, value):
+    shutil.copytree(exported, folder)
+    config = json.loads((folder / "config.json").read_text())
+    target = config
+    for part in path[:-1]:
+        target = target[part]
+    target[path[-1]] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def nested(depth):
+    value = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+ARGS = ("model_args", "recipe", "base_args")
+REFUSED = [
+    (("model_args", "checkpoint_path"), "other.pth", "model_args.checkpoint_path|got multiple"),
+    (("model_args", "weights"), "DEFAULT", "model_args.weights"),
+    (("model_args", "pruned"), True, "model_args.pruned"),
+    (("model_args", "recipe", "sizes", "x"), nested(300), "at most 8 levels"),
+    (("model_args", "recipe", "attributes", "x"), nested(300), "at most 8 levels"),
+    ((*ARGS, "embed_dim"), 960_000, "arguments that build at most"),
+    ((*ARGS, "depth"), 900_000, "arguments that build at most"),
+    ((*ARGS, "num_classes"), 1_000_000_000, "a number of at most"),
+    (("model_args", "recipe", "attributes", "blocks.0.norm1.eps"), 1e300, r"n \*\* -0\.5 of a head"),
+    (("num_classes",), 1_000_000_000_000, "an integer from 0 to 1000000"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "message"), REFUSED)
+def test_what_is_no_smaller_model_is_refused(path, value, message, exported, tmp_path):
+    with pytest.raises(ArtifactError, match=message):
+        load(exported, tmp_path / "out", path, value)
+
+
+def test_long_lists_of_numbers_are_not_multiplied():
+    """The product of a list that a base makes a tensor of has millions of digits, which would take minutes."""
+    for number in (10**6, 1e6):
+        numbers = [number] * 200_000
+        size, given = bounds._at_most([numbers, torch.zeros(3)])
+        assert bounds.ENDLESS <= size < bounds.ENDLESS**2
+        assert given
+        with bounds.Bounded(bounds.MAX_ELEMENTS):
+            assert torch.tensor(numbers, dtype=torch.float64).sum() == 2 * 10**11
+
+
+SOURCES = {
+    "url": "file:///nowhere/weights.pth",
+    "state_dict": {"fc.weight": [1]},
+    "custom_load": True,
+    "hf_hub_filename": "other.bin",
+}
+
+
+@pytest.mark.parametrize("key", SOURCES)
+def test_weights_come_from_the_folder_alone(key, exported, tmp_path):
+    model = load(exported, tmp_path / "out", ("pretrained_cfg", key), SOURCES[key])
+    plain = timm.create_model(f"local-dir:{exported}", pretrained=True)
+    state, expected = OrderedDict(model.state_dict()), plain.state_dict()
+    assert state.keys() == expected.keys()
+    assert all(state[name].equal(expected[name]) for name in expected)
+
+
+def test_a_users_own_weights_open_no_other_file(exported, tmp_path):
+    """timm's scripts put --pretrained-path in place of the folder: its config.json is then no longer at hand."""
+    resolve = getattr(timm.models, "resolve_model_input_args", None)
+    if resolve is None:
+        pytest.skip("this timm hands the folder on")
+    mine, trap = tmp_path / "mine.safetensors", tmp_path / "out" / "trap.pth"
+    shutil.copy(exported / "model.safetensors", mine)
+    shutil.copytree(exported, tmp_path / "out")
+    trap.write_bytes(b"a pickle")
+    config = json.loads((exported / "config.json").read_text())
+    for key, value in {"checkpoint_path": str(trap), "pretrained_cfg_overlay": {"file": str(trap)}}.items():
+        hostile = {**config, "model_args": {**config["model_args"], key: value}}
+        (tmp_path / "out" / "config.json").write_text(json.dumps(hostile))
+        args = resolve(f"local-dir:{tmp_path / 'out'}", pretrained=True, pretrained_cfg_overlay={"file": str(mine)})
+        with pytest.raises(ArtifactError, match=f"model_args.{key}"):
+            timm.create_model(**args)

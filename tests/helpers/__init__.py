@@ -1,0 +1,1 @@
+"""What is no test: models, folders and ways to run things that several tests share."""

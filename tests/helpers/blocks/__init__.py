@@ -1,0 +1,1 @@
+"""Blocks of the random networks of the property tests."""

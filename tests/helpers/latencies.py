@@ -1,0 +1,27 @@
+"""Shared by tests: latencies."""
+
+import numpy as np
+
+from timm_autoslim import LatencyTable
+from timm_autoslim.costs import latency as room
+
+
+def fake_times(monkeypatch, python=2.0, factor=1.5):
+    """Let operators take a microsecond for each number of their arguments, and networks `factor` times their sum."""
+    measured = []
+
+    def numel(value):
+        if isinstance(value, room.TensorSpec):
+            return int(np.prod(value.shape))
+        return sum(map(numel, value)) if isinstance(value, tuple) else 0
+
+    def operator_ms(self, operator):
+        measured.append(operator)
+        return numel(operator.args) / 1000
+
+    def whole_ms(self, supernet, subnets, rounds=5, repeats=10):
+        return [python + factor * sum(self._sums(supernet, widths)[1:4]) for widths in subnets]
+
+    monkeypatch.setattr(LatencyTable, "_measured", operator_ms)
+    monkeypatch.setattr(LatencyTable, "measure", whole_ms)
+    return measured

@@ -1,0 +1,121 @@
+"""Shared by tests: searches."""
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from timm_autoslim import cost
+from timm_autoslim.slimming.budgets import Budget
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+SIZES = {"a": 16, "b": 16, "c": 32}
+
+
+class Branches(nn.Module):
+    """Three branches side by side: the cost is a sum over them, so the best widths can be found by hand."""
+
+    def __init__(self):
+        super().__init__()
+        for name, size in SIZES.items():
+            setattr(self, name, nn.Conv2d(3, size, 3, padding=1, bias=False))
+            setattr(self, f"{name}_bn", nn.BatchNorm2d(size))
+            setattr(self, f"{name}_out", nn.Conv2d(size, 4, 1, bias=False))
+
+    def forward(self, x):
+        return sum(
+            getattr(self, f"{n}_out")(getattr(self, f"{n}_bn")(getattr(self, n)(x)).relu()) for n in SIZES
+        ).mean((2, 3))  # fmt: skip
+
+
+def missing(supernet, **price):
+    """Return an evaluate that charges, for every group, a price for each channel that is gone; it counts its calls."""
+
+    def evaluate(subnet):
+        evaluate.calls += 1
+        assert subnet(IMAGE.repeat(2, 1, 1, 1)).shape == (2, 4)
+        gone = {name: SIZES[name] - supernet.model.get_submodule(name).weight.shape[0] for name in SIZES}
+        return sum(price[name] * gone[name] for name in SIZES)
+
+    evaluate.calls = 0
+    return evaluate
+
+
+# -- budgets are filled, and may be several limits at once ------------------------------------------------------------
+
+
+class Chain(nn.Module):
+    """Convolutions one after the other; those that ask for it are added to what they read."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.convs, self.steps = nn.ModuleList(), []
+        fan_in = 3
+        for size, residual in layers:
+            self.convs.append(nn.Conv2d(fan_in, fan_in if residual else size, 3, padding=1))
+            self.steps.append(residual)
+            fan_in = self.convs[-1].out_channels
+        self.head = nn.Linear(fan_in, 4)
+
+    def forward(self, x):
+        for conv, residual in zip(self.convs, self.steps, strict=True):
+            x = conv(x).relu() + x if residual else conv(x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+# the images' three channels are fixed, so the first convolution is never residual
+layers = st.lists(st.tuples(st.integers(2, 40), st.booleans()), min_size=1, max_size=5).map(
+    lambda found: [(found[0][0], False), *found[1:]]
+)
+few = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+
+
+def width_of(supernet):
+    """Return the widths that the supernet runs with now, by group."""
+    return {g.name: supernet.model.get_submodule(g.name).weight.shape[0] for g in supernet.space.groups}
+
+
+def drawn_budgets(supernet, draw, units):
+    """Draw one reachable limit for each unit, anywhere from the narrowest to the whole."""
+    low, high = cost(supernet, supernet.space.min()), cost(supernet)
+    return " and ".join(
+        f"{u}<={draw(st.integers(getattr(low, u), getattr(high, u)), label=u)}" for u in sorted(units)
+    )  # fmt: skip
+
+
+def assert_filled(supernet, found):
+    """Within 1 % of a limit, or not one unit more of any group fits; and never above."""
+    budget = Budget(tuple(found.limits.items()))
+    assert found.cost == cost(supernet, found.widths)
+    assert all(getattr(found.cost, unit) <= limit for unit, limit in found.limits.items())
+    assert found.limits[found.unit] == found.budget
+    shares = {unit: getattr(found.cost, unit) / limit for unit, limit in found.limits.items()}
+    assert shares[found.unit] == max(shares.values())
+    if shares[found.unit] < 0.99:
+        for group in supernet.space.groups:
+            width = found.widths[group.name]
+            if width < group.size:
+                assert not budget.holds(cost(supernet, found.widths.replaced(group.name, width + 1))), group.name
+
+
+# -- costs that may grow as groups narrow ---------------------------------------------------------------------------
+
+
+class Said:
+    """Predicts what a function of the widths, as shares of the groups' sizes, says."""
+
+    def __init__(self, milliseconds):
+        self.milliseconds = milliseconds
+
+    def predict(self, supernet, widths):
+        return self.milliseconds([widths[g.name] / g.size for g in supernet.space.groups])
+
+
+def aligned(shares):
+    """Every group whose width is no multiple of a quarter takes half a millisecond more."""
+    return 10 * sum(shares) / len(shares) + 0.5 * sum(share % 0.25 > 0 for share in shares)
+
+
+def in_step(shares):
+    """Groups that are not about equally wide take much longer: no first step saves anything."""
+    return 10 * sum(shares) / len(shares) + 20 * (max(shares) - min(shares) > 0.05)

@@ -1,0 +1,196 @@
+"""Channels ordered by importance: what the criteria score, and that the order changes nothing but the order."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers.zoo import Member, Plain, assert_same, randomise, snapshot
+from torch import nn
+
+from timm_autoslim import convert
+from timm_autoslim.errors import WidthError
+from timm_autoslim.supernet.order import CRITERIA, permute, reordered, strand_group, unit_scores
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+# An order changes the order of float32 sums, nothing else.
+ROUNDING = 1e-5
+EXACT = 1e-10
+
+
+@pytest.fixture
+def model():
+    return randomise(Plain()).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(4, 3, 8, 8)
+
+
+def with_gradients(model, images):
+    model(images).square().mean().backward()
+    return model
+
+
+def strand_named(supernet, name):
+    return next(i for i, s in enumerate(supernet.graph.strands) if supernet.space.names[s.group] == name)
+
+
+@pytest.mark.parametrize("order", CRITERIA)
+def test_every_criterion_permutes_and_changes_nothing_else(model, images, order):
+    with_gradients(model, images)
+    supernet = convert(model, IMAGE, order=order)
+    assert type(supernet.model) is Plain
+    torch.testing.assert_close(supernet(images), model(images), rtol=ROUNDING, atol=ROUNDING)
+    double = convert(model.double(), IMAGE.double(), order=order)
+    torch.testing.assert_close(double(images.double()), model(images.double()), rtol=EXACT, atol=EXACT)
+    for name, tensor in double.model.state_dict().items():  # the same numbers, in another order
+        assert torch.equal(tensor.flatten().sort().values, model.state_dict()[name].flatten().sort().values), name
+    assert not torch.equal(double.model.inner.weight, model.inner.weight)
+    widths = double.space.from_dict({"stem": 5, "inner": 7})
+    assert torch.equal(double(images.double(), widths), double.extract(widths)(images.double()))
+
+
+def test_scores_are_torch_prunings_over_all_layers_of_a_channel(model):
+    """The inner channels are outputs of one convolution and its BatchNorm, and inputs of the next convolution."""
+    layers = (
+        model.inner.weight.abs().sum((1, 2, 3)),
+        model.bn_inner.weight.abs(),
+        model.outer.weight.abs().sum((0, 2, 3)),
+    )
+    total = sum(layers)
+    supernet = convert(model, IMAGE)
+    found = unit_scores(model, supernet.graph, "l1")[strand_named(supernet, "inner")]
+    np.testing.assert_allclose(found, (total / total.mean()).detach().numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("order", "power"), [("l1", 1), ("l2", 2)])
+def test_magnitudes_are_sorted_in_the_ordered_model(model, order, power):
+    for parameter in (model.bn_inner.weight, model.bn_inner.bias, model.outer.weight):
+        nn.init.constant_(parameter, 0.5)  # now the filters of the inner convolution alone tell channels apart
+    supernet = convert(model, IMAGE, order=order)
+    strength = supernet.model.inner.weight.abs().pow(power).sum((1, 2, 3))
+    assert strength.tolist() == sorted(strength.tolist(), reverse=True)
+    assert model.inner.weight.abs().pow(power).sum((1, 2, 3)).tolist() != strength.tolist()
+
+
+def test_bn_scale_sorts_by_the_scale_of_batch_norm(model):
+    supernet = convert(model, IMAGE, order="bn_scale")
+    scale = supernet.model.bn_inner.weight.abs().tolist()
+    assert scale == sorted(scale, reverse=True)
+    assert scale == sorted(model.bn_inner.weight.abs().tolist(), reverse=True)
+
+
+def test_taylor_sorts_by_gradient_times_weight_and_asks_for_gradients(model, images):
+    with pytest.raises(
+        WidthError, match=r'stem\.weight: the criterion "taylor" got no gradient here; run the loss backward'
+    ):
+        convert(model, IMAGE, order="taylor")
+    with_gradients(model, images)
+    with torch.no_grad():  # gradients of a channel that is to be the best, and of one that is to be the worst
+        for parameter, axis in ((model.inner.weight, 0), (model.outer.weight, 1)):
+            parameter.grad.select(axis, 11).mul_(1000)
+            parameter.grad.select(axis, 3).zero_()
+        for parameter in (model.bn_inner.weight, model.bn_inner.bias):
+            parameter.grad.zero_()
+    supernet = convert(model, IMAGE, order="taylor")
+    assert torch.equal(supernet.model.bn_inner.bias[0], model.bn_inner.bias[11])
+    assert torch.equal(supernet.model.bn_inner.bias[-1], model.bn_inner.bias[3])
+
+
+@pytest.mark.parametrize("frozen", ["inner.weight", "inner.bias", "head.weight"])
+def test_taylor_names_a_frozen_weight_that_it_reads(model, images, frozen):
+    model.inner.bias = nn.Parameter(torch.randn(16))
+    model.get_parameter(frozen).requires_grad_(False)
+    with_gradients(model, images)
+    message = rf'{frozen}: the criterion "taylor" got no gradient here; .* with requires_grad=True for every weight'
+    with pytest.raises(WidthError, match=message):
+        convert(model, IMAGE, order="taylor")
+
+
+def test_taylor_takes_frozen_weights_that_it_does_not_read(model, images):
+    model.head.bias.requires_grad_(False)  # of the outputs, which nothing sorts
+    for norm in (model.bn, model.bn_inner, model.bn_outer):  # as in many a fine-tuning
+        norm.requires_grad_(False)
+    ordered = convert(with_gradients(model, images), IMAGE, order="taylor").model
+    assert not torch.equal(ordered.inner.weight, model.inner.weight)
+
+
+def test_a_random_order_is_the_same_at_each_call_and_leaves_the_global_generator_alone(model):
+    torch.manual_seed(1)
+    first = convert(model, IMAGE, order="random").model
+    torch.manual_seed(2)
+    before = torch.get_rng_state()
+    again = convert(model, IMAGE, order="random").model
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.inner.weight, model.inner.weight)
+
+
+def test_an_unknown_order_is_refused(model):
+    with pytest.raises(
+        WidthError, match=r"got order='l3'; needed: None or one of \['bn_scale', 'fpgm', 'l1', 'l2', 'lamp'"
+    ):
+        convert(model, IMAGE, order="l3")
+
+
+@pytest.mark.parametrize("order", ["l1", "random"])
+def test_the_model_given_stays_as_it_was(model, images, order):
+    before = snapshot(model)
+    convert(model, IMAGE, order=order)
+    assert_same(before, snapshot(model))
+
+
+def test_narrow_subnets_keep_the_best_channels(model, images):
+    """With all but four inner channels silent, four are enough: only an order by importance finds them."""
+    loud = [2, 5, 11, 14]
+    with torch.no_grad():
+        silent = [i for i in range(16) if i not in loud]
+        model.inner.weight[silent] *= 1e-8
+        model.outer.weight[:, silent] *= 1e-8
+        model.bn_inner.weight[silent] *= 1e-8
+        model.bn_inner.bias[silent] = 0
+    plain, ordered = convert(model, IMAGE), convert(model, IMAGE, order="l1")
+    widths = plain.space.from_channels({"inner": 4})
+    whole = model(images)
+    torch.testing.assert_close(ordered(images, widths), whole, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain(images, widths), whole, rtol=1e-2, atol=1e-2)
+
+
+def test_a_permutation_moves_channels_where_it_says():
+    model = randomise(Plain())
+    supernet = convert(model, IMAGE)
+    inner = strand_named(supernet, "inner")
+    order = np.roll(np.arange(16), 3)
+    moved = permute(model, supernet.graph, {inner: order})
+    assert torch.equal(moved.inner.weight, model.inner.weight[order])
+    assert torch.equal(moved.outer.weight, model.outer.weight[:, order])
+    assert torch.equal(moved.bn_inner.running_var, model.bn_inner.running_var[order])
+    for name in ("stem.weight", "bn.weight", "head.weight", "bn_outer.running_mean"):
+        assert torch.equal(moved.state_dict()[name], model.state_dict()[name])
+
+
+def test_channels_that_a_shuffle_matches_by_position_stay_where_they_are():
+    member = Member("torchvision", "shufflenet_v2_x0_5")
+    model, images = member.build().double(), member.images().double()
+    supernet = convert(model, images[:1])
+    graph = supernet.graph
+    assert {s.ordered for s in graph.strands} == {True, False}
+    permuted = reordered(model, graph, "random")
+    torch.testing.assert_close(permuted(images), model(images), rtol=EXACT, atol=EXACT)
+    before, after = model.state_dict(), permuted.state_dict()
+    for (name, _), place in graph.places.items():
+        if before[name].dim() == 1:
+            free = np.array([s >= 0 and not graph.strands[s].ordered for s in place.strand.tolist()])
+            assert torch.equal(before[name][~free], after[name][~free]), name
+            assert not free.any() or not torch.equal(before[name][free], after[name][free]), name
+
+
+def test_groups_for_torch_pruning_name_all_layers_of_a_strand():
+    supernet = convert(timm.create_model("resnet10t").eval(), torch.zeros(1, 3, 64, 64))
+    group = strand_group(supernet.model, supernet.graph, strand_named(supernet, "layer2.0.conv2"))
+    names = {dep.target.name.partition(" ")[0]: len(indices) for dep, indices in group}
+    assert names == dict.fromkeys(
+        ["layer2.0.conv2", "layer2.0.bn2", "layer2.0.downsample.1", "layer2.0.downsample.2", "layer3.0.conv1",
+         "layer3.0.downsample.1"], 128
+    )  # fmt: skip

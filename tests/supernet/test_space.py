@@ -1,0 +1,374 @@
+"""The search space: groups, and the widths made by its methods."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers.zoo import Plain, arbitrary_widths
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import ScaledStdConv2d
+from torch import nn
+
+import timm_autoslim
+from timm_autoslim import convert, cost
+from timm_autoslim.errors import WidthError
+from timm_autoslim.supernet.rules import DEFAULT_MIN, default_divisor
+from timm_autoslim.supernet.space import Widths
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+
+
+class Depthwise(nn.Module):
+    """A stem and a grouped convolution (groups of 4 channels), so that one width counts four channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3)
+        self.grouped = nn.Conv2d(32, 32, 3, groups=8)
+        self.head = nn.Conv2d(32, 10, 1)
+
+    def forward(self, x):
+        return self.head(self.grouped(self.stem(x).relu()).relu()).mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def supernet():
+    return convert(Plain(32), IMAGE)
+
+
+@pytest.fixture(scope="module")
+def space(supernet):
+    return supernet.space
+
+
+def space_with(**rules):
+    return convert(Plain(32), IMAGE, **rules).space
+
+
+def test_groups_carry_the_name_of_the_module_that_makes_their_channels(space):
+    stem, inner = space.groups
+    assert (stem.name, stem.size, stem.channels) == ("stem", 32, 1)
+    assert (inner.name, inner.size, inner.channels) == ("inner", 64, 1)
+    assert stem.producers == ("stem", "outer")
+    assert inner.producers == ("inner",)
+    assert len(space) == 2
+    assert space["inner"] is inner
+
+
+def test_min_half_and_max(space):
+    assert space.max().to_dict() == {"stem": 32, "inner": 64}
+    assert (space["stem"].divisor, space["inner"].divisor) == (4, 8)
+    assert space["stem"].choices == (8, 12, 16, 20, 24, 28, 32)
+    assert space["inner"].choices == (16, 24, 32, 40, 48, 56, 64)
+    assert space["inner"].min == round(DEFAULT_MIN * 64)
+    assert space.min().to_dict() == {"stem": 8, "inner": 16}
+    assert space.uniform(0.5).to_dict() == {"stem": 16, "inner": 32}
+    assert space.uniform(1) == space.max()
+    assert space.uniform(0.01) == space.min()
+
+
+def test_uniform_takes_the_nearest_choice_the_wider_of_two_or_the_exact_number(space):
+    assert space.uniform(0.57).to_dict() == {"stem": 20, "inner": 40}  # 18.2 and 36.5: nearest multiples
+    assert space.uniform(0.6875).to_dict() == {"stem": 24, "inner": 48}  # 22 is between 20 and 24, 44 between 40 and 48
+    assert space.uniform(0.57, exact=True).to_dict() == {"stem": 18, "inner": 36}
+    assert space.uniform(0.01, exact=True) == space.min()
+
+
+@pytest.mark.parametrize("ratio", [0, -0.5, 1.01, float("nan"), None, "0.5", True])
+def test_a_uniform_ratio_out_of_range_is_refused(space, ratio):
+    with pytest.raises(WidthError, match=rf"got the ratio {ratio!r}; needed: a number above 0 and at most 1"):
+        space.uniform(ratio)
+
+
+def test_a_seed_is_no_generator(space):
+    for draw in (space.sample, space.sample_multiplier):
+        with pytest.raises(WidthError, match=r"got the generator 5; needed: a torch\.Generator, such as"):
+            draw(5)
+
+
+def test_sampling_is_random_over_all_choices_and_repeats_with_its_generator(space):
+    draws = [[space.sample(g) for _ in range(600)] for g in (torch.Generator().manual_seed(3) for _ in range(2))]
+    assert draws[0] == draws[1]
+    for group in space.groups:
+        assert {w[group.name] for w in draws[0]} == set(group.choices)
+    assert len(set(draws[0])) == 7 * 7  # the groups are drawn independently
+    torch.manual_seed(1)
+    first = [space.sample() for _ in range(20)]
+    assert first != [space.sample() for _ in range(20)]
+
+
+def test_a_multiplier_is_shared_by_all_groups_and_repeats_with_its_generator(space):
+    draws = [[space.sample_multiplier(g) for _ in range(600)] for g in (torch.Generator().manual_seed(3) for _ in "ab")]
+    assert draws[0] == draws[1]
+    assert all(2 * widths["stem"] == widths["inner"] for widths in draws[0])
+    assert {widths["stem"] for widths in draws[0]} == set(space["stem"].choices)
+    counts = [sum(widths["stem"] == choice for widths in draws[0]) for choice in (12, 16, 20, 24, 28)]
+    assert min(counts) > 60  # each about 100 of 600; the ends, which half as many multipliers round to, about 50
+    assert max(counts) < 140
+
+
+def test_a_multiplier_reaches_below_the_narrowest_of_a_group_that_cannot_follow():
+    space = space_with(min={"inner": 0.75, "stem": 0.25})
+    generator = torch.Generator().manual_seed(0)
+    draws = {space.sample_multiplier(generator) for _ in range(300)}
+    assert space.min() in draws
+    assert space.max() in draws
+    assert all(widths["inner"] == 48 for widths in draws if widths["stem"] <= 20)
+    fixed = space_with(min=1.0)
+    assert fixed.sample_multiplier(generator) == fixed.max()
+
+
+def test_sampling_leaves_the_global_generator_alone(space):
+    before = torch.get_rng_state()
+    space.sample(torch.Generator().manual_seed(3))
+    space.sample_multiplier(torch.Generator().manual_seed(3))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 32), st.integers(1, 64))
+def test_any_width_from_one_to_the_size_goes_through_json_and_back(supernet, stem, inner):
+    space = supernet.space
+    widths = space.from_dict({"inner": inner, "stem": stem})
+    assert space.from_dict(json.loads(json.dumps(widths.to_dict()))) == widths
+    assert space.from_channels({"stem": stem, "inner": inner}) == widths
+    assert space.channels(widths) == {"stem": stem, "inner": inner, "outer": stem, "head": 10}
+    kept = supernet.graph.slices(widths.values_).tensors
+    assert kept.get("inner.weight", (None,) * 4)[:2] == (
+        None if inner == 64 else ((0, inner),),
+        None if stem == 32 else ((0, stem),),
+    )
+
+
+def test_widths_are_a_frozen_hashable_mapping(space):
+    widths = space.from_dict({"stem": 5, "inner": 7})
+    assert dict(widths) == widths.to_dict() == {"stem": 5, "inner": 7}
+    assert widths["inner"] == 7
+    assert list(widths) == ["stem", "inner"]
+    assert "head" not in widths
+    with pytest.raises(KeyError, match="head"):
+        widths["head"]
+    with pytest.raises(AttributeError, match="cannot assign"):
+        widths.values_ = (1, 1)
+    same = space.from_dict({"inner": 7, "stem": 5})
+    assert {widths: "found"}[same] == "found"
+    narrower = widths.replaced("inner", 6)
+    assert narrower.to_dict() == {"stem": 5, "inner": 6}
+    assert narrower != widths
+    assert widths != {"stem": 5, "inner": 7}
+    assert widths != Widths(widths.values_, widths.groups, "another space")
+    assert repr(widths) == "Widths({'stem': 5, 'inner': 7})"
+
+
+NO_WIDTHS = [0, -3, 10**6, 2.5, 4.0, True, "4", None, np.float64(4)]
+
+
+@pytest.mark.parametrize("width", NO_WIDTHS)
+def test_widths_hold_nothing_but_widths_however_they_are_made(space, width):
+    message = re.escape(f"inner: got the width {width!r}; needed: an integer from 1 to 64")
+    makers = (
+        lambda: space.max().replaced("inner", width),
+        lambda: space.from_dict({"stem": 8, "inner": width}),
+        lambda: Widths((8, width), space.groups, space.id),
+    )
+    for make in makers:
+        with pytest.raises(WidthError, match=message):
+            make()
+    with pytest.raises(WidthError, match=r"inner: got .* channels; needed: an integer from 1 to 64"):
+        space.from_channels({"inner": width})
+
+
+def test_an_unknown_group_is_not_replaced(space):
+    with pytest.raises(WidthError, match=r"'innr' is no group of this search space of 2 groups; the closest are \['in"):
+        space.max().replaced("innr", 4)
+
+
+def test_numpys_integers_become_plain_ones(supernet):
+    space = supernet.space
+    four = np.int64(4)
+    plain = space.from_dict({"stem": 32, "inner": 4})
+    for widths in (
+        space.from_dict({"stem": np.int32(32), "inner": four}),
+        space.from_channels({"inner": four}),
+        space.max().replaced("inner", four),
+    ):
+        assert widths == plain
+        assert [type(width) for width in widths.values()] == [int, int]
+    assert (
+        json.loads(json.dumps(supernet.extract(space.from_channels({"inner": four})).autoslim))["widths"]["inner"] == 4
+    )
+    rules = {"min": {"inner": four}, "divisor": np.int64(8), "choices": {"stem": np.array([8, 16])}}
+    assert json.dumps([group.choices for group in space_with(**rules).groups]) == json.dumps(
+        [[8, 16, 32], [8, 16, 24, 32, 40, 48, 56, 64]]
+    )
+
+
+def test_the_floor_of_a_group_holds_for_every_way_to_widths():
+    """A standardised weight with a single value would be divided by a deviation of nothing."""
+    space = convert(nn.Sequential(nn.Conv2d(3, 8, 1), ScaledStdConv2d(8, 8, 1), nn.Conv2d(8, 4, 1)), IMAGE).space
+    assert space["0"].floor == 2
+    assert space.from_channels({"0": 2})["0"] == 2
+    with pytest.raises(WidthError, match=r"0: got 1 channels; needed: an integer from 2 to 8"):
+        space.from_channels({"0": 1})
+    with pytest.raises(WidthError, match=r"0: got the width 1; needed: an integer from 2 to 8"):
+        space.max().replaced("0", 1)
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ({"stem": 8}, r"inner: no width is given for it \(1 of 2 are missing\); name all"),
+        ({"stem": 8, "innr": 8}, r"'innr' is no group of this search space of 2 groups; the closest are \['inner'\]"),
+        ({"xyz": 8}, r"'xyz' is no group of this search space of 2 groups; the groups are \['stem', 'inner'\]"),
+        ({"stem": 0, "inner": 8}, r"stem: got the width 0; needed: an integer from 1 to 32"),
+        ({"stem": 8, "inner": 65}, r"inner: got the width 65; needed: an integer from 1 to 64"),
+        (None, r"got widths of type NoneType; needed: a dict \{group: width\}"),
+        (["stem", "inner"], r"got widths of type list; needed: a dict \{group: width\}"),
+    ],
+)
+def test_from_dict_names_what_is_wrong(space, widths, message):
+    with pytest.raises(WidthError, match=message):
+        space.from_dict(widths)
+
+
+def test_from_channels_takes_any_producer_and_leaves_the_rest_whole(space):
+    assert space.from_channels({}) == space.max()
+    assert space.from_channels({"outer": 5}).to_dict() == {"stem": 5, "inner": 64}
+    assert space.from_channels({"outer": 5, "stem": 5}).to_dict() == {"stem": 5, "inner": 64}
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        (
+            {"stem": 8, "outer": 9},
+            r"outer: 9 channels contradict the 8 of stem: both are the group 'stem'; give them nu",
+        ),
+        ({"bn": 8}, r"bn: this module produces no channels; modules that do: \[.*'stem'"),
+        ({"head": 8}, r"head: its 10 channels are fixed: .*an output of the model"),
+        ({"inner": 65}, r"inner: got 65 channels; needed: an integer from 1 to 64"),
+        (None, r"got channels of type NoneType; needed: a dict \{module: channels\}"),
+    ],
+)
+def test_from_channels_names_what_is_wrong(space, channels, message):
+    with pytest.raises(WidthError, match=message):
+        space.from_channels(channels)
+
+
+def test_a_grouped_convolution_counts_channels_in_steps():
+    space = convert(Depthwise(), IMAGE).space
+    (group,) = space.groups
+    assert (group.name, group.size, group.channels) == ("stem", 8, 4)
+    assert space.from_channels({"grouped": 12}).to_dict() == {"stem": 3}
+    assert space.channels(space.from_dict({"stem": 3})) == {"stem": 12, "grouped": 12, "head": 10}
+    with pytest.raises(WidthError, match=r"grouped: got 10 channels; needed: an integer from 4 to 32 in steps of 4"):
+        space.from_channels({"grouped": 10})
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "divisor"),
+    [
+        (64, 1, 8),
+        (1280, 1, 8),
+        (63, 1, 4),
+        (32, 1, 4),
+        (16, 1, 2),
+        (15, 1, 1),
+        (2, 1, 1),
+        (32, 4, 2),
+        (8, 4, 1),
+        (9, 16, 1),
+    ],
+)
+def test_the_default_divisor_is_eight_channels_or_leaves_eight_steps(size, channels, divisor):
+    assert default_divisor(size, channels) == divisor
+
+
+def test_rules_for_all_and_by_glob():
+    assert space_with(min=0.5)["inner"].choices == (32, 40, 48, 56, 64)
+    assert space_with(min=30)["inner"].choices == (32, 40, 48, 56, 64)
+    assert space_with(min=1.0).min().to_dict() == {"stem": 32, "inner": 64}
+    assert space_with(divisor=20)["inner"].choices == (20, 40, 60, 64)
+    by_glob = space_with(min={"inn*": 0.75}, divisor={"*": 16, "inner": 4}, choices={"outer": [7, 3]})
+    assert by_glob["inner"].choices == (48, 52, 56, 60, 64)  # the last glob that matches
+    assert by_glob["stem"].choices == (3, 7, 32)  # matched by another of its modules; the widest is always there
+    assert by_glob.min().to_dict() == {"stem": 3, "inner": 48}
+    assert by_glob.from_dict({"stem": 1, "inner": 1}).to_dict() == {"stem": 1, "inner": 1}  # rules shape sampling only
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"min": 0}, r"stem: got min=0; needed: an integer from 1 to 32, or a share above 0 and at most 1"),
+        ({"min": 1.5}, r"stem: got min=1\.5; needed"),
+        ({"min": -0.1}, r"stem: got min=-0\.1; needed"),
+        ({"min": {"inner": 65}}, r"inner: got min=65; needed: an integer from 1 to 64"),
+        ({"min": True}, r"stem: got min=True; needed: an integer from 1 to 32"),
+        ({"min": "8"}, r"stem: got min='8'; needed"),
+        ({"choices": {"inner": []}}, r"inner: got choices=\[\]; needed: a list of at least one width"),
+        ({"choices": {"inner": 8}}, r"inner: got choices=8; needed: a list of at least one width"),
+        ({"choices": {"inner": [8.0]}}, r"inner: got the width 8\.0; needed: an integer from 1 to 64"),
+        ({"choices": [8, 16]}, r"got choices of type list; needed: a dict \{glob: \[widths\]\}"),
+        ({"divisor": True}, r"stem: got the divisor True; needed: an integer of at least 1"),
+        ({"divisor": 0}, r"stem: got the divisor 0; needed: an integer of at least 1"),
+        ({"divisor": 0.5}, r"stem: got the divisor 0\.5; needed: an integer"),
+        ({"choices": {"inner": [8, 65]}}, r"inner: got the width 65; needed: an integer from 1 to 64"),
+        (
+            {"min": {"layer*": 8}},
+            r"min=\{'layer\*': \.\.\.\}: the glob matches no group; the groups are \['stem', 'inner'\]",
+        ),
+        ({"divisor": {"layer*": 8}}, r"divisor=\{'layer\*': \.\.\.\}: the glob matches no group"),
+        ({"choices": {"layer*": [8]}}, r"choices=\{'layer\*': \.\.\.\}: the glob matches no group"),
+    ],
+)
+def test_rules_that_cannot_be_kept_are_refused(rules, message):
+    with pytest.raises(WidthError, match=message):
+        space_with(**rules)
+
+
+def test_widths_of_another_model_are_refused(space):
+    other = convert(Plain(16), IMAGE).space
+    with pytest.raises(
+        WidthError, match=r"got widths of another model \(2 groups, space \w+\); needed: widths of this space"
+    ):
+        space.check(other.max())
+    with pytest.raises(
+        WidthError, match=r"got widths of type dict; needed: Widths, as made by supernet\.space\.from_dict"
+    ):
+        space.check({"stem": 8, "inner": 8})
+    assert space.check(convert(Plain(32), IMAGE).space.min()) == space.min()  # the same architecture is the same space
+
+
+def test_an_unknown_group_is_named(space):
+    with pytest.raises(
+        WidthError, match=r"'stam' is no group of this search space of 2 groups; the closest are \['stem'\]"
+    ):
+        space["stam"]
+
+
+def test_the_table_shows_groups_and_cost(supernet):
+    space = supernet.space
+    lines = str(space).splitlines()
+    assert lines[0].split() == ["group", "size", "min", "divisor", "choices", "modules"]
+    assert lines[2].split() == ["stem", "32", "8", "4", "7", "2"]
+    assert lines[3].split() == ["inner", "64", "16", "8", "7", "1"]
+    for line, widths in zip(lines[-3:], (space.min(), space.uniform(0.5), space.max()), strict=True):
+        spent = cost(supernet, widths)
+        assert f"{spent.macs / 1e6:.1f}M MACs" in line
+        assert f"{spent.params / 1e6:.2f}M params" in line
+    assert lines[-1].count("100.0%") == 2
+
+
+def test_the_space_of_a_real_network_reads_like_the_network():
+    import timm
+
+    space = timm_autoslim.convert(timm.create_model("resnet10t"), torch.zeros(1, 3, 64, 64)).space
+    assert space.names[:4] == ("conv1.0", "conv1.3", "conv1.6", "layer1.0.conv1")
+    assert space["layer2.0.conv2"].producers == ("layer2.0.conv2", "layer2.0.downsample.1")
+    widths = arbitrary_widths(space, torch.Generator().manual_seed(0))
+    channels = space.channels(widths)
+    del channels["fc"]
+    assert space.from_channels(channels) == widths

@@ -1,0 +1,416 @@
+"""The tracer, operator by operator on small networks, and against torch-pruning's dependency graph on real ones."""
+
+import pytest
+import timm
+import torch
+import torch_pruning as tp
+import torchvision
+from helpers.zoo import arbitrary_widths, randomise
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from timm_autoslim import convert, cost
+from timm_autoslim.errors import NothingToSlimError
+from timm_autoslim.supernet.order import reordered
+from timm_autoslim.tracing import ops
+from timm_autoslim.tracing.trace import trace
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+EXACT = 1e-10  # float64: rounding alone
+
+
+def conv(fan_in, fan_out, kernel=1, **given):
+    return nn.Conv2d(fan_in, fan_out, kernel, padding=kernel // 2, **given)
+
+
+class Net(nn.Module):
+    """A stem of 8 channels, a body that a test gives, and a head that reads `last` channels."""
+
+    def __init__(self, body, last=8, **layers):
+        super().__init__()
+        self.stem = conv(3, 8)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.head = conv(last, 5)
+        self.body = body
+
+    def forward(self, x):
+        return self.head(self.body(self, self.stem(x))).mean((2, 3))
+
+
+def converted(body, last=8, **layers):
+    """Convert a network around `body`, and check all that must hold of every conversion."""
+    model = randomise(Net(body, last, **layers)).eval()
+    supernet = convert(model, IMAGE)
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(supernet(images), model(images))
+        for seed in range(4):
+            widths = arbitrary_widths(supernet.space, torch.Generator().manual_seed(seed))
+            plain = supernet.extract(widths)
+            assert torch.equal(supernet(images, widths), plain(images))
+            assert cost(supernet, widths).params == sum(p.numel() for p in plain.parameters())
+        double = supernet.extract().double()
+        permuted = reordered(double, supernet.graph, "random")
+        torch.testing.assert_close(permuted(images.double()), double(images.double()), rtol=EXACT, atol=EXACT)
+    return supernet
+
+
+def shuffled(self, x):
+    x = self.wide(x)
+    n, c, h, w = x.shape
+    x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+    return self.after(x)
+
+
+def gated(self, x):
+    a, b = self.wide(x).chunk(2, 1)
+    return a * b.sigmoid()
+
+
+def unlike_halves(self, x):
+    a, b = self.wide(x).chunk(2, 1)
+    return self.one(a) + self.two(b)
+
+
+def squeezed(self, x):
+    return x * self.up(self.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+
+def concatenated(self, x):
+    return self.join(torch.cat([x, self.side(x), x], 1))
+
+
+def halves(self, x):
+    x = self.wide(x)
+    half = x.shape[1] // 2
+    return x[:, :half] * x[:, half:]
+
+
+def sliced_to_another(self, x):
+    return self.wide(x)[:, : self.side.out_channels] + self.side(x)
+
+
+def response_norm(self, x):
+    energy = x.norm(p=2, dim=(2, 3), keepdim=True)
+    return x * energy / (energy.mean(1, keepdim=True) + 1)
+
+
+class Coordinates(nn.Module):
+    """Holds a table that some models compute anew for another size of image."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.rand(9, 4), persistent=False)
+
+
+def flattened(self, x):
+    return self.linear(F.adaptive_avg_pool2d(x, 2).flatten(1))[:, :, None, None]
+
+
+# body, channels before the head, its layers, and the width groups that must come out
+CASES = {
+    "sequence": (lambda s, x: s.a(x).relu(), 6, {"a": conv(8, 6, 3)}, {"stem": 8, "a": 6}),
+    "residual": (lambda s, x: x + s.a(x), 8, {"a": conv(8, 8)}, {"stem": 8}),
+    "residual of residuals": (
+        lambda s, x: s.b(s.a(x) + x).relu() + x, 8, {"a": conv(8, 8), "b": conv(8, 8)}, {"stem": 8}
+    ),
+    "batch norm": (lambda s, x: s.bn(x), 8, {"bn": nn.BatchNorm2d(8)}, {"stem": 8}),
+    "layer norm": (
+        lambda s, x: s.ln(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 8, {"ln": nn.LayerNorm(8)}, {"stem": 8}
+    ),
+    "depthwise": (lambda s, x: s.a(x), 8, {"a": conv(8, 8, 3, groups=8)}, {"stem": 8}),
+    "depthwise with multiplier": (lambda s, x: s.a(x), 16, {"a": conv(8, 16, 3, groups=8)}, {"stem": 8}),
+    "grouped, by a share of every group": (
+        lambda s, x: s.a(x), 12, {"a": conv(8, 12, 3, groups=2)}, {"stem": 4, "a": 6}
+    ),
+    "grouped, by whole groups": (lambda s, x: s.a(x), 8, {"a": conv(8, 8, 3, groups=4)}, {"stem": 4}),
+    "concatenation": (concatenated, 8, {"side": conv(8, 6), "join": conv(22, 8)}, {"stem": 8, "side": 6, "join": 8}),
+    "chunk": (gated, 6, {"wide": conv(8, 12)}, {"stem": 8, "wide": 6}),
+    "chunk into unlike halves": (
+        unlike_halves, 5, {"wide": conv(8, 12), "one": conv(6, 5), "two": conv(6, 5)}, {"stem": 8, "wide": 6, "one": 5}
+    ),
+    "squeeze and excite": (squeezed, 8, {"down": conv(8, 4), "up": conv(4, 8)}, {"stem": 8, "down": 4}),
+    "flatten": (flattened, 6, {"linear": nn.Linear(32, 6)}, {"stem": 8, "linear": 6}),
+    "prelu": (lambda s, x: s.act(x), 8, {"act": nn.PReLU(8)}, {"stem": 8}),
+    "flip": (lambda s, x: x.flip(1) + x, 8, {}, {"stem": 4}),
+    "pooling": (lambda s, x: F.interpolate(F.max_pool2d(x, 2), scale_factor=2), 8, {}, {"stem": 8}),
+    "reused layer": (lambda s, x: s.a(s.a(x).relu()), 8, {"a": conv(8, 8)}, {"stem": 8}),
+    "transposed": (lambda s, x: s.a(x), 6, {"a": nn.ConvTranspose2d(8, 6, 2, 2)}, {"stem": 8, "a": 6}),
+    "einsum": (lambda s, x: torch.einsum("nchw,dc->ndhw", x, s.a.weight), 6, {"a": nn.Linear(8, 6)}, None),
+    "standardised weight": (
+        lambda s, x: F.conv2d(x, s.a.weight - s.a.weight.mean((1, 2, 3), keepdim=True)), 6, {"a": conv(8, 6)}, None
+    ),
+    "group norm": (lambda s, x: s.gn(x), 8, {"gn": nn.GroupNorm(2, 8)}, {"stem": 4}),
+    "one group norm": (lambda s, x: s.gn(x), 8, {"gn": nn.GroupNorm(1, 8)}, {"stem": 8}),
+    "group norm over a concatenation": (
+        lambda s, x: s.gn(torch.cat([x, s.side(x)], 1)), 16, {"side": conv(8, 8), "gn": nn.GroupNorm(4, 16)},
+        {"stem": 2, "side": 2},
+    ),
+    "depthwise over a concatenation": (
+        lambda s, x: s.a(torch.cat([x, s.side(x)], 1)), 16, {"side": conv(8, 8), "a": conv(16, 16, 3, groups=16)},
+        {"stem": 8, "side": 8},
+    ),
+    "halves by a slice": (halves, 4, {"wide": conv(8, 8)}, {"stem": 8, "wide": 4}),
+    "slice as long as another": (
+        sliced_to_another, 3, {"wide": conv(8, 8), "side": conv(8, 3)}, {"stem": 8, "wide": 3, "wide:2": 5}
+    ),
+    "response norm": (response_norm, 8, {}, {"stem": 8}),
+    "softmax over channels": (lambda s, x: s.a(x).softmax(1), 6, {"a": conv(8, 6)}, {"stem": 8, "a": 6}),
+    "mean over channels": (lambda s, x: x * s.a(x).mean(1, keepdim=True), 8, {"a": conv(8, 6)}, {"stem": 8, "a": 6}),
+    "maximum of pairs": (
+        lambda s, x: s.a(x).view(x.shape[0], -1, 2, 8, 8).amax(2), 6, {"a": conv(8, 12)}, {"stem": 8, "a": 6}
+    ),
+    "stack": (lambda s, x: torch.stack([x, s.a(x)], 1).sum(1), 8, {"a": conv(8, 8)}, {"stem": 8}),
+    "padded shortcut": (lambda s, x: s.a(x) + F.pad(x, (0, 0, 0, 0, 0, 4)), 12, {"a": conv(8, 12)}, {"stem": 8}),
+    "attributes read as numbers": (
+        lambda s, x: s.a(x) / s.a.out_channels * s.a.in_channels**-0.5, 6, {"a": conv(8, 6)}, {"stem": 8, "a": 6}
+    ),
+    "one dimension": (
+        lambda s, x: s.a(x.flatten(2)).unsqueeze(-1), 6, {"a": nn.Conv1d(8, 6, 3)}, {"stem": 8, "a": 6}
+    ),
+    "batch norm without weights": (lambda s, x: s.bn(x), 8, {"bn": nn.BatchNorm2d(8, affine=False)}, {"stem": 8}),
+    "batch norm without statistics": (
+        lambda s, x: s.bn(x), 8, {"bn": nn.BatchNorm2d(8, track_running_stats=False)}, {"stem": 8}
+    ),
+    "shuffle": (
+        lambda s, x: shuffled(s, x), 8, {"wide": conv(8, 8), "after": conv(8, 8)}, {"stem": 8, "wide": 4, "after": 8}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_width_groups_of_an_operator(name):
+    body, last, layers, groups = CASES[name]
+    supernet = converted(body, last, **layers)
+    if groups is not None:
+        assert supernet.space.max().to_dict() == groups
+    assert supernet._trace.repairs == []
+
+
+# body, channels before the head, its layers, a place that cannot shrink, and why; what is free beside it must stay free
+FROZEN = {
+    "literal split": (
+        lambda s, x: torch.cat(s.a(x).split([4, 2], 1)[::-1], 1), 6, {"a": conv(8, 6)}, ("a.weight", 0),
+        "the model: split is given the literal size 4",
+    ),
+    "literal slice": (
+        lambda s, x: s.a(x)[:, :4], 4, {"a": conv(8, 6)}, ("head.weight", 1),
+        "the model: __getitem__ is given the literal size 4",
+    ),
+    "literal view": (
+        lambda s, x: s.a(x).view(-1, 2, 3, 8, 8).transpose(1, 2).flatten(1, 2), 6, {"a": conv(8, 6)}, ("a.weight", 0),
+        "the model: view splits it into literal sizes [2, 3]",
+    ),
+    "an attribute that is also a size of something else": (
+        lambda s, x: s.a(x).view(-1, s.a.out_channels, s.a.out_channels, s.a.out_channels), 8, {"a": conv(8, 8)},
+        ("a.weight", 0), "the attribute a.out_channels also gives a fixed size",
+    ),
+    "an operator without a rule": (
+        lambda s, x: torch.fft.fft(s.a(x), dim=2).real, 6, {"a": conv(8, 6)}, ("a.weight", 0),
+        "the model: the operator aten._fft_r2c has no rule",
+    ),
+    "an index of channels": (
+        lambda s, x: x * s.a(x).argmax(1, keepdim=True), 8, {"a": conv(8, 6)}, ("a.weight", 0),
+        "the model: an index of channels leaves it",
+    ),
+    "a layer that does not run": (lambda s, x: x, 8, {"a": conv(8, 6)}, ("a.weight", 0), "not used in forward"),
+    "columns of a table": (
+        lambda s, x: x + s.read(s.grid.table).mean(0)[:, None, None], 8,
+        {"grid": Coordinates(), "read": nn.Linear(4, 8)}, ("read.weight", 1),
+        "the columns of a table that no module makes",
+    ),
+    "the input": (lambda s, x: x, 8, {}, ("stem.weight", 1), "the model: a channel of the model's input"),
+    "the output": (lambda s, x: x, 8, {}, ("head.bias", 0), "an output of the model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_what_cannot_be_followed_is_frozen_with_the_reason_and_nothing_else_is(name):
+    body, last, layers, place, reason = FROZEN[name]
+    supernet = converted(body, last, **layers)
+    assert supernet.graph.fixed[place] == reason
+    assert supernet.space["stem"].size == 8
+
+
+def test_nothing_left_to_slim_names_what_is_in_the_way():
+    with pytest.raises(
+        NothingToSlimError, match=r"what is in the way: .*the model: the operator aten\._fft_r2c has no rule"
+    ):
+        convert(Net(lambda s, x: torch.fft.fft(x, dim=2).real), IMAGE)
+
+
+def test_an_operator_has_one_rule():
+    before = dict(ops.RULES)
+    with pytest.raises(ValueError, match=r"the operator aten\.add has a rule already: pointwise"):
+        ops.rule("add")(lambda *args: None)
+    assert before == ops.RULES
+
+
+def test_an_operator_that_is_taught_is_followed():
+    body, last, layers, place, _ = FROZEN["an operator without a rule"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_fft_r2c", "view_as_real"):
+            patch.setitem(ops.RULES, name, lambda flow, args, kwargs, out: flow.set_labels(
+                out, flow.labels(args[0]) + [None] * (out.dim() - args[0].dim())
+            ))  # fmt: skip
+        supernet = converted(body, last, **layers)
+    assert place not in supernet.graph.fixed
+
+
+def test_a_rule_that_is_wrong_is_found_by_the_proof_and_repaired():
+    def forgetful(flow, args, kwargs, out):
+        flow.set_labels(out, [None] * out.dim())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ops.RULES, "cat", forgetful)
+        supernet = converted(lambda s, x: s.b(s.a(torch.cat([x, x], 1)).relu()), 8, a=conv(16, 8), b=conv(8, 8))
+    assert any("as a subnet it" in reason for reason in supernet._trace.repairs)
+    assert "stem" not in supernet.space.names
+    assert "b" in supernet.space.names
+
+
+def test_a_part_that_runs_only_in_training_is_traced_too():
+    class Auxiliary(Net):
+        def __init__(self):
+            super().__init__(lambda s, x: s.a(x), 6, a=conv(8, 6), side=nn.Conv2d(6, 5, 1))
+
+        def forward(self, x):
+            y = self.body(self, self.stem(x))
+            out = self.head(y).mean((2, 3))
+            return (out, self.side(y).mean((2, 3))) if self.training else out
+
+    model = randomise(Auxiliary())
+    supernet = convert(model, IMAGE)
+    assert supernet.space.max().to_dict() == {"stem": 8, "a": 6}
+    plain = supernet.extract(supernet.space.from_dict({"stem": 3, "a": 2}))
+    assert plain.side.weight.shape == (5, 2, 1, 1)
+    for one, other in zip(
+        plain.train()(IMAGE), supernet.train()(IMAGE, supernet.space.from_dict({"stem": 3, "a": 2})), strict=True
+    ):
+        assert torch.equal(one, other)
+    assert cost(supernet).macs == 64 * (3 * 8 + 8 * 6 + 6 * 5)  # in eval mode
+
+
+def test_a_trace_lists_the_operators_that_have_no_rule():
+    found = trace(Net(lambda s, x: x.relu()), IMAGE)
+    assert found.unruled == frozenset()
+    assert found.repairs == []
+    turned = Net(lambda s, x: torch.rot90(s.b(s.a(x)), 1, (2, 3)), 6, a=conv(8, 8), b=conv(8, 6))
+    assert trace(turned, IMAGE).unruled == {"aten.rot90"}
+
+
+# -- torch-pruning as a judge -----------------------------------------------------------------------------------------
+
+
+def groups_of_torch_pruning(model, images):
+    """Return its groups as sets of (module, axis), and which channels go with channel 1 of the first module."""
+    paths = {module: path for path, module in model.named_modules()}
+    graph = tp.DependencyGraph().build_dependency(model, images)
+    found = {}
+    for group in graph.get_all_groups(root_module_types=(nn.Conv2d, nn.Linear)):
+        root = group[0].dep
+        one = graph.get_pruning_group(root.target.module, root.handler, [1])
+        places = {}
+        for dep, indices in one:
+            module = dep.target.module
+            if module not in paths:
+                continue  # an operator, not a layer
+            depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+            is_out = graph.is_out_channel_pruning_fn(dep.handler) or depthwise or isinstance(module, _BatchNorm)
+            places.setdefault((paths[module], 0 if is_out else 1), set()).update(indices)
+        found[frozenset(places)] = {place: frozenset(i) for place, i in places.items()}
+    return found
+
+
+def our_groups(graph):
+    """Return ours in the same form."""
+    found = {}
+    for index in range(len(graph.strands)):
+        places = {}
+        for (name, axis), place in graph.places.items():
+            if name.endswith(".weight") and (place.strand == index).any():
+                here = ((place.strand == index) & (place.rank == 1)).nonzero()[0]
+                places[name.removesuffix(".weight"), axis] = frozenset(here.tolist())
+        found[frozenset(places)] = places
+    return found
+
+
+@pytest.mark.parametrize(
+    ("build", "classifier"),
+    [
+        (lambda: timm.create_model("resnet18"), "fc"),
+        (lambda: torchvision.models.resnet50(), "fc"),
+        (lambda: timm.create_model("mobilenetv2_050"), "classifier"),
+        (lambda: torchvision.models.DenseNet(block_config=(3, 3, 2, 2)), "classifier"),
+        (lambda: torchvision.models.squeezenet1_1(), "classifier.1"),
+        (lambda: torchvision.models.vgg11_bn(), "classifier.6"),
+    ],
+    ids=["timm/resnet18", "torchvision/resnet50", "timm/mobilenetv2_050", "torchvision/DenseNet",
+         "torchvision/squeezenet1_1", "torchvision/vgg11_bn"],
+)  # fmt: skip
+def test_groups_are_those_of_torch_pruning(build, classifier):
+    with torch.device("meta"):
+        model = build().eval()
+    images = torch.zeros(1, 3, 64, 64, device="meta")
+    theirs = groups_of_torch_pruning(model, images)
+    del theirs[frozenset({(classifier, 0)})]  # it would remove classes
+    assert our_groups(convert(model, images).graph) == theirs
+
+
+REACHED = {
+    "dropout2d": (lambda s, x: nn.functional.dropout2d(s.a(x), 0.5, s.training), 8, {"a": conv(8, 8)}),
+    "glu": (lambda s, x: nn.functional.glu(s.a(x), 1), 6, {"a": conv(8, 12)}),
+    "pixel shuffle": (lambda s, x: nn.functional.pixel_shuffle(s.a(x), 2), 4, {"a": conv(8, 16)}),
+    "pixel unshuffle": (lambda s, x: nn.functional.pixel_unshuffle(s.a(x), 2), 32, {"a": conv(8, 8)}),
+    "a slice that counts from the end": (
+        lambda s, x: nn.functional.pad(s.a(x), (0, 0, 0, 0, 0, 1), value=1.0)[:, :-1], 8, {"a": conv(8, 8)},
+    ),
+    "instance norm": (lambda s, x: s.n(s.a(x)), 8, {"a": conv(8, 8), "n": nn.InstanceNorm2d(8, affine=True)}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_channels_are_followed_through(name):
+    body, last, layers = REACHED[name]
+    supernet = converted(body, last, **layers)
+    assert ("a.weight", 0) not in supernet.graph.fixed
+    assert not supernet.repairs
+
+
+def test_a_running_sum_over_channels_keeps_their_order():
+    supernet = converted(lambda s, x: s.a(x).cumsum(1), 8, a=conv(8, 8))
+    assert "depends on the order of its channels" in supernet.graph.fixed["a.weight", 0]
+
+
+def test_tied_weights_shrink_together():
+    def tie(first, second):
+        second.weight = first.weight
+        return {"first": first, "second": second}
+
+    supernet = converted(lambda s, x: s.second(s.first(x)), 8, **tie(conv(8, 8, bias=False), conv(8, 8, bias=False)))
+    plain = supernet.extract(supernet.space.uniform(0.5))
+    assert plain.first.weight is plain.second.weight
+    assert plain.first.weight.shape == (4, 4, 1, 1)
+
+
+def test_a_group_is_named_after_the_module_that_produces_it_first():
+    supernet = converted(lambda s, x: s.b(s.a(x)) + x, 8, a=conv(8, 6), b=conv(6, 8))
+    assert supernet.space.names == ("stem", "a")
+    assert list(supernet.graph.producers)[:3] == ["stem", "a", "b"]
+
+
+def test_every_parameter_is_in_a_group_or_fixed_with_a_reason():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return x * self.scale
+
+    supernet = converted(lambda s, x: s.scaled(s.a(x)), 8, a=conv(8, 8), scaled=Scaled())
+    held = {name for name, _ in supernet.graph.lengths} | {name for name, _ in supernet.graph.fixed}
+    assert {name for name, _ in supernet.model.named_parameters()} <= held
+    assert supernet.graph.fixed["scaled.scale", 0] == "none of its axes carries channels"
