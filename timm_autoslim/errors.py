@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class AutoSlimError(Exception):
     """Base of every error that timm-autoslim raises on purpose."""
+
+    @classmethod
+    def at(cls, where: str, *, got: str, needed: str, remedy: str = "") -> Self:
+        """Return an error of this type with a text of four parts: where, what was got, what was needed, what to do.
+
+        Args:
+            where: the module, argument, key or file that is at fault.
+            got: what stood there.
+            needed: what could have stood there.
+            remedy: what the user can do next; empty if `needed` says it already.
+
+        Example:
+            >>> str(AutoSlimError.at("seed", got="'a'", needed="an integer"))
+            "seed: got 'a'; needed: an integer"
+        """
+        return cls("; ".join(filter(None, (f"{where}: got {got}", f"needed: {needed}", remedy))))
 
 
 class TraceError(AutoSlimError, ValueError):

@@ -1,8 +1,8 @@
 """An exported model keeps the contract of a timm model as far as its base does, family by family.
 
-CI takes small members of the families. `AUTOSLIM_CONTRACT=all pytest tests/artifact/test_timm_contract.py` takes a member of every
-timm class as well as helpers/members.py has it, 111 of them, and compares their scripting too: half an hour on one
-core, and 2.3 GB. It is run before a release, and after every change of bases.py, registry.py, recipe.py or slicing.py.
+CI takes small members of the families. `AUTOSLIM_CONTRACT=all pytest tests/artifact/test_timm_contract.py` takes a
+member of every timm class (helpers/members.py), 111 of them, and compares their scripting too: half an hour on one
+core, and 2.3 GB. It is run before a release, and after every change of the artifact and slicing packages.
 """
 
 import inspect

@@ -1,6 +1,6 @@
-"""Run train.py several times and note what this process does; started by tests/recipes/test_processes.py in two processes.
+"""Run train.py several times and note what this process does; started by test_processes.py in two processes.
 
-accelerate launch --multi_gpu --num_processes 2 tests/helpers/two_processes.py NOTES RUN ARGUMENTS -- RUN ARGUMENTS -- ...
+accelerate launch --multi_gpu --num_processes 2 two_processes.py NOTES RUN ARGUMENTS -- RUN ARGUMENTS -- ...
 """
 
 import itertools
