@@ -195,7 +195,7 @@ def test_the_tape_tells_every_size_at_every_width(name):
     generator = torch.Generator().manual_seed(3)
     for _ in range(2):
         values = supernet.space.sample(generator).values_
-        run = record(model, example, supernet.graph, supernet._trace.described, values)
+        run = record(model, example, supernet.graph, values)
         told = Run(tape.operators_at(values), [])
         assert [(o.name, o.path) for o in run.operators] == [(o.name, o.path) for o in told.operators]
         assert run.numbers()[0] == told.numbers()[0]
@@ -290,4 +290,4 @@ def test_a_tape_that_cannot_be_made_says_why():
     supernet = convert(Deeper(), torch.zeros(1, 3, 8, 8))
     assert cost(supernet).macs > 0
     with pytest.raises(ValueError, match="narrower subnets run other operators than the widest, so peak_bytes"):
-        Tape(supernet.model, supernet.example(), supernet.graph, supernet._trace.described)
+        Tape(supernet.model, supernet.example(), supernet.graph)

@@ -13,7 +13,7 @@ from torch import nn
 from timm_autoslim.slicing.attributes import put_back, set_attributes
 from timm_autoslim.slicing.slices import Slices, applied, extract, shrink_
 from timm_autoslim.slicing.tensors import NODE_TENSORS, add, take
-from timm_autoslim.tracing.graph import _runs
+from timm_autoslim.tracing.graph import runs_of
 
 
 class Tied(nn.Module):
@@ -49,7 +49,7 @@ AFTER = {"width": 3, "shape": (3, 2), "parts": [6, 3], "info": [{"num_chs": 3, "
 @given(st.lists(st.booleans(), min_size=1, max_size=40).filter(any), st.lists(st.booleans(), min_size=5, max_size=5))
 def test_take_keeps_what_a_mask_keeps_and_in_any_number_of_runs(rows, columns):
     tensor = torch.rand(len(rows), 5)
-    axes = (_runs(np.array(rows)), _runs(np.array(columns)) if any(columns) else None)
+    axes = (runs_of(np.array(rows)), runs_of(np.array(columns)) if any(columns) else None)
     expected = tensor[torch.tensor(rows)]
     if any(columns):
         expected = expected[:, torch.tensor(columns)]

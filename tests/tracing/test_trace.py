@@ -186,7 +186,7 @@ def test_width_groups_of_an_operator(name):
     supernet = converted(body, last, **layers)
     if groups is not None:
         assert supernet.space.max().to_dict() == groups
-    assert supernet._trace.repairs == []
+    assert supernet.repairs == ()
 
 
 # body, channels before the head, its layers, a place that cannot shrink, and why; what is free beside it must stay free
@@ -266,7 +266,7 @@ def test_a_rule_that_is_wrong_is_found_by_the_proof_and_repaired():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ops.RULES, "cat", forgetful)
         supernet = converted(lambda s, x: s.b(s.a(torch.cat([x, x], 1)).relu()), 8, a=conv(16, 8), b=conv(8, 8))
-    assert any("as a subnet it" in reason for reason in supernet._trace.repairs)
+    assert any("as a subnet it" in reason for reason in supernet.repairs)
     assert "stem" not in supernet.space.names
     assert "b" in supernet.space.names
 
@@ -296,7 +296,7 @@ def test_a_part_that_runs_only_in_training_is_traced_too():
 def test_a_trace_lists_the_operators_that_have_no_rule():
     found = trace(Net(lambda s, x: x.relu()), IMAGE)
     assert found.unruled == frozenset()
-    assert found.repairs == []
+    assert found.repairs == ()
     turned = Net(lambda s, x: torch.rot90(s.b(s.a(x)), 1, (2, 3)), 6, a=conv(8, 8), b=conv(8, 6))
     assert trace(turned, IMAGE).unruled == {"aten.rot90"}
 

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from math import prod
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 
 from timm_autoslim.errors import BudgetError, ConfigError, LatencyError
-from timm_autoslim.tracing.formulas import Terms, parameter_terms
-from timm_autoslim.tracing.graph import ChannelGraph, Count
+from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.utils.arguments import whole_number
 
 if TYPE_CHECKING:
@@ -143,32 +141,9 @@ class Cost:
         return found
 
 
-class _Compiled:
-    """MACs and parameters of a graph as arrays."""
-
-    def __init__(self, graph: ChannelGraph) -> None:
-        self.products = graph.products
-        lengths: dict[Count, int] = {}
-        rows = [(1, 1, tuple(lengths.setdefault(c, len(lengths)) for c in p.counts)) for p in self.products]
-        self._constants = [p.constant for p in self.products]
-        self._macs = Terms(list(lengths), len(graph.group_sizes), rows)
-        self._params = parameter_terms(graph, {name: (1, *graph.shapes[name]) for name in graph.parameters})
-
-    def cost(self, widths: Sequence[int]) -> Cost:
-        """Return the cost at these widths."""
-        macs = self._macs(widths) @ self._constants
-        return Cost(round(float(macs)), int(self._params(widths).sum()))
-
-
-_COMPILED: WeakKeyDictionary[ChannelGraph, _Compiled] = WeakKeyDictionary()
-
-
 def cost_of(graph: ChannelGraph, widths: Sequence[int]) -> Cost:
     """Return MACs and parameters of a graph at these widths, one for each group."""
-    compiled = _COMPILED.get(graph)
-    if compiled is None or compiled.products is not graph.products:  # the graph was solved again
-        compiled = _COMPILED[graph] = _Compiled(graph)
-    return compiled.cost(widths)
+    return Cost(graph.macs(widths), graph.params(widths))
 
 
 def cost(
@@ -250,7 +225,7 @@ def reach(supernet: Supernet) -> Reach:
     held: dict[str, float] = defaultdict(float)
     for product in graph.products:
         left = prod(c(half) for c in product.counts) - prod(c(graph.group_sizes) for c in product.counts) / 4
-        reason = product.held or f"{product.path}: one side of the product is no channel"
+        reason = product.reason or f"{product.path}: one side of the product is no channel"
         held[re.sub(r"(?<=\.)\d+(?=[.:])", "*", reason)] += product.constant * left / whole.macs
     ranked = sorted(((r, share) for r, share in held.items() if share > 0), key=lambda item: -item[1])
     return Reach(whole, cost_of(graph, half), cost_of(graph, graph.floors), tuple(ranked))

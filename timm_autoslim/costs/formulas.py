@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from math import gcd
 from typing import Any
 
-from timm_autoslim.tracing.formulas import Row
-from timm_autoslim.tracing.graph import Area, ChannelGraph, Count
-from timm_autoslim.tracing.labels import AttributeUse
+from timm_autoslim.tracing.formulas import Area, Count, Row
+from timm_autoslim.tracing.graph import ChannelGraph
 
 
 def _reduced(numbers: Sequence[int]) -> tuple[tuple[int, ...], int]:
@@ -20,9 +19,9 @@ def _reduced(numbers: Sequence[int]) -> tuple[tuple[int, ...], int]:
 class Solver:
     """Finds, for the values that a number had in all runs, a product of active lengths that had them."""
 
-    def __init__(self, graph: ChannelGraph, described: Sequence[AttributeUse], runs: Sequence[Sequence[int]]) -> None:
+    def __init__(self, graph: ChannelGraph, runs: Sequence[Sequence[int]]) -> None:
         self.runs = runs
-        self.lengths: list[Count] = list(dict.fromkeys(_counts(graph, described)))
+        self.lengths: list[Count] = list(dict.fromkeys(_counts(graph)))
         self.values = [tuple(c(w) for w in runs) for c in self.lengths]
         self._by_values = {_reduced(v)[0]: i for i, v in reversed(list(enumerate(self.values)))}
         self._known: dict[tuple[int, ...], Row | None] = {}
@@ -81,13 +80,12 @@ def _combined(parts: Sequence[tuple[int, Count]]) -> Count:
     return Count(sum(times * c.fixed for times, c in parts), tuple(sorted((g, f) for g, f in terms.items() if f)))
 
 
-def _counts(graph: ChannelGraph, described: Sequence[AttributeUse]) -> Iterator[Count]:
+def _counts(graph: ChannelGraph) -> Iterator[Count]:
     """Yield every active length that the graph knows."""
     found: Iterable[Count | Area] = [
         *graph.lengths.values(),
         *graph.producers.values(),
         *(c for p in graph.products for c in p.counts),
-        *(s.count for s in graph.described(described).values()),
         *(s.count for s in graph.attributes.values()),
     ]
     for count in found:

@@ -24,9 +24,8 @@ from timm_autoslim.costs.formulas import Solver
 from timm_autoslim.errors import TraceError
 from timm_autoslim.slicing import slices as slicing
 from timm_autoslim.tracing import ops
-from timm_autoslim.tracing.formulas import Numbers, Row, Terms, parameter_terms
+from timm_autoslim.tracing.formulas import Numbers, Row, Terms
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.tracing.labels import AttributeUse
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.utils.meta import call, meta_twin, named_tensors, seeded, sized, tensors_in
 
@@ -269,7 +268,6 @@ class Tape:
         model: nn.Module,
         example: Any,
         graph: ChannelGraph,
-        described: Sequence[AttributeUse],
         batch_size: int = 1,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -280,10 +278,10 @@ class Tape:
             plain = plain.to(dtype)
             example = _cast(example, dtype)
         self._inputs = sum(t.untyped_storage().nbytes() for t in tensors_in(example))
-        runs = _runs(plain, example, graph, described)
-        self._weights = parameter_terms(graph, _weights(plain))  # after the runs: some modules keep tensors then
+        runs = _runs(plain, example, graph)
+        self._weights = graph.size_terms(_weights(plain))  # after the runs: some modules keep tensors then
         self.operators = runs[0][1].operators
-        solver = Solver(graph, described, [widths for widths, _ in runs])
+        solver = Solver(graph, [widths for widths, _ in runs])
         columns = [run.numbers() for _, run in runs]
         numbers = self._solved(solver, list(zip(*(c[0] for c in columns), strict=True)))
         sizes = self._solved(solver, list(zip(*(c[1] for c in columns), strict=True)))
@@ -355,9 +353,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _runs(
-    plain: nn.Module, example: Any, graph: ChannelGraph, described: Sequence[AttributeUse]
-) -> list[tuple[list[int], Run]]:
+def _runs(plain: nn.Module, example: Any, graph: ChannelGraph) -> list[tuple[list[int], Run]]:
     """Run the widest and as many random subnets as tell all lengths apart; return widths and runs.
 
     Raises:
@@ -365,37 +361,33 @@ def _runs(
     """
     rng = np.random.default_rng(0)
     sizes = list(graph.group_sizes)
-    _run(plain, example, graph, described, sizes)  # some modules keep what they make in their first run
-    runs = [(sizes, _run(plain, example, graph, described, sizes))]
+    _run(plain, example, graph, sizes)  # some modules keep what they make in their first run
+    runs = [(sizes, _run(plain, example, graph, sizes))]
     form = runs[0][1].form()
     while len(runs) <= MAX_RUNS:
         lows = [max(low, n // 2, min(n - 1, 2)) for low, n in zip(graph.floors, sizes, strict=True)]  # 1 is no length
         widths = [int(rng.integers(low, n + 1)) for low, n in zip(lows, sizes, strict=True)]
-        runs.append((widths, _run(plain, example, graph, described, widths)))
+        runs.append((widths, _run(plain, example, graph, widths)))
         if runs[-1][1].form() != form:
             raise TraceError(
                 "the model: narrower subnets run other operators than the widest, so peak_bytes and latency_ms are not "
                 "known"
             )
-        if len(runs) > RUNS and not Solver(graph, described, [w for w, _ in runs]).ambiguous():
+        if len(runs) > RUNS and not Solver(graph, [w for w, _ in runs]).ambiguous():
             break
     return runs
 
 
-def record(
-    model: nn.Module, example: Any, graph: ChannelGraph, described: Sequence[AttributeUse], widths: Sequence[int]
-) -> Run:
+def record(model: nn.Module, example: Any, graph: ChannelGraph, widths: Sequence[int]) -> Run:
     """Return what one forward of the subnet of these widths does, on inputs as the example's."""
     plain = meta_twin(model).eval()
-    _run(plain, example, graph, described, graph.group_sizes)  # some modules keep what they make in their first run
-    return _run(plain, example, graph, described, widths)
+    _run(plain, example, graph, graph.group_sizes)  # some modules keep what they make in their first run
+    return _run(plain, example, graph, widths)
 
 
-def _run(
-    plain: nn.Module, example: Any, graph: ChannelGraph, described: Sequence[AttributeUse], widths: Sequence[int]
-) -> Run:
+def _run(plain: nn.Module, example: Any, graph: ChannelGraph, widths: Sequence[int]) -> Run:
     slicing.forget(plain.modules())  # each run makes anew what modules cache, as the first one does
-    with slicing.applied(plain, graph.slices(widths, described)):
+    with slicing.applied(plain, graph.slices(widths)):
         recorder = _Recorder(plain, example)
         with torch.no_grad(), seeded(), _Whole(recorder), recorder:
             out = call(plain, example)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from timm_autoslim.artifact.spec import built_with
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.supernet.rules import build_space
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.tracing.trace import trace as trace_model
 
@@ -60,17 +62,18 @@ def _trace(model: nn.Module, example_input: Any, keep_output: bool, whole_heads:
     raise AssertionError("unreachable")
 
 
-def _freeze(found: Trace, globs: Sequence[str]) -> None:
-    """Fix the channels of every module that a glob matches."""
+def _freeze(graph: ChannelGraph, globs: Sequence[str]) -> ChannelGraph:
+    """Return a graph in which the channels of every module that a glob matches are fixed."""
     for glob in globs:
-        names = [n for n in found.graph.shapes if fnmatch.fnmatchcase(n.rpartition(".")[0], glob)]
+        names = [n for n in graph.shapes if fnmatch.fnmatchcase(n.rpartition(".")[0], glob)]
         if not names:
             raise WidthError(
                 f"freeze={glob!r}: the glob matches no module with weights; globs are matched against module paths"
             )
-        found.graph.freeze_tensors(names, f"frozen by the user ({glob})")
-    if globs and not found.graph.group_sizes:
+        graph = graph.freeze_tensors(names, f"frozen by the user ({glob})")
+    if globs and not graph.group_sizes:
         raise NothingToSlimError(f"freeze={list(globs)} leaves no channel that can be removed; freeze fewer modules")
+    return graph
 
 
 @torch.inference_mode(False)  # inside it, composite operators would reach the tracer whole
@@ -132,13 +135,13 @@ def convert(
     if keep_output is None:
         keep_output = getattr(model, "num_classes", None) != 0
     heads = [whole_heads] if isinstance(whole_heads, str) else list(whole_heads)
-    found = _trace(model, example_input, keep_output, heads)
-    _freeze(found, [freeze] if isinstance(freeze, str) else freeze)
-    space = build_space(found.graph, min, divisor, choices)
+    trace = _trace(model, example_input, keep_output, heads)
+    trace = replace(trace, graph=_freeze(trace.graph, [freeze] if isinstance(freeze, str) else freeze))
+    space = build_space(trace.graph, min, divisor, choices)
     if order is not None:
         from timm_autoslim.supernet.order import reordered
 
-        model = reordered(model, found.graph, order)
+        model = reordered(model, trace.graph, order)
     recipe = getattr(model, "autoslim", None)
     args = built_with(model)
     if base is None and recipe:  # slimmed already: its recipe is taken further
@@ -146,4 +149,4 @@ def convert(
     elif base is None:
         config = getattr(model, "pretrained_cfg", None)
         base = config.get("architecture") if isinstance(config, Mapping) else None
-    return Supernet(model, found, space, base, {**args, **(base_args or {})})
+    return Supernet(model, trace, space, base, {**args, **(base_args or {})})

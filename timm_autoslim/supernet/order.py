@@ -14,7 +14,7 @@ from torch import nn
 
 from timm_autoslim.errors import WidthError
 from timm_autoslim.slicing.slices import forget
-from timm_autoslim.tracing.graph import ChannelGraph, Place_
+from timm_autoslim.tracing.graph import AxisUnits, ChannelGraph
 from timm_autoslim.utils.meta import named_tensors
 
 M = TypeVar("M", bound=nn.Module)
@@ -115,7 +115,7 @@ def _check_gradients(groups: Iterable[Any]) -> None:
                 )
 
 
-def _permuted(place: Place_, orders: dict[int, NDArray[np.int64]]) -> NDArray[np.int64]:
+def _permuted(place: AxisUnits, orders: dict[int, NDArray[np.int64]]) -> NDArray[np.int64]:
     """Return the index that moves the channels of one axis into their strands' new order."""
     index = np.arange(len(place.strand))
     for strand, order in orders.items():

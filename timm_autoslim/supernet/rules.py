@@ -69,7 +69,7 @@ def build_space(
         for glob in rule:
             if glob not in used[key]:
                 raise WidthError(
-                    f"{key}={{{glob!r}: ...}}: the glob matches no group; the groups are {graph.names[:8]}..."
+                    f"{key}={{{glob!r}: ...}}: the glob matches no group; the groups are {list(graph.names[:8])}..."
                 )
     return SearchSpace(graph, groups)
 

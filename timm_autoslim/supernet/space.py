@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from timm_autoslim.costs.cost import cost_of
 from timm_autoslim.errors import WidthError
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.utils.arguments import integer
@@ -304,9 +303,11 @@ class SearchSpace:
         ]
         lines.insert(1, "-" * len(lines[0]))
         lines.append("-" * len(lines[0]))
-        whole = cost_of(self._graph, self.max().values_)
+        graph, widest = self._graph, self._graph.group_sizes
         for name, widths in (("min", self.min()), ("half", self.uniform(0.5)), ("max", self.max())):
-            c = cost_of(self._graph, widths.values_)
-            macs = f"{c.macs / 1e6:>10.1f}M MACs ({c.macs / whole.macs:6.1%})"
-            lines.append(f"{name:<5} {macs}  {c.params / 1e6:>8.2f}M params ({c.params / whole.params:6.1%})")
+            macs, params = graph.macs(widths.values_), graph.params(widths.values_)
+            lines.append(
+                f"{name:<5} {macs / 1e6:>10.1f}M MACs ({macs / graph.macs(widest):6.1%})  "
+                f"{params / 1e6:>8.2f}M params ({params / graph.params(widest):6.1%})"
+            )
         return "\n".join(lines)

@@ -41,13 +41,13 @@ class Supernet(nn.Module):
     conditions: Conditions
 
     def __init__(
-        self, model: nn.Module, found: Trace, space: SearchSpace, base: str | None, base_args: Mapping[str, Any]
+        self, model: nn.Module, trace: Trace, space: SearchSpace, base: str | None, base_args: Mapping[str, Any]
     ) -> None:
         super().__init__()
         self.model = model
         self.space = space
-        self.graph: ChannelGraph = found.graph
-        self._trace = found
+        self.graph: ChannelGraph = trace.graph
+        self._trace = trace
         self._base, self._base_args = base, dict(base_args)
         self._cache: OrderedDict[tuple[int, ...], slicing.Slices] = OrderedDict()
         self._held: Widths | None = None  # the widths of the `at` block that is open
@@ -57,7 +57,7 @@ class Supernet(nn.Module):
     @property
     def repairs(self) -> tuple[str, ...]:
         """What the proof of the trace had to freeze, each with its reason; empty for most models."""
-        return tuple(self._trace.repairs)
+        return self._trace.repairs
 
     @property
     def unruled(self) -> tuple[str, ...]:
@@ -118,8 +118,7 @@ class Supernet(nn.Module):
     def _slices(self, widths: Widths) -> slicing.Slices:
         key = widths.values_
         if key not in self._cache:
-            # described attributes too: a forward may read one as a number, and the extracted model has them all
-            found = self.graph.slices(key, self._trace.described)
+            found = self.graph.slices(key)
             tensors = {**_statistics(self.model), **found.tensors}
             self._cache[key] = slicing.Slices(tensors, found.attributes)
             if len(self._cache) > _CACHED_SLICES:
@@ -139,7 +138,7 @@ class Supernet(nn.Module):
             if self._held is not None:
                 raise WidthError("a `with supernet.at(...)` block is open, and its weights are sliced; leave it first")
             found = self._trace
-            self._tapes[key] = Tape(self.model, found.example, self.graph, found.described, batch_size, dtype)
+            self._tapes[key] = Tape(self.model, found.example, self.graph, batch_size, dtype)
         return self._tapes[key]
 
     def example(self, batch_size: int = 1) -> Any:
@@ -163,7 +162,7 @@ class Supernet(nn.Module):
                 "a `with supernet.at(...)` block is open, and its weights are sliced; leave it before extract()"
             )
         whole = widths == self.space.max()
-        found = self.graph.slices(widths.values_, self._trace.described)
+        found = self.graph.slices(widths.values_)
         tensors = {} if whole else {**_statistics(self.model), **found.tensors}
         plain = slicing.extract(self.model, slicing.Slices(tensors, found.attributes))
         if not whole:

@@ -1,16 +1,91 @@
-"""Numbers as functions of the widths, evaluated in bulk."""
+"""Numbers as functions of the widths: lengths, attributes and products, one at a time or many in bulk."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_autoslim.tracing.graph import Area, ChannelGraph, Count
-
 Numbers = NDArray[np.int64]
 Row = tuple[int, int, tuple[int, ...]]  # scale, divisor, and the lengths that are multiplied
+Place = tuple[str, int]  # a tensor's name and one of its axes
+
+
+@dataclass(frozen=True)
+class Count:
+    """The active length of a dimension: `fixed + sum(factor * width[group])`.
+
+    Attributes:
+        fixed: how many of its channels always stay.
+        terms: (group, factor): for each step of the group's width so many channels are active.
+    """
+
+    fixed: int
+    terms: tuple[tuple[int, int], ...]
+
+    def __call__(self, widths: Sequence[int]) -> int:
+        """Return the active length at these widths, one for each group."""
+        return self.fixed + sum(factor * widths[group] for group, factor in self.terms)
+
+
+@dataclass(frozen=True)
+class Area:
+    """The active length of an axis that is laid out as a kernel: `constant` times the product of the counts."""
+
+    constant: int
+    counts: tuple[Count, ...]
+
+    def __call__(self, widths: Sequence[int]) -> int:
+        """Return the active length at these widths, one for each group."""
+        return self.constant * prod(count(widths) for count in self.counts)
+
+
+Length = Count | Area
+
+
+@dataclass(frozen=True)
+class AttributeFormula:
+    """A module's attribute that follows the active share of some channels.
+
+    Attributes:
+        value: what it is at the widest.
+        length: how many channels there are at the widest.
+        count: how many are active.
+        power: 1 for a size, -0.5 for the scale of attention scores.
+    """
+
+    value: int | float
+    length: int
+    count: Count
+    power: float
+
+    def __call__(self, widths: Sequence[int]) -> int | float:
+        """Return the attribute's value at these widths, one for each group."""
+        active = self.count(widths)
+        if self.power == 1:
+            return int(self.value) * active // self.length
+        if active == self.length:
+            return self.value
+        return float(active**self.power * (self.value / self.length**self.power))
+
+
+@dataclass(frozen=True)
+class Product:
+    """MACs of one matrix product or convolution for one image: `constant` times the product of the counts.
+
+    Attributes:
+        path: the module that runs it.
+        constant, counts: the factors.
+        reason: why channels of it are fixed; None if none are.
+    """
+
+    path: str
+    constant: float
+    counts: tuple[Count, ...]
+    reason: str | None
 
 
 class Terms:
@@ -34,31 +109,32 @@ class Terms:
     def __call__(self, widths: Sequence[int]) -> Numbers:
         """Return the numbers at these widths, one for each group."""
         lengths = self.fixed + self.weights @ np.asarray(widths, np.int64)
-        found: Numbers = self.scale * lengths[self.factors].prod(1) // self.divisor
-        return found
+        numbers: Numbers = self.scale * lengths[self.factors].prod(1) // self.divisor
+        return numbers
 
 
-def parameter_terms(graph: ChannelGraph, tensors: Mapping[str, tuple[int, ...]]) -> Terms:
-    """Return the sizes of these tensors as functions of the widths.
+def size_terms(lengths: Mapping[Place, Length], groups: int, tensors: Mapping[str, tuple[int, ...]]) -> Terms:
+    """Return the sizes of tensors as functions of the widths.
 
     Args:
-        graph: says which of their axes shrink.
-        tensors: by name, a factor and the shape.
+        lengths: the active length of every axis that can shrink.
+        groups: how many groups there are.
+        tensors: by name, a factor (such as the bytes of one element) and the shape.
     """
-    lengths: dict[Count, int] = {}
-    shrinking: dict[str, dict[int, Count | Area]] = {}
-    for (name, axis), length in graph.lengths.items():
-        shrinking.setdefault(name, {})[axis] = length
+    columns: dict[Count, int] = {}
+    axes: dict[str, dict[int, Length]] = {}
+    for (name, axis), length in lengths.items():
+        axes.setdefault(name, {})[axis] = length
     rows = []
     for name, (factor, *shape) in tensors.items():
         scale, factors = factor, list[int]()
         for axis, n in enumerate(shape):
-            found = shrinking.get(name, {}).get(axis)
-            if found is None:
+            active = axes.get(name, {}).get(axis)
+            if active is None:
                 scale *= n
                 continue
-            area = found if isinstance(found, Area) else Area(1, (found,))
+            area = active if isinstance(active, Area) else Area(1, (active,))
             scale *= area.constant
-            factors += [lengths.setdefault(c, len(lengths)) for c in area.counts]
+            factors += [columns.setdefault(count, len(columns)) for count in area.counts]
         rows.append((scale, 1, tuple(factors)))
-    return Terms(list(lengths), len(graph.group_sizes), rows)
+    return Terms(list(columns), groups, rows)

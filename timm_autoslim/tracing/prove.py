@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from timm_autoslim.slicing import slices as slicing
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.tracing.labels import AttributeUse, Label
+from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.utils.meta import call, seeded, sized, tensors_in
 
@@ -132,10 +132,7 @@ def suspects(records: Sequence[Record], fault: Disagreement) -> Iterator[list[La
 class Prover:
     """Runs a model without data as any subnet, and compares it with the records of the whole."""
 
-    def __init__(
-        self, plain: nn.Module, example: Any, records: Sequence[Record], described: Sequence[AttributeUse]
-    ) -> None:
-        self.described = described
+    def __init__(self, plain: nn.Module, example: Any, records: Sequence[Record]) -> None:
         self.plain, self.example, self.records = plain, example, records
         self.lockstep = _Lockstep(plain)
 
@@ -161,7 +158,7 @@ class Prover:
             with (
                 torch.no_grad(),
                 seeded(),
-                slicing.applied(self.plain, graph.slices(widths, self.described)),
+                slicing.applied(self.plain, graph.slices(widths)),
                 recurrent.Shapes(),
                 lockstep,
             ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -21,31 +21,33 @@ from timm_autoslim.tracing.flow import Call, Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label
 from timm_autoslim.tracing.ops import recurrent
-from timm_autoslim.tracing.prove import Operation, Prover, Record, suspects
+from timm_autoslim.tracing.prove import Disagreement, Operation, Prover, Record, suspects
 from timm_autoslim.tracing.refusals import check_example, check_model, what_failed
 from timm_autoslim.tracing.sizes import FromExpression, Size, wrap_attributes
+from timm_autoslim.tracing.solve import observe
 from timm_autoslim.utils.meta import call, meta_twin, named_tensors, seeded, sized, tensors_in, tied_names
 
 MAX_REPAIRS = 40
 NARROW = 0.35  # of the MACs at half width, where a quarter is ideal
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trace:
-    """A solved graph, with the attributes that describe the model without being read in its forward.
+    """What a trace found out about a model.
 
     Attributes:
+        graph: the proven channel graph.
         unruled: operators that the forward uses and that have no rule; what enters them is fixed.
+        repairs: what the proof had to freeze, each with its reason.
         positional: how many inputs the example gave by position.
         example: the example on the meta device.
     """
 
     graph: ChannelGraph
-    described: list[AttributeUse]
     unruled: frozenset[str]
-    repairs: list[str] = field(default_factory=list)
-    positional: int = 1
-    example: Any = None
+    repairs: tuple[str, ...]
+    positional: int
+    example: Any
 
 
 # -- the two modes --------------------------------------------------------------------------------------------------
@@ -179,14 +181,14 @@ class Tracer:
         self._hold_unsaved(self.labels.keys() - set(self.twin.state_dict()))
         shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
         parameters = [n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)]
-        graph = ChannelGraph(self.flow, self.labels, shapes, parameters, tied_names(self.twin))
+        graph = ChannelGraph.of(
+            observe(self.flow, self.labels, shapes, parameters, self.watch.described, tied_names(self.twin))
+        )
         met = {o.name for run in self.runs for o in run.operations}
         unruled = frozenset(name.rpartition(".")[0] for name in met if not ops.has_rule(name))
         given = self.example
         positional = len(given) if isinstance(given, tuple) else 0 if isinstance(given, Mapping) else 1
-        trace = Trace(graph, self.watch.described, unruled, positional=positional, example=sized(self.example, 1))
-        self._hold_tables(graph)
-        self._prove(trace)
+        graph, repairs = self._prove(self._hold_tables(graph))
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):
                 return Tracer(self.model, self.example, self.keep_output, ["*"]).run()
@@ -195,7 +197,7 @@ class Tracer:
             raise NothingToSlimError(
                 "no channel of the model can be removed; what is in the way: " + "; ".join(reasons)
             )
-        return trace
+        return Trace(graph, unruled, tuple(repairs), positional, sized(self.example, 1))
 
     def _record(self, training: bool) -> None:
         self.twin.train(training)
@@ -248,7 +250,7 @@ class Tracer:
                 elif label is not None:
                     self.flow.constraints.ordered.append(label)
 
-    def _hold_tables(self, graph: ChannelGraph) -> None:
+    def _hold_tables(self, graph: ChannelGraph) -> ChannelGraph:
         """Keep the columns of tables that no module makes (coordinates): like an input's channels, they are data."""
         made = {strand.group for strand in graph.strands if strand.producers}
         unmade = {index for index, strand in enumerate(graph.strands) if strand.group not in made}
@@ -258,8 +260,7 @@ class Tracer:
             for axis, label in enumerate(self.labels[name])
             if label is not None and not unmade.isdisjoint(graph.places[name, axis].strand.tolist())
         ]
-        if columns:
-            graph.freeze(columns, "the columns of a table that no module makes")
+        return graph.freeze(columns, "the columns of a table that no module makes") if columns else graph
 
     def _scales(self) -> None:
         """Let the scale of attention scores, and the size it comes from, follow what the scores run along.
@@ -282,36 +283,38 @@ class Tracer:
 
     # -- proving ----------------------------------------------------------------------------------------------------
 
-    def _prove(self, trace: Trace) -> None:
+    def _prove(self, graph: ChannelGraph) -> tuple[ChannelGraph, list[str]]:
         """Run subnets beside the record; where one disagrees, freeze what enters that operator and start again.
 
         What half the widths can do and one unit cannot (statistics over a single value) is first tried with two.
+
+        Returns:
+            The proven graph, and what had to be frozen, each with its reason.
         """
-        prover = Prover(self.plain, self.example, self.runs, self.watch.described)
+        prover = Prover(self.plain, self.example, self.runs)
+        repairs: list[str] = []
         raised = ""  # where a width of 1 failed, after which the least width became 2
         for _ in range(MAX_REPAIRS):
-            if not trace.graph.group_sizes:
-                return
-            fault = next(prover.faults(trace.graph), None)
+            fault = next(prover.faults(graph), None) if graph.group_sizes else None
             if fault is None:
-                return
+                return graph, repairs
             reason = f"{fault.path or 'the model'}: as a subnet it {fault}"
             if fault.narrow and not raised:
-                raised, trace.graph.floor = reason, 2
+                raised, graph = reason, replace(graph, floor=2)
                 continue
             if fault.narrow and reason.partition(":")[0] == raised.partition(":")[0]:
-                trace.graph.floor = 1  # it was not the width of 1
-            trace.repairs.append(reason)
-            before = sum(trace.graph.group_sizes)
-            for labels in suspects(self.runs, fault):
-                trace.graph.freeze(labels, reason)
-                if sum(trace.graph.group_sizes) < before:
-                    break
-            else:
-                raise TraceError(f"a subnet of the model cannot run, whatever stays: {reason}")
-        raise TraceError(
-            f"the model cannot be proven sliceable after {MAX_REPAIRS} repairs; the last: {trace.repairs[-1]}"
-        )
+                graph = replace(graph, floor=1)  # it was not the width of 1
+            repairs.append(reason)
+            graph = self._repair(graph, fault, reason)
+        raise TraceError(f"the model cannot be proven sliceable after {MAX_REPAIRS} repairs; the last: {repairs[-1]}")
+
+    def _repair(self, graph: ChannelGraph, fault: Disagreement, reason: str) -> ChannelGraph:
+        """Freeze what may be at fault, ever more of it until that makes a difference."""
+        for labels in suspects(self.runs, fault):
+            graph, before = graph.freeze(labels, reason), graph
+            if sum(graph.group_sizes) < sum(before.group_sizes):
+                return graph
+        raise TraceError(f"a subnet of the model cannot run, whatever stays: {reason}")
 
 
 def trace(model: nn.Module, example: Any, keep_output: bool = True, whole_heads: Sequence[str] = ()) -> Trace:
