@@ -1,9 +1,9 @@
-"""Which module of a traced model runs, and the attributes that describe modules without being read in their forward."""
+"""The attributes that describe modules without being read in their forward: users and timm read them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from timm.models import FeatureInfo
@@ -11,7 +11,6 @@ from torch import nn
 
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import AttributeUse, Label
-from timm_autoslim.tracing.prove import Exit
 from timm_autoslim.utils.meta import call, tensors_in
 
 # Attributes that only describe a module: they are not read in forward, but users and timm read them.
@@ -21,47 +20,40 @@ _DESCRIBES_OUTPUT = ("out_channels", "out_features", "out_chs", "out_dim", "num_
 DESCRIBES_HEAD = ("head_dim", "key_dim", "dim_head")
 
 
-class Watch:
-    """Follow which module runs, and note the attributes that describe modules without being read in forward."""
+class Describer:
+    """Notes the attributes that describe modules without being read in forward, while a trace runs.
 
-    def __init__(self, flow: Flow, twin: nn.Module) -> None:
-        self.flow, self.twin = flow, twin
-        self.entered = ""  # the module that ran last, and what entered it, for error texts
-        self.got: list[tuple[int, ...]] = []
-        self.described: list[AttributeUse] = []
-        self.exits: list[Exit] = []
-        self.features: Any = None  # what forward_features returned
-        self.outputs: dict[str, list[Label]] = {}  # by module, the labels of all tensors that left it
-        self.inputs: dict[str, list[Label]] = {}  # and those of the first that entered it
-        for path, module in twin.named_modules():
-            module.register_forward_pre_hook(self._enter(path), with_kwargs=True)
-            module.register_forward_hook(self._leave(path), always_call=True)
+    Attributes:
+        uses: these attributes, each with the channels that it counts.
+    """
 
-    def _enter(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.flow.scope.append(path)
-            found = tensors_in([args, kwargs])
-            self.entered, self.got = path, [tuple(t.shape) for t in found]
-            for tensor in found[:1]:
-                self.inputs[path] = self.flow.labels(tensor)
-                self._note(path, module, _DESCRIBES_INPUT, self.inputs[path])
+    def __init__(self, flow: Flow, model: nn.Module) -> None:
+        """Describe `model`, the meta copy that the trace runs."""
+        self.flow, self.model = flow, model
+        self.uses: list[AttributeUse] = []
+        self._features: Any = None  # what forward_features returned
+        self._outputs: dict[str, list[Label]] = {}  # by module, the labels of all tensors that left it last
+        self._inputs: dict[str, list[Label]] = {}  # by module, the labels of the first tensor that entered it
+        self._returns: dict[str, tuple[tuple[Label, ...], ...]] = {}  # by module, what it returned first in this run
 
-        return hook
+    def start(self) -> None:
+        """Begin another run."""
+        self._returns.clear()
 
-    def _leave(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            self.flow.scope.pop()
-            found = tensors_in(out)
-            labels = tuple(tuple(self.flow.labels(t)) for t in found)
-            self.exits.append(Exit(path, tuple(tuple(t.shape) for t in found), labels))
-            self.outputs[path] = [label for tensor in labels for label in tensor]
-            if labels:
-                self._note(path, module, _DESCRIBES_OUTPUT, labels[0])
+    def enter(self, path: str, module: nn.Module, labels: list[Label]) -> None:
+        """Note what describes the input of a module; `labels` are those of its first tensor."""
+        self._inputs[path] = labels
+        self._note_all(path, module, _DESCRIBES_INPUT, labels)
 
-        return hook
+    def leave(self, path: str, module: nn.Module, labels: tuple[tuple[Label, ...], ...]) -> None:
+        """Note what describes the output of a module; `labels` are those of every tensor that it returned."""
+        self._returns.setdefault(path, labels)
+        self._outputs[path] = [label for tensor in labels for label in tensor]
+        if labels:
+            self._note_all(path, module, _DESCRIBES_OUTPUT, labels[0])
 
-    def _note(self, path: str, module: nn.Module, names: Sequence[str], labels: Sequence[Label]) -> None:
-        if not path:  # what describes the whole model is read from its own methods, below
+    def _note_all(self, path: str, module: nn.Module, names: Sequence[str], labels: Sequence[Label]) -> None:
+        if not path:  # what describes the model itself is read from its own methods, below
             return
         for name in names:
             value = module.__dict__.get(name)
@@ -72,20 +64,20 @@ class Watch:
         """Note that this attribute is the length of one of these dimensions; return whether one is of that length."""
         match = [v for v in labels if v is not None and len(v) == value]
         if match:
-            self.described.append(AttributeUse(path, value, match[0]))
+            self.uses.append(AttributeUse(path, value, match[0]))
         return bool(match)
 
     def listen(self) -> None:
         """Keep what leaves `forward_features`, which is a method and not a module."""
-        inner: Any = getattr(self.twin, "forward_features", None)
-        if not callable(inner):
+        method: Any = getattr(self.model, "forward_features", None)
+        if not callable(method):
             return
 
         def forward_features(*args: Any, **kwargs: Any) -> Any:
-            self.features = inner(*args, **kwargs)
-            return self.features
+            self._features = method(*args, **kwargs)
+            return self._features
 
-        self.twin.__dict__["forward_features"] = forward_features
+        self.model.__dict__["forward_features"] = forward_features
 
     # -- what timm promises of a model ------------------------------------------------------------------------------
 
@@ -95,7 +87,7 @@ class Watch:
         Some models make a new head by `embed_dim`, which then is their `num_features`, or one number for each stage.
         """
         described: set[int] = set()
-        for path, module in self.twin.named_modules():  # an encoder within a model may have its own, or share the list
+        for path, module in self.model.named_modules():  # an encoder within a model may have its own, or share the list
             told: Any = getattr(module, "feature_info", None)
             backbone = isinstance(told, FeatureInfo)  # which holds the list
             name, infos = ("feature_info.info", told.info) if backbone else ("feature_info", told)
@@ -112,13 +104,13 @@ class Watch:
 
     def _describe_width(self, example: Any) -> None:
         """Note num_features and head_hidden_size."""
-        forward: Any = getattr(self.twin, "forward_features", None)
-        if callable(forward) and self.features is None:
+        forward: Any = getattr(self.model, "forward_features", None)
+        if callable(forward) and self._features is None:
             call(forward, example)
-        found = tensors_in(self.features)
-        named: Mapping[str, Any] = self.twin.__dict__
+        found = tensors_in(self._features)
+        named: Mapping[str, Any] = self.model.__dict__
         if isinstance(out := named.get("out_features"), int):  # of an encoder that projects its features
-            self.note("out_features", out, self.outputs[""])
+            self.note("out_features", out, self._outputs[""])
         width, hidden = named.get("num_features"), named.get("head_hidden_size")
         alike = [name for name in ("num_features", "embed_dim") if isinstance(width, int) and named.get(name) == width]
         seen = [self.note(name, int(named[name]), self.flow.labels(found[0])) for name in alike if found]
@@ -128,11 +120,11 @@ class Watch:
                 self.note(f"embed_dim.{i}", int(n), self.flow.labels(tensor))
         if not found or not isinstance(hidden, int):
             return
-        forward_head: Any = self.twin.forward_head
+        forward_head: Any = self.model.forward_head
         try:
-            pooled = self.flow.labels(forward_head(self.features, pre_logits=True))
+            pooled = self.flow.labels(forward_head(self._features, pre_logits=True))
         except NotImplementedError:  # an encoder, which has no head: its output is what one would read
-            pooled = self.outputs[""]
+            pooled = self._outputs[""]
         self.note("head_hidden_size", int(hidden), pooled)
         if not any(seen):  # the features are of several stages, and a head reads all of them at once
             for name in alike:
@@ -142,13 +134,13 @@ class Watch:
         """The labels of the channels that an item of the `feature_info` of the module `path` tells of."""
         if not isinstance(info, dict) or not info.get("module"):
             return []
-        seen = self.inputs if info.get("hook_type") == "forward_pre" else self.outputs
+        seen = self._inputs if info.get("hook_type") == "forward_pre" else self._outputs
         labels = seen.get(f"{path}.{info['module']}" if path else info["module"], [])
         return [v for v in labels if v is not None and len(v) == info.get("num_chs")]
 
     def _returned(self, path: str, info: FeatureInfo, labels: list[list[Label]]) -> list[list[Label]]:
         """The labels of the channels of each map of a backbone: as it returns them, or else those of `labels`."""
-        maps = next((e.labels for e in self.exits if e.path == path), ())
+        maps = self._returns.get(path, ())
         found = list(labels)
         if len(maps) == len(info.out_indices):
             for index, dimensions in zip(info.out_indices, maps, strict=True):
@@ -158,7 +150,7 @@ class Watch:
     def _intermediates(self, example: Any, count: int) -> list[list[Label]]:
         """The labels of the channels of this many maps from `forward_intermediates`, (N, C, H, W) each."""
         with contextlib.suppress(Exception):  # not every model has it, nor for every example
-            tap: Any = self.twin.forward_intermediates
+            tap: Any = self.model.forward_intermediates
             maps = tap(example, intermediates_only=True)
             if len(maps) == count:
                 return [self.flow.labels(tensor)[1:2] for tensor in maps]
@@ -169,7 +161,7 @@ class Watch:
         prefix = f"{path}." if path else ""
         numbers = [int(info["num_chs"]) if isinstance(info, dict) and "num_chs" in info else 0 for info in infos]
         noted = [self.note(f"{prefix}{name}.{i}.num_chs", n, labels[i]) for i, n in enumerate(numbers) if n]
-        dims = (self.twin.get_submodule(path) if path else self.twin).__dict__.get("embed_dim")
+        dims = (self.model.get_submodule(path) if path else self.model).__dict__.get("embed_dim")
         if isinstance(dims, list | tuple) and list(dims) == numbers:
             for i, n in enumerate(numbers):
                 self.note(f"{prefix}embed_dim.{i}", n, labels[i])

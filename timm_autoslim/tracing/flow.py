@@ -21,6 +21,7 @@ from timm_autoslim.tracing.sizes import (
     leaves,
     quotient,
 )
+from timm_autoslim.utils.running import ModuleStack
 
 Labels = list[Label]
 
@@ -68,7 +69,7 @@ class Flow:
         self.contractions: list[Contraction] = []
         self.call = Call("", (), {})
         self.operator = ""  # the ATen operator whose rule runs
-        self.scope: list[str] = [""]
+        self.stack = ModuleStack()
         self.count_macs = False
         self._frozen_seen = 0
         self._frozen_atoms: Vector = np.zeros(0, np.int64)
@@ -78,13 +79,13 @@ class Flow:
     @property
     def path(self) -> str:
         """The module that is running."""
-        return self.scope[-1]
+        return self.stack.path
 
     # -- labels -------------------------------------------------------------------------------------------------
 
     def labels(self, tensor: Tensor) -> Labels:
         """Return one label for each dimension of `tensor`."""
-        if len(self.scope) == 1:  # no module runs: it is an output of the model
+        if self.stack.idle:  # it is an output of the model
             self.use(tensor)
         known = self._labels.get(id(tensor))
         return list(known[1]) if known else [None] * tensor.dim()

@@ -1,50 +1,20 @@
-"""Run subnets beside the recorded whole model, and find what disagrees."""
+"""Prove a channel graph: run subnets beside the record of the widest, and find what disagrees."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_autoslim.slicing import slices as slicing
-from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import Label
-from timm_autoslim.tracing.ops import recurrent
-from timm_autoslim.utils.meta import call, seeded, sized, tensors_in
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One operator of the recorded run, with every label that it saw."""
-
-    name: str
-    path: str
-    labels: tuple[Label, ...]
-
-
-@dataclass(frozen=True)
-class Exit:
-    """What left one module in the recorded run."""
-
-    path: str
-    shapes: tuple[tuple[int, ...], ...]
-    labels: tuple[tuple[Label, ...], ...]
-
-
-@dataclass(frozen=True)
-class Record:
-    """One recorded run of the whole model."""
-
-    training: bool
-    operations: tuple[Operation, ...]
-    exits: tuple[Exit, ...]
+from timm_autoslim.tracing.record import Exit, Record, Recorder
+from timm_autoslim.utils.meta import sized, tensors_in
 
 
 class Disagreement(Exception):
@@ -56,52 +26,40 @@ class Disagreement(Exception):
         self.narrow = False
 
 
-class _Lockstep(TorchDispatchMode):
-    """Run a subnet beside the record: the same modules, and every output as long as the graph says.
+class _Lockstep(Recorder):
+    """Runs a subnet beside the record: the same modules, and every output as long as the graph says.
 
     Modules are compared and not operators, because torch inserts and leaves out operators as strides allow.
     """
 
-    def __init__(self, plain: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.scope: list[str] = []
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         self.exits: tuple[Exit, ...] = ()
         self.active: NDArray[np.bool_] = np.zeros(0, bool)
-        self.at = 0
-        for path, module in plain.named_modules():
-            module.register_forward_pre_hook(self._enter(path))
-            module.register_forward_hook(self._leave(path))
+        self.position = 0
 
-    def start(self, record: Record, active: NDArray[np.bool_]) -> _Lockstep:
+    def start(self, record: Record, active: NDArray[np.bool_]) -> None:
         """Compare the next run with this record."""
-        self.exits, self.active, self.at, self.scope = record.exits, active, 0, [""]
-        return self
+        self.exits, self.active, self.position = record.exits, active, 0
 
-    def _enter(self, path: str) -> Callable[..., None]:
-        return lambda module, args: self.scope.append(path)
+    def leave(self, path: str, module: nn.Module, out: Any) -> None:
+        """Compare what a module returns with what it returned in the record."""
+        expected = self.exits[min(self.position, len(self.exits) - 1)]
+        self.position += 1
+        if expected.path != path:
+            raise Disagreement(f"runs this module where the widest runs {expected.path}", path)
+        for tensor, labels, shape in zip(tensors_in(out), expected.labels, expected.shapes, strict=True):
+            length = tuple(n if v is None else int(self.active[v].sum()) for n, v in zip(shape, labels, strict=True))
+            if tuple(tensor.shape) != length:
+                raise Disagreement(f"gives the shape {tuple(tensor.shape)} where {length} was due", path, None, labels)
 
-    def _leave(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, out: Any) -> None:
-            self.scope.pop()
-            due = self.exits[min(self.at, len(self.exits) - 1)]
-            self.at += 1
-            if due.path != path:
-                raise Disagreement(f"runs this module where the whole model runs {due.path}", path)
-            for tensor, labels, shape in zip(tensors_in(out), due.labels, due.shapes, strict=True):
-                want = tuple(n if v is None else int(self.active[v].sum()) for n, v in zip(shape, labels, strict=True))
-                if tuple(tensor.shape) != want:
-                    raise Disagreement(
-                        f"gives the shape {tuple(tensor.shape)} where {want} was due", path, None, labels
-                    )
-
-        return hook
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def operator(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator; if it cannot run on these shapes, the subnet disagrees."""
         try:
             _check_bias(func, args)
-            return ops.execute(func, args, kwargs or {})
+            return super().operator(func, args, kwargs)
         except Exception as error:
-            raise Disagreement(f"{func} fails: {error}", self.scope[-1], str(func)) from error
+            raise Disagreement(f"{func} fails: {error}", self.stack.path, str(func)) from error
 
 
 def _check_bias(func: Any, args: Sequence[Any]) -> None:
@@ -130,11 +88,11 @@ def suspects(records: Sequence[Record], fault: Disagreement) -> Iterator[list[La
 
 
 class Prover:
-    """Runs a model without data as any subnet, and compares it with the records of the whole."""
+    """Runs a meta copy of a model as any subnet, and compares it with the records of the widest."""
 
-    def __init__(self, plain: nn.Module, example: Any, records: Sequence[Record]) -> None:
-        self.plain, self.example, self.records = plain, example, records
-        self.lockstep = _Lockstep(plain)
+    def __init__(self, model: nn.Module, example: Any, records: Sequence[Record]) -> None:
+        self.model, self.example, self.records = model, example, records
+        self.lockstep = _Lockstep(model)
 
     def faults(self, graph: ChannelGraph) -> Iterator[Disagreement]:
         """Yield what disagrees at half, at the narrowest and at random widths, in both modes."""
@@ -151,19 +109,14 @@ class Prover:
                     yield fault
 
     def _try(self, graph: ChannelGraph, widths: Sequence[int], record: Record) -> None:
-        self.plain.train(record.training)
+        self.model.train(record.training)
         example = sized(self.example, 2 if record.training else 1)
-        lockstep = self.lockstep.start(record, graph.active(widths))
+        self.lockstep.start(record, graph.active(widths))
         try:
-            with (
-                torch.no_grad(),
-                seeded(),
-                slicing.applied(self.plain, graph.slices(widths)),
-                recurrent.Shapes(),
-                lockstep,
-            ):
-                call(self.plain, example)
+            with slicing.applied(self.model, graph.slices(widths)):
+                self.lockstep.run(example)
         except Disagreement:
             raise
         except Exception as error:
-            raise Disagreement(f"raises {type(error).__name__}: {error}", lockstep.scope[-1]) from error
+            path = self.lockstep.stack.interrupted or ""
+            raise Disagreement(f"raises {type(error).__name__}: {error}", path) from error

@@ -5,27 +5,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from types import FunctionType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.tracing import ops
-from timm_autoslim.tracing.describe import DESCRIBES_HEAD, Watch
-from timm_autoslim.tracing.flow import Call, Flow
+from timm_autoslim.tracing.describe import DESCRIBES_HEAD, Describer
+from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label
-from timm_autoslim.tracing.ops import recurrent
-from timm_autoslim.tracing.prove import Disagreement, Operation, Prover, Record, suspects
+from timm_autoslim.tracing.prove import Disagreement, Prover, suspects
+from timm_autoslim.tracing.record import LabelRecorder, Record
 from timm_autoslim.tracing.refusals import check_example, check_model, what_failed
-from timm_autoslim.tracing.sizes import FromExpression, Size, wrap_attributes
+from timm_autoslim.tracing.sizes import wrap_attributes
 from timm_autoslim.tracing.solve import observe
-from timm_autoslim.utils.meta import call, meta_twin, named_tensors, seeded, sized, tensors_in, tied_names
+from timm_autoslim.utils.meta import call, meta_twin, named_tensors, sized, tensors_in, tied_names
 
 MAX_REPAIRS = 40
 NARROW = 0.35  # of the MACs at half width, where a quarter is ideal
@@ -50,94 +45,6 @@ class Trace:
     example: Any
 
 
-# -- the two modes --------------------------------------------------------------------------------------------------
-
-
-# Functions of torch that do arithmetic on sizes of their own.
-_COMPOSITES = ("multi_head_attention_forward",)
-
-
-@cache
-def _unguarded(function: Any) -> Any:
-    """Return a copy of a Python function of torch that does not hand itself to the mode that calls it."""
-    scope = {**function.__globals__, "has_torch_function": lambda tensors: False}
-    copy = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-class _Sizes(TorchFunctionMode):
-    """Hand out sizes that remember their dimension, and note which torch function runs with which arguments."""
-
-    def __init__(self, flow: Flow) -> None:
-        super().__init__()
-        self.flow = flow
-        self.used: set[int] = set()  # tensors that no operator sees, because the function is taken whole
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", str(func))
-        if name == "size" or (name == "__get__" and func == Tensor.shape.__get__):  # type: ignore[attr-defined]
-            return self._sizes(func(*args, **kwargs), args[0], *args[1:], *kwargs.values())
-        if name in ("numel", "nelement"):
-            return self._number(func(*args, **kwargs), args[0])
-        before, self.flow.call = self.flow.call, Call(name, tuple(args), kwargs)
-        try:
-            if name in _COMPOSITES:
-                with self:
-                    return _unguarded(func)(*args, **kwargs)
-            if name in ("layer_norm", "rms_norm"):  # decomposed before an operator could see the shape asked for
-                shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
-                for label, size in zip(self.flow.labels(args[0])[-len(shape) :], shape, strict=True):
-                    self.flow.constrain(label, size)
-            if name in recurrent.LAYERS:
-                self.used.update(id(t) for t in ops.tensors_in(args))
-                return recurrent.run(self.flow, name, args)
-            return func(*args, **kwargs)
-        finally:
-            self.flow.call = before
-
-    def _number(self, plain: int, tensor: Tensor) -> int:
-        dims = tuple(size for size in self.flow.sizes(tensor) if isinstance(size, Size))
-        return Size(plain, FromExpression(dims, len(dims) == 1, dims)) if dims else plain
-
-    def _sizes(self, plain: Any, tensor: Tensor, *dim: int) -> Any:
-        sizes = self.flow.sizes(tensor)
-        return sizes[dim[0]] if isinstance(plain, int) else torch.Size(sizes)
-
-
-class _Recorder(TorchDispatchMode):
-    """Run the rule of every operator, and record which labels it saw."""
-
-    def __init__(self, flow: Flow, foreign: frozenset[int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flow = flow
-        self.foreign = foreign  # the tensors of the model itself
-        self.operations: list[Operation] = []
-        self.used: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = ops.tensors_in([*args, *kwargs.values()])
-        if not self.foreign.isdisjoint(map(id, tensors)):
-            raise TraceError(
-                f"{self.flow.path or 'the model'}: its forward runs on the weights of this very model in a copy too (a "
-                "lambda or closure over the model was put in place of forward?); needed: a forward that finds its "
-                "weights through self, such as types.MethodType(function, model)"
-            )
-        out = ops.execute(func, args, kwargs)
-        self.used.update(id(t) for t in tensors)
-        entering = [label for t in tensors for label in self.flow.labels(t)]
-        ops.run(self.flow, func, args, kwargs, out)
-        leaving = [label for t in ops.tensors_in(out) for label in self.flow.labels(t)]
-        seen = {id(v): v for v in [*entering, *leaving] if v is not None}
-        self.operations.append(Operation(str(func), self.flow.path, tuple(seen.values())))
-        return out
-
-
-# -- tracing --------------------------------------------------------------------------------------------------------
-
-
 class Tracer:
     """One trace of one model."""
 
@@ -146,45 +53,44 @@ class Tracer:
     ) -> None:
         self.model, self.example, self.keep_output = model, example, keep_output
         self.flow = Flow(whole_heads)
-        self.foreign = frozenset(map(id, named_tensors(model).values()))
-        self.twin = meta_twin(model)
-        self.plain = meta_twin(model)  # proving must not meet the wrapped integers or these hooks
-        wrap_attributes(self.twin)
-        self.tensors = named_tensors(self.twin)
+        self.copy = meta_twin(model)
+        wrap_attributes(self.copy)
+        self.tensors = named_tensors(self.copy)
         self.labels = {n: self._fresh_labels(n, t) for n, t in self.tensors.items() if t.is_floating_point()}
-        self.watch = Watch(self.flow, self.twin)
-        self.runs: list[Record] = []
-        self.used: set[int] = set()
+        self.describer = Describer(self.flow, self.copy)
+        foreign = frozenset(map(id, named_tensors(model).values()))
+        self.recorder = LabelRecorder(self.copy, self.flow, foreign, self.describer)
+        self.records: list[Record] = []
 
     def _fresh_labels(self, name: str, tensor: Tensor) -> list[Label]:
         """Give every axis of a weight atoms of its own; the axes of a kernel are no channels."""
         labels = self.flow.fresh_labels(tensor)
         if tensor.dim() == 2 and labels[1] is not None:
             self.flow.flat[int(labels[1][0])] = labels[1]
-        if isinstance(self.twin.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd):
+        if isinstance(self.copy.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd):
             labels = [v if axis < 2 else None for axis, v in enumerate(labels)]
             self.flow.set_labels(tensor, labels)
         return labels
 
     def run(self) -> Trace:
         """Trace in both modes, solve, prove, repair."""
-        self.watch.listen()
+        self.describer.listen()
         self._record(training=True)
         self._record(training=False)
         for glob in set(self.flow.whole_heads) - self.flow.heads_found:
             raise WidthError(f"whole_heads={glob!r}: the glob matches no module that splits channels into heads")
         self._scales()
         for name, tensor in self.tensors.items():
-            if id(tensor) not in self.used:
+            if id(tensor) not in self.recorder.used:
                 for label in self.labels.get(name, []):
                     self.flow.constraints.freeze(label, "not used in forward")
-        self._hold_unsaved(self.labels.keys() - set(self.twin.state_dict()))
+        self._hold_unsaved(self.labels.keys() - set(self.copy.state_dict()))
         shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
         parameters = [n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)]
         graph = ChannelGraph.of(
-            observe(self.flow, self.labels, shapes, parameters, self.watch.described, tied_names(self.twin))
+            observe(self.flow, self.labels, shapes, parameters, self.describer.uses, tied_names(self.copy))
         )
-        met = {o.name for run in self.runs for o in run.operations}
+        met = {o.name for record in self.records for o in record.operations}
         unruled = frozenset(name.rpartition(".")[0] for name in met if not ops.has_rule(name))
         given = self.example
         positional = len(given) if isinstance(given, tuple) else 0 if isinstance(given, Mapping) else 1
@@ -200,41 +106,40 @@ class Tracer:
         return Trace(graph, unruled, tuple(repairs), positional, sized(self.example, 1))
 
     def _record(self, training: bool) -> None:
-        self.twin.train(training)
+        """Run the model once, with labels on everything."""
+        self.copy.train(training)
+        self.recorder.start()
         self.flow.count_macs = not training
-        recorder, sizes = _Recorder(self.flow, self.foreign), _Sizes(self.flow)
-        self.watch.exits.clear()
         example = sized(self.example, 2 if training else 1)
         for tensor in tensors_in(example):
             labels = self.flow.fresh_labels(tensor)
             self.flow.freeze(labels[1] if len(labels) > 1 else None, "a channel of the model's input")
             self.flow.set_labels(tensor, [v if d == 1 else None for d, v in enumerate(labels)])
+        recorder = self.recorder
         try:
-            with torch.no_grad(), seeded(), sizes, recorder:
-                out = call(self.twin, example)
-                macs, self.flow.count_macs = self.flow.count_macs, False
-                record = Record(training, tuple(recorder.operations), tuple(self.watch.exits))
+            with recorder.recording():
+                out = call(self.copy, example)
+                self.flow.count_macs = False
+                self.records.append(recorder.record())
                 if not training:
-                    with contextlib.suppress(
-                        Exception
-                    ):  # not every model keeps timm's contract; it is not the trace's business
-                        self.watch.describe_model(example)
-                self.flow.count_macs = macs
+                    with contextlib.suppress(Exception):  # a model that breaks timm's contract can still be traced
+                        self.describer.describe_model(example)
         except TraceError:
             raise
         except Exception as error:
-            raise TraceError(what_failed(error, self.twin, self.watch.entered, self.watch.got)) from error
-        found = tensors_in(out)
-        if not found and not training:
+            raise TraceError(what_failed(error, self.copy, recorder.last_path, recorder.last_shapes)) from error
+        self._freeze_outputs(out, training)
+
+    def _freeze_outputs(self, out: Any, training: bool) -> None:
+        tensors = tensors_in(out)
+        if not tensors and not training:
             raise TraceError(
                 f"the model: its forward returned a {type(out).__name__} without a tensor in eval() mode; needed: a "
                 "tensor, or a tuple, list, dict or object that holds one"
             )
-        for tensor in found if self.keep_output else []:
+        for tensor in tensors if self.keep_output else []:
             for label in self.flow.labels(tensor):
                 self.flow.constraints.freeze(label, "an output of the model")
-        self.runs.append(record)
-        self.used |= recorder.used | sizes.used
 
     def _hold_unsaved(self, names: Iterable[str]) -> None:
         """Keep tensors that are in no checkpoint whole where their module may compute them anew, else their order.
@@ -242,7 +147,7 @@ class Tracer:
         A module that overrides `_apply` does so when it is cast or moved (rotary tables).
         """
         for name in names:
-            module = self.twin.get_submodule(name.rpartition(".")[0])
+            module = self.copy.get_submodule(name.rpartition(".")[0])
             renewed = type(module)._apply is not nn.Module._apply
             for label in self.labels[name]:
                 if renewed:
@@ -269,7 +174,7 @@ class Tracer:
         read it: it is recognised by its value.
         """
         for path, vectors in self.flow.contracted.items():
-            for name, value in self.twin.get_submodule(path).__dict__.items():
+            for name, value in self.copy.get_submodule(path).__dict__.items():
                 for vector in vectors:
                     scale = isinstance(value, float) and "drop" not in name and value == len(vector) ** -0.5
                     size = isinstance(value, int) and name in DESCRIBES_HEAD and value == len(vector)
@@ -279,7 +184,7 @@ class Tracer:
                     if scale:
                         self.flow.constraints.attributes.append(use)
                     else:
-                        self.watch.described.append(replace(use, value=int(value), power=1))
+                        self.describer.uses.append(replace(use, value=int(value), power=1))
 
     # -- proving ----------------------------------------------------------------------------------------------------
 
@@ -291,7 +196,7 @@ class Tracer:
         Returns:
             The proven graph, and what had to be frozen, each with its reason.
         """
-        prover = Prover(self.plain, self.example, self.runs)
+        prover = Prover(meta_twin(self.model), self.example, self.records)  # a copy without labels and hooks
         repairs: list[str] = []
         raised = ""  # where a width of 1 failed, after which the least width became 2
         for _ in range(MAX_REPAIRS):
@@ -310,7 +215,7 @@ class Tracer:
 
     def _repair(self, graph: ChannelGraph, fault: Disagreement, reason: str) -> ChannelGraph:
         """Freeze what may be at fault, ever more of it until that makes a difference."""
-        for labels in suspects(self.runs, fault):
+        for labels in suspects(self.records, fault):
             graph, before = graph.freeze(labels, reason), graph
             if sum(graph.group_sizes) < sum(before.group_sizes):
                 return graph
