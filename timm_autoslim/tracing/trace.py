@@ -91,8 +91,8 @@ class _Sizes(TorchFunctionMode):
                 for label, size in zip(self.flow.labels(args[0])[-len(shape) :], shape, strict=True):
                     self.flow.constrain(label, size)
             if name in recurrent.LAYERS:
-                self.used.update(id(t) for t in ops.tensors_in(args))
-                return recurrent.run(self.flow, name, args)
+                self.used.update(id(t) for t in ops.tensors_in_lists([*args, *kwargs.values()]))
+                return recurrent.run(self.flow, name, args, kwargs)
             return func(*args, **kwargs)
         finally:
             self.flow.call = before
@@ -118,7 +118,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = ops.tensors_in([*args, *kwargs.values()])
+        tensors = ops.tensors_in_lists([*args, *kwargs.values()])
         if not self.foreign.isdisjoint(map(id, tensors)):
             raise TraceError(
                 f"{self.flow.path or 'the model'}: its forward runs on the weights of this very model in a copy too (a "
@@ -129,7 +129,7 @@ class _Recorder(TorchDispatchMode):
         self.used.update(id(t) for t in tensors)
         entering = [label for t in tensors for label in self.flow.labels(t)]
         ops.run(self.flow, func, args, kwargs, out)
-        leaving = [label for t in ops.tensors_in(out) for label in self.flow.labels(t)]
+        leaving = [label for t in ops.tensors_in_lists(out) for label in self.flow.labels(t)]
         seen = {id(v): v for v in [*entering, *leaving] if v is not None}
         self.operations.append(Operation(str(func), self.flow.path, tuple(seen.values())))
         return out
