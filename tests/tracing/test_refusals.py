@@ -552,10 +552,10 @@ def test_a_bias_of_another_length_is_found_by_the_proof(monkeypatch):
     """Torch runs such a convolution on the meta device."""
     rule = ops.RULES["convolution"]
 
-    def forgetful(flow, args, kwargs, out):
-        rule(flow, (*args[:2], None, *args[3:]), kwargs, out)
+    def forgetful(flow, op):
+        rule(flow, dataclasses.replace(op, arguments={**op.arguments, "bias": None}))
 
-    monkeypatch.setitem(ops.RULES, "convolution", forgetful)
+    monkeypatch.setattr(ops, "RULES", {**ops.RULES, "convolution": forgetful})
     for layer in (conv(), nn.ConvTranspose2d(8, 6, 1), nn.Conv2d(8, 6, 1, groups=2)):
         supernet = converted(net(layer))
         assert any(reason.startswith("a: as a subnet it") for reason in supernet.repairs)

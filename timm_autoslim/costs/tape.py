@@ -157,7 +157,7 @@ class _Whole(TorchFunctionMode):
         if name == ATTENTION and all(t.dim() == 4 for t in args[:3]) and len(args) >= 3:
             make = partial(_attended, *args[:3])
         elif name in recurrent.LAYERS:
-            make = partial(recurrent.outputs, args)
+            make = partial(recurrent.outputs, args, kwargs)
         else:
             return func(*args, **kwargs)
         self.recorder.whole += 1

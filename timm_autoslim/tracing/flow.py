@@ -68,7 +68,6 @@ class Flow:
         self.constraints = Constraints()
         self.contractions: list[Contraction] = []
         self.call = Call("", (), {})
-        self.operator = ""  # the ATen operator whose rule runs
         self.stack = ModuleStack()
         self.count_macs = False
         self._frozen_seen = 0

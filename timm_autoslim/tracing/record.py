@@ -49,7 +49,7 @@ class Recorder:
     def function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function. Recurrent layers are taken whole: unrolled they would make thousands of operators."""
         if getattr(func, "__name__", "") in recurrent.LAYERS:
-            return recurrent.outputs(args)
+            return recurrent.outputs(args, kwargs)
         return func(*args, **kwargs)
 
     def operator(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -194,8 +194,8 @@ class LabelRecorder(Recorder):
                 for label, size in zip(self.flow.labels(args[0])[-len(shape) :], shape, strict=True):
                     self.flow.constrain(label, size)
             if name in recurrent.LAYERS:
-                self.used.update(id(t) for t in ops.tensors_in(args))
-                return recurrent.run(self.flow, name, args)
+                self.used.update(id(t) for t in ops.tensors_in_lists([*args, *kwargs.values()]))
+                return recurrent.run(self.flow, name, args, kwargs)
             return func(*args, **kwargs)
         finally:
             self.flow.call = before
@@ -210,7 +210,7 @@ class LabelRecorder(Recorder):
 
     def operator(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator and its rule, and record which labels it read and set."""
-        tensors = ops.tensors_in([*args, *kwargs.values()])
+        tensors = ops.tensors_in_lists([*args, *kwargs.values()])
         if not self.foreign.isdisjoint(map(id, tensors)):
             raise TraceError(
                 f"{self.flow.path or 'the model'}: its forward runs on the weights of this very model in a copy too (a "
@@ -221,7 +221,7 @@ class LabelRecorder(Recorder):
         self.used.update(id(t) for t in tensors)
         inputs = [label for t in tensors for label in self.flow.labels(t)]
         ops.run(self.flow, func, args, kwargs, out)
-        outputs = [label for t in ops.tensors_in(out) for label in self.flow.labels(t)]
+        outputs = [label for t in ops.tensors_in_lists(out) for label in self.flow.labels(t)]
         labels = {id(v): v for v in [*inputs, *outputs] if v is not None}
         self._operations.append(Operation(str(func), self.flow.path, tuple(labels.values())))
         return out

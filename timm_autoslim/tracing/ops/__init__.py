@@ -1,49 +1,53 @@
 """One rule for each ATen operator: how labels flow from its inputs to its outputs.
 
-A rule is a function `(flow, args, kwargs, out)` that reads the labels of the inputs and sets those of the output.
-Names in the table are those of the operator's overload packet (`aten.add`, without the overload). To teach the
-tracer an operator, write such a function here and name the operator in its `@rule` line. An operator without a
-rule freezes every channel that enters it and is reported, so an unknown operator can cost reach, never correctness.
+A rule is a function `(flow, op)` that reads the labels of the inputs and sets those of the output. `op` has the
+operator's arguments by the names of its schema (`op["weight"]`), and its result (`op.out`). Names in the table are
+those of operators without the overload (`add` for `aten.add.Tensor`). To teach the tracer an operator, write such a
+function in the file of its family, and name the operator in its `@RULES.add` line. An operator without a rule freezes
+every channel that enters it and is reported, so an unknown operator can cost reach, never correctness.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch._ops import OpOverload
 
 from timm_autoslim.tracing.flow import Flow
-from timm_autoslim.tracing.ops import contraction, elementwise, movement, reduction
-from timm_autoslim.tracing.ops.hollow import execute
-from timm_autoslim.tracing.ops.table import RULES, rule, tensors_in, unknown
+from timm_autoslim.tracing.ops import contraction, elementwise, indexing, rearranging, reduction, views
+from timm_autoslim.tracing.ops.meta_kernels import execute
+from timm_autoslim.tracing.ops.schema import OperatorCall, bind, tensors_in_lists
+from timm_autoslim.tracing.ops.table import RULES, freeze_inputs
 
 __all__ = [
     "RULES",
+    "OperatorCall",
+    "bind",
     "contraction",
     "elementwise",
     "execute",
     "has_rule",
-    "movement",
+    "indexing",
+    "rearranging",
     "reduction",
-    "rule",
     "run",
-    "tensors_in",
+    "tensors_in_lists",
+    "views",
 ]
 
 
 def has_rule(operator: str) -> bool:
-    """Whether this operator (`aten.add.Tensor`) has a rule."""
-    namespace, packet, *_ = operator.split(".")
-    return namespace == "aten" and packet in RULES
+    """Whether this operator (`aten.add.Tensor`, or without the overload) has a rule."""
+    namespace, name, *_ = operator.split(".")
+    return namespace == "aten" and name in RULES
 
 
-def run(flow: Flow, operator: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+def run(flow: Flow, operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
     """Apply the rule of one operator, or freeze what enters it."""
-    packet = operator._schema.name.split("::")[1]
-    flow.operator = packet
-    for tensor in tensors_in([*args, *kwargs.values()]):
+    op = bind(operator, args, kwargs, out)
+    for tensor in op.tensors:
         flow.use(tensor)
-    if has_rule(str(operator)):
-        RULES[packet](flow, args, kwargs, out)
+    if has_rule(op.operator):
+        RULES[op.name](flow, op)
     else:
-        unknown(flow, str(operator).rpartition(".")[0], args, kwargs, out)
+        freeze_inputs(flow, op, f"the operator {op.operator} has no rule")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import numpy as np
+import torch
 
 from timm_autoslim.tracing.flow import Flow
-from timm_autoslim.tracing.ops.table import rule, tensors_in
+from timm_autoslim.tracing.ops.schema import OperatorCall, tensors_in_lists
+from timm_autoslim.tracing.ops.table import RULES
 
 _POINTWISE = """
     add sub rsub mul div pow maximum minimum eq ne lt le gt ge where logical_and logical_or logical_not bitwise_not
@@ -14,66 +16,76 @@ _POINTWISE = """
     erf floor ceil round sign square floor_divide remainder fmod nan_to_num log_sigmoid_forward atan2 _prelu_kernel
     softshrink hardshrink isnan isinf sgn addcmul addcdiv lerp polar complex
 """
+_IN_PLACE = [f"{name}_" for name in _POINTWISE.split() if hasattr(torch.ops.aten, f"{name}_")]
 
 
-def pointwise(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+@RULES.add(*_POINTWISE.split(), "masked_fill", "native_dropout", "bernoulli")
+def join_inputs(flow: Flow, op: OperatorCall) -> None:
     """Join the labels of all inputs under broadcasting."""
-    tensors = tensors_in([*args, *kwargs.values()])
-    for result in tensors_in(out):
-        flow.set_labels(result, flow.broadcast(tensors, result.shape, flow.call.name or "an elementwise operator"))
+    for result in tensors_in_lists(op.out):
+        labels = flow.broadcast(op.tensors, result.shape, flow.call.name or "an elementwise operator")
+        flow.set_labels(result, labels)
 
 
-def _pointwise_(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    target, others = args[0], tensors_in([*args[1:], *kwargs.values()])
+@RULES.add(
+    *_IN_PLACE,
+    *("copy_", "masked_fill_", "bernoulli_", "uniform_", "normal_", "random_", "exponential_", "fill_", "zero_"),
+)
+def _join_in_place(flow: Flow, op: OperatorCall) -> None:
+    target = op["self"]
     before = flow.labels(target)
-    after = flow.broadcast([target, *others], target.shape, flow.call.name or "an elementwise operator")
+    after = flow.broadcast(op.tensors, target.shape, flow.call.name or "an elementwise operator")
     flow.set_labels(target, [b if b is not None else a for b, a in zip(before, after, strict=True)])
 
 
-for _name in _POINTWISE.split():
-    rule(_name)(pointwise)
-    rule(_name + "_")(_pointwise_)
-rule("copy_", "masked_fill_", "bernoulli_", "uniform_", "normal_", "random_", "exponential_", "fill_", "zero_")(
-    _pointwise_
-)
-rule("masked_fill", "native_dropout", "bernoulli")(pointwise)
-
-
-@rule(
+@RULES.add(
     "clone", "detach", "alias", "_to_copy", "contiguous", "zeros_like", "ones_like", "empty_like", "full_like",
     "rand_like", "randn_like", "_softmax", "_safe_softmax", "_log_softmax", "lift_fresh", "lift_fresh_copy",
 )  # fmt: skip
-def _same(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    flow.set_labels(out, flow.labels(args[0]))
+def _copy_labels(flow: Flow, op: OperatorCall) -> None:
+    flow.set_labels(op.out, flow.labels(op["self"]))
 
 
-@rule("_weight_norm_interface")
-def _weight_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    weight, norms = out
-    flow.set_labels(weight, flow.broadcast(args[:2], weight.shape, "weight norm"))
-    flow.set_labels(norms, flow.labels(args[1]))
+@RULES.add("glu")
+def _glu(flow: Flow, op: OperatorCall) -> None:
+    labels, dim = flow.labels(op["self"]), op["dim"]
+    label = labels[dim]
+    if label is not None:
+        value, gate = np.split(label, 2)
+        flow.atoms.join(value, gate)
+        labels[dim] = value
+    flow.set_labels(op.out, labels)
 
 
-_FACTORIES = (
-    *("zeros", "ones", "empty", "full", "rand", "randn"),
-    *("new_zeros", "new_ones", "new_empty", "new_full"),
-)
+@RULES.add("_weight_norm_interface")
+def _weight_norm(flow: Flow, op: OperatorCall) -> None:
+    v, g = op["v"], op["g"]  # v as long as the weight, g of length 1 in all dimensions but `dim`
+    weight, norms = op.out
+    flow.set_labels(weight, flow.broadcast([v, g], weight.shape, "weight norm"))
+    flow.set_labels(norms, flow.labels(g))
 
 
-@rule("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full")
-def _factory(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+_FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full")
+
+
+@RULES.add(*_FACTORIES)
+def _factory(flow: Flow, op: OperatorCall) -> None:
+    out = op.out
     if flow.call.name not in _FACTORIES:  # torch makes it inside another function, after the shape of an input
-        like = next((t for t in tensors_in([*flow.call.args]) if t.dim() == out.dim()), None)
+        inputs = tensors_in_lists([*flow.call.args, *flow.call.kwargs.values()])
+        like = next((t for t in inputs if t.dim() == out.dim()), None)
         labels = flow.labels(like) if like is not None else [None] * out.dim()
         sizes = like.shape if like is not None else out.shape
         flow.set_labels(out, [v if n == m else None for v, n, m in zip(labels, sizes, out.shape, strict=True)])
         return
-    given = flow.written(out.shape) or list(out.shape)
-    flow.set_labels(out, [flow.sized(s, g) for s, g in zip(out.shape, given, strict=True)])
+    sizes_in_code = flow.written(out.shape) or list(out.shape)
+    flow.set_labels(out, [flow.sized(n, size) for n, size in zip(out.shape, sizes_in_code, strict=True)])
 
 
-@rule("arange", "scalar_tensor", "linspace", "eye", "tril_indices", "triu_indices", "randperm", "_local_scalar_dense",
-      "_assert_async", "empty_strided", "new_empty_strided")  # fmt: skip
-def _constant(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    for tensor in tensors_in(out):
+@RULES.add(
+    "arange", "scalar_tensor", "linspace", "eye", "tril_indices", "triu_indices", "randperm", "_local_scalar_dense",
+    "_assert_async", "empty_strided", "new_empty_strided",
+)  # fmt: skip
+def _constant(flow: Flow, op: OperatorCall) -> None:
+    for tensor in tensors_in_lists(op.out):
         flow.set_labels(tensor, [None] * tensor.dim())

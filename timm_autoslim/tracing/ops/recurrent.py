@@ -1,95 +1,133 @@
-"""Recurrent layers, taken whole: unrolled into operators they would make thousands of steps."""
+"""Recurrent layers, as one operator each: unrolled, they would be thousands of operators."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import Label, Vector
-from timm_autoslim.tracing.ops.table import tensors_in
+from timm_autoslim.tracing.ops.schema import tensors_in_lists
 
-# Gates by torch function. All take (input, states, weights, has_biases, layers, dropout, train, bidirectional,
-# batch_first), and the weights of one direction of one layer are (gates * H, I), (gates * H, H) and two biases.
+# Torch's functions, and how many gates the weights of each hold.
 LAYERS = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 
-def outputs(args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Return empty tensors of the shapes that the layer returns: its output and its last states.
+@dataclass(frozen=True)
+class RecurrentCall:
+    """The arguments of one call of these functions, under torch's names and in torch's order.
+
+    Packed input comes with `batch_sizes`, and without `batch_first`.
+    """
+
+    input: Tensor  # (N, T, I), (T, N, I) or (T, I); packed (steps, I)
+    hx: Tensor | Sequence[Tensor]  # the states, of lstm two: (layers * directions, N, H) or (layers * directions, H)
+    params: Sequence[Tensor]  # for each layer and direction: (gates * H, I), (gates * H, H) and two or no biases
+    has_biases: bool
+    num_layers: int
+    dropout: float
+    train: bool
+    bidirectional: bool
+    batch_first: bool = False
+    batch_sizes: Tensor | None = None
+
+    @property
+    def states(self) -> list[Tensor]:
+        """The states that go in, and whose like comes out."""
+        return tensors_in_lists(self.hx)
+
+    @property
+    def directions(self) -> int:
+        """How often each layer runs: once, or once more from the end."""
+        return 2 if self.bidirectional else 1
+
+    def layers(self) -> list[list[list[Tensor]]]:
+        """Return the weights by layer and direction; none for kinds whose channels all stay (projections, packed)."""
+        each = len(self.params) // (self.num_layers * self.directions)
+        if each not in (2, 4) or self.batch_sizes is not None:
+            return []
+        parts = [list(self.params[i : i + each]) for i in range(0, len(self.params), each)]
+        return [parts[i : i + self.directions] for i in range(0, len(parts), self.directions)]
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """Return empty tensors of the shapes of what the layer returns: its output and its last states.
+
+        Raises:
+            RuntimeError: the weights are of other shapes than input and states ask for.
+        """
+        hidden, width = self.states[0].shape[-1], self.input.shape[-1]
+        for layer in self.layers():
+            for w_in, w_hidden, *biases in layer:
+                gates = w_hidden.shape[0] // hidden * hidden
+                shapes = [tuple(t.shape) for t in (w_in, w_hidden, *biases)]
+                if shapes != [(gates, width), (gates, hidden), *[(gates,)] * len(biases)]:
+                    raise RuntimeError(f"a recurrent layer from {width} to {hidden} channels has weights of {shapes}")
+            width = hidden * self.directions
+        out = self.input.new_empty(*self.input.shape[:-1], hidden * self.directions)
+        return (out, *(torch.empty_like(state) for state in self.states))
+
+
+def _bind(args: Sequence[Any], kwargs: Mapping[str, Any]) -> RecurrentCall:
+    """Name the arguments of one call; of packed input they are `data`, `batch_sizes`, and the rest without the last."""
+    batch_sizes = args[1] if len(args) > 1 else kwargs.get("batch_sizes")
+    if not isinstance(batch_sizes, Tensor) or batch_sizes.is_floating_point():  # states stand there
+        return RecurrentCall(*args, **kwargs)
+    by_name = {"input" if name == "data" else name: value for name, value in kwargs.items()}
+    return RecurrentCall(*args[:1], *args[2:], **{**by_name, "batch_sizes": batch_sizes})
+
+
+def outputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Return empty tensors of the shapes of what the layer returns.
 
     Raises:
         RuntimeError: the weights are of other shapes than input and states ask for.
     """
-    x, states, hidden = args[0], tensors_in(args[1]), tensors_in(args[1])[0].shape[-1]
-    width = x.shape[-1]
-    for layer in _layers(args):
-        for w_in, w_hidden, *biases in layer:
-            gates = w_hidden.shape[0] // hidden * hidden
-            shapes = [tuple(t.shape) for t in (w_in, w_hidden, *biases)]
-            if shapes != [(gates, width), (gates, hidden), *[(gates,)] * len(biases)]:
-                raise RuntimeError(f"a recurrent layer from {width} to {hidden} channels has weights of {shapes}")
-        width = hidden * len(layer)
-    return (x.new_empty(*x.shape[:-1], hidden * (2 if args[7] else 1)), *(torch.empty_like(s) for s in states))
+    return _bind(args, kwargs).outputs()
 
 
-def _layers(args: tuple[Any, ...]) -> list[list[list[Tensor]]]:
-    """Return the weights by layer and direction; none for kinds that are kept whole (projections, packed input)."""
-    weights, layers, directions = args[2], args[4], 2 if args[7] else 1
-    each = len(weights) // (layers * directions)
-    if each not in (2, 4) or len(args) != 9:
-        return []
-    parts = [list(weights[i : i + each]) for i in range(0, len(weights), each)]
-    return [parts[i : i + directions] for i in range(0, len(parts), directions)]
-
-
-def run(flow: Flow, name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Label the outputs: in each direction one vector of hidden units, which its gates and its state share."""
-    states, entering = [flow.labels(t) for t in tensors_in(args[1])], flow.labels(args[0])
-    flow.freeze_all(entering[:-1], "a recurrent layer runs along it")
-    leaving, units = entering[-1], [s[-1] for s in states if s[-1] is not None]
-    for layer in _layers(args):
-        made = [_direction(flow, name, args[0], leaving, weights) for weights in layer]
-        units += made
-        leaving = np.concatenate(made)
-    found = outputs(args)
-    if not _layers(args):
-        for tensor in tensors_in(args[:3]):
+def run(flow: Flow, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Label the outputs: in each direction one vector of hidden channels, which its gates and its state share."""
+    call = _bind(args, kwargs)
+    states = [flow.labels(state) for state in call.states]
+    *outer, channels = flow.labels(call.input)
+    flow.freeze_all(outer, "a recurrent layer runs along it")
+    hidden = [labels[-1] for labels in states if labels[-1] is not None]
+    for layer in call.layers():
+        vectors = [_label_direction(flow, LAYERS[name], call.input, channels, weights) for weights in layer]
+        hidden += vectors
+        channels = np.concatenate(vectors)
+    out, *last_states = call.outputs()
+    if not call.layers():
+        for tensor in (call.input, *call.states, *call.params):
             flow.freeze_all(flow.labels(tensor), "a recurrent layer of this kind keeps all its channels")
-        leaving = None
-    flow.constraints.tie_counts(units)  # one attribute holds their number
-    flow.set_labels(found[0], [*entering[:-1], leaving])
-    for state, labels in zip(found[1:], states, strict=True):
+        channels = None
+    flow.constraints.tie_counts(hidden)  # one attribute holds their number
+    flow.set_labels(out, [*outer, channels])
+    for state, labels in zip(last_states, states, strict=True):
         flow.set_labels(state, labels)
-    flow.produce(leaving)
-    return found
+    flow.produce(channels)
+    return (out, *last_states)
 
 
-def _direction(flow: Flow, name: str, x: Tensor, entering: Label, weights: list[Tensor]) -> Vector:
-    """Tie the gates of one direction of one layer, count its MACs, and return its hidden units."""
-    (rows, columns), (_, unit) = flow.labels(weights[0]), flow.labels(weights[1])
-    if unit is None:  # a single hidden unit
-        unit = flow.atoms.fresh(1)
-    if entering is not None or columns is not None:
-        flow.join(entering, columns, "a recurrent layer")
+def _label_direction(flow: Flow, gates: int, x: Tensor, channels: Label, weights: list[Tensor]) -> Vector:
+    """Tie the gates of one direction of one layer, count its MACs, and return its hidden channels."""
+    w_in, w_hidden, *_ = weights  # (gates * H, I), (gates * H, H)
+    (rows, columns), (_, hidden) = flow.labels(w_in), flow.labels(w_hidden)
+    if hidden is None:  # a single one
+        hidden = flow.atoms.fresh(1)
+    if channels is not None or columns is not None:
+        flow.join(channels, columns, "a recurrent layer")
     for tensor in weights:
-        gates = flow.labels(tensor)[0]
-        if gates is not None:
-            for gate in gates.reshape(LAYERS[name], -1):
-                flow.atoms.join(unit, gate)
+        label = flow.labels(tensor)[0]
+        if label is not None:
+            for gate in label.reshape(gates, -1):
+                flow.atoms.join(hidden, gate)
     steps = x.shape[:-1].numel()
-    flow.contract(steps, [(weights[0].shape[0], rows), (weights[0].shape[1], columns)])
-    flow.contract(steps, [(weights[1].shape[0], rows), (weights[1].shape[1], unit)])
-    return unit
-
-
-class Shapes(TorchFunctionMode):
-    """Give the shapes of recurrent layers without running them; all else runs."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in LAYERS:
-            return outputs(args)
-        return func(*args, **(kwargs or {}))
+    flow.contract(steps, [(w_in.shape[0], rows), (w_in.shape[1], columns)])
+    flow.contract(steps, [(w_hidden.shape[0], rows), (w_hidden.shape[1], hidden)])
+    return hidden

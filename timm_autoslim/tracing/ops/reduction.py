@@ -1,99 +1,105 @@
-"""Normalisation, pooling and reductions."""
+"""Normalisation, pooling, reductions and running sums."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.ops.contraction import tie_rows
-from timm_autoslim.tracing.ops.elementwise import pointwise
-from timm_autoslim.tracing.ops.table import rule, tensors_in
+from timm_autoslim.tracing.ops.elementwise import join_inputs
+from timm_autoslim.tracing.ops.schema import OperatorCall, tensors_in_lists
+from timm_autoslim.tracing.ops.table import RULES
 from timm_autoslim.tracing.sizes import Size
 
 
-@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-      "_native_batch_norm_legit_functional")  # fmt: skip
-def _batch_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    labels = flow.labels(args[0])
-    for parameter in (p for p in args[1:5] if isinstance(p, Tensor)):
+@RULES.add(
+    "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
+    "_native_batch_norm_legit_functional",
+)  # fmt: skip
+def _batch_norm(flow: Flow, op: OperatorCall) -> None:
+    x, *parameters = op.tensors  # (N, C, ...); weight, bias, running_mean and running_var (C,), as far as there are any
+    labels = flow.labels(x)
+    for parameter in parameters:
         if labels[1] is not None or flow.labels(parameter)[0] is not None:
             labels[1] = flow.join(labels[1], flow.labels(parameter)[0], "batch norm")
-    flow.set_labels(out[0], labels)
-    for statistic in out[1:3]:
+    flow.set_labels(op.out[0], labels)
+    for statistic in op.out[1:3]:
         flow.set_labels(statistic, [labels[1]] if statistic.numel() else [None])
 
 
-@rule("native_layer_norm", "_fused_rms_norm")
-def _layer_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    x, shape, *affine = args[:4]
+@RULES.add("native_layer_norm", "_fused_rms_norm")
+def _layer_norm(flow: Flow, op: OperatorCall) -> None:
+    x, *parameters = op.tensors  # (..., *normalized_shape); weight and bias of the normalized shape, if there are any
     labels = flow.labels(x)
-    for parameter in (p for p in affine if isinstance(p, Tensor)):
+    for parameter in parameters:
         labels = flow.broadcast([x, parameter], x.shape, "layer norm")
-    results = tensors_in(out)
-    flow.set_labels(results[0], labels)
-    for statistic in results[1:]:
-        keep = labels[: -len(shape)] + [None] * len(shape)
-        flow.set_labels(statistic, keep[: statistic.dim()])
+    result, *statistics = tensors_in_lists(op.out)
+    flow.set_labels(result, labels)
+    normalized = len(op["normalized_shape"])
+    for statistic in statistics:
+        rest = labels[:-normalized] + [None] * normalized
+        flow.set_labels(statistic, rest[: statistic.dim()])
 
 
-@rule("native_group_norm")
-def _group_norm(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    x, groups = args[0], args[6]
+@RULES.add("native_group_norm")
+def _group_norm(flow: Flow, op: OperatorCall) -> None:
+    x, *parameters = op.tensors  # (N, C, ...); weight and bias (C,), if there are any
+    groups = op["group"]
     labels = flow.labels(x)
-    for parameter in (p for p in args[1:3] if isinstance(p, Tensor)):
+    for parameter in parameters:
         labels[1] = flow.join(labels[1], flow.labels(parameter)[0], "group norm")
     vector = labels[1]
     if vector is not None and groups > 1:
         grid = vector.reshape(groups, -1)
-        given = flow.written_one(groups)
-        if isinstance(given, Size) and groups >= grid.shape[1]:
+        groups_in_code = flow.written_one(groups)
+        if isinstance(groups_in_code, Size) and groups >= grid.shape[1]:
             tie_rows(flow, grid)
-            flow.constrain(grid[:, 0], given)
+            flow.constrain(grid[:, 0], groups_in_code)
         else:
-            for share in grid[1:]:
-                flow.atoms.join(grid[0], share)
-    flow.set_labels(out[0], labels)
-    for statistic in out[1:]:
+            tie_rows(flow, grid.T)
+    flow.set_labels(op.out[0], labels)
+    for statistic in op.out[1:]:
         flow.set_labels(statistic, [None] * statistic.dim())
 
 
-@rule(
+@RULES.add(
     "max_pool2d_with_indices", "avg_pool2d", "avg_pool1d", "max_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d",
     "_adaptive_avg_pool3d", "avg_pool3d", "max_pool3d_with_indices", "adaptive_avg_pool1d",
     "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_nearest1d",
     "_upsample_bilinear2d_aa", "upsample_linear1d", "_upsample_nearest_exact2d", "grid_sampler_2d",
 )  # fmt: skip
-def _spatial(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    labels = flow.labels(args[0])
-    keep = args[0].dim() - (1 if "1d" in flow.operator else 3 if "3d" in flow.operator else 2)
-    for result in tensors_in(out):
-        flow.set_labels(result, labels[:keep] + [None] * (result.dim() - keep))
-    flow.freeze_all(labels[keep:], "pooling or resizing runs along it")
-
-
-@rule("mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "logsumexp",
-      "max", "min", "all", "any", "argmax", "argmin", "prod")  # fmt: skip
-def _reduce(flow: Flow, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    x, results = args[0], tensors_in(out)
-    if len([a for a in args if isinstance(a, Tensor)]) > 1:
-        return pointwise(flow, args, kwargs, out)
-    position = 2 if flow.operator in ("linalg_vector_norm", "norm") else 1
-    dims = args[position] if len(args) > position else kwargs.get("dim")
-    if dims is None or dims == []:
-        dims = range(x.dim())
-    elif isinstance(dims, int):
-        dims = [dims]
-    gone = {d % x.dim() for d in dims} if x.dim() else set()
+def _spatial(flow: Flow, op: OperatorCall) -> None:
+    x = op.tensors[0]  # (N, C, H, W) or (C, H, W); (..., L) in 1d and (..., D, H, W) in 3d
     labels = flow.labels(x)
-    if flow.operator in ("argmax", "argmin"):
-        flow.freeze_all([labels[d] for d in gone], "an index of channels leaves it")
-    elif flow.operator in ("max", "min") and len(results) == 2:
-        flow.index(results[1], [labels[d] for d in gone])
+    outer = x.dim() - (1 if "1d" in op.name else 3 if "3d" in op.name else 2)
+    for result in tensors_in_lists(op.out):
+        flow.set_labels(result, labels[:outer] + [None] * (result.dim() - outer))
+    flow.freeze_all(labels[outer:], "pooling or resizing runs along it")
+
+
+@RULES.add(
+    "mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm", "logsumexp",
+    "max", "min", "all", "any", "argmax", "argmin", "prod",
+)  # fmt: skip
+def _reduce(flow: Flow, op: OperatorCall) -> None:
+    if len(op.tensors) > 1:  # the larger or the smaller of two tensors, element by element
+        return join_inputs(flow, op)
+    x, dims = op["self"], op.get("dim")  # all dimensions if none is given, or if the overload takes none
+    dims = [dims] if isinstance(dims, int) else dims or range(x.dim())
+    axes = {d % x.dim() for d in dims} if x.dim() else set()
+    labels, results = flow.labels(x), tensors_in_lists(op.out)
+    if op.name in ("argmax", "argmin"):
+        flow.freeze_all([labels[d] for d in axes], "an index of channels leaves it")
+    elif op.name in ("max", "min") and len(results) == 2:
+        flow.index(results[1], [labels[d] for d in axes])
     for result in results:
         if result.dim() == x.dim():
-            flow.set_labels(result, [None if d in gone else v for d, v in enumerate(labels)])
+            flow.set_labels(result, [None if d in axes else v for d, v in enumerate(labels)])
         else:
-            flow.set_labels(result, [v for d, v in enumerate(labels) if d not in gone])
+            flow.set_labels(result, [v for d, v in enumerate(labels) if d not in axes])
     return None
+
+
+@RULES.add("cumsum", "cumprod", "logcumsumexp")
+def _cumulate(flow: Flow, op: OperatorCall) -> None:
+    labels = flow.labels(op["self"])
+    flow.freeze(labels[op["dim"]], "a running sum depends on the order of its channels")
+    flow.set_labels(op.out, labels)

@@ -1,0 +1,126 @@
+"""Recurrent layers as one operator: their arguments by name, their shapes, and their labels."""
+
+import pytest
+import torch
+from helpers.operators import observe, reasons, tensor
+from helpers.zoo import randomise
+from torch import nn
+
+from timm_autoslim import convert
+from timm_autoslim.errors import NothingToSlimError
+from timm_autoslim.tracing.flow import Flow
+from timm_autoslim.tracing.ops import recurrent, tensors_in_lists
+from timm_autoslim.tracing.record import Recorder
+
+NAMES = ("input", "hx", "params", "has_biases", "num_layers", "dropout", "train", "bidirectional", "batch_first")
+STATES = {"lstm": 2, "gru": 1, "rnn_tanh": 1, "rnn_relu": 1}
+
+
+def arguments(name, layers=2, bidirectional=False, width=6, hidden=4, biases=True):
+    """Return the arguments of one of torch's functions, in its order."""
+    gates, directions = recurrent.LAYERS[name], 2 if bidirectional else 1
+    params = []
+    for layer in range(layers):
+        fan_in = hidden * directions if layer else width
+        for _ in range(directions):
+            params += [tensor(gates * hidden, fan_in), tensor(gates * hidden, hidden)]
+            params += [tensor(gates * hidden), tensor(gates * hidden)] if biases else []
+    states = [tensor(layers * directions, 3, hidden) for _ in range(STATES[name])]
+    hx = states if name == "lstm" else states[0]
+    return [tensor(3, 5, width), hx, params, biases, layers, 0.0, True, bidirectional, True]
+
+
+def run(name, values, args, kwargs):
+    """Run the rule on labelled tensors; return what it did."""
+    flow = Flow()
+    flow.stack.paths.append("layer")
+    flow.count_macs = True
+    inputs = tensors_in_lists(values)
+    for value in inputs:
+        flow.fresh_labels(value)
+    return observe(flow, inputs, recurrent.run(flow, name, args, kwargs))
+
+
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["both ways", "one way"])
+@pytest.mark.parametrize("name", recurrent.LAYERS)
+def test_names_and_positions_give_the_same_labels(name, bidirectional, biases):
+    values = arguments(name, bidirectional=bidirectional, biases=biases)
+    by_name = dict(reversed(list(zip(NAMES, values, strict=True))))
+    assert run(name, values, values, {}) == run(name, values, (), by_name)
+    assert run(name, values, values, {}) == run(name, values, values[:2], dict(zip(NAMES[2:], values[2:], strict=True)))
+
+
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["both ways", "one way"])
+@pytest.mark.parametrize(("name", "kind"), [("lstm", nn.LSTM), ("gru", nn.GRU), ("rnn_tanh", nn.RNN)])
+def test_shapes_are_those_of_torch(name, kind, bidirectional):
+    values = arguments(name, bidirectional=bidirectional)
+    out, states = kind(6, 4, 2, batch_first=True, bidirectional=bidirectional)(torch.zeros(3, 5, 6))
+    expected = [tuple(t.shape) for t in tensors_in_lists((out, states))]
+    assert [tuple(t.shape) for t in recurrent.outputs(values, {})] == expected
+
+
+def test_gates_share_the_hidden_channels_of_their_direction():
+    values = arguments("lstm", layers=1)
+    outcome = run("lstm", values, values, {})
+    x, _, _, w_in, w_hidden, b_in, b_hidden = outcome["inputs"]
+    out = outcome["outputs"][0]
+    assert out[2] == w_hidden[1]
+    assert w_in[1] == x[2]
+    for rows in (w_in[0], w_hidden[0], b_in[0], b_hidden[0]):
+        assert rows == w_hidden[1] * 4
+    assert outcome["contractions"] == [(15, [w_in[0], w_in[1]]), (15, [w_hidden[0], w_hidden[1]])]
+
+
+def test_weights_that_do_not_fit_are_told():
+    values = arguments("gru")
+    values[2][0] = tensor(12, 7)
+    with pytest.raises(RuntimeError, match="a recurrent layer from 6 to 4 channels has weights of"):
+        recurrent.outputs(values, {})
+
+
+def test_projections_keep_all_channels():
+    values = arguments("lstm", layers=1)
+    values[1][0] = tensor(1, 3, 2)  # states of the projection
+    values[2] = [tensor(16, 6), tensor(16, 2), tensor(16), tensor(16), tensor(2, 4)]
+    outcome = run("lstm", values, values, {})
+    assert outcome["outputs"][0][2] is None
+    assert "a recurrent layer of this kind keeps all its channels" in reasons(outcome)
+
+
+@pytest.mark.parametrize("name", recurrent.LAYERS)
+def test_packed_input_has_its_own_order_of_arguments(name):
+    _, hx, params, *rest = arguments(name)
+    sizes = torch.zeros(5, dtype=torch.long, device="meta")
+    values = [tensor(15, 6), sizes, hx, params, *rest[:-1]]
+    assert recurrent.outputs(values, {})[0].shape == (15, 4)
+    outcome = run(name, values, values, {})
+    assert outcome["outputs"][0][1] is None
+    assert "a recurrent layer of this kind keeps all its channels" in reasons(outcome)
+    names = ("data", "batch_sizes", *NAMES[1:-1])
+    assert outcome == run(name, values, (), dict(zip(names, values, strict=True)))
+
+
+class Packed(nn.Module):
+    """A recurrent layer on a packed sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.layer, self.head = nn.Linear(6, 8), nn.LSTM(8, 4, batch_first=True), nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        lengths = torch.full((x.shape[0],), x.shape[1])
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return self.head(nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0].mean(1))
+
+
+def test_a_model_that_packs_its_input_is_told_what_is_in_the_way():
+    with pytest.raises(NothingToSlimError, match=r"layer: a recurrent layer of this kind keeps all its channels"):
+        convert(randomise(Packed()).eval(), torch.zeros(2, 7, 6))
+
+
+def test_shapes_are_given_without_running_the_layer():
+    layer = nn.LSTM(6, 4, batch_first=True).to("meta")
+    out, (last, cell) = Recorder(layer).run(tensor(3, 5, 6))
+    assert (out.shape, last.shape, cell.shape) == ((3, 5, 4), (1, 3, 4), (1, 3, 4))

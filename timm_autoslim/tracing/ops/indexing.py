@@ -1,0 +1,143 @@
+"""Slices, splits and indices take parts of a dimension; the labels of the parts go with them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from timm_autoslim.tracing.flow import Flow, Labels
+from timm_autoslim.tracing.labels import Vector
+from timm_autoslim.tracing.ops.contraction import tie_rows
+from timm_autoslim.tracing.ops.schema import OperatorCall
+from timm_autoslim.tracing.ops.table import RULES
+from timm_autoslim.tracing.sizes import Size
+
+_SPLITS = ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
+
+
+# -- slices and splits ----------------------------------------------------------------------------------------------
+
+
+@RULES.add("slice")
+def _slice(flow: Flow, op: OperatorCall) -> None:
+    x, out, dim, step = op["self"], op.out, op["dim"], op["step"]
+    labels = flow.labels(x)
+    label, length = labels[dim], x.shape[dim]
+    if label is None or out.shape[dim] == length:
+        return flow.set_labels(out, labels)
+    first = op["start"] or 0
+    last = length if op["end"] is None or op["end"] > length else op["end"]
+    labels[dim] = label[first:last:step]
+    if step != 1 and first < step and last == length and length % step == 0:
+        tie_rows(flow, label.reshape(-1, step))  # whole blocks stay or go, so the slice takes the same of each
+        return flow.set_labels(out, labels)
+    if step != 1:
+        flow.freeze(label, "a slice with a step takes fixed channels out of it")
+    bounds_in_code = _find_bounds(flow, first, last) or (first, last)
+    for bound, size in zip((first, last), bounds_in_code, strict=True):
+        if bound < 0:  # counted from the end
+            flow.freeze(label[bound:], "a slice counts channels from its end")
+        elif bound and (bound != length or isinstance(size, Size)):
+            flow.constrain(label[:bound], size)
+    return flow.set_labels(out, labels)
+
+
+def _find_bounds(flow: Flow, first: int, last: int) -> tuple[int, int] | None:
+    """Find the slice of the running `__getitem__` (or the arguments of `narrow`) that gave these bounds."""
+    if flow.call.name == "narrow":
+        start, length = flow.written_one(first), flow.written_one(last - first)
+        return start, start + length if first else length
+    index = flow.call.args[1] if flow.call.name in ("__getitem__", "__setitem__") else None
+    for item in index if isinstance(index, tuple) else (index,):
+        if isinstance(item, slice) and not (item.start is None and item.stop is None):
+            bounds = item.start or 0, last if item.stop is None else item.stop
+            if bounds == (first, last):
+                return bounds
+    return None
+
+
+@RULES.add(*_SPLITS)
+def _split(flow: Flow, op: OperatorCall) -> None:
+    labels, dim = flow.labels(op["self"]), op["dim"]
+    vector = labels[dim]
+    if vector is None:
+        for part in op.out:
+            flow.set_labels(part, labels)
+        return
+    ends = np.cumsum([part.shape[dim] for part in op.out])
+    parts = np.split(vector, ends[:-1])
+    if flow.call.name in _SPLITS:
+        for part, size in zip(parts, _find_lengths(flow, op, parts), strict=True):
+            flow.constrain(part, size)
+    elif len({len(p) for p in parts}) == 1:
+        # chunk, or a function of torch that cuts what it computed, such as a recurrent cell
+        flow.constraints.tie_counts(parts)
+    else:
+        flow.freeze(vector, "chunk cuts it into unequal parts")
+    for tensor, part in zip(op.out, parts, strict=True):
+        labels[dim] = part
+        flow.set_labels(tensor, labels)
+
+
+def _find_lengths(flow: Flow, op: OperatorCall, parts: list[Vector]) -> list[int]:
+    """Return the lengths of the parts as the model's code gave them to `split`: one for each, or one for all."""
+    lengths = [len(part) for part in parts]
+    lengths_in_code = flow.written(lengths)
+    if lengths_in_code is None and "split_size" in op.arguments:
+        return [flow.written_one(op["split_size"])] * len(parts)
+    return list(lengths_in_code or lengths)
+
+
+@RULES.add("unbind")
+def _unbind(flow: Flow, op: OperatorCall) -> None:
+    labels = flow.labels(op["self"])
+    flow.freeze(labels.pop(op["dim"]), "unbind takes its channels apart")
+    for part in op.out:
+        flow.set_labels(part, labels)
+
+
+@RULES.add("unfold")
+def _unfold(flow: Flow, op: OperatorCall) -> None:
+    labels = flow.labels(op["self"])
+    flow.freeze(labels[op["dimension"]], "unfold runs along it")
+    labels[op["dimension"]] = None
+    flow.set_labels(op.out, [*labels, None])
+
+
+# -- indices --------------------------------------------------------------------------------------------------------
+
+
+@RULES.add("select")
+def _select(flow: Flow, op: OperatorCall) -> None:
+    labels = flow.labels(op["self"])
+    flow.freeze(labels.pop(op["dim"]), "an index picks one channel of it")
+    flow.set_labels(op.out, labels)
+
+
+@RULES.add("index", "_unsafe_index")
+def _index(flow: Flow, op: OperatorCall) -> None:
+    labels = flow.labels(op["self"])
+    axes = [d for d, index in enumerate(op["indices"]) if index is not None]
+    for d in axes:
+        flow.freeze(labels[d], "an index picks channels of it")
+    rest = [v for d, v in enumerate(labels) if d not in axes]
+    new: Labels = [None] * (op.out.dim() - len(rest))
+    # numpy's rule: the new dimensions stand in place if the indices stand together, else in front
+    together = axes == list(range(axes[0], axes[-1] + 1))
+    first = axes[0] if together else 0
+    flow.set_labels(op.out, [*rest[:first], *new, *rest[first:]])
+
+
+@RULES.add("index_select", "gather")
+def _index_select(flow: Flow, op: OperatorCall) -> None:
+    x, dim = op["self"], op["dim"]
+    labels = flow.labels(x)
+    flow.freeze(labels[dim], "an index picks channels of it")
+    labels[dim] = None
+    flow.set_labels(op.out, [v if n == m else None for v, n, m in zip(labels, x.shape, op.out.shape, strict=True)])
+
+
+@RULES.add("embedding")
+def _embedding(flow: Flow, op: OperatorCall) -> None:
+    rows, columns = flow.labels(op["weight"])  # (rows, C)
+    flow.freeze(rows, "an index picks rows of it")
+    flow.set_labels(op.out, [*[None] * op["indices"].dim(), columns])  # (..., C)

@@ -1,0 +1,160 @@
+"""Operators that put tensors together, or their elements in other places; the labels move with the elements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+
+from timm_autoslim.tracing.flow import Flow, Labels
+from timm_autoslim.tracing.labels import Label
+from timm_autoslim.tracing.ops.contraction import tie_rows
+from timm_autoslim.tracing.ops.schema import OperatorCall
+from timm_autoslim.tracing.ops.table import RULES
+
+# -- put together ---------------------------------------------------------------------------------------------------
+
+
+@RULES.add("cat")
+def _cat(flow: Flow, op: OperatorCall) -> None:
+    tensors = [t for t in op["tensors"] if t.numel() or t.dim() > 1]
+    dim = op["dim"] % op.out.dim()
+    labels: Labels = []
+    for d in range(op.out.dim()):
+        parts = [flow.labels(t)[d] for t in tensors]
+        if d == dim:
+            labels.append(_concatenate(flow, parts, [t.shape[d] for t in tensors]))
+            continue
+        label = parts[0]
+        for other in parts[1:]:
+            if label is not None or other is not None:
+                label = flow.join(label, other, "cat")
+        labels.append(label)
+    flow.set_labels(op.out, labels)
+
+
+def _concatenate(flow: Flow, parts: Labels, lengths: Sequence[int]) -> Label:
+    if all(part is None for part in parts):
+        return None
+    vectors = []
+    for part, length in zip(parts, lengths, strict=True):
+        if part is None:
+            part = flow.atoms.fresh(length)
+            flow.freeze(part, "cat with a part of fixed length")
+        vectors.append(part)
+    return np.concatenate(vectors)
+
+
+@RULES.add("stack")
+def _stack(flow: Flow, op: OperatorCall) -> None:
+    tensors, dim = op["tensors"], op["dim"] % op.out.dim()
+    labels = flow.broadcast(tensors, tensors[0].shape, "stack")
+    flow.set_labels(op.out, [*labels[:dim], None, *labels[dim:]])
+
+
+@RULES.add("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d")
+def _pad(flow: Flow, op: OperatorCall) -> None:
+    pads = op.get("pad", op.get("padding"))  # before and after the last dimension, then the one before that, ...
+    labels = flow.labels(op["self"])
+    for i in range(0, len(pads), 2):
+        d = op.out.dim() - 1 - i // 2
+        label = labels[d]
+        if label is None or not (pads[i] or pads[i + 1]):
+            continue
+        if pads[i] < 0 or pads[i + 1] < 0:
+            flow.freeze(label, "pad crops it")
+            labels[d] = None
+            continue
+        edges = [flow.atoms.fresh(pads[i]), flow.atoms.fresh(pads[i + 1])]
+        flow.freeze_all(edges, "pad adds channels of its own")
+        labels[d] = np.concatenate([edges[0], label, edges[1]])
+    flow.set_labels(op.out, labels)
+
+
+@RULES.add("repeat", "tile")
+def _repeat(flow: Flow, op: OperatorCall) -> None:
+    x, out, times = op["self"], op.out, op.get("repeats", op.get("dims"))  # `dims` is tile's word
+    labels = [None] * (out.dim() - x.dim()) + flow.labels(x)
+    lengths = [1] * (out.dim() - x.dim()) + list(x.shape)
+    times_in_code = flow.written(times) or times
+    for d, (label, length) in enumerate(zip(labels, lengths, strict=True)):
+        if label is not None:
+            labels[d] = np.tile(label, times[d])
+        elif length == 1 and times[d] > 1:
+            labels[d] = flow.sized(times[d], times_in_code[d])
+    flow.set_labels(out, labels)
+
+
+# -- put in other places --------------------------------------------------------------------------------------------
+
+
+@RULES.add("flip")
+def _flip(flow: Flow, op: OperatorCall) -> None:
+    labels = flow.labels(op["self"])
+    for d in op["dims"]:
+        label = labels[d]
+        labels[d] = None if label is None else label[::-1]
+    flow.set_labels(op.out, labels)
+
+
+@RULES.add("roll")
+def _roll(flow: Flow, op: OperatorCall) -> None:
+    labels = flow.labels(op["self"])
+    for d in op["dims"] or range(len(labels)):
+        flow.freeze(labels[d], "roll moves channels by a fixed distance")
+    flow.set_labels(op.out, labels)
+
+
+@RULES.add("im2col")
+def _im2col(flow: Flow, op: OperatorCall) -> None:
+    batch, channels, *along = flow.labels(op["self"])  # (N, C, H, W) to (N, C * kh * kw, windows)
+    flow.freeze_all(along, "unfold runs along it")
+    blocks = None if channels is None else np.repeat(channels, prod(op["kernel_size"]))
+    flow.set_labels(op.out, [batch, blocks, None])
+
+
+@RULES.add("col2im")
+def _col2im(flow: Flow, op: OperatorCall) -> None:
+    batch, blocks, windows = flow.labels(op["self"])  # (N, C * kh * kw, windows) to (N, C, H, W)
+    flow.freeze(windows, "fold runs along it")
+    channels = None
+    if blocks is not None:
+        grid = blocks.reshape(-1, prod(op["kernel_size"]))
+        tie_rows(flow, grid)  # the points of one channel's window go together
+        channels = grid[:, 0]
+    flow.set_labels(op.out, [batch, channels, None, None])
+
+
+@RULES.add("pixel_shuffle")
+def _pixel_shuffle(flow: Flow, op: OperatorCall) -> None:
+    batch, blocks, *along = flow.labels(op["self"])  # (N, C * factor**2, H, W) to (N, C, H * factor, W * factor)
+    flow.freeze_all(along, "a pixel shuffle runs along it")
+    channels = None
+    if blocks is not None:
+        grid = blocks.reshape(-1, op["upscale_factor"] ** 2)
+        tie_rows(flow, grid)  # the points of one channel's block go together
+        channels = grid[:, 0]
+    flow.set_labels(op.out, [batch, channels, *[None] * len(along)])
+
+
+@RULES.add("pixel_unshuffle")
+def _pixel_unshuffle(flow: Flow, op: OperatorCall) -> None:
+    batch, channels, *along = flow.labels(op["self"])  # (N, C, H * factor, W * factor) to (N, C * factor**2, H, W)
+    flow.freeze_all(along, "a pixel shuffle runs along it")
+    blocks = None if channels is None else np.repeat(channels, op["downscale_factor"] ** 2)
+    flow.set_labels(op.out, [batch, blocks, *[None] * len(along)])
+
+
+@RULES.add("channel_shuffle")
+def _channel_shuffle(flow: Flow, op: OperatorCall) -> None:
+    batch, label, *along = flow.labels(op["self"])  # (N, C, ...): C as (groups, each) is read by the columns
+    flow.freeze_all(along, "a channel shuffle runs along it")
+    if label is not None:
+        groups = op["groups"]
+        each, groups_in_code = len(label) // groups, flow.written_one(groups)
+        rows, columns = flow.split(label, [groups, each], [groups_in_code, -1])
+        flow.constrain(rows, groups_in_code)
+        by_row = None if rows is None else np.tile(rows, each)
+        label = by_row if columns is None else np.repeat(columns, groups)
+    flow.set_labels(op.out, [batch, label, *[None] * len(along)])

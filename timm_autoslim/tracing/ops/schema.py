@@ -1,0 +1,85 @@
+"""An operator's arguments, by the names that its schema gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from torch._ops import OpOverload
+
+from timm_autoslim.errors import TraceError
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorCall:
+    """One call of an operator.
+
+    Attributes:
+        operator: its name with the namespace and without the overload (`aten.add`).
+        arguments: every argument of the schema by its name, in the schema's order; what the call leaves out has the
+            schema's default.
+        tensors: every tensor among the arguments, those in lists too, in the schema's order.
+        out: what the operator returned.
+
+    Example:
+        >>> import torch
+        >>> x = torch.zeros(2, 8)
+        >>> op = bind(torch.ops.aten.split.Tensor, (x, 4), {}, ())
+        >>> op["split_size"], op["dim"]
+        (4, 0)
+        >>> op.name, len(op.tensors)
+        ('split', 1)
+    """
+
+    operator: str
+    arguments: Mapping[str, Any]
+    tensors: tuple[Tensor, ...]
+    out: Any
+
+    @property
+    def name(self) -> str:
+        """The operator's name alone (`add`), as in the table of rules."""
+        return self.operator.rpartition(".")[2]
+
+    def __getitem__(self, argument: str) -> Any:
+        """Return the argument of this name.
+
+        Raises:
+            TraceError: the schema has no such argument.
+        """
+        try:
+            return self.arguments[argument]
+        except KeyError:
+            needed = f"one of {list(self.arguments)}"
+            raise TraceError.at(f"the rule of {self.operator}", got=f"argument {argument!r}", needed=needed) from None
+
+    def get(self, argument: str, default: Any = None) -> Any:
+        """Return the argument of this name, or `default` where this overload has none."""
+        return self.arguments.get(argument, default)
+
+
+def bind(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> OperatorCall:
+    """Name the arguments of one call."""
+    name, defaults = _schema(operator)
+    arguments = defaults | dict(zip(defaults, args, strict=False)) | kwargs
+    return OperatorCall(name, arguments, tuple(tensors_in_lists(list(arguments.values()))), out)
+
+
+@cache
+def _schema(operator: OpOverload) -> tuple[str, dict[str, Any]]:
+    """Return the name of an operator, and its arguments with their defaults (None where the schema has none)."""
+    defaults = {argument.name: argument.default_value for argument in operator._schema.arguments}
+    frozen = {name: tuple(v) if isinstance(v, list) else v for name, v in defaults.items()}
+    return operator._schema.name.replace("::", "."), frozen
+
+
+def tensors_in_lists(values: Any) -> list[Tensor]:
+    """Return every tensor in nested tuples and lists: an operator takes and returns no others."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, (tuple, list)):
+        return [t for v in values for t in tensors_in_lists(v)]
+    return []
