@@ -74,3 +74,8 @@ class ConfigError(AutoSlimError, ValueError):
 
 class DataError(AutoSlimError, ValueError):
     """The data are missing, empty, or do not fit the model."""
+
+
+def quote_error(error: BaseException) -> str:
+    """Return the first line of an exception's text, cut to 300 characters."""
+    return next(iter(str(error).splitlines()), "")[:300]

@@ -16,7 +16,7 @@ from timm_autoslim.costs.cost import Cost
 from timm_autoslim.costs.tape import Run, Tape, record
 from timm_autoslim.errors import BudgetError, WidthError
 from timm_autoslim.slimming.budgets import read_budgets
-from timm_autoslim.utils.meta import named_tensors
+from timm_autoslim.utils.tensors import named_tensors
 
 SMALL = {"depth": 2, "embed_dim": 96, "num_heads": 3}
 CNNS = [

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from timm_autoslim.slicing.attributes import put_back, set_attributes
-from timm_autoslim.slicing.slices import Slices, applied, extract, shrink_
-from timm_autoslim.slicing.tensors import NODE_TENSORS, add, take
+from timm_autoslim.slicing.attributes import restore_attributes, set_attributes
+from timm_autoslim.slicing.slices import Slices, apply_slices, extract_model, shrink_model
+from timm_autoslim.slicing.tensors import NODE_TENSORS, add_slice, take_slice
 from timm_autoslim.tracing.graph import runs_of
 
 
@@ -53,13 +53,13 @@ def test_take_keeps_what_a_mask_keeps_and_in_any_number_of_runs(rows, columns):
     expected = tensor[torch.tensor(rows)]
     if any(columns):
         expected = expected[:, torch.tensor(columns)]
-    assert torch.equal(take(tensor, axes), expected)
+    assert torch.equal(take_slice(tensor, axes), expected)
 
 
 @pytest.mark.parametrize("runs", [((2, 3),), ((0, 1), (4, 2)), ((0, 1), (3, 1), (6, 1))])
 def test_take_is_contiguous_and_sends_gradients_back_to_the_kept_places(runs):
     tensor = torch.rand(4, 20, requires_grad=True)
-    piece = take(tensor, (None, runs))
+    piece = take_slice(tensor, (None, runs))
     assert piece.is_contiguous()
     assert piece.shape == (4, sum(n for _, n in runs))
     piece.sum().backward()
@@ -71,7 +71,7 @@ def test_take_is_contiguous_and_sends_gradients_back_to_the_kept_places(runs):
 
 def test_take_of_everything_is_the_tensor_itself():
     tensor = torch.rand(4, 5)
-    assert take(tensor, (None, None)) is tensor
+    assert take_slice(tensor, (None, None)) is tensor
 
 
 def test_attributes_are_set_in_modules_lists_tuples_and_dicts():
@@ -80,7 +80,7 @@ def test_attributes_are_set_in_modules_lists_tuples_and_dicts():
     changed = set_attributes(model, {f"0.{path}": value for path, value in TIED.attributes.items()})
     assert {name: vars(model[0])[name] for name in AFTER} == AFTER
     assert model[0].first.in_features == 3
-    put_back(changed)
+    restore_attributes(changed)
     assert_same(before, snapshot(model))
     assert model[0].shape == (6, 2)
     assert model[0].info == [{"num_chs": 6, "sizes": (1, 6)}]
@@ -92,7 +92,7 @@ def test_a_list_that_a_configuration_shares_stays_as_it_is():
     changed = set_attributes(model, {"embed_dim.1": 100, "embed_dim.0": 50})
     assert model.embed_dim == [50, 100]
     assert config == [192, 384]
-    put_back(changed)
+    restore_attributes(changed)
     assert model.embed_dim is config
 
 
@@ -100,7 +100,7 @@ def test_members_of_one_tuple_are_set_one_after_the_other():
     model = Tied()
     changed = set_attributes(model, {"shape.0": 3, "shape.1": 1, "info.0.sizes.0": 4, "info.0.sizes.1": 5})
     assert (model.shape, model.info[0]["sizes"]) == ((3, 1), (4, 5))
-    put_back(changed)
+    restore_attributes(changed)
     assert (model.shape, model.info[0]["sizes"]) == ((6, 2), (1, 6))
 
 
@@ -118,19 +118,19 @@ def test_a_block_slices_and_puts_everything_back():
     model = Tied()
     before = snapshot(model)
     x = torch.rand(2, 3)
-    with applied(model, TIED):
+    with apply_slices(model, TIED):
         assert model.first.weight.shape == (3, 3)
         assert model.second.weight is model.first.weight
         assert {name: vars(model)[name] for name in AFTER} == AFTER
         inside = model(x)
     assert_same(before, snapshot(model))
-    assert torch.equal(inside, extract(model, TIED)(x))
+    assert torch.equal(inside, extract_model(model, TIED)(x))
 
 
 def test_a_block_puts_everything_back_when_its_body_raises():
     model = Tied()
     before = snapshot(model)
-    with pytest.raises(ZeroDivisionError), applied(model, TIED):
+    with pytest.raises(ZeroDivisionError), apply_slices(model, TIED):
         raise ZeroDivisionError
     assert_same(before, snapshot(model))
 
@@ -147,17 +147,17 @@ def test_a_block_puts_everything_back_when_its_body_raises():
 def test_slices_that_do_not_fit_leave_nothing_half_done(slices, error):
     model = Tied()
     before = snapshot(model)
-    with pytest.raises(error), applied(model, slices):
+    with pytest.raises(error), apply_slices(model, slices):
         pytest.fail("the block must not be entered")
     assert_same(before, snapshot(model))
     with pytest.raises(error):
-        extract(model, slices)
+        extract_model(model, slices)
     assert_same(before, snapshot(model))
 
 
 def test_gradients_of_a_block_reach_the_whole_parameters():
     model = Tied()
-    with applied(model, TIED):
+    with apply_slices(model, TIED):
         model(torch.rand(2, 3)).sum().backward()
     assert model.first.weight.grad.shape == (6, 6)
     assert model.first.weight.grad[:3, :3].count_nonzero() == 9
@@ -169,14 +169,14 @@ def test_buffers_of_a_block_are_copies():
     model = randomise(Plain()).train()
     slices = Slices({"bn.running_mean": (None,), "bn.running_var": (None,), "bn.num_batches_tracked": ()}, {})
     before = snapshot(model)
-    with applied(model, slices):
+    with apply_slices(model, slices):
         model.bn(torch.rand(2, 8, 4, 4))
         assert not torch.equal(model.bn.running_mean, before[0]["bn.running_mean"])
         assert model.bn.num_batches_tracked == 8
     assert_same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("cut", [extract, lambda model, slices: shrink_(model, slices) or model])
+@pytest.mark.parametrize("cut", [extract_model, lambda model, slices: shrink_model(model, slices) or model])
 def test_what_is_cut_for_good_has_weights_of_its_own_and_keeps_ties_and_kinds(cut):
     model = Tied()
     model.second.bias.requires_grad_(False)
@@ -200,13 +200,13 @@ def test_cutting_for_good_in_place_and_in_a_copy_agree():
         | {f"bn_inner.{leaf}": (((0, 5),),) for leaf in ("weight", "bias", "running_mean", "running_var")},
         {"inner.out_channels": 5, "outer.in_channels": 5, "bn_inner.num_features": 5},
     )
-    plain, shrunk = extract(model, slices), copy.deepcopy(model)
-    shrink_(shrunk, slices)
+    plain, shrunk = extract_model(model, slices), copy.deepcopy(model)
+    shrink_model(shrunk, slices)
     x = torch.rand(2, 3, 8, 8)
     assert torch.equal(plain(x), shrunk(x))
     assert str(plain) == str(shrunk)
     assert plain.state_dict().keys() == shrunk.state_dict().keys() == model.state_dict().keys()
-    with applied(model, slices):
+    with apply_slices(model, slices):
         assert torch.equal(model(x), plain(x))
 
 
@@ -220,8 +220,8 @@ def test_recurrent_layers_hold_their_own_weights_only():
         "bias_hh_l0": (gates,),
     }
     slices = Slices({f"0.{name}": axes for name, axes in sizes.items()}, {"0.hidden_size": 3})
-    plain, x = extract(model, slices), torch.rand(5, 2, 6)
-    shrink_(model, slices)
+    plain, x = extract_model(model, slices), torch.rand(5, 2, 6)
+    shrink_model(model, slices)
     assert all(a is b for a, b in zip(model[0]._flat_weights, model.parameters(), strict=True))
     assert torch.equal(torch.jit.script(model)(x)[0], plain(x)[0])  # scripted before it ever ran
 
@@ -230,7 +230,7 @@ def test_extracting_makes_no_full_copy_of_what_is_cut(monkeypatch):
     model = Tied()
     copied = []
     monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda self, memo: copied.append(self.shape) or self)
-    extract(model, TIED)
+    extract_model(model, TIED)
     assert copied == []
 
 
@@ -247,13 +247,13 @@ def test_backward_adds_to_the_kept_places_and_to_no_other(first, second):
     with torch.no_grad():
         layer.weight.grad = torch.rand(60, 60)
     before, slices = layer.weight.grad.clone(), Slices({"weight": (first, second)}, {})
-    with applied(layer, slices):
+    with apply_slices(layer, slices):
         factor = torch.rand_like(layer.weight)
         (layer.weight * factor).sum().backward(retain_graph=True)
         own = layer.weight
     kept = torch.zeros(60, 60)
-    add(kept, factor, (first, second))
-    assert torch.equal(take(kept, (first, second)), factor)
+    add_slice(kept, factor, (first, second))
+    assert torch.equal(take_slice(kept, (first, second)), factor)
     assert kept.count_nonzero() == factor.count_nonzero()
     assert torch.equal(layer.weight.grad, before + kept)
     (wanted,) = torch.autograd.grad((own * factor).sum(), layer.weight)  # asked for, so handed over and not added
@@ -293,9 +293,9 @@ def test_parameters_that_share_a_node_have_their_own_gradients(skipped):
     seen = []
     row.layers[2].weight.register_hook(lambda value: seen.append(value.shape))
     row.layers[5].bias.grad = torch.ones(4)
-    plain, inputs = extract(row, ROW), torch.rand(2, 3)
+    plain, inputs = extract_model(row, ROW), torch.rand(2, 3)
     plain(inputs, skipped).square().sum().backward()
-    with applied(row, ROW):
+    with apply_slices(row, ROW):
         row(inputs, skipped).square().sum().backward()
     assert seen == [(4, 4)]
     for (name, whole), piece in zip(row.named_parameters(), plain.parameters(), strict=True):
@@ -303,14 +303,14 @@ def test_parameters_that_share_a_node_have_their_own_gradients(skipped):
             assert whole.grad is None
         else:
             given = torch.ones_like(whole) if name == "layers.5.bias" else torch.zeros_like(whole)
-            add(given, piece.grad, ROW.tensors[name])
+            add_slice(given, piece.grad, ROW.tensors[name])
             assert torch.equal(whole.grad, given), name
 
 
 def test_a_part_of_the_parameters_that_share_a_node_may_be_asked_for():
     row = Row()
     wanted = row.layers[3].weight
-    with applied(row, ROW):
+    with apply_slices(row, ROW):
         row(torch.rand(2, 3)).square().sum().backward(inputs=[wanted])
     assert [name for name, parameter in row.named_parameters() if parameter.grad is not None] == ["layers.3.weight"]
     assert wanted.grad.count_nonzero() == wanted.grad[:3, :3].count_nonzero() > 0
@@ -320,7 +320,7 @@ def test_hooks_of_a_parameter_see_the_whole_gradient():
     for register in ("register_hook", "register_post_accumulate_grad_hook"):
         layer, seen = nn.Linear(4, 4, bias=False), []
         getattr(layer.weight, register)(lambda value, seen=seen: seen.append(value.shape))
-        with applied(layer, Slices({"weight": (HALF, HALF)}, {})):
+        with apply_slices(layer, Slices({"weight": (HALF, HALF)}, {})):
             layer.weight.sum().backward()
         assert seen == [(4, 4)]
         assert layer.weight.grad.sum() == 9
@@ -328,7 +328,7 @@ def test_hooks_of_a_parameter_see_the_whole_gradient():
 
 def test_gradients_of_gradients_reach_the_whole_parameters():
     layer = nn.Linear(4, 4, bias=False).double()
-    with applied(layer, Slices({"weight": (HALF, HALF)}, {})):
+    with apply_slices(layer, Slices({"weight": (HALF, HALF)}, {})):
         out = (layer.weight**3).sum()
     (first,) = torch.autograd.grad(out, layer.weight, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), layer.weight)
@@ -339,7 +339,7 @@ def test_gradients_of_gradients_reach_the_whole_parameters():
 
 def test_backward_to_other_inputs_leaves_the_parameter_alone():
     layer, inputs = nn.Linear(4, 4, bias=False), torch.rand(2, 3, requires_grad=True)
-    with applied(layer, Slices({"weight": (HALF, HALF)}, {})):
+    with apply_slices(layer, Slices({"weight": (HALF, HALF)}, {})):
         layer(inputs).sum().backward(inputs=[inputs])
     assert inputs.grad.any()
     assert layer.weight.grad is None
@@ -347,6 +347,6 @@ def test_backward_to_other_inputs_leaves_the_parameter_alone():
 
 def test_slices_of_channels_last_weights_are_channels_last():
     weight = torch.rand(8, 6, 3, 3).to(memory_format=torch.channels_last)
-    piece = take(weight, (HALF, ((1, 4),), None, None))
+    piece = take_slice(weight, (HALF, ((1, 4),), None, None))
     assert piece.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(piece, weight[:3, 1:5])

@@ -9,7 +9,7 @@ from torch import nn
 
 from timm_autoslim import convert
 from timm_autoslim.errors import WidthError
-from timm_autoslim.supernet.order import CRITERIA, permute, reordered, strand_group, unit_scores
+from timm_autoslim.supernet.order import CRITERIA, make_pruning_group, permute_units, reorder_channels, score_units
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 # An order changes the order of float32 sums, nothing else.
@@ -60,7 +60,7 @@ def test_scores_are_torch_prunings_over_all_layers_of_a_channel(model):
     )
     total = sum(layers)
     supernet = convert(model, IMAGE)
-    found = unit_scores(model, supernet.graph, "l1")[strand_named(supernet, "inner")]
+    found = score_units(model, supernet.graph, "l1")[strand_named(supernet, "inner")]
     np.testing.assert_allclose(found, (total / total.mean()).detach().numpy(), rtol=1e-5)
 
 
@@ -162,7 +162,7 @@ def test_a_permutation_moves_channels_where_it_says():
     supernet = convert(model, IMAGE)
     inner = strand_named(supernet, "inner")
     order = np.roll(np.arange(16), 3)
-    moved = permute(model, supernet.graph, {inner: order})
+    moved = permute_units(model, supernet.graph, {inner: order})
     assert torch.equal(moved.inner.weight, model.inner.weight[order])
     assert torch.equal(moved.outer.weight, model.outer.weight[:, order])
     assert torch.equal(moved.bn_inner.running_var, model.bn_inner.running_var[order])
@@ -176,7 +176,7 @@ def test_channels_that_a_shuffle_matches_by_position_stay_where_they_are():
     supernet = convert(model, images[:1])
     graph = supernet.graph
     assert {s.ordered for s in graph.strands} == {True, False}
-    permuted = reordered(model, graph, "random")
+    permuted = reorder_channels(model, graph, "random")
     torch.testing.assert_close(permuted(images), model(images), rtol=EXACT, atol=EXACT)
     before, after = model.state_dict(), permuted.state_dict()
     for (name, _), place in graph.places.items():
@@ -188,7 +188,7 @@ def test_channels_that_a_shuffle_matches_by_position_stay_where_they_are():
 
 def test_groups_for_torch_pruning_name_all_layers_of_a_strand():
     supernet = convert(timm.create_model("resnet10t").eval(), torch.zeros(1, 3, 64, 64))
-    group = strand_group(supernet.model, supernet.graph, strand_named(supernet, "layer2.0.conv2"))
+    group = make_pruning_group(supernet.model, supernet.graph, strand_named(supernet, "layer2.0.conv2"))
     names = {dep.target.name.partition(" ")[0]: len(indices) for dep, indices in group}
     assert names == dict.fromkeys(
         ["layer2.0.conv2", "layer2.0.bn2", "layer2.0.downsample.1", "layer2.0.downsample.2", "layer3.0.conv1",

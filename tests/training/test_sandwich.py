@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from timm_autoslim import convert, sandwich_step
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.training.distillation import adaptive_alpha_divergence, soft_cross_entropy
-from timm_autoslim.training.dropout import without_dropout
-from timm_autoslim.training.sandwich import resized
+from timm_autoslim.training.dropout import disable_dropout
+from timm_autoslim.training.sandwich import resize_images
 
 
 def small_supernet(norm=True):
@@ -344,10 +344,10 @@ def test_without_dropout_reaches_functions_and_attention():
     ]  # fmt: skip
     for call in calls:
         assert not torch.equal(call(), call())
-        with without_dropout(nn.ModuleList((attention, parallel))):
+        with disable_dropout(nn.ModuleList((attention, parallel))):
             assert torch.equal(call(), call())
         assert not torch.equal(call(), call())
-    with without_dropout(attention):
+    with disable_dropout(attention):
         torch.testing.assert_close(
             F.scaled_dot_product_attention(x, x, x, None, 0.9), F.scaled_dot_product_attention(x, x, x)
         )
@@ -355,7 +355,7 @@ def test_without_dropout_reaches_functions_and_attention():
 
 def test_without_dropout_leaves_modules_as_they_were():
     model = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5).eval(), nn.BatchNorm1d(3))
-    with contextlib.suppress(ArithmeticError), without_dropout(model):
+    with contextlib.suppress(ArithmeticError), disable_dropout(model):
         assert [module.training for module in model] == [False, False, True]
         raise ArithmeticError
     assert [module.training for module in model] == [True, False, True]
@@ -426,8 +426,8 @@ def test_all_but_the_widest_see_images_of_random_sizes_and_the_widths_stay():
     drawn = [shape[2:] for seed in range(8) for shape, _ in step(seed, (6, 5, 4))[1:]]
     assert set(drawn) == {(6, 6), (5, 5), (4, 4)}
     assert step(3, (6, 5, 4)) == smaller
-    assert torch.equal(resized(inputs, 8), inputs)
-    torch.testing.assert_close(resized(torch.ones(1, 3, 8, 8), 5), torch.ones(1, 3, 5, 5))
+    assert torch.equal(resize_images(inputs, 8), inputs)
+    torch.testing.assert_close(resize_images(torch.ones(1, 3, 8, 8), 5), torch.ones(1, 3, 5, 5))
 
 
 def test_fewer_than_two_subnets_are_refused():

@@ -16,7 +16,7 @@ def set_attributes(model: nn.Module, values: Mapping[str, Value]) -> list[tuple[
     A list or tuple is replaced whole, in what holds it: a list may be that of a configuration.
 
     Returns:
-        What `put_back` takes: the dict that holds each value, its key there, and what was there before.
+        What `restore_attributes` takes: the dict that holds each value, its key there, and what was there before.
 
     Raises:
         KeyError, IndexError: a path leads nowhere; then nothing is changed.
@@ -38,12 +38,12 @@ def set_attributes(model: nn.Module, values: Mapping[str, Value]) -> list[tuple[
             changed.append((store, leaf, store[leaf]))
             store[leaf] = new
     except BaseException:
-        put_back(changed)
+        restore_attributes(changed)
         raise
     return changed
 
 
-def put_back(changed: Sequence[tuple[Any, Any, Any]]) -> None:
+def restore_attributes(changed: Sequence[tuple[Any, Any, Any]]) -> None:
     """Undo what `set_attributes` did."""
     for store, key, value in reversed(changed):
         store[key] = value

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from timm_autoslim.slicing.attributes import Value, put_back, set_attributes
-from timm_autoslim.slicing.tensors import Axis, connected, own
+from timm_autoslim.slicing.attributes import Value, restore_attributes, set_attributes
+from timm_autoslim.slicing.tensors import Axis, copy_slice, slice_for_call
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,7 +40,7 @@ class Slices:
         return [(path.split(".") if path else [], members) for path, members in found.items()]
 
 
-def within(runs: Iterable[tuple[int, int]], old: int | Sequence[Sequence[int]] | None) -> int | list[list[int]]:
+def compose_runs(runs: Iterable[tuple[int, int]], old: int | Sequence[Sequence[int]] | None) -> int | list[list[int]]:
     """Return what runs of the channels that `old` kept of an axis keep of the axis itself: runs, or the first few."""
     index = [i for start, n in runs for i in range(start, start + n)]
     if isinstance(old, Sequence):
@@ -85,7 +85,7 @@ def _locate(model: nn.Module, slices: Slices) -> list[_Located]:
     return found
 
 
-def forget(modules: Iterable[nn.Module]) -> list[tuple[dict[str, Any], str, dict[Any, Any]]]:
+def clear_caches(modules: Iterable[nn.Module]) -> list[tuple[dict[str, Any], str, dict[Any, Any]]]:
     """Empty what modules keep from call to call in dicts of tensors, such as LeViT's attention biases.
 
     Returns:
@@ -95,17 +95,17 @@ def forget(modules: Iterable[nn.Module]) -> list[tuple[dict[str, Any], str, dict
     for module in modules:
         if type(module).__module__.startswith("torch.nn.modules."):
             continue  # these keep nothing so, and are many
-        own = module.__dict__
-        for name, value in own.items():
+        attributes = module.__dict__
+        for name, value in attributes.items():
             if type(value) is dict and not name.startswith("_") and any(isinstance(v, Tensor) for v in value.values()):
-                found.append((own, name, value))
-    for own, name, _ in found:
-        own[name] = {}
+                found.append((attributes, name, value))
+    for store, name, _ in found:
+        store[name] = {}
     return found
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, slices: Slices) -> Iterator[None]:
+def apply_slices(model: nn.Module, slices: Slices) -> Iterator[None]:
     """Run `model` as a subnet inside the block: its tensors are replaced by slices of themselves, then put back.
 
     Parameters stay connected: gradients of the slices reach the whole parameters. Buffers are copies, so that a
@@ -113,40 +113,40 @@ def applied(model: nn.Module, slices: Slices) -> Iterator[None]:
     """
     located = _locate(model, slices)
     modules = dict.fromkeys(place.module for place in located)
-    pieces = connected((place.whole, place.axes) for place in located)
+    pieces = slice_for_call((place.whole, place.axes) for place in located)
     changed: list[tuple[Any, Any, Any]] = []
-    caches = forget(modules)
+    caches = clear_caches(modules)
     try:
         changed = set_attributes(model, slices.attributes)
         for _, store, leaf, whole, _ in located:
             store[leaf] = pieces[id(whole)]
         yield
     finally:
-        forget(modules)
-        for own, name, cache in caches:
-            own[name] = cache
+        clear_caches(modules)
+        for store, name, cache in caches:
+            store[name] = cache
         for _, store, leaf, whole, _ in located:
             store[leaf] = whole
-        put_back(changed)
+        restore_attributes(changed)
 
 
-def extract(model: M, slices: Slices) -> M:
+def extract_model(model: M, slices: Slices) -> M:
     """Return a copy of `model` that keeps only what `slices` keeps; no second full copy of the weights is made."""
     memo: dict[int, object] = {}
     for place in _locate(model, slices):
         if id(place.whole) not in memo:
-            memo[id(place.whole)] = own(place.whole, place.axes)
+            memo[id(place.whole)] = copy_slice(place.whole, place.axes)
     for module in model.modules():  # activations that modules keep: autograd's results cannot be copied
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
     plain = copy.deepcopy(model, memo)
-    forget({place.module for place in _locate(plain, slices)})
+    clear_caches({place.module for place in _locate(plain, slices)})
     set_attributes(plain, slices.attributes)
     return plain
 
 
-def shrink_(model: nn.Module, slices: Slices) -> None:
+def shrink_model(model: nn.Module, slices: Slices) -> None:
     """Keep of `model`, in place and for good, only what `slices` keeps; tied parameters stay tied."""
     located = _locate(model, slices)
     times = Counter(id(place.whole) for place in located)
@@ -154,7 +154,7 @@ def shrink_(model: nn.Module, slices: Slices) -> None:
     tied: dict[int, tuple[Tensor, Tensor]] = {}
     while located:  # each tensor is given up for its slice, whose memory the next slices can take
         _, store, leaf, whole, axes = located.pop()
-        piece = tied[id(whole)][1] if id(whole) in tied else own(whole, axes)
+        piece = tied[id(whole)][1] if id(whole) in tied else copy_slice(whole, axes)
         if times[id(whole)] > 1:
             tied[id(whole)] = (whole, piece)
         store[leaf] = piece

@@ -20,7 +20,7 @@ NODE_TENSORS = 16
 NODE_NUMBERS = 1 << 18
 
 
-def take(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+def take_slice(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """Keep the runs of each axis. Differentiable; contiguous, so that the same kernels run as on an extracted model."""
     layout = _layout(tensor)
     for dim, runs in enumerate(axes):
@@ -37,8 +37,8 @@ def take(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     return tensor.contiguous(memory_format=layout)
 
 
-def add(whole: Tensor, piece: Tensor, axes: tuple[Axis, ...]) -> None:
-    """Add `piece`, of the size that `take(whole, axes)` has, to the places of `whole` that it was taken from."""
+def add_slice(whole: Tensor, piece: Tensor, axes: tuple[Axis, ...]) -> None:
+    """Add `piece`, of the size that `take_slice(whole, axes)` has, to the places of `whole` that it was taken from."""
     strides, offset = whole.stride(), whole.storage_offset()
     for runs, stride in zip(axes, strides, strict=True):
         if runs is not None:
@@ -99,7 +99,7 @@ def _index(runs: tuple[tuple[int, int], ...]) -> Tensor:
     return torch.tensor([i for start, length in runs for i in range(start, start + length)])
 
 
-def own(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+def copy_slice(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """Take a slice that lives on its own: a parameter stays a parameter."""
     piece = _copy(whole, axes)
     if isinstance(whole, nn.Parameter):
@@ -107,7 +107,7 @@ def own(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     return piece
 
 
-def connected(tensors: Iterable[tuple[Tensor, tuple[Axis, ...]]]) -> dict[int, Tensor]:
+def slice_for_call(tensors: Iterable[tuple[Tensor, tuple[Axis, ...]]]) -> dict[int, Tensor]:
     """Make the slices for a call, by the ids of the whole tensors: of parameters with a gradient, of buffers copies."""
     pieces: dict[int, Tensor] = {}
     trained: dict[int, tuple[Tensor, tuple[Axis, ...]]] = {}
@@ -120,7 +120,7 @@ def connected(tensors: Iterable[tuple[Tensor, tuple[Axis, ...]]]) -> dict[int, T
         elif graph and whole.requires_grad and any(axes):
             trained[id(whole)] = whole, axes
         else:
-            pieces[id(whole)] = piece = take(whole, axes)
+            pieces[id(whole)] = piece = take_slice(whole, axes)
             if piece.requires_grad != whole.requires_grad:
                 # Without gradients too: torch's matmul picks its kernel by this flag of the weight.
                 piece.requires_grad_(whole.requires_grad)
@@ -135,7 +135,7 @@ def _copy(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     whole = whole.detach() if whole.requires_grad else whole
     if len(axes) == 1 and axes[0] is not None and len(axes[0]) == 1:  # running statistics and the like
         return whole.narrow_copy(0, *axes[0][0])
-    piece = take(whole, axes)
+    piece = take_slice(whole, axes)
     if whole.is_contiguous():  # its addresses are quicker to compare than its storage
         first = whole.data_ptr()
         shared = first <= piece.data_ptr() < first + max(1, whole.nbytes)
@@ -159,7 +159,7 @@ def _nodes(trained: Mapping[int, tuple[Tensor, tuple[Axis, ...]]]) -> Iterator[l
 
 
 class _Slice(torch.autograd.Function):
-    """`take` of a few parameters, whose backward adds to the kept places of their `.grad` and touches no other.
+    """`take_slice` of a few parameters, whose backward adds to the kept places of their `.grad` and touches no other.
 
     Autograd's own way would fill a gradient of the whole parameter with zeros and add all of it. It is still gone where
     the gradient is wanted elsewhere than in `.grad` (`autograd.grad`, a graph of the gradient) or a hook must see it.
@@ -169,7 +169,7 @@ class _Slice(torch.autograd.Function):
     def forward(ctx: Any, axes: tuple[tuple[Axis, ...], ...], *wholes: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.axes, ctx.wholes = axes, wholes
-        return tuple(map(take, wholes, axes))
+        return tuple(map(take_slice, wholes, axes))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -185,7 +185,7 @@ class _Slice(torch.autograd.Function):
                 continue
             if whole.grad is None:
                 whole.grad = torch.zeros_like(whole)
-            add(whole.grad, gradient, axes)
+            add_slice(whole.grad, gradient, axes)
         return tuple(handed)
 
 
@@ -196,12 +196,12 @@ class _Pad(torch.autograd.Function):
     def forward(ctx: Any, gradient: Tensor, whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
         ctx.axes = axes
         padded = torch.zeros_like(whole, dtype=gradient.dtype)
-        add(padded, gradient, axes)
+        add_slice(padded, gradient, axes)
         return padded
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return take(gradient, ctx.axes), None, None
+        return take_slice(gradient, ctx.axes), None, None
 
 
 def _accumulates(whole: Tensor, node: Any) -> bool:

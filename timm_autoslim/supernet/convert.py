@@ -139,9 +139,9 @@ def convert(
     trace = replace(trace, graph=_freeze(trace.graph, [freeze] if isinstance(freeze, str) else freeze))
     space = build_space(trace.graph, min, divisor, choices)
     if order is not None:
-        from timm_autoslim.supernet.order import reordered
+        from timm_autoslim.supernet.order import reorder_channels
 
-        model = reordered(model, trace.graph, order)
+        model = reorder_channels(model, trace.graph, order)
     recipe = getattr(model, "autoslim", None)
     args = built_with(model)
     if base is None and recipe:  # slimmed already: its recipe is taken further

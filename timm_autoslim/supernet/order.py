@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from timm_autoslim.errors import WidthError
-from timm_autoslim.slicing.slices import forget
+from timm_autoslim.slicing.slices import clear_caches
 from timm_autoslim.tracing.graph import AxisUnits, ChannelGraph
-from timm_autoslim.utils.meta import named_tensors
+from timm_autoslim.utils.tensors import named_tensors
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,7 +45,7 @@ def _pruning_function(module: nn.Module, axis: int) -> Any:
     return None
 
 
-def strand_group(model: nn.Module, graph: ChannelGraph, strand: int) -> Any | None:
+def make_pruning_group(model: nn.Module, graph: ChannelGraph, strand: int) -> Any | None:
     """Return the `tp.Group` of the layers that hold the channels of one strand; None if torch-pruning knows none.
 
     The root index of a channel is its unit's rank, so torch-pruning's scores come out one for each unit.
@@ -69,7 +69,7 @@ def strand_group(model: nn.Module, graph: ChannelGraph, strand: int) -> Any | No
     return group if first else None
 
 
-def unit_scores(
+def score_units(
     model: nn.Module, graph: ChannelGraph, criterion: str, seed: int = 0
 ) -> list[NDArray[np.float64] | None]:
     """Return the scores of the units of every strand, by rank; None for a strand of which the criterion says nothing.
@@ -83,7 +83,7 @@ def unit_scores(
     Raises:
         WidthError: the criterion is "taylor", and a weight that it reads has no gradient.
     """
-    groups = [strand_group(model, graph, index) for index in range(len(graph.strands))]
+    groups = [make_pruning_group(model, graph, index) for index in range(len(graph.strands))]
     if criterion == "taylor":
         _check_gradients(group for group in groups if group is not None)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -126,7 +126,7 @@ def _permuted(place: AxisUnits, orders: dict[int, NDArray[np.int64]]) -> NDArray
     return index
 
 
-def permute(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.int64]]) -> M:
+def permute_units(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.int64]]) -> M:
     """Return a copy of `model` with the units of each strand in a new order (best first); its function is the same."""
     memo: dict[int, object] = {}
     changed = []
@@ -141,11 +141,11 @@ def permute(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.int64]])
         moved = moved.clone()
         memo[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
     plain = copy.deepcopy(model, memo)
-    forget({plain.get_submodule(name.rpartition(".")[0]) for name in changed})
+    clear_caches({plain.get_submodule(name.rpartition(".")[0]) for name in changed})
     return plain
 
 
-def reordered(model: M, graph: ChannelGraph, order: str) -> M:
+def reorder_channels(model: M, graph: ChannelGraph, order: str) -> M:
     """Return a copy of `model` whose channels are sorted by importance, the best first, in every strand.
 
     The copy computes the same function to float rounding. Channels that a shuffle matches by position keep their order.
@@ -161,8 +161,8 @@ def reordered(model: M, graph: ChannelGraph, order: str) -> M:
     """
     if order not in CRITERIA:
         raise WidthError(f"got order={order!r}; needed: None or one of {sorted(CRITERIA)}")
-    scores = zip(graph.strands, unit_scores(model, graph, order), strict=True)
+    scores = zip(graph.strands, score_units(model, graph, order), strict=True)
     orders = {
         i: np.argsort(-s, kind="stable") for i, (strand, s) in enumerate(scores) if s is not None and not strand.ordered
     }
-    return permute(model, graph, orders)
+    return permute_units(model, graph, orders)

@@ -14,7 +14,7 @@ import torch
 
 from timm_autoslim.errors import WidthError
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.utils.arguments import integer
+from timm_autoslim.utils.arguments import as_integer
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ChannelGroup:
         Raises:
             WidthError: it is no integer, or is not from the floor to the size.
         """
-        number = integer(width)
+        number = as_integer(width)
         if number is None or not self.floor <= number <= self.size:
             raise WidthError(
                 f"{self.name}: got the width {width!r}; needed: an integer from {self.floor} to {self.size}"
@@ -274,7 +274,7 @@ class SearchSpace:
                 f"{path}: its channels belong to the groups {[self.names[g] for g, _ in count.terms]}; use from_dict"
             )
         (index, factor), fixed = count.terms[0], count.fixed
-        group, number = self.groups[index], integer(wanted)
+        group, number = self.groups[index], as_integer(wanted)
         width, rest = divmod(-1 if number is None else number - fixed, factor)
         if number is None or rest or not group.floor <= width <= group.size:
             step = f" in steps of {factor}" if factor > 1 else ""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from timm_autoslim.errors import TraceError
-from timm_autoslim.utils.meta import first_line, named_tensors, tensors_in
+from timm_autoslim.errors import TraceError, quote_error
+from timm_autoslim.utils.tensors import collect_tensors, named_tensors
 
 # Wrappers by the name of the class, so that none of their libraries is imported: what was got, and what to do.
 _DISTRIBUTED = "convert the plain model, and wrap the supernet in DistributedDataParallel"
@@ -91,7 +91,7 @@ def check_example(example: Any) -> None:
         TraceError: the example holds no tensor, or an empty one.
     """
     needed = "needed: a tensor (N, C, H, W), or a tuple or dict of forward's arguments with a tensor in it"
-    tensors = tensors_in(example)
+    tensors = collect_tensors(example)
     if not tensors:
         raise TraceError(
             f"example_input: got a {type(example).__name__} without a tensor; {needed}, such as "
@@ -106,7 +106,7 @@ def _own(module: nn.Module) -> list[Tensor | None]:
     return [*module._parameters.values(), *module._buffers.values()]
 
 
-def what_failed(error: Exception, model: nn.Module, last: str, got: list[tuple[int, ...]]) -> str:
+def explain_failure(error: Exception, model: nn.Module, last: str, got: list[tuple[int, ...]]) -> str:
     """Say where and why a forward raised.
 
     Args:
@@ -125,7 +125,7 @@ def what_failed(error: Exception, model: nn.Module, last: str, got: list[tuple[i
         where = f"in the code of {raised or 'the model'} after {last} had run"
     return (
         f"{last or 'the model'}: its forward raised {type(error).__name__} in "
-        f"{'train' if model.training else 'eval'}() mode on the meta device ({first_line(error)}), {where}; needed: a "
+        f"{'train' if model.training else 'eval'}() mode on the meta device ({quote_error(error)}), {where}; needed: a "
         "forward that runs on example_input without reading data values; give another example_input, or replace "
         ".item(), `if tensor`, nonzero and boolean masks by operations such as torch.where"
     )

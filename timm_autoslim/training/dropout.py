@@ -28,7 +28,7 @@ _DROP_FUNCTIONS = frozenset(
 
 
 @contextlib.contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
+def disable_dropout(model: nn.Module) -> Iterator[None]:
     """Switch dropout and drop path off for the length of a block, while BatchNorm keeps its batch statistics.
 
     Covers modules (torch's dropouts; timm's and torchvision's drop path, drop block and patch dropout) and the

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_autoslim.utils.meta import call, meta_twin, seeded, sized, tensors_in
+from timm_autoslim.utils.meta import copy_to_meta, fix_seed, make_meta_example, run_model
+from timm_autoslim.utils.tensors import collect_tensors
 
 # What may stand between the BatchNorm and the addition: operators that map zero to zero and whose gradient is not zero
 # there (dropout, drop path, a gate, a layer scale, a change of shape, SiLU). ReLU is not among them.
@@ -39,9 +40,9 @@ def zero_last_norms(model: nn.Module, example: Any) -> list[str]:
     Returns:
         The paths of the BatchNorms, in the model's order; none if no branch ends in one.
     """
-    twin = meta_twin(model).train()
-    with torch.enable_grad(), seeded():
-        outputs = call(twin, sized(example, 2))
+    twin = copy_to_meta(model).train()
+    with torch.enable_grad(), fix_seed():
+        outputs = run_model(twin, make_meta_example(example, 2))
     norms = {module.weight: path for path, module in twin.named_modules() if isinstance(module, _BatchNorm)}
     found = set()
     depths: dict[Any, int] = {}
@@ -65,7 +66,7 @@ def zero_last_norms(model: nn.Module, example: Any) -> list[str]:
 
 def _in_order(outputs: Any) -> Iterator[Any]:
     """Yield the nodes of autograd's graph, each after those that it depends on."""
-    waiting = [(tensor.grad_fn, False) for tensor in tensors_in(outputs) if tensor.grad_fn is not None]
+    waiting = [(tensor.grad_fn, False) for tensor in collect_tensors(outputs) if tensor.grad_fn is not None]
     seen: set[Any] = set()
     while waiting:
         node, ready = waiting.pop()

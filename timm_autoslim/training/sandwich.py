@@ -16,7 +16,7 @@ from timm_autoslim.errors import ConfigError
 if TYPE_CHECKING:
     from timm_autoslim.supernet.space import SearchSpace, Widths
 from timm_autoslim.training.distillation import LossFn, soft_cross_entropy
-from timm_autoslim.training.dropout import without_dropout
+from timm_autoslim.training.dropout import disable_dropout
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class SandwichStep:
         return torch.stack(self.losses).sum()
 
 
-def resized(images: Tensor, side: int) -> Tensor:
+def resize_images(images: Tensor, side: int) -> Tensor:
     """Resize images (N, C, H, W) to (N, C, side, side), bilinearly and without aliasing."""
     if images.shape[-2:] == (side, side):
         return images
@@ -125,8 +125,8 @@ def sandwich_step(
             if index < len(subnets) - 1:
                 around.enter_context(no_sync())
             if regularize_widest_only and index:
-                around.enter_context(without_dropout(model))
-            images = resized(inputs, sizes[drawn[index]]) if sizes and index else inputs
+                around.enter_context(disable_dropout(model))
+            images = resize_images(inputs, sizes[drawn[index]]) if sizes and index else inputs
             outputs = model(images, widths)  # (N, classes)
             if widest is None:
                 widest = outputs.detach()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replace_file(path: Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to; what is there at the block's end takes the place of `path`, in one step.
 
     If the block raises, `path` stays as it was, and nothing is left beside it.
@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
         mode = part.stat().st_mode
         yield part
         part.chmod(mode)  # safetensors leaves files that only their owner can read
-        sync(part)
+        sync_to_disk(part)
         os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -36,11 +36,11 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the folder cannot be written to.
     """
-    with replacing(path) as part:
+    with replace_file(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
-def sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Force a file or a folder to the disk, so that a rename cannot outlive its content in a crash of the machine."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open folders, and needs no such thing
         return

@@ -7,7 +7,7 @@ import timm
 import torch
 from helpers.recipes import RECIPES
 
-from timm_autoslim.utils.files import replacing, write_text
+from timm_autoslim.utils.files import replace_file, write_text
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def test_a_failed_write_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path
     write_text(path, "old")
 
     def fail():
-        with replacing(path) as part:
+        with replace_file(path) as part:
             part.write_text("half")
             raise KeyboardInterrupt
 
