@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: `timm_autoslim.utils.files`, public."""
+"""Write files whole or not at all, so that a kill or a crash never leaves half a file."""
 
 from timm_autoslim.utils.files import replace_file as replace_file
 from timm_autoslim.utils.files import sync_to_disk as sync_to_disk
