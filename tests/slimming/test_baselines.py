@@ -146,7 +146,7 @@ def test_groups_without_scores_keep_the_share_that_others_keep():
 
 def test_taylor_needs_gradients(supernet):
     evaluate = missing(supernet, a=5, b=1, c=3)
-    with pytest.raises(WidthError, match=r'a\.weight: the criterion "taylor" got no gradient here'):
+    with pytest.raises(WidthError, match=r'a\.weight: got no gradient; .* criterion "taylor"'):
         baseline(supernet, {"macs": "50%"}, evaluate, "importance", criterion="taylor")
     assert evaluate.calls == 0
     supernet(torch.randn(4, 3, 8, 8)).square().mean().backward()

@@ -82,9 +82,8 @@ def test_bn_scale_sorts_by_the_scale_of_batch_norm(model):
 
 
 def test_taylor_sorts_by_gradient_times_weight_and_asks_for_gradients(model, images):
-    with pytest.raises(
-        WidthError, match=r'stem\.weight: the criterion "taylor" got no gradient here; run the loss backward'
-    ):
+    message = r'^stem\.weight: got no gradient; needed: a gradient, which the criterion "taylor" reads; run the loss'
+    with pytest.raises(WidthError, match=message):
         convert(model, IMAGE, order="taylor")
     with_gradients(model, images)
     with torch.no_grad():  # gradients of a channel that is to be the best, and of one that is to be the worst
@@ -103,7 +102,7 @@ def test_taylor_names_a_frozen_weight_that_it_reads(model, images, frozen):
     model.inner.bias = nn.Parameter(torch.randn(16))
     model.get_parameter(frozen).requires_grad_(False)
     with_gradients(model, images)
-    message = rf'{frozen}: the criterion "taylor" got no gradient here; .* with requires_grad=True for every weight'
+    message = rf'^{frozen}: got no gradient; .* the criterion "taylor" reads; .* requires_grad=True for every weight'
     with pytest.raises(WidthError, match=message):
         convert(model, IMAGE, order="taylor")
 
@@ -128,9 +127,7 @@ def test_a_random_order_is_the_same_at_each_call_and_leaves_the_global_generator
 
 
 def test_an_unknown_order_is_refused(model):
-    with pytest.raises(
-        WidthError, match=r"got order='l3'; needed: None or one of \['bn_scale', 'fpgm', 'l1', 'l2', 'lamp'"
-    ):
+    with pytest.raises(WidthError, match=r"^order: got 'l3'; needed: None or one of \['l1', 'l2', 'bn_scale', 'fpgm'"):
         convert(model, IMAGE, order="l3")
 
 
