@@ -32,7 +32,7 @@ def with_gradients(model, images):
     return model
 
 
-def strand_named(supernet, name):
+def find_strand(supernet, name):
     return next(i for i, s in enumerate(supernet.graph.strands) if supernet.space.names[s.group] == name)
 
 
@@ -60,8 +60,8 @@ def test_scores_are_torch_prunings_over_all_layers_of_a_channel(model):
     )
     total = sum(layers)
     supernet = convert(model, IMAGE)
-    found = score_units(model, supernet.graph, "l1")[strand_named(supernet, "inner")]
-    np.testing.assert_allclose(found, (total / total.mean()).detach().numpy(), rtol=1e-5)
+    scores = score_units(model, supernet.graph, "l1")[find_strand(supernet, "inner")]
+    np.testing.assert_allclose(scores, (total / total.mean()).detach().numpy(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("order", "power"), [("l1", 1), ("l2", 2)])
@@ -132,7 +132,7 @@ def test_an_unknown_order_is_refused(model):
 
 
 @pytest.mark.parametrize("order", ["l1", "random"])
-def test_the_model_given_stays_as_it_was(model, images, order):
+def test_the_model_itself_stays_as_it_was(model, images, order):
     before = snapshot(model)
     convert(model, IMAGE, order=order)
     assert_same(before, snapshot(model))
@@ -147,17 +147,17 @@ def test_narrow_subnets_keep_the_best_channels(model, images):
         model.outer.weight[:, silent] *= 1e-8
         model.bn_inner.weight[silent] *= 1e-8
         model.bn_inner.bias[silent] = 0
-    plain, ordered = convert(model, IMAGE), convert(model, IMAGE, order="l1")
-    widths = plain.space.from_channels({"inner": 4})
-    whole = model(images)
-    torch.testing.assert_close(ordered(images, widths), whole, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(plain(images, widths), whole, rtol=1e-2, atol=1e-2)
+    unordered, ordered = convert(model, IMAGE), convert(model, IMAGE, order="l1")
+    widths = unordered.space.from_channels({"inner": 4})
+    expected = model(images)
+    torch.testing.assert_close(ordered(images, widths), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(unordered(images, widths), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_a_permutation_moves_channels_where_it_says():
     model = randomise(Plain())
     supernet = convert(model, IMAGE)
-    inner = strand_named(supernet, "inner")
+    inner = find_strand(supernet, "inner")
     order = np.roll(np.arange(16), 3)
     moved = permute_units(model, supernet.graph, {inner: order})
     assert torch.equal(moved.inner.weight, model.inner.weight[order])
@@ -185,7 +185,7 @@ def test_channels_that_a_shuffle_matches_by_position_stay_where_they_are():
 
 def test_groups_for_torch_pruning_name_all_layers_of_a_strand():
     supernet = convert(timm.create_model("resnet10t").eval(), torch.zeros(1, 3, 64, 64))
-    group = make_pruning_group(supernet.model, supernet.graph, strand_named(supernet, "layer2.0.conv2"))
+    group = make_pruning_group(supernet.model, supernet.graph, find_strand(supernet, "layer2.0.conv2"))
     names = {dep.target.name.partition(" ")[0]: len(indices) for dep, indices in group}
     assert names == dict.fromkeys(
         ["layer2.0.conv2", "layer2.0.bn2", "layer2.0.downsample.1", "layer2.0.downsample.2", "layer3.0.conv1",

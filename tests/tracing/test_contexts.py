@@ -9,17 +9,17 @@ from torch import nn
 from timm_autoslim import convert, cost
 
 
-def test_a_model_without_data_is_converted():
+def test_a_model_on_the_meta_device_is_converted():
     model = make_net().to("meta")
     before = read_outline(model)
     supernet = convert(model, IMAGE)
     assert read_outline(model) == before
     widths = supernet.space.from_dict({"stem": 5, "inner": 7, "a": 2, "b": 8})
-    plain = supernet.extract(widths)
-    assert plain.a.weight.shape == (2, 5, 1, 1)
-    assert plain.a.weight.is_meta
-    assert supernet(IMAGE.to("meta"), widths).shape == plain(IMAGE.to("meta")).shape == (1, 10)
-    assert cost(supernet, widths).params == sum(p.numel() for p in plain.parameters())
+    extracted = supernet.extract(widths)
+    assert extracted.a.weight.shape == (2, 5, 1, 1)
+    assert extracted.a.weight.is_meta
+    assert supernet(IMAGE.to("meta"), widths).shape == extracted(IMAGE.to("meta")).shape == (1, 10)
+    assert cost(supernet, widths).params == sum(p.numel() for p in extracted.parameters())
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_the_context_of_the_call_changes_nothing(context):
     assert all(p.grad is not None for p in supernet.parameters())
 
 
-def test_layers_that_are_dropped_by_chance_are_traced_along_one_path():
+def test_layers_that_are_dropped_at_random_are_traced_along_one_path():
     def body(self, x):
         x = self.maps(x)
         for layer in self.layers:
@@ -52,14 +52,14 @@ def test_layers_that_are_dropped_by_chance_are_traced_along_one_path():
     assert not supernet.repairs
 
 
-def test_a_model_that_keeps_an_activation_can_be_extracted_after_a_pass_with_gradients():
-    class Keeping(Plain):
+def test_a_model_that_stores_an_activation_can_be_extracted_after_a_pass_with_gradients():
+    class Storing(Plain):
         def forward(self, x):
             self.last = self.stem(x)
             return super().forward(x)
 
     images = torch.randn(2, 3, 16, 16)
-    supernet = convert(Keeping().eval(), images)
+    supernet = convert(Storing().eval(), images)
     widths = supernet.space.min()
-    kept = supernet(images, widths)
-    assert torch.equal(supernet.extract(widths)(images), kept)
+    expected = supernet(images, widths)
+    assert torch.equal(supernet.extract(widths)(images), expected)

@@ -88,15 +88,15 @@ def test_inputs_of_every_form_go_through(name):
     assert supernet.space.max().to_dict() == {"stem": 8, "inner": 16}
 
 
-def test_what_follows_the_inputs_is_the_widths_and_none_is_the_widest():
-    seen = []
+def test_widths_may_follow_the_inputs_and_none_means_the_widest():
+    calls = []
 
     def body(self, x, *further):
-        seen.append((further, self.stem.out_channels))
+        calls.append((further, self.stem.out_channels))
         return self.logits(self.maps(x))
 
     one, two = convert(Net(body), IMAGE), convert(Net(body), (IMAGE, None))
-    calls = {
+    cases = {
         lambda: one(IMAGE): ((), 8),
         lambda: one(IMAGE, None): ((), 8),
         lambda: one(IMAGE, one.space.uniform(0.5)): ((), 4),
@@ -106,10 +106,10 @@ def test_what_follows_the_inputs_is_the_widths_and_none_is_the_widest():
         lambda: two(IMAGE, None, two.space.uniform(0.5)): ((None,), 4),
         lambda: two(IMAGE, None, widths=two.space.uniform(0.5)): ((None,), 4),
     }
-    for call, expected in calls.items():
-        seen.clear()
+    for call, expected in cases.items():
+        calls.clear()
         call()
-        assert seen == [expected]
+        assert calls == [expected]
 
 
 def test_widths_are_never_an_input_of_the_model():
@@ -154,6 +154,6 @@ def test_an_example_of_another_shape_names_the_first_module_that_fails(example, 
 
 
 def test_inputs_that_the_forward_does_not_take_are_refused():
-    for example, what in (((IMAGE, IMAGE), "positional"), ({"y": IMAGE}, "keyword argument 'y'")):
-        with pytest.raises(TraceError, match=f"^the model: its forward raised TypeError.*{what}"):
+    for example, message in (((IMAGE, IMAGE), "positional"), ({"y": IMAGE}, "keyword argument 'y'")):
+        with pytest.raises(TraceError, match=f"^the model: its forward raised TypeError.*{message}"):
             convert(Plain(), example)

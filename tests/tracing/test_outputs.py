@@ -122,8 +122,8 @@ def test_modules_that_take_and_return_dicts_are_followed_and_say_how_wide_they_a
     model = Net(lambda s, x: s.logits(s.part(features={"x": s.maps(x)})["y"]["z"]), part=Inner())
     supernet = check_conversion(randomise(model))
     assert supernet.space.names == ("stem", "inner", "part.conv")
-    plain = supernet.extract(supernet.space.from_dict({"stem": 3, "inner": 5, "part.conv": 2}))
-    assert str(plain.part.conv) == "Conv2d(3, 2, kernel_size=(1, 1), stride=(1, 1))"
+    extracted = supernet.extract(supernet.space.from_dict({"stem": 3, "inner": 5, "part.conv": 2}))
+    assert str(extracted.part.conv) == "Conv2d(3, 2, kernel_size=(1, 1), stride=(1, 1))"
 
 
 @pytest.mark.parametrize("name", ["nested dict", "dataclass", "object with slots"])

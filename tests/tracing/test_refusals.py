@@ -74,7 +74,7 @@ def built_for_inference():
         return make_net()
 
 
-# what builds the model, and the beginnings of what was got and of the remedy
+# a builder of the model, and the beginnings of two parts of the error: what was got, and the remedy
 REFUSED = {
     "torch.compile": (
         lambda: torch.compile(make_net()), "the model: got a module compiled by torch.compile", "convert its `_orig_mod"
@@ -181,8 +181,8 @@ def test_models_that_are_prepared_for_quantisation_are_converted():
     assert torch.equal(supernet(x, widths), supernet.extract(widths)(x))
 
 
-def test_integers_that_are_no_weights_are_left_alone():
-    """Indexes are often kept as parameters."""
+def test_integers_that_are_no_weights_are_not_refused():
+    """Indexes are often parameters."""
 
     class Shuffle(nn.Module):
         def __init__(self):
@@ -197,10 +197,10 @@ def test_integers_that_are_no_weights_are_left_alone():
 
 
 def randomise_without(model, name):
-    """Leave this parameter as it is."""
+    """Randomise all parameters but this one."""
     path, _, leaf = name.rpartition(".")
-    kept = model.get_submodule(path)._parameters.pop(leaf)
-    randomise(model).get_submodule(path)._parameters[leaf] = kept
+    parameter = model.get_submodule(path)._parameters.pop(leaf)
+    randomise(model).get_submodule(path)._parameters[leaf] = parameter
     return model
 
 
@@ -212,7 +212,7 @@ def raises(self, x):
     raise KeyError("mask")
 
 
-# the forward, and what the error says of it
+# the forward, and the type of the exception on the meta device
 READS = {
     "item": (lambda s, x: s.logits(s.maps(x) * s.bn.weight.mean().item()), "RuntimeError"),
     "if": (lambda s, x: s.logits(s.maps(x if x.mean() > 0 else -x)), "RuntimeError"),
@@ -263,7 +263,7 @@ def test_a_forward_that_raises_is_refused_with_the_cause_and_the_place():
     )
 
 
-def test_what_stops_the_program_is_no_error_of_the_model():
+def test_an_interrupt_is_not_turned_into_an_error():
     def stop(self, x):
         raise KeyboardInterrupt
 
@@ -298,16 +298,16 @@ def test_a_forward_that_was_replaced_by_a_method_is_followed():
     [
         (
             threading.Lock(),
-            r"^a\.kept: cannot be copied \(TypeError: cannot pickle .*lock.*; needed: a model that copy.deep",
+            r"^a\.extra: cannot be copied \(TypeError: cannot pickle .*lock.*; needed: a model that copy.deep",
         ),
         (
             [torch.ones(2, requires_grad=True) * 2],
-            r"^a\.kept: cannot be copied \(RuntimeError: Only Tensors created expl",
+            r"^a\.extra: cannot be copied \(RuntimeError: Only Tensors created expl",
         ),
     ],
     ids=["lock", "activation"],
 )
 def test_a_model_that_cannot_be_copied_is_refused_with_the_attribute(value, message):
     model = make_net()
-    model.a.kept = value
+    model.a.extra = value
     check_refusal(model, message)

@@ -171,7 +171,7 @@ def test_the_widest_alone_trains_as_an_ordinary_model():
 
 
 class Dropping(nn.Module):
-    """Drops in each of the ways that models have: by modules, and by a function in its own forward."""
+    """Drops in each of the ways that models have: by modules, and by a function that its forward calls."""
 
     def __init__(self, rate):
         super().__init__()
