@@ -6,7 +6,6 @@ import types
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers.conversions import (
     IMAGE,
     Net,
@@ -18,6 +17,7 @@ from helpers.conversions import (
     read_state,
     run_in_a_row,
 )
+from helpers.forks import run_in_processes
 from helpers.zoo import Plain, randomise
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -146,29 +146,21 @@ def test_a_module_that_cannot_be_sliced_is_refused_by_name(name):
     check_refusal(build(), f"^{got}; {needed}; {remedy}")
 
 
-@pytest.fixture
-def alone(tmp_path):
-    """A process group of this process."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+def test_models_that_are_spread_over_processes_are_refused_by_name(tmp_path):
+    run_in_processes(1, refuse_spread_models, tmp_path)
 
 
-def test_models_that_are_spread_over_processes_are_refused_by_name(alone):
-    check_refusal(
-        DistributedDataParallel(make_net()),
-        "^the model: got a module wrapped in DistributedDataParallel; .*convert its",
-    )
+def refuse_spread_models(rank):
+    message = "^the model: got a module wrapped in DistributedDataParallel; needed: .*; convert its `module`"
+    check_refusal(DistributedDataParallel(make_net()), message)
     sharded = FullyShardedDataParallel(make_net(), device_id=torch.device("cpu"))
     remedy = "convert the model before it is wrapped, and wrap the supernet in DistributedDataParallel"
     check_refusal(sharded, f"^the model: got a module sharded by FSDP; needed: .*; {remedy}")
-    model = make_net()
-    fully_shard(model.a, mesh=alone)
+    model, mesh = make_net(), init_device_mesh("cpu", (1,))
+    fully_shard(model.a, mesh=mesh)
     check_refusal(model, rf"^a: got a module sharded by fully_shard \(FSDP2\); needed: .*; {remedy}")
-    model = make_net(distribute_module(make_conv(), alone))
-    check_refusal(
-        model, r"^a\.weight: got a tensor of torch\.distributed\.tensor\.DTensor; needed: .*; convert the model"
-    )
+    model = make_net(distribute_module(make_conv(), mesh))
+    check_refusal(model, r"^a\.weight: got a tensor of torch\.distributed\.tensor\.DTensor; needed: .*; convert")
 
 
 def test_models_that_are_prepared_for_quantisation_are_converted():

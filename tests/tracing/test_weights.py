@@ -74,8 +74,8 @@ SHARED = {
     "a norm of two names": (run_in_a_row, lambda: name_twice(nn.BatchNorm2d(8)), {}, ("a", "b")),
     "a block of two names": (run_in_a_row, lambda: name_twice(make_bottleneck()), {"a.0": 4}, ("a", "b")),
     "a block inside another": (
-        run_in_a_row, lambda: {"a": (block := make_bottleneck()), "b": nn.Sequential(block, nn.ReLU(), block)}, {"a.0": 4},
-        ("a", "b.0", "b.2"),
+        run_in_a_row, lambda: {"a": (block := make_bottleneck()), "b": nn.Sequential(block, nn.ReLU(), block)},
+        {"a.0": 4}, ("a", "b.0", "b.2"),
     ),
     "a module that runs twice": (
         lambda s, x: s.logits(s.a(s.a(s.maps(x)).relu())), lambda: {"a": nn.Conv2d(8, 8, 1)}, {}, ()

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-from helpers.forks import run_in_two_processes
+from helpers.forks import run_in_processes
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
@@ -256,7 +256,7 @@ def test_two_processes_measure_as_one_on_all_batches(tmp_path, shares):
         calibrate(model, every[: shares[0]] if rank == 0 else every[shares[0] :], distributed=True)
         return state(model)
 
-    first, second = run_in_two_processes(work, tmp_path)
+    first, second = run_in_processes(2, work, tmp_path)
     assert_same(first, second)
     alone = deeper()
     calibrate(alone, every)
@@ -273,7 +273,7 @@ def test_synchronised_norms_measure_the_joined_batches(tmp_path):
         calibrate(model, [part[rank * 4 : rank * 4 + 4] for part in every])
         return state(model)
 
-    first, second = run_in_two_processes(work, tmp_path)
+    first, second = run_in_processes(2, work, tmp_path)
     assert_close(second, first)
     alone = deeper()
     calibrate(alone, every)
@@ -292,7 +292,7 @@ def test_processes_without_batches_are_refused_in_all_of_them(tmp_path):
         assert_same(before[1], state(uneven))
         return messages
 
-    for empty, uneven in run_in_two_processes(work, tmp_path):
+    for empty, uneven in run_in_processes(2, work, tmp_path):
         assert "got none, and Sequential has 3 BatchNorms to measure" in empty
         assert "SyncBatchNorm, and more batches in one process than in another; needed: equal numbers" in uneven
 
@@ -325,7 +325,7 @@ def test_two_processes_of_a_sandwich_are_one_if_their_norms_are_synchronised(tmp
     def norms():
         return deeper()[:5]
 
-    first, second = run_in_two_processes(lambda rank: train(norms(), rank), tmp_path)
+    first, second = run_in_processes(2, lambda rank: train(norms(), rank), tmp_path)
     alone = train(norms())
     assert all(torch.equal(value, second[name]) for name, value in first.items() if "running" not in name)
     if synchronised:  # running statistics, which the widest alone moved, too

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from helpers.forks import run_in_two_processes
+from helpers.forks import run_in_processes
 from helpers.sandwich import make_batch, make_generator, make_logits, small_supernet
 from timm.layers import DropPath
 from torch import nn
@@ -291,7 +291,7 @@ def test_two_processes_have_the_gradient_of_the_joined_batch(tmp_path):
                       no_sync=network.no_sync)  # fmt: skip
         return [parameter.grad for parameter in supernet.parameters()]
 
-    gradients = run_in_two_processes(train, tmp_path)
+    gradients = run_in_processes(2, train, tmp_path)
     supernet = small_supernet(norm=False)
     sandwich_step(supernet, supernet.space, *make_batch(), F.cross_entropy, generator=make_generator())
     for parameter, first, second in zip(supernet.parameters(), *gradients, strict=True):
