@@ -123,6 +123,16 @@ def convert(
         NothingToSlimError: no channel can be removed.
         WidthError: a glob matches nothing, a value is out of range, or the order is "taylor" and a weight that it reads
             has no gradient.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert
+        >>> model = timm.create_model("resnet10t", num_classes=10)
+        >>> supernet = convert(model, torch.zeros(1, 3, 32, 32), order="l1", freeze="conv1.*", min=0.25)
+        >>> len(supernet.space)  # without the frozen stem
+        7
+        >>> supernet.space["layer1.0.conv1"].choices
+        (16, 24, 32, 40, 48, 56, 64)
     """
     if isinstance(model, Supernet):
         raise TraceError(

@@ -187,7 +187,7 @@ def reorder_channels(model: M, graph: ChannelGraph, order: str) -> M:
 
     Example:
         >>> import timm, torch
-        >>> from timm_autoslim import convert
+        >>> from timm_autoslim import convert, reorder_channels
         >>> model = timm.create_model("resnet10t", num_classes=10).eval()
         >>> images = torch.randn(2, 3, 32, 32)
         >>> reordered = reorder_channels(model, convert(model, images).graph, "l1")

@@ -30,6 +30,14 @@ class ChannelGroup:
         floor: the narrowest width that the model can run with; 1 for nearly every model.
         channels: channels that one unit has in the module that names the group.
         producers: paths of all modules that produce channels of this group.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> group = supernet.space["layer1.0.conv1"]
+        >>> group.size, group.divisor, group.choices
+        (64, 8, (16, 24, 32, 40, 48, 56, 64))
     """
 
     name: str
@@ -61,6 +69,17 @@ class Widths(Mapping[str, int]):
 
     Raises:
         WidthError: a value is no width of its group.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> widths = supernet.space.uniform(0.5)
+        >>> widths["layer1.0.conv1"]
+        32
+        >>> narrower = widths.replaced("layer1.0.conv1", 16)
+        >>> narrower["layer1.0.conv1"], narrower == widths
+        (16, False)
     """
 
     values_: tuple[int, ...]
@@ -144,7 +163,26 @@ def draw(n: int, generator: torch.Generator | None) -> list[float]:
 
 
 class SearchSpace:
-    """All subnets of a supernet."""
+    """All subnets of a supernet.
+
+    Attributes:
+        groups: the channel groups, in the order in which the model produces their channels.
+        names: their names.
+        id: the same for every supernet whose groups have these names and sizes.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> space = supernet.space
+        >>> len(space), space.names[:2]
+        (10, ('conv1.0', 'conv1.3'))
+        >>> for line in str(space).splitlines()[-3:]:
+        ...     print(line)
+        min          1.0M MACs (  4.6%)      0.13M params (  2.6%)
+        half         5.6M MACs ( 25.2%)      1.23M params ( 25.1%)
+        max         22.4M MACs (100.0%)      4.93M params (100.0%)
+    """
 
     def __init__(self, graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> None:
         self._graph = graph
@@ -196,6 +234,13 @@ class SearchSpace:
 
         Raises:
             WidthError: the ratio is not above 0 and at most 1.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> space = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)).space
+            >>> space.uniform(0.3)["layer1.0.conv1"], space.uniform(0.3, exact=True)["layer1.0.conv1"]
+            (16, 19)
         """
         if not isinstance(ratio, numbers.Real) or isinstance(ratio, bool) or not 0 < ratio <= 1:
             raise WidthError(f"got the ratio {ratio!r}; needed: a number above 0 and at most 1")
@@ -208,6 +253,14 @@ class SearchSpace:
 
         Raises:
             WidthError: the generator is no `torch.Generator`.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> space = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)).space
+            >>> widths = space.sample(torch.Generator().manual_seed(0))
+            >>> all(width in group.choices for group, width in zip(space.groups, widths.values()))
+            True
         """
         draws = draw(len(self.groups), generator)
         return self._make(g.choices[int(u * len(g.choices))] for u, g in zip(draws, self.groups, strict=True))
@@ -229,6 +282,14 @@ class SearchSpace:
 
         Raises:
             WidthError: a group is missing or unknown, or a width is no integer or out of range.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> space = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)).space
+            >>> widths = space.from_dict({**space.max().to_dict(), "layer1.0.conv1": 13})
+            >>> space.from_dict(widths.to_dict()) == widths
+            True
         """
         check_mapping("widths", widths, "{group: width}")
         for name in widths:
@@ -247,6 +308,14 @@ class SearchSpace:
         Raises:
             WidthError: a module produces no channels that can change, a number is no integer or out of reach, or two
                 modules that share a group are given numbers that contradict each other.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> space = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)).space
+            >>> widths = space.from_channels({"layer1.0.conv1": 10})
+            >>> widths["layer1.0.conv1"], widths["layer2.0.conv1"]
+            (10, 128)
         """
         check_mapping("channels", channels, "{module: channels}")
         values: dict[int, tuple[int, str]] = {}
@@ -285,7 +354,15 @@ class SearchSpace:
         return index, width
 
     def channels(self, widths: Widths) -> dict[str, int]:
-        """Return the number of channels of every module that produces some, at these widths."""
+        """Return the number of channels of every module that produces some, at these widths.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> space = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)).space
+            >>> space.channels(space.min())["fc"], space.channels(space.min())["layer1.0.conv2"]
+            (10, 16)
+        """
         values = self.check(widths).values_
         return {path: count(values) for path, count in self._graph.producers.items()}
 

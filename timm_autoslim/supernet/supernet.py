@@ -36,6 +36,14 @@ class Supernet(nn.Module):
         space: the search space.
         graph: the channel-dependency graph.
         conditions: what `peak_bytes` and `latency_ms` are counted for in `cost` and in a search; set it as you like.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> images, widths = torch.randn(2, 3, 32, 32), supernet.space.uniform(0.5)
+        >>> supernet(images, widths).shape  # the subnet; `supernet(images)` is the widest
+        torch.Size([2, 10])
     """
 
     model: nn.Module
@@ -102,6 +110,15 @@ class Supernet(nn.Module):
 
         Raises:
             WidthError: the widths are of another model, or a block is open already.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+            >>> with supernet.at(supernet.space.min()) as subnet:
+            ...     subnet(torch.randn(2, 3, 32, 32)).sum().backward()
+            >>> all(parameter.grad is not None for parameter in supernet.parameters())
+            True
         """
         self.space.check(widths)
         if self._held is not None:
@@ -156,6 +173,19 @@ class Supernet(nn.Module):
 
         Raises:
             WidthError: the widths are of another model, or an `at` block is open.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+            >>> supernet = supernet.eval()
+            >>> widths = supernet.space.uniform(0.5)
+            >>> model = supernet.extract(widths)
+            >>> type(model).__name__, model.layer1[0].conv1.weight.shape
+            ('ResNet', torch.Size([32, 32, 3, 3]))
+            >>> images = torch.randn(2, 3, 32, 32)
+            >>> torch.equal(model(images), supernet(images, widths))
+            True
         """
         widths = self.space.check(widths if widths is not None else self.space.max())
         if self._held is not None:

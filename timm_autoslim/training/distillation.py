@@ -35,6 +35,8 @@ def soft_cross_entropy(outputs: Tensor, teacher: Tensor, temperature: float = 1.
         temperature: T, above 0; the higher, the softer both distributions.
 
     Example:
+        >>> import torch
+        >>> from timm_autoslim import soft_cross_entropy
         >>> outputs = torch.tensor([[2.0, 0.0]])
         >>> teacher = torch.tensor([[0.0, 0.0]])  # has no preference, so that its entropy is log(2) = 0.693
         >>> round(soft_cross_entropy(outputs, teacher).item(), 3)
@@ -82,6 +84,8 @@ def adaptive_alpha_divergence(
         ConfigError: an alpha is 0.
 
     Example:
+        >>> import torch
+        >>> from timm_autoslim import adaptive_alpha_divergence
         >>> teacher = torch.tensor([[3.0, 0.0, 0.0]])
         >>> outputs = torch.tensor([[0.0, 3.0, 0.0]], requires_grad=True)
         >>> loss = adaptive_alpha_divergence(outputs, teacher)

@@ -42,6 +42,7 @@ def zero_last_norms(model: nn.Module, example: Any) -> list[str]:
 
     Example:
         >>> import timm, torch
+        >>> from timm_autoslim import zero_last_norms
         >>> model = timm.create_model("resnet10t", num_classes=10, zero_init_last=False)
         >>> zero_last_norms(model, torch.zeros(1, 3, 32, 32))
         ['layer1.0.bn2', 'layer2.0.bn2', 'layer3.0.bn2', 'layer4.0.bn2']

@@ -29,11 +29,12 @@ class SandwichStep:
 
     Example:
         >>> import timm, torch
+        >>> from torch.nn.functional import cross_entropy
         >>> from timm_autoslim import convert, sandwich_step
         >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)).train()
         >>> images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
         >>> step = sandwich_step(
-        ...     supernet, supernet.space, images, labels, F.cross_entropy, generator=torch.Generator().manual_seed(0)
+        ...     supernet, supernet.space, images, labels, cross_entropy, generator=torch.Generator().manual_seed(0)
         ... )
         >>> step.widths[0] == supernet.space.max(), step.widths[1] == supernet.space.min(), len(step.widths)
         (True, True, 4)
@@ -118,12 +119,13 @@ def sandwich_step(
 
     Example:
         >>> import timm, torch
+        >>> from torch.nn.functional import cross_entropy
         >>> from timm_autoslim import convert, sandwich_step
         >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)).train()
         >>> optimizer = torch.optim.SGD(supernet.parameters(), lr=0.1)
         >>> images, labels = torch.randn(8, 3, 32, 32), torch.randint(0, 10, (8,))
         >>> generator = torch.Generator().manual_seed(0)
-        >>> step = sandwich_step(supernet, supernet.space, images, labels, F.cross_entropy, generator=generator)
+        >>> step = sandwich_step(supernet, supernet.space, images, labels, cross_entropy, generator=generator)
         >>> optimizer.step()
         >>> len(step.losses)
         4

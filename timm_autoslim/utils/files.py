@@ -23,6 +23,8 @@ def replace_file(path: Path) -> Iterator[Path]:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> from timm_autoslim.files import replace_file
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     with replace_file(Path(folder, "table.csv")) as draft:
         ...         _ = draft.write_text("name,macs")
@@ -50,6 +52,8 @@ def write_text(path: Path, text: str) -> None:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> from timm_autoslim.files import write_text
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_text(Path(folder, "table.csv"), "name,macs")
         ...     print(Path(folder, "table.csv").read_text())
@@ -69,6 +73,8 @@ def sync_to_disk(path: Path) -> None:
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
+        >>> from timm_autoslim.files import sync_to_disk
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     sync_to_disk(Path(folder))
     """
