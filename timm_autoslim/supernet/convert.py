@@ -104,19 +104,19 @@ def convert(
             default the shape in the model's `pretrained_cfg`, else the usual sizes of images are tried.
         order: sort the channels of every group by importance, so that the narrow subnets have the best ones: "l1",
             "l2", "bn_scale", "fpgm", "lamp", "taylor" (of the gradients in the model: run the loss backward first) or
-            "random" (the same at each call). None leaves them as they stand, and then the widest subnet is
+            "random" (the same at each call). None leaves the order as it is, and then the widest subnet is
             bit-equal to the model.
-        freeze: globs of module paths whose weights must stay whole: what leaves these modules, and what enters them.
+        freeze: globs of module paths; the channels that enter or leave these modules are fixed.
         min: the least width of a group: a share of its size (float) or a number (int), for all or by glob.
         divisor: widths that are sampled and searched are multiples of it, for all or by glob.
         choices: the widths that are sampled and searched, by glob.
         base, base_args: the timm name ("resnet18") or "torchvision/NAME", and its arguments, that build the model
             again; an exported model needs them. For a timm model made by its name it is known already, and so are its
             arguments if timm keeps them (1.0.31 does) and JSON can; `base_args` are added to these.
-        keep_output: whether the model's outputs keep their channels. By default they do, unless the model has
-            `num_classes == 0`: then its outputs are features, and the last stage may shrink as all others.
-        whole_heads: globs of attention modules that lose whole heads; all others keep their heads, and each head
-            loses channels.
+        keep_output: whether the channels of the model's outputs are fixed. By default they are, unless the model has
+            `num_classes == 0`: then its outputs are features, and the last stage can be narrowed like all others.
+        whole_heads: globs of attention modules in which a unit is a head; in all others every head stays, and each head
+            is narrowed.
 
     Raises:
         TraceError: the model's forward cannot be traced.

@@ -24,7 +24,7 @@ class ChannelGroup:
     Attributes:
         name: path of the module that produces the channels first.
         size: the widest width; a width counts units, and a unit is nearly always one channel of that module (of a
-            grouped convolution it is one whole group).
+            grouped convolution it is one of the convolution's groups).
         min, divisor: shape what is sampled and searched.
         choices: the widths that are sampled and searched, ascending; the last is `size`.
         floor: the narrowest width that the model can run with; 1 for nearly every model.
@@ -50,10 +50,10 @@ class ChannelGroup:
     floor: int = 1
 
     def checked(self, width: object) -> int:
-        """Return a width of this group as a plain integer.
+        """Return a width of this group as an int.
 
         Raises:
-            WidthError: it is no integer, or is not from the floor to the size.
+            WidthError: it is no integer, or is below the floor or above the size.
         """
         number = as_integer(width)
         if number is None or not self.floor <= number <= self.size:
@@ -119,11 +119,11 @@ class Widths(Mapping[str, int]):
         return f"Widths({self.to_dict()})"
 
     def to_dict(self) -> dict[str, int]:
-        """Return the widths as plain data, for JSON; `SearchSpace.from_dict` reads it back."""
+        """Return the widths as a dict, for JSON; `SearchSpace.from_dict` reads it back."""
         return dict(zip(self, self.values_, strict=True))
 
     def replaced(self, name: str, width: int) -> Widths:
-        """Return the same widths, but for one group.
+        """Return these widths with another width for one group.
 
         Raises:
             WidthError: there is no such group, or the width is no integer from its floor to its size.
@@ -222,7 +222,7 @@ class SearchSpace:
         return widths
 
     def max(self) -> Widths:
-        """Return the widths of the whole model."""
+        """Return the widths of the widest subnet."""
         return self._make(g.size for g in self.groups)
 
     def min(self) -> Widths:
@@ -249,7 +249,7 @@ class SearchSpace:
         return self._make(min(g.choices, key=lambda c: (abs(c - ratio * g.size), -c)) for g in self.groups)
 
     def sample(self, generator: torch.Generator | None = None) -> Widths:
-        """Return random widths, every group on its own (AutoSlim's non-uniform sampling).
+        """Return random widths, drawn for every group by itself (AutoSlim's non-uniform sampling, arXiv 1903.11728).
 
         Raises:
             WidthError: the generator is no `torch.Generator`.
@@ -268,8 +268,8 @@ class SearchSpace:
     def sample_multiplier(self, generator: torch.Generator | None = None) -> Widths:
         """Return one random multiplier for all groups, as `uniform` applies it (US-Nets, arXiv 1903.05134).
 
-        It is drawn evenly between the least share that any group can have and 1; a group that cannot go as low stays at
-        its narrowest.
+        It is drawn evenly between 1 and the least share that any group can have; a group that cannot be as narrow has
+        its narrowest choice.
 
         Raises:
             WidthError: the generator is no `torch.Generator`.
@@ -303,7 +303,10 @@ class SearchSpace:
         return self._make(widths[g.name] for g in self.groups)
 
     def from_channels(self, channels: Mapping[str, int]) -> Widths:
-        """Return widths from the number of channels of the modules that produce them; all other groups stay whole.
+        """Return widths from the number of channels of some modules; all other groups are at their widest.
+
+        Args:
+            channels: by the path of a module that produces channels, how many it shall have.
 
         Raises:
             WidthError: a module produces no channels that can change, a number is no integer or out of reach, or two
@@ -367,7 +370,7 @@ class SearchSpace:
         return {path: count(values) for path, count in self._graph.producers.items()}
 
     def table(self) -> str:
-        """Return a table of the groups, with the MACs and parameters of the whole model at min, half and max."""
+        """Return a table of the groups, with the MACs and parameters of the subnets at min, half and max."""
         rows = [("group", "size", "min", "divisor", "choices", "modules")]
         for g in self.groups:
             rows.append(

@@ -32,7 +32,7 @@ class Supernet(nn.Module):
     """A model whose every forward takes the widths of a subnet; made by `convert`.
 
     Attributes:
-        model: the model itself, whole; its parameters are the shared weights.
+        model: the model itself; its parameters are the shared weights of all subnets.
         space: the search space.
         graph: the channel-dependency graph.
         conditions: what `peak_bytes` and `latency_ms` are counted for in `cost` and in a search; set it as you like.
