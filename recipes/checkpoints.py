@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from timm_autoslim.errors import AutoSlimError, ConfigError
-from timm_autoslim.utils.files import sync
+from timm_autoslim.utils.files import sync_to_disk
 
 PROGRESS = "progress.json"
 OPTIMIZER = "optimizer.pt"
@@ -78,12 +78,12 @@ class Checkpoints:
             write_weights(part / EMA, ema.module)
         states = {"optimizer": optimizer.state_dict()} | ({"scaler": scaler.state_dict()} if scaler else {})
         torch.save(states, part / OPTIMIZER)
-        sync(part / OPTIMIZER)
+        sync_to_disk(part / OPTIMIZER)
         files = {path.name: _fingerprint(path) for path in sorted(part.iterdir())}
         write_json(part / PROGRESS, {"format": 3, "files": files, **dataclasses.asdict(progress)})
-        sync(part)
+        sync_to_disk(part)
         os.replace(part, target)
-        sync(self.folder)
+        sync_to_disk(self.folder)
         for path in self.names()[: -self.history]:
             self._drop(path)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import timm_autoslim
 from timm_autoslim.artifact import bases as registry
 from timm_autoslim.errors import AutoSlimError, ConfigError
-from timm_autoslim.utils.files import replacing, write_text
+from timm_autoslim.utils.files import replace_file, write_text
 
 # ------------------------------------------------------------------------------------------------- configuration
 
@@ -172,7 +172,7 @@ def write_json(path: Path, content: object) -> None:
 
 def write_weights(path: Path, model: nn.Module) -> None:
     """Write a model's parameters and buffers as safetensors, whole or not at all."""
-    with replacing(path) as part:
+    with replace_file(path) as part:
         save_model(model, str(part))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from timm_autoslim import Supernet
 from timm_autoslim.artifact import bases as registry
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.supernet.order import reordered
+from timm_autoslim.supernet.order import reorder_channels
 from timm_autoslim.training.residual import zero_last_norms
 
 
@@ -128,7 +128,7 @@ def order_channels(
             for inputs, targets in batches:
                 loss_fn(model(inputs), targets).backward()
         # channels that are in no checkpoint keep their order, so the state is all that moves
-        model.load_state_dict(reordered(model, supernet.graph, order).state_dict())
+        model.load_state_dict(reorder_channels(model, supernet.graph, order).state_dict())
     finally:
         model.zero_grad()
         model.train(training)

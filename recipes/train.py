@@ -32,7 +32,7 @@ from validation import Validation, check_batch, subnets
 from timm_autoslim import SearchSpace, Supernet, Widths, sandwich_step
 from timm_autoslim.errors import ConfigError, DataError, OutputExistsError
 from timm_autoslim.training.distillation import adaptive_alpha_divergence, soft_cross_entropy
-from timm_autoslim.training.sandwich import resized
+from timm_autoslim.training.sandwich import resize_images
 
 DISTILL = {"kl": soft_cross_entropy, "alpha": adaptive_alpha_divergence}
 
@@ -142,7 +142,7 @@ def check_sizes(args: argparse.Namespace, supernet: Supernet, images: Tensor) ->
         for side in args.subnet_sizes:
             try:
                 with torch.no_grad():
-                    supernet(resized(images[:1], side), supernet.space.min())
+                    supernet(resize_images(images[:1], side), supernet.space.min())
             except Exception as error:  # whatever a forward raises
                 raise ConfigError(
                     f"--subnet-sizes {side}: {args.model} does not take such images: {error} Give sizes that it takes; "

@@ -30,12 +30,19 @@ if TYPE_CHECKING:
     from timm_autoslim.slimming.scoring import SharedLatency as SharedLatency
     from timm_autoslim.slimming.scoring import Team as Team
     from timm_autoslim.supernet.convert import convert as convert
+    from timm_autoslim.supernet.order import CRITERIA as CRITERIA
+    from timm_autoslim.supernet.order import reorder_channels as reorder_channels
     from timm_autoslim.supernet.space import ChannelGroup as ChannelGroup
     from timm_autoslim.supernet.space import SearchSpace as SearchSpace
     from timm_autoslim.supernet.space import Widths as Widths
     from timm_autoslim.supernet.supernet import Supernet as Supernet
     from timm_autoslim.training.calibration import batch_statistics as batch_statistics
     from timm_autoslim.training.calibration import calibrate as calibrate
+    from timm_autoslim.training.distillation import DISTILLATION_LOSSES as DISTILLATION_LOSSES
+    from timm_autoslim.training.distillation import adaptive_alpha_divergence as adaptive_alpha_divergence
+    from timm_autoslim.training.distillation import soft_cross_entropy as soft_cross_entropy
+    from timm_autoslim.training.residual import zero_last_norms as zero_last_norms
+    from timm_autoslim.training.samplers import SAMPLERS as SAMPLERS
     from timm_autoslim.training.sandwich import SandwichStep as SandwichStep
     from timm_autoslim.training.sandwich import sandwich_step as sandwich_step
 
@@ -43,13 +50,16 @@ __version__ = "0.1.0"
 
 # The module that defines each public name.
 _MODULES = {
+    "CRITERIA": "supernet.order",
     "ChannelGroup": "supernet.space",
     "Conditions": "costs.cost",
     "Cost": "costs.cost",
+    "DISTILLATION_LOSSES": "training.distillation",
     "Found": "slimming.result",
     "HeldOut": "slimming.scoring",
     "LatencyReport": "costs.latency",
     "LatencyTable": "costs.latency",
+    "SAMPLERS": "training.samplers",
     "SandwichStep": "training.sandwich",
     "SearchResult": "slimming.result",
     "SearchSpace": "supernet.space",
@@ -58,6 +68,7 @@ _MODULES = {
     "Supernet": "supernet.supernet",
     "Team": "slimming.scoring",
     "Widths": "supernet.space",
+    "adaptive_alpha_divergence": "training.distillation",
     "baseline": "slimming.baselines",
     "batch_statistics": "training.calibration",
     "calibrate": "training.calibration",
@@ -67,9 +78,12 @@ _MODULES = {
     "export": "artifact.export",
     "measure_latency": "costs.measure",
     "push": "artifact.hub",
+    "reorder_channels": "supernet.order",
     "sandwich_step": "training.sandwich",
     "search": "slimming.descent",
+    "soft_cross_entropy": "training.distillation",
     "uniform_at": "slimming.budgets",
+    "zero_last_norms": "training.residual",
 }
 __all__ = ["AutoSlimError", *_MODULES]
 

@@ -9,7 +9,16 @@ if TYPE_CHECKING:
 
 
 class AutoSlimError(Exception):
-    """Base of every error that timm-autoslim raises on purpose."""
+    """Base of every error that timm-autoslim raises on purpose.
+
+    Example:
+        >>> from timm_autoslim import AutoSlimError, convert
+        >>> try:
+        ...     convert("resnet18")
+        ... except AutoSlimError as error:
+        ...     print(error)
+        the model: got a str; needed: an nn.Module, such as timm.create_model('resnet18')
+    """
 
     @classmethod
     def at(cls, where: str, *, got: str, needed: str, remedy: str = "") -> Self:
@@ -74,3 +83,8 @@ class ConfigError(AutoSlimError, ValueError):
 
 class DataError(AutoSlimError, ValueError):
     """The data are missing, empty, or do not fit the model."""
+
+
+def quote_error(error: BaseException) -> str:
+    """Return the first line of an exception's text, cut to 300 characters."""
+    return next(iter(str(error).splitlines()), "")[:300]

@@ -123,7 +123,7 @@ def test_an_existing_output_is_refused_and_untouched(kind, tmp_path):
         assert out.is_symlink()
 
 
-@pytest.mark.parametrize("step", ["save_file", "write_card", "sync"])
+@pytest.mark.parametrize("step", ["save_file", "write_card", "sync_to_disk"])
 @pytest.mark.parametrize("fault", [OSError("disk full"), KeyboardInterrupt("stop")])
 def test_a_failed_write_leaves_nothing(step, fault, tmp_path, monkeypatch):
     def fail(*args, **kwargs):

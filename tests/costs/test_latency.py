@@ -117,8 +117,8 @@ def test_models_are_measured_in_turns_and_the_median_turn_counts(monkeypatch):
         ({"device": "meta"}, "got the device 'meta', on which nothing is computed"),
         ({"runtime": "tensorrt"}, "got runtime='tensorrt'; needed: one of ['eager', 'compile', 'onnxruntime']"),
         ({"device": None}, "got the device 'None', which cannot be used here"),
-        ({"threads": 0}, "got threads=0; needed: a positive integer"),
-        ({"threads": True}, "got threads=True; needed: a positive integer"),
+        ({"threads": 0}, "threads: got 0; needed: a positive integer"),
+        ({"threads": True}, "threads: got True; needed: a positive integer"),
         ({"dtype": torch.int8}, "got dtype=torch.int8; needed: a floating point type"),
     ],
 )
@@ -132,8 +132,8 @@ def test_what_cannot_be_measured_is_refused(given, message):
 @pytest.mark.parametrize(
     ("model", "inputs", "given", "message"),
     [
-        (Plain(), torch.zeros(1, 3, 8, 8), {"repeats": 0}, "got repeats=0; needed: a positive integer"),
-        (Plain(), torch.zeros(1, 3, 8, 8), {"repeats": "3"}, "got repeats='3'; needed: a positive integer"),
+        (Plain(), torch.zeros(1, 3, 8, 8), {"repeats": 0}, "repeats: got 0; needed: a positive integer"),
+        (Plain(), torch.zeros(1, 3, 8, 8), {"repeats": "3"}, "repeats: got '3'; needed: a positive integer"),
         (None, torch.zeros(1, 3, 8, 8), {}, "the model: got a NoneType; needed: a plain nn.Module"),
         (
             Plain(),

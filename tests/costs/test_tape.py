@@ -16,7 +16,7 @@ from timm_autoslim.costs.cost import Cost
 from timm_autoslim.costs.tape import Run, Tape, record
 from timm_autoslim.errors import BudgetError, WidthError
 from timm_autoslim.slimming.budgets import read_budgets
-from timm_autoslim.utils.meta import named_tensors
+from timm_autoslim.utils.tensors import named_tensors
 
 SMALL = {"depth": 2, "embed_dim": 96, "num_heads": 3}
 CNNS = [
@@ -254,8 +254,8 @@ def test_a_budget_of_memory_out_of_reach_is_refused():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"batch_size": 0}, "got batch_size=0; needed: a positive integer"),
-        ({"batch_size": 2.5}, "got batch_size=2.5; needed: a positive integer"),
+        ({"batch_size": 0}, "batch_size: got 0; needed: a positive integer"),
+        ({"batch_size": 2.5}, "batch_size: got 2.5; needed: a positive integer"),
         ({"dtype": torch.int8}, "got dtype=torch.int8; needed: a floating point type"),
         ({"dtype": "half"}, "got dtype='half'; needed: a floating point type"),
     ],

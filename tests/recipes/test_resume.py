@@ -84,7 +84,7 @@ def die_before_rename(path):
     original_sync(path)
 
 
-original_sync = checkpoints.sync
+original_sync = checkpoints.sync_to_disk
 # Where the process is killed, in turn; each time it goes on from what the one before left.
 KILLS = {
     "in the first update": lambda: (loop.Trainer, "_update", nth(1, loop.Trainer._update, die)),
@@ -94,7 +94,7 @@ KILLS = {
     "in the moving average": lambda: (common, "save_model", nth(2, save_model, half_saved)),
     "in the summary": lambda: (loop, "update_summary", half_row),
     "in the validation": lambda: (validation.Validation, "__call__", die),
-    "before the rename": lambda: (checkpoints, "sync", die_before_rename),
+    "before the rename": lambda: (checkpoints, "sync_to_disk", die_before_rename),
     "before the old one goes": lambda: (checkpoints.Checkpoints, "_drop", die),
     "while the old one goes": lambda: (checkpoints.shutil, "rmtree", nth(3, shutil.rmtree, half_removed)),
     "after the last epoch": lambda: (train, "write_weights", half_result),

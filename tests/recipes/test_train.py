@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
 from timm_autoslim.errors import AutoSlimError, ConfigError, DataError, WidthError
-from timm_autoslim.training.dropout import without_dropout
+from timm_autoslim.training.dropout import disable_dropout
 
 # ------------------------------------------------------------------------------------------------- training options
 
@@ -126,7 +126,7 @@ def test_the_subnet_of_a_loss_is_described(tmp_path, supernet):
     for index in (0, 1):
         before, widths = sandwich.describe("random_loss", index, UPDATE).split("widths ")
         assert before == "the random subnet with the "
-        with torch.no_grad(), without_dropout(supernet):
+        with torch.no_grad(), disable_dropout(supernet):
             outputs = supernet(inputs, supernet.space.from_dict(json.loads(widths)))
         assert F.cross_entropy(outputs, teach(inputs).softmax(1)).item() == pytest.approx(losses[2 + index], rel=1e-5)
 
@@ -194,7 +194,7 @@ def test_the_moving_average_teaches_if_it_shall(tmp_path, supernet):
     before, _, _ = one_step(tmp_path, supernet, *flags, ema=ema)
     after, _, inputs = one_step(tmp_path, supernet, *flags, "--distill-teacher", "ema", ema=ema)
     assert [index for index in range(4) if before[index] != after[index]] == [1, 2, 3]
-    with torch.no_grad(), without_dropout(supernet):
+    with torch.no_grad(), disable_dropout(supernet):
         outputs = supernet(inputs, supernet.space.min())
         assert after[1] == pytest.approx(F.cross_entropy(outputs, ema(inputs).softmax(1)).item(), rel=1e-5)
     assert all(parameter.grad is None for parameter in ema.parameters())

@@ -146,7 +146,7 @@ def test_groups_without_scores_keep_the_share_that_others_keep():
 
 def test_taylor_needs_gradients(supernet):
     evaluate = missing(supernet, a=5, b=1, c=3)
-    with pytest.raises(WidthError, match=r'a\.weight: the criterion "taylor" got no gradient here'):
+    with pytest.raises(WidthError, match=r'a\.weight: got no gradient; .* criterion "taylor"'):
         baseline(supernet, {"macs": "50%"}, evaluate, "importance", criterion="taylor")
     assert evaluate.calls == 0
     supernet(torch.randn(4, 3, 8, 8)).square().mean().backward()
@@ -164,10 +164,10 @@ def test_taylor_needs_gradients(supernet):
     [
         ({"kind": "greedy"}, ValueError, r"got kind='greedy'; needed: one of \['uniform', 'random', 'importance',"),
         ({"criterion": "size"}, ValueError, r"got criterion='size'; needed: one of \['bn_scale', 'fpgm',"),
-        ({"candidates": 0}, ValueError, "got candidates=0; needed: a positive integer"),
-        ({"population": 1}, ValueError, "got population=1; needed: an integer from 2 to"),
-        ({"candidates": 2.5}, ConfigError, r"got candidates=2\.5; needed: a positive integer"),
-        ({"seed": "a"}, ConfigError, "got seed='a'; needed: an integer from"),
+        ({"candidates": 0}, ValueError, "candidates: got 0; needed: a positive integer"),
+        ({"population": 1}, ValueError, "population: got 1; needed: an integer from 2 to"),
+        ({"candidates": 2.5}, ConfigError, r"candidates: got 2\.5; needed: a positive integer"),
+        ({"seed": "a"}, ConfigError, "seed: got 'a'; needed: an integer from"),
         ({"criterion": []}, ConfigError, r"got criterion=\[\]; needed: one of"),
         ({"budgets": {"macs": "0.1%"}}, BudgetError, r"the budget of [\d,]+ macs is out of reach"),
         ({"budgets": ["macs<=50% and params<=1%"]}, BudgetError, r"the budget of [\d,]+ params is out of reach"),

@@ -259,7 +259,7 @@ def test_batches_that_cannot_be_taken_again_are_refused(batches, message):
 
 @pytest.mark.parametrize(("index", "count"), [(3, 2), (2, 2), (0, 0), (-1, 2), ("0", 1), (0, True)])
 def test_a_team_without_this_process_is_refused(index, count):
-    with pytest.raises(ConfigError, match=r"got Team\.(index|count)=.*; needed: "):
+    with pytest.raises(ConfigError, match=r"Team\.(index|count): got .*; needed: "):
         Team(index, count)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from timm_autoslim import convert
 from timm_autoslim.errors import WidthError
-from timm_autoslim.supernet.order import CRITERIA, permute, reordered, strand_group, unit_scores
+from timm_autoslim.supernet.order import CRITERIA, make_pruning_group, permute_units, reorder_channels, score_units
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 # An order changes the order of float32 sums, nothing else.
@@ -32,7 +32,7 @@ def with_gradients(model, images):
     return model
 
 
-def strand_named(supernet, name):
+def find_strand(supernet, name):
     return next(i for i, s in enumerate(supernet.graph.strands) if supernet.space.names[s.group] == name)
 
 
@@ -60,8 +60,8 @@ def test_scores_are_torch_prunings_over_all_layers_of_a_channel(model):
     )
     total = sum(layers)
     supernet = convert(model, IMAGE)
-    found = unit_scores(model, supernet.graph, "l1")[strand_named(supernet, "inner")]
-    np.testing.assert_allclose(found, (total / total.mean()).detach().numpy(), rtol=1e-5)
+    scores = score_units(model, supernet.graph, "l1")[find_strand(supernet, "inner")]
+    np.testing.assert_allclose(scores, (total / total.mean()).detach().numpy(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(("order", "power"), [("l1", 1), ("l2", 2)])
@@ -82,9 +82,8 @@ def test_bn_scale_sorts_by_the_scale_of_batch_norm(model):
 
 
 def test_taylor_sorts_by_gradient_times_weight_and_asks_for_gradients(model, images):
-    with pytest.raises(
-        WidthError, match=r'stem\.weight: the criterion "taylor" got no gradient here; run the loss backward'
-    ):
+    message = r'^stem\.weight: got no gradient; needed: a gradient, which the criterion "taylor" reads; run the loss'
+    with pytest.raises(WidthError, match=message):
         convert(model, IMAGE, order="taylor")
     with_gradients(model, images)
     with torch.no_grad():  # gradients of a channel that is to be the best, and of one that is to be the worst
@@ -103,7 +102,7 @@ def test_taylor_names_a_frozen_weight_that_it_reads(model, images, frozen):
     model.inner.bias = nn.Parameter(torch.randn(16))
     model.get_parameter(frozen).requires_grad_(False)
     with_gradients(model, images)
-    message = rf'{frozen}: the criterion "taylor" got no gradient here; .* with requires_grad=True for every weight'
+    message = rf'^{frozen}: got no gradient; .* the criterion "taylor" reads; .* requires_grad=True for every weight'
     with pytest.raises(WidthError, match=message):
         convert(model, IMAGE, order="taylor")
 
@@ -128,14 +127,12 @@ def test_a_random_order_is_the_same_at_each_call_and_leaves_the_global_generator
 
 
 def test_an_unknown_order_is_refused(model):
-    with pytest.raises(
-        WidthError, match=r"got order='l3'; needed: None or one of \['bn_scale', 'fpgm', 'l1', 'l2', 'lamp'"
-    ):
+    with pytest.raises(WidthError, match=r"^order: got 'l3'; needed: None or one of \['l1', 'l2', 'bn_scale', 'fpgm'"):
         convert(model, IMAGE, order="l3")
 
 
 @pytest.mark.parametrize("order", ["l1", "random"])
-def test_the_model_given_stays_as_it_was(model, images, order):
+def test_the_model_itself_stays_as_it_was(model, images, order):
     before = snapshot(model)
     convert(model, IMAGE, order=order)
     assert_same(before, snapshot(model))
@@ -150,19 +147,19 @@ def test_narrow_subnets_keep_the_best_channels(model, images):
         model.outer.weight[:, silent] *= 1e-8
         model.bn_inner.weight[silent] *= 1e-8
         model.bn_inner.bias[silent] = 0
-    plain, ordered = convert(model, IMAGE), convert(model, IMAGE, order="l1")
-    widths = plain.space.from_channels({"inner": 4})
-    whole = model(images)
-    torch.testing.assert_close(ordered(images, widths), whole, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(plain(images, widths), whole, rtol=1e-2, atol=1e-2)
+    unordered, ordered = convert(model, IMAGE), convert(model, IMAGE, order="l1")
+    widths = unordered.space.from_channels({"inner": 4})
+    expected = model(images)
+    torch.testing.assert_close(ordered(images, widths), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(unordered(images, widths), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_a_permutation_moves_channels_where_it_says():
     model = randomise(Plain())
     supernet = convert(model, IMAGE)
-    inner = strand_named(supernet, "inner")
+    inner = find_strand(supernet, "inner")
     order = np.roll(np.arange(16), 3)
-    moved = permute(model, supernet.graph, {inner: order})
+    moved = permute_units(model, supernet.graph, {inner: order})
     assert torch.equal(moved.inner.weight, model.inner.weight[order])
     assert torch.equal(moved.outer.weight, model.outer.weight[:, order])
     assert torch.equal(moved.bn_inner.running_var, model.bn_inner.running_var[order])
@@ -176,7 +173,7 @@ def test_channels_that_a_shuffle_matches_by_position_stay_where_they_are():
     supernet = convert(model, images[:1])
     graph = supernet.graph
     assert {s.ordered for s in graph.strands} == {True, False}
-    permuted = reordered(model, graph, "random")
+    permuted = reorder_channels(model, graph, "random")
     torch.testing.assert_close(permuted(images), model(images), rtol=EXACT, atol=EXACT)
     before, after = model.state_dict(), permuted.state_dict()
     for (name, _), place in graph.places.items():
@@ -188,7 +185,7 @@ def test_channels_that_a_shuffle_matches_by_position_stay_where_they_are():
 
 def test_groups_for_torch_pruning_name_all_layers_of_a_strand():
     supernet = convert(timm.create_model("resnet10t").eval(), torch.zeros(1, 3, 64, 64))
-    group = strand_group(supernet.model, supernet.graph, strand_named(supernet, "layer2.0.conv2"))
+    group = make_pruning_group(supernet.model, supernet.graph, find_strand(supernet, "layer2.0.conv2"))
     names = {dep.target.name.partition(" ")[0]: len(indices) for dep, indices in group}
     assert names == dict.fromkeys(
         ["layer2.0.conv2", "layer2.0.bn2", "layer2.0.downsample.1", "layer2.0.downsample.2", "layer3.0.conv1",

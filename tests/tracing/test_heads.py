@@ -10,7 +10,7 @@ from torch import nn
 import timm_autoslim
 from timm_autoslim.artifact.apply import apply_recipe
 from timm_autoslim.errors import WidthError
-from timm_autoslim.supernet.order import reordered
+from timm_autoslim.supernet.order import reorder_channels
 
 
 def small(name="test_vit", **arguments):
@@ -142,7 +142,7 @@ def test_what_a_module_caches_at_one_width_serves_no_other():
         assert len(plain.cache["bias"]) == widths["stem"]
     assert model.cache["bias"] is kept
     assert torch.equal(supernet(images), whole)
-    assert torch.allclose(reordered(model, supernet.graph, "random")(images), whole, atol=1e-6)
+    assert torch.allclose(reorder_channels(model, supernet.graph, "random")(images), whole, atol=1e-6)
 
 
 def test_a_width_of_one_that_cannot_run_is_not_offered():
@@ -172,5 +172,5 @@ def test_flat_kernels_shrink_on_both_sides():
     layer = plain.blocks[4][1].conv_pwl
     assert layer.weight.shape[1] == layer.out_channels * layer.in_channels
     assert timm_autoslim.cost(supernet, widths).params == sum(p.numel() for p in plain.parameters())
-    moved = reordered(model.double(), supernet.graph, "random")
+    moved = reorder_channels(model.double(), supernet.graph, "random")
     assert (moved(images.double()) - model(images.double())).abs().max() < 1e-9

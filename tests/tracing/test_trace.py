@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_autoslim import convert, cost
 from timm_autoslim.errors import NothingToSlimError
-from timm_autoslim.supernet.order import reordered
+from timm_autoslim.supernet.order import reorder_channels
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.trace import trace
 
@@ -52,7 +52,7 @@ def converted(body, last=8, **layers):
             assert torch.equal(supernet(images, widths), plain(images))
             assert cost(supernet, widths).params == sum(p.numel() for p in plain.parameters())
         double = supernet.extract().double()
-        permuted = reordered(double, supernet.graph, "random")
+        permuted = reorder_channels(double, supernet.graph, "random")
         torch.testing.assert_close(permuted(images.double()), double(images.double()), rtol=EXACT, atol=EXACT)
     return supernet
 

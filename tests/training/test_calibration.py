@@ -1,3 +1,5 @@
+"""BatchNorm statistics: measured over batches, by one process or two, or taken from the batch."""
+
 import contextlib
 import copy
 
@@ -5,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers.forks import run_in_processes
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
@@ -77,9 +79,10 @@ def test_no_batches_is_an_error_that_changes_nothing():
     model = network()
     model(batches()[0])
     before, modes = state(model), flags(model)
-    with pytest.raises(DataError, match=r"calibrate\(\) got no batches, but Sequential has 1 BatchNorms to measure"):
+    with pytest.raises(DataError, match=r"^batches: got none, and Sequential has 1 BatchNorms to measure; needed"):
         calibrate(model, [])
-    with pytest.raises(DataError, match=r"the first batch is a tuple: .* pass `\(inputs for inputs, _ in loader\)`"):
+    message = r"^batches: got a tuple as the first batch; .* pass `\(inputs for inputs, _ in loader\)`"
+    with pytest.raises(DataError, match=message):
         calibrate(model, [(batches()[0], torch.zeros(8))])
     assert_same(before, state(model))
     assert flags(model) == modes
@@ -107,10 +110,10 @@ def test_models_without_running_statistics_are_left_alone():
 
 def test_an_extracted_subnet_gets_statistics_of_its_own():
     supernet = convert(timm.create_model("resnet10t", num_classes=4), torch.zeros(2, 3, 32, 32))
-    plain = supernet.extract(supernet.space.uniform(0.5))
-    norms = [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
+    model = supernet.extract(supernet.space.uniform(0.5))
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert all(norm.num_batches_tracked == -43 for norm in norms)
-    calibrate(plain, [torch.randn(8, 3, 32, 32)])
+    calibrate(model, [torch.randn(8, 3, 32, 32)])
     assert all(norm.num_batches_tracked == 1 for norm in norms)
 
 
@@ -118,16 +121,16 @@ def test_an_extracted_subnet_gets_statistics_of_its_own():
 def test_batch_statistics_normalise_by_the_batch_and_touch_no_buffer(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=4, drop_rate=0.5).eval()
-    twin = copy.deepcopy(model)
+    other = copy.deepcopy(model)
     inputs = torch.randn(8, 3, 32, 32)
     before, modes = state(model), flags(model)
     with torch.no_grad():
         with batch_statistics(model):
             outputs = model(inputs)
             check_batch_statistics(model)
-        for module in twin.modules():
+        for module in other.modules():
             module.training = isinstance(module, nn.BatchNorm2d)
-        assert torch.equal(outputs, twin(inputs))
+        assert torch.equal(outputs, other(inputs))
     assert_same(before, state(model))
     assert flags(model) == modes
 
@@ -144,12 +147,13 @@ def test_switching_back_while_scoring_is_noticed():
     model = network()
     with batch_statistics(model):
         model.eval()
-        with pytest.raises(StaleStatisticsError, match=r"1: .*evaluation mode"):
+        message = r"^1: got a BatchNorm that evaluate put in evaluation mode.*; needed: batch statistics; do not call"
+        with pytest.raises(StaleStatisticsError, match=message):
             check_batch_statistics(model)
 
 
 class Caching(nn.Module):
-    """Keeps in evaluation mode what it computed from its weight, as LeViT's attention does, until it is trained."""
+    """Caches in evaluation mode a tensor of its weight, as LeViT's attention does; train() clears the cache."""
 
     def __init__(self):
         super().__init__()
@@ -179,7 +183,7 @@ def test_caches_of_evaluation_mode_do_not_outlive_a_call(training):
     assert model.cache is None
 
 
-# -------------------------------------------------------------------------------------------- several processes
+# -- two processes ----------------------------------------------------------------------------------------------------
 
 
 def deeper():
@@ -200,7 +204,7 @@ class Skipped(nn.Module):
 
 
 class JointNorm(nn.SyncBatchNorm):
-    """What SyncBatchNorm does on GPUs, on a CPU: statistics over the batches of all processes, gradients too."""
+    """SyncBatchNorm for CPUs: statistics over the batches of all processes, with gradients."""
 
     def forward(self, x):
         if not self.training:
@@ -219,7 +223,7 @@ class JointNorm(nn.SyncBatchNorm):
 
 
 def joint(model):
-    """The model with its BatchNorms replaced, as `convert_sync_batchnorm` would."""
+    """Return the model with its BatchNorms replaced, as `convert_sync_batchnorm` would."""
     for module in list(model.modules()):
         for name, norm in module.named_children():
             if isinstance(norm, nn.BatchNorm2d):
@@ -227,19 +231,6 @@ def joint(model):
                 other._parameters, other._buffers = norm._parameters, norm._buffers
                 setattr(module, name, other)
     return model
-
-
-def in_two_processes(work, folder):
-    """What `work(rank)` returns in each of two processes."""
-    mp.start_processes(_work, (work, str(folder)), nprocs=2, start_method="fork")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def _work(rank, work, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    assert dist.get_world_size() == 2
-    torch.save(work(rank), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def attempt(function):
@@ -250,10 +241,10 @@ def attempt(function):
     return ""
 
 
-def close(found, expected):
-    assert found.keys() == expected.keys()
+def assert_close(tensors, expected):
+    assert tensors.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(tensors[name], value, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("shares", [(2, 3), (5, 0)])
@@ -265,11 +256,11 @@ def test_two_processes_measure_as_one_on_all_batches(tmp_path, shares):
         calibrate(model, every[: shares[0]] if rank == 0 else every[shares[0] :], distributed=True)
         return state(model)
 
-    first, second = in_two_processes(work, tmp_path)
+    first, second = run_in_processes(2, work, tmp_path)
     assert_same(first, second)
     alone = deeper()
     calibrate(alone, every)
-    close(first, state(alone))
+    assert_close(first, state(alone))
     assert first["1.num_batches_tracked"] == 5
     assert first["unused.norm.num_batches_tracked"] == 0
 
@@ -282,28 +273,28 @@ def test_synchronised_norms_measure_the_joined_batches(tmp_path):
         calibrate(model, [part[rank * 4 : rank * 4 + 4] for part in every])
         return state(model)
 
-    first, second = in_two_processes(work, tmp_path)
-    close(second, first)
+    first, second = run_in_processes(2, work, tmp_path)
+    assert_close(second, first)
     alone = deeper()
     calibrate(alone, every)
-    close(first, state(alone))
+    assert_close(first, state(alone))
 
 
 def test_processes_without_batches_are_refused_in_all_of_them(tmp_path):
     def work(rank):
         empty, uneven = deeper(), joint(deeper())
         before = state(empty), state(uneven)
-        said = [
+        messages = [
             attempt(lambda: calibrate(empty, [], distributed=True)),
             attempt(lambda: calibrate(uneven, batches(2 + rank))),
         ]
         assert_same(before[0], state(empty))
         assert_same(before[1], state(uneven))
-        return said
+        return messages
 
-    for said in in_two_processes(work, tmp_path):
-        assert "got no batches" in said[0]
-        assert "SyncBatchNorm, and not as many batches in each process: needed equal numbers" in said[1]
+    for empty, uneven in run_in_processes(2, work, tmp_path):
+        assert "got none, and Sequential has 3 BatchNorms to measure" in empty
+        assert "SyncBatchNorm, and more batches in one process than in another; needed: equal numbers" in uneven
 
 
 @pytest.mark.parametrize("synchronised", [True, False])
@@ -317,7 +308,7 @@ def test_two_processes_of_a_sandwich_are_one_if_their_norms_are_synchronised(tmp
         network = supernet
         if rank is not None:
             network = DistributedDataParallel(supernet, broadcast_buffers=False)
-            if synchronised:  # only now, as it would tell that there is no GPU
+            if synchronised:  # only now: before, DistributedDataParallel would see that there is no GPU
                 joint(supernet.model)
         optimizer = torch.optim.SGD(supernet.parameters(), lr=0.05, momentum=0.9)
         for update in range(3):
@@ -334,7 +325,7 @@ def test_two_processes_of_a_sandwich_are_one_if_their_norms_are_synchronised(tmp
     def norms():
         return deeper()[:5]
 
-    first, second = in_two_processes(lambda rank: train(norms(), rank), tmp_path)
+    first, second = run_in_processes(2, lambda rank: train(norms(), rank), tmp_path)
     alone = train(norms())
     assert all(torch.equal(value, second[name]) for name, value in first.items() if "running" not in name)
     if synchronised:  # running statistics, which the widest alone moved, too

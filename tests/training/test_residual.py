@@ -1,3 +1,5 @@
+"""Silent residual branches: which BatchNorms end a branch, and that nothing else changes."""
+
 import pytest
 import timm
 import torch
@@ -8,7 +10,7 @@ from timm_autoslim.training.residual import zero_last_norms
 IMAGES = torch.zeros(1, 3, 64, 64)
 
 
-def silent(model):
+def find_silent(model):
     norms = [(p, m) for p, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return [path for path, norm in norms if not norm.weight.any()]
 
@@ -16,24 +18,24 @@ def silent(model):
 @pytest.mark.parametrize(
     "name", ["resnet10t", "seresnet33ts", "regnety_002", "resnest14d", "skresnet18", "cs3darknet_s"]
 )
-def test_the_branches_are_those_that_timm_finds_model_by_model(name):
-    expected = silent(timm.create_model(name, zero_init_last=True))
+def test_the_branches_are_those_of_timms_own_zero_init(name):
+    expected = find_silent(timm.create_model(name, zero_init_last=True))
     model = timm.create_model(name, zero_init_last=False)
-    assert not silent(model)
-    assert zero_last_norms(model, IMAGES) == expected == silent(model)
+    assert not find_silent(model)
+    assert zero_last_norms(model, IMAGES) == expected == find_silent(model)
     assert expected
 
 
 def test_a_block_starts_as_its_shortcut_and_its_scale_learns():
     model = timm.create_model("mobilenetv2_035", num_classes=4).train()
-    found = zero_last_norms(model, IMAGES)
-    blocks = {path.rpartition(".")[0] for path in found}
+    paths = zero_last_norms(model, IMAGES)
+    blocks = {path.rpartition(".")[0] for path in paths}
     assert blocks == {f"blocks.{i}.{j}" for i, n in enumerate((1, 2, 3, 4, 3, 3, 1)) for j in range(1, n)}
     block = model.get_submodule("blocks.1.1")
     inputs = torch.randn(2, block.conv_pw.in_channels, 8, 8)
     assert torch.equal(block(inputs), inputs)
     model(torch.randn(2, 3, 64, 64)).square().sum().backward()
-    assert all(model.get_submodule(path).weight.grad.any() for path in found)
+    assert all(model.get_submodule(path).weight.grad.any() for path in paths)
 
 
 class Branches(nn.Module):
@@ -53,10 +55,10 @@ class Branches(nn.Module):
         return x + self.norm(self.fourth(x))
 
 
-def test_what_is_no_branch_with_a_batch_norm_at_its_end_is_left_alone():
+def test_branches_that_do_not_end_in_a_batch_norm_are_left_alone():
     model = Branches()
     assert zero_last_norms(model, IMAGES) == []
-    assert silent(model) == []
+    assert find_silent(model) == []
 
 
 def test_nothing_but_the_scales_is_touched():
@@ -64,9 +66,9 @@ def test_nothing_but_the_scales_is_touched():
     model = timm.create_model("mobilenetv2_035").eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    found = zero_last_norms(model, IMAGES)
+    paths = zero_last_norms(model, IMAGES)
     changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
-    assert changed == [f"{path}.weight" for path in found]
+    assert changed == [f"{path}.weight" for path in paths]
     assert torch.equal(state, torch.get_rng_state())
     assert not model.training
     assert all(parameter.grad is None for parameter in model.parameters())

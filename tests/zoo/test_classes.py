@@ -22,7 +22,7 @@ from helpers.members import (
 )
 
 import timm_autoslim
-from timm_autoslim.supernet.order import reordered
+from timm_autoslim.supernet.order import reorder_channels
 
 FLOAT32 = 1e-6
 MAXVIT |= {"block_layers": [1, 1], "head_dim": 16, "stochastic_depth_prob": 0.0}
@@ -47,7 +47,7 @@ def test_every_class_goes_through_the_whole_chain(name, tmp_path):
     check_gradients(supernet, widths, images)
     with torch.no_grad():
         double, many = model.double().eval(), images.double()
-        slimmable = reordered(double, supernet.graph, "random")
+        slimmable = reorder_channels(double, supernet.graph, "random")
         assert error(double(many), slimmable(many)) <= bound
 
 

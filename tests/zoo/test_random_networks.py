@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_autoslim import convert, cost
 from timm_autoslim.costs.cost import cost_by_module
-from timm_autoslim.slicing.tensors import take
-from timm_autoslim.supernet.order import reordered
+from timm_autoslim.slicing.tensors import take_slice
+from timm_autoslim.supernet.order import reorder_channels
 
 EXACT = 1e-9  # float64: a permutation changes only the order of sums, a fused kernel that of all its arithmetic
 
@@ -75,7 +75,7 @@ def assert_sliced_right(supernet, widths, images):
     assert_same(before, snapshot(model))
 
     double = supernet.extract().double()
-    permuted = reordered(double, supernet.graph, "random")
+    permuted = reorder_channels(double, supernet.graph, "random")
     torch.testing.assert_close(permuted(images.double()), double(images.double()), rtol=EXACT, atol=EXACT)
 
 
@@ -120,7 +120,7 @@ def test_every_network_is_trained_right(model, data):
             assert whole is None, name
             continue
         axes = kept.get(name, (None,) * whole.dim())
-        assert torch.equal(take(whole, axes), parameter.grad), name
+        assert torch.equal(take_slice(whole, axes), parameter.grad), name
         assert whole.count_nonzero() == parameter.grad.count_nonzero(), name
 
 

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_autoslim
-from timm_autoslim.slicing.tensors import take
-from timm_autoslim.supernet.order import reordered
+from timm_autoslim.slicing.tensors import take_slice
+from timm_autoslim.supernet.order import reorder_channels
 from timm_autoslim.supernet.supernet import Supernet
 
 # Summation order is all that a permutation changes; in float64 that leaves more than 12 digits.
@@ -91,7 +91,7 @@ def test_extracted_modules_say_themselves_how_wide_they_are(case):
 @torch.no_grad()
 def test_permuting_the_channels_of_all_groups_changes_nothing(case):
     model = case.supernet.extract().double()
-    permuted = reordered(model, case.supernet.graph, "random")
+    permuted = reorder_channels(model, case.supernet.graph, "random")
     pairs = zip(model.state_dict().values(), permuted.state_dict().values(), strict=True)
     moved = sum(not torch.equal(a, b) for a, b in pairs)
     images = case.images[:1].double()
@@ -117,7 +117,7 @@ def test_gradients_reach_the_slices_and_nothing_else(case):
         separate = dict(plain.named_parameters())
         for name, parameter in case.model.named_parameters():
             grad = parameter.grad
-            piece = take(grad, kept.get(name, (None,) * grad.dim()))
+            piece = take_slice(grad, kept.get(name, (None,) * grad.dim()))
             assert torch.equal(piece, separate[name].grad), name
             assert grad.isfinite().all(), name
             assert grad.count_nonzero() == piece.count_nonzero(), name  # zero outside

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timm_autoslim.artifact.limits import fail
 from timm_autoslim.artifact.spec import check_recipe
-from timm_autoslim.slicing.slices import Slices, shrink_
+from timm_autoslim.slicing.slices import Slices, shrink_model
 from timm_autoslim.slicing.tensors import Axis
 from timm_autoslim.utils.arguments import is_int
 
@@ -51,7 +51,7 @@ def apply_checked(model: nn.Module, checked: dict[str, Any]) -> nn.Module:
             if id(parameter) in shared:  # tied parameters stay tied, whichever of their names the recipe lists
                 tensors[f"{path}.{leaf}" if path else leaf] = shared[id(parameter)][1]
     values = {path: _value(model, modules, path, value) for path, value in checked["attributes"].items()}
-    shrink_(model, Slices(tensors=tensors, attributes=values))
+    shrink_model(model, Slices(tensors=tensors, attributes=values))
     model.autoslim = checked  # type: ignore[assignment]
     return model
 
@@ -124,7 +124,7 @@ def _are_runs(size: Any, full: int) -> bool:
 
 
 def _current(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> object:
-    """What the base holds under an attribute's path, or None; steps where `slicing.set_attributes` does, no further."""
+    """What the base holds under an attribute's path, or None; steps where `set_attributes` does, no further."""
     above, _, leaf = path.rpartition(".")
     module, parts = modules.get(above, model), [leaf]
     if above not in modules:  # within a list, a tuple or a dict of a module

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from timm_autoslim.artifact.torchvision import PROBE
-from timm_autoslim.slicing.slices import Slices, extract, forget
+from timm_autoslim.slicing.slices import Slices, clear_caches, extract_model
 
 USUAL = (32, 64, 96, 160, 192, 224, 256, 288, 320, 384, 448, 512)  # pixels
 FAINT = 1e-2  # parameters below it, such as a LayerScale of 1e-6, hide the branch that they scale
@@ -66,8 +66,8 @@ def idle(plain: nn.Module, size: Sequence[int]) -> set[str]:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    copied = extract(model, Slices({}, {})).to("cpu").eval()
-    forget(copied.modules())  # what modules cached of other weights
+    copied = extract_model(model, Slices({}, {})).to("cpu").eval()
+    clear_caches(copied.modules())  # what modules cached of other weights
     return copied
 
 

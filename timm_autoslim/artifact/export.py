@@ -31,7 +31,7 @@ from timm_autoslim.artifact.pruned import PRUNED, write_pruned
 from timm_autoslim.artifact.spec import check_recipe
 from timm_autoslim.artifact.torchvision import feature_taps
 from timm_autoslim.errors import ArtifactError, OutputExistsError, StaleStatisticsError
-from timm_autoslim.utils.files import replacing, sync
+from timm_autoslim.utils.files import replace_file, sync_to_disk
 
 try:
     import fcntl
@@ -86,7 +86,7 @@ def export(
         # clones: safetensors refuses tensors that share memory, and tied parameters need both of their names
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in plain.state_dict().items()}
         with _created(folder) as draft:
-            with replacing(draft / WEIGHTS) as part:  # gives it the rights that any new file has
+            with replace_file(draft / WEIGHTS) as part:  # gives it the rights that any new file has
                 save_file(tensors, part, metadata={"format": "pt"})
             (draft / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             _prove_folder(draft, plain, tensors, recipe, size)
@@ -313,14 +313,14 @@ def _created(folder: Path) -> Iterator[Path]:
             _remove_abandoned(folder)
             yield draft
             for path in (*draft.iterdir(), draft):
-                sync(path)
+                sync_to_disk(path)
             _refuse_existing(folder)  # a rename would silently replace an empty folder
             try:
                 os.rename(draft, folder)
             except OSError:
                 _refuse_existing(folder)  # another process was quicker
                 raise
-        sync(folder.parent)
+        sync_to_disk(folder.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         for parent in made:

@@ -15,7 +15,7 @@ import torch
 
 from timm_autoslim.errors import BudgetError, ConfigError, LatencyError
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.utils.arguments import whole_number
+from timm_autoslim.utils.arguments import check_integer
 
 if TYPE_CHECKING:
     from timm_autoslim.supernet.space import Widths
@@ -44,7 +44,7 @@ class Conditions:
     latency: Latency | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "batch_size", whole_number("batch_size", self.batch_size, BudgetError))
+        object.__setattr__(self, "batch_size", check_integer("batch_size", self.batch_size, BudgetError))
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise BudgetError(
                 f"got dtype={self.dtype!r}; needed: a floating point type, such as torch.float16, or None"

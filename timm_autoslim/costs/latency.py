@@ -34,7 +34,7 @@ from timm_autoslim.costs.tape import ATTENTION, Operator, TensorSpec
 from timm_autoslim.errors import LatencyError
 from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.utils.arguments import whole_number
+from timm_autoslim.utils.arguments import check_integer
 from timm_autoslim.utils.files import write_text
 
 FORMAT = 3
@@ -168,7 +168,7 @@ class LatencyTable:
         """
         check_conditions(device, dtype, runtime, threads)
         self.device, self.dtype, self.runtime = torch.device(device), dtype, runtime
-        self.batch_size, self.threads = whole_number("batch_size", batch_size, LatencyError), threads
+        self.batch_size, self.threads = check_integer("batch_size", batch_size, LatencyError), threads
         self.path = None if path is None else Path(path)
         self._made_for = {"device": device_name(device), "threads": threads, "torch": torch.__version__}
         self._inside = ""  # where heavy operators are measured, if not in eager mode

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch import _dynamo as dynamo
 
 from timm_autoslim.errors import AutoSlimError, LatencyError
-from timm_autoslim.utils.arguments import whole_number
-from timm_autoslim.utils.meta import call, tensors_in
+from timm_autoslim.utils.arguments import check_integer
+from timm_autoslim.utils.meta import run_model
+from timm_autoslim.utils.tensors import collect_tensors
 
 _MANY = 1 << 30  # more models than anyone compiles
 Runtime = Literal["eager", "compile", "onnxruntime"]
@@ -143,7 +144,7 @@ def measure_in_turns(
         LatencyError: as `measure_latency` does.
     """
     check_conditions(device, dtype, runtime, threads)
-    rounds, repeats = whole_number("rounds", rounds, LatencyError), whole_number("repeats", repeats, LatencyError)
+    rounds, repeats = check_integer("rounds", rounds, LatencyError), check_integer("repeats", repeats, LatencyError)
     where = torch.device(device)
     given = placed(inputs, where, dtype)
     with running_threads(threads), torch.no_grad():
@@ -174,7 +175,7 @@ def check_conditions(device: str | torch.device, dtype: torch.dtype | None, runt
     """Raise LatencyError for an unknown device, type or runtime, or a number of threads that is none."""
     if runtime not in get_args(Runtime):
         raise LatencyError(f"got runtime={runtime!r}; needed: one of {list(get_args(Runtime))}")
-    whole_number("threads", threads, LatencyError)
+    check_integer("threads", threads, LatencyError)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise LatencyError(f"got dtype={dtype!r}; needed: a floating point type, such as torch.float16, or None")
     device_name(device)
@@ -190,12 +191,12 @@ def _runner(plain: nn.Module, inputs: Any, runtime: Runtime, threads: int) -> Ca
     if runtime == "onnxruntime":
         return _session(plain, inputs, threads)
     if runtime == "eager":
-        return lambda: call(plain, inputs)
+        return lambda: run_model(plain, inputs)
     compiled: Any = torch.compile(plain)
     # subnets share the code of their class, of which torch.compile would run all but the first 8 in eager mode
     with dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
-        call(compiled, inputs)
-    return lambda: call(compiled, inputs)
+        run_model(compiled, inputs)
+    return lambda: run_model(compiled, inputs)
 
 
 def _session(plain: nn.Module, inputs: Any, threads: int) -> Callable[[], Any]:
@@ -206,7 +207,7 @@ def _session(plain: nn.Module, inputs: Any, threads: int) -> Callable[[], Any]:
         program = torch.onnx.export(plain, given, kwargs=named, dynamo=True, verbose=False)
     assert program is not None
     session = open_session(program.model_proto.SerializeToString(), threads)
-    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tensors_in(inputs), strict=True)}
+    feed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), collect_tensors(inputs), strict=True)}
     return lambda: session.run(None, feed)
 
 

@@ -22,12 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_autoslim.costs.formulas import Solver
 from timm_autoslim.errors import TraceError
-from timm_autoslim.slicing import slices as slicing
+from timm_autoslim.slicing.slices import apply_slices, clear_caches
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.formulas import Numbers, Row, Terms
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.ops import recurrent
-from timm_autoslim.utils.meta import call, meta_twin, named_tensors, seeded, sized, tensors_in
+from timm_autoslim.utils.meta import copy_to_meta, fix_seed, make_meta_example, run_model
+from timm_autoslim.utils.tensors import collect_tensors, named_tensors
 
 RUNS = 4  # subnets beside the widest that a tape is recorded from; one more for every time two lengths look alike
 MAX_RUNS = 10
@@ -72,7 +73,7 @@ class _Recorder(TorchDispatchMode):
         self.storages: list[Storage] = []
         self.scope: list[str] = [""]
         self.whole = 0  # inside a function that is taken as one operator
-        given = [*named_tensors(plain).values(), *tensors_in(example)]
+        given = [*named_tensors(plain).values(), *collect_tensors(example)]
         self._known = {_key(t): -1 for t in given}
         self._kept = given
         self._hooks = [m.register_forward_pre_hook(partial(self._enter, path)) for path, m in plain.named_modules()]
@@ -95,7 +96,7 @@ class _Recorder(TorchDispatchMode):
         """Note one operator and what it allocated."""
         at = len(self.operators)
         self.operators.append(Operator(name, self.scope[-1], _described(tuple(args)), _described(kwargs)))
-        for tensor in tensors_in(out):
+        for tensor in collect_tensors(out):
             key = _key(tensor)
             if key in self._known:
                 continue
@@ -167,7 +168,7 @@ class _Whole(TorchFunctionMode):
             self.recorder.whole -= 1
         self.recorder.note(name, args, kwargs, out)
         if name == ATTENTION:
-            self._scores(args[0], args[1], tensors_in(out)[0])
+            self._scores(args[0], args[1], collect_tensors(out)[0])
         return out
 
     def _scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
@@ -272,12 +273,12 @@ class Tape:
         dtype: torch.dtype | None = None,
     ) -> None:
         self.graph = graph
-        plain = meta_twin(model).eval()
-        example = sized(example, batch_size)
+        plain = copy_to_meta(model).eval()
+        example = make_meta_example(example, batch_size)
         if dtype is not None:
             plain = plain.to(dtype)
             example = _cast(example, dtype)
-        self._inputs = sum(t.untyped_storage().nbytes() for t in tensors_in(example))
+        self._inputs = sum(t.untyped_storage().nbytes() for t in collect_tensors(example))
         runs = _runs(plain, example, graph)
         self._weights = graph.size_terms(_weights(plain))  # after the runs: some modules keep tensors then
         self.operators = runs[0][1].operators
@@ -380,17 +381,17 @@ def _runs(plain: nn.Module, example: Any, graph: ChannelGraph) -> list[tuple[lis
 
 def record(model: nn.Module, example: Any, graph: ChannelGraph, widths: Sequence[int]) -> Run:
     """Return what one forward of the subnet of these widths does, on inputs as the example's."""
-    plain = meta_twin(model).eval()
+    plain = copy_to_meta(model).eval()
     _run(plain, example, graph, graph.group_sizes)  # some modules keep what they make in their first run
     return _run(plain, example, graph, widths)
 
 
 def _run(plain: nn.Module, example: Any, graph: ChannelGraph, widths: Sequence[int]) -> Run:
-    slicing.forget(plain.modules())  # each run makes anew what modules cache, as the first one does
-    with slicing.applied(plain, graph.slices(widths)):
+    clear_caches(plain.modules())  # each run makes anew what modules cache, as the first one does
+    with apply_slices(plain, graph.slices(widths)):
         recorder = _Recorder(plain, example)
-        with torch.no_grad(), seeded(), _Whole(recorder), recorder:
-            out = call(plain, example)
+        with torch.no_grad(), fix_seed(), _Whole(recorder), recorder:
+            out = run_model(plain, example)
         recorder.close()
     del out
     return Run(recorder.operators, recorder.storages)

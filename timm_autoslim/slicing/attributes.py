@@ -1,4 +1,4 @@
-"""Set attributes of modules by their paths, and put them back."""
+"""Set attributes of modules by their paths, and restore them."""
 
 from __future__ import annotations
 
@@ -8,63 +8,65 @@ from typing import Any
 from torch import nn
 
 Value = int | float | tuple[int, ...] | list[int]
+Change = tuple[dict[Any, Any], Any, Any]  # a dict, a key of it, and the value that was there before
 
 
-def set_attributes(model: nn.Module, values: Mapping[str, Value]) -> list[tuple[Any, Any, Any]]:
-    """Set `model.<path>` for every path; parts may be indexes of lists, tuples and dicts.
+def set_attributes(model: nn.Module, values: Mapping[str, Value]) -> list[Change]:
+    """Set `model.<path>` for every path; a path's parts may also be indexes of lists and tuples, and keys of dicts.
 
-    A list or tuple is replaced whole, in what holds it: a list may be that of a configuration.
+    A list or tuple is not changed: a new one takes its place, for others may use the same list, such as a model's
+    configuration.
 
     Returns:
-        What `put_back` takes: the dict that holds each value, its key there, and what was there before.
+        The changes, for `restore_attributes`.
 
     Raises:
-        KeyError, IndexError: a path leads nowhere; then nothing is changed.
+        KeyError, IndexError: there is nothing at a path; then nothing is changed.
     """
-    changed: list[tuple[Any, Any, Any]] = []
-    known: dict[str, Any] = {"": model}
+    changes: list[Change] = []
+    targets: dict[str, Any] = {"": model}
     try:
         for path, value in values.items():
-            above, _, leaf = path.rpartition(".")
-            target, new = _target(known, above), value
+            parent, _, leaf = path.rpartition(".")
+            target, new = _find_target(targets, parent), value
             while isinstance(target, (tuple, list)):
                 members: list[Any] = list(target)
                 members[int(leaf)] = new
                 new = tuple(members) if isinstance(target, tuple) else members
-                above, _, leaf = above.rpartition(".")
-                target = _target(known, above)
-            # not nn.Module.__setattr__, which is slow: there is nothing here for it to register
+                parent, _, leaf = parent.rpartition(".")
+                target = _find_target(targets, parent)
+            # not nn.Module.__setattr__, which is slow: an attribute that exists needs no registering
             store = target if isinstance(target, dict) else target.__dict__
-            changed.append((store, leaf, store[leaf]))
+            changes.append((store, leaf, store[leaf]))
             store[leaf] = new
     except BaseException:
-        put_back(changed)
+        restore_attributes(changes)
         raise
-    return changed
+    return changes
 
 
-def put_back(changed: Sequence[tuple[Any, Any, Any]]) -> None:
-    """Undo what `set_attributes` did."""
-    for store, key, value in reversed(changed):
+def restore_attributes(changes: Sequence[Change]) -> None:
+    """Undo the changes that `set_attributes` returned, the last one first."""
+    for store, key, value in reversed(changes):
         store[key] = value
 
 
-def _target(known: dict[str, Any], path: str) -> Any:
-    """Find what a path leads to, through what is known already; lists and tuples change, so none is kept."""
-    if path in known:
-        return known[path]
-    above, _, part = path.rpartition(".")
-    found = _child(_target(known, above), part)
-    if not isinstance(found, (tuple, list)):
-        known[path] = found
-    return found
+def _find_target(targets: dict[str, Any], path: str) -> Any:
+    """Return the object at a path; `targets` remembers all objects by path but lists and tuples, which are replaced."""
+    if path in targets:
+        return targets[path]
+    parent, _, name = path.rpartition(".")
+    target = _get_child(_find_target(targets, parent), name)
+    if not isinstance(target, (tuple, list)):
+        targets[path] = target
+    return target
 
 
-def _child(target: Any, part: str) -> Any:
-    if isinstance(target, nn.Module) and part in target._modules:
-        return target._modules[part]
+def _get_child(target: Any, name: str) -> Any:
+    if isinstance(target, nn.Module) and name in target._modules:
+        return target._modules[name]
     if isinstance(target, (list, tuple)):
-        return target[int(part)]
+        return target[int(name)]
     if isinstance(target, dict):
-        return target[part]
-    return target.__dict__[part]
+        return target[name]
+    return target.__dict__[name]

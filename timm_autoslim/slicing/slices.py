@@ -1,4 +1,4 @@
-"""One slicing code: what a subnet keeps of every tensor, applied for the length of one call or for good."""
+"""All slices of a model: applied for the length of a block, in a copy, or in place."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from timm_autoslim.slicing.attributes import Value, put_back, set_attributes
-from timm_autoslim.slicing.tensors import Axis, connected, own
+from timm_autoslim.slicing.attributes import Change, Value, restore_attributes, set_attributes
+from timm_autoslim.slicing.tensors import Axis, copy_slice, slice_for_call
 
 M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Slices:
-    """What a subnet keeps.
+    """What tells a subnet from its model: a slice of each narrowed tensor, and the attributes that change with it.
 
     Attributes:
         tensors: by the tensor's name in the model (`layer1.0.conv1.weight`), one `Axis` for each dimension.
@@ -32,42 +32,52 @@ class Slices:
 
     @cached_property
     def _by_module(self) -> list[tuple[list[str], list[tuple[str, tuple[Axis, ...]]]]]:
-        """The tensors of each module: the parts of its path, and for each tensor its own name and what is kept."""
-        found: dict[str, list[tuple[str, tuple[Axis, ...]]]] = {}
+        """The tensors by module: the parts of the module's path, and for each of its tensors the name and the axes."""
+        modules: dict[str, list[tuple[str, tuple[Axis, ...]]]] = {}
         for name, axes in self.tensors.items():
             path, _, leaf = name.rpartition(".")
-            found.setdefault(path, []).append((leaf, axes))
-        return [(path.split(".") if path else [], members) for path, members in found.items()]
+            modules.setdefault(path, []).append((leaf, axes))
+        return [(path.split(".") if path else [], members) for path, members in modules.items()]
 
 
-def within(runs: Iterable[tuple[int, int]], old: int | Sequence[Sequence[int]] | None) -> int | list[list[int]]:
-    """Return what runs of the channels that `old` kept of an axis keep of the axis itself: runs, or the first few."""
-    index = [i for start, n in runs for i in range(start, start + n)]
-    if isinstance(old, Sequence):
-        kept = [i for start, n in old for i in range(start, start + n)]
-        index = [kept[i] for i in index]
-    found: list[list[int]] = []
-    for i in index:
-        if found and sum(found[-1]) == i:
-            found[-1][1] += 1
+def compose_runs(
+    runs: Iterable[tuple[int, int]], earlier: int | Sequence[Sequence[int]] | None
+) -> int | list[list[int]]:
+    """Return two slices of an axis, one taken after the other, as one slice.
+
+    Args:
+        runs: (start, length) of the second slice, counted in the channels that the first one left.
+        earlier: the first slice: its runs; or None or a number, if it kept the axis or the first few channels.
+
+    Returns:
+        The runs [start, length], counted in the axis itself; or a number, if they are the first few channels.
+    """
+    channels = [i for start, n in runs for i in range(start, start + n)]
+    if isinstance(earlier, Sequence):
+        left = [i for start, n in earlier for i in range(start, start + n)]
+        channels = [left[i] for i in channels]
+    result: list[list[int]] = []
+    for i in channels:
+        if result and sum(result[-1]) == i:
+            result[-1][1] += 1
         else:
-            found.append([i, 1])
-    return found[0][1] if len(found) == 1 and not found[0][0] else found
+            result.append([i, 1])
+    return result[0][1] if len(result) == 1 and not result[0][0] else result
 
 
-class _Located(NamedTuple):
-    """A tensor that is sliced: its module, the dict of it that holds it, its key there, itself, what is kept."""
+class _Entry(NamedTuple):
+    """A tensor to slice: its module, the dict of the module that holds it, its key there, itself, its slice."""
 
     module: nn.Module
     store: dict[str, Any]
     leaf: str
-    whole: Tensor
+    tensor: Tensor
     axes: tuple[Axis, ...]
 
 
-def _locate(model: nn.Module, slices: Slices) -> list[_Located]:
-    """Find the tensors that `slices` names."""
-    found: list[_Located] = []
+def _find_entries(model: nn.Module, slices: Slices) -> list[_Entry]:
+    """Find the tensors that `slices` names; a name that leads nowhere is a KeyError."""
+    entries: list[_Entry] = []
     for parts, members in slices._by_module:
         module: nn.Module | None = model
         for part in parts:
@@ -78,86 +88,99 @@ def _locate(model: nn.Module, slices: Slices) -> list[_Located]:
             stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
             for store in stores:
                 if leaf in store:
-                    found.append(_Located(module, store, leaf, store[leaf], axes))
+                    entries.append(_Entry(module, store, leaf, store[leaf], axes))
                     break
             else:
                 raise KeyError(".".join((*parts, leaf)))
-    return found
+    return entries
 
 
-def forget(modules: Iterable[nn.Module]) -> list[tuple[dict[str, Any], str, dict[Any, Any]]]:
-    """Empty what modules keep from call to call in dicts of tensors, such as LeViT's attention biases.
+def clear_caches(modules: Iterable[nn.Module]) -> list[Change]:
+    """Empty the dicts in which modules cache tensors from one call to the next, such as LeViT's attention biases.
 
     Returns:
-        What was found: the dict that holds each cache, its key there, and the cache.
+        The caches, for `restore_attributes`.
     """
-    found = []
+    caches: list[Change] = []
     for module in modules:
         if type(module).__module__.startswith("torch.nn.modules."):
-            continue  # these keep nothing so, and are many
-        own = module.__dict__
-        for name, value in own.items():
+            continue  # torch's own modules have no such caches, and are many
+        attributes = module.__dict__
+        for name, value in attributes.items():
             if type(value) is dict and not name.startswith("_") and any(isinstance(v, Tensor) for v in value.values()):
-                found.append((own, name, value))
-    for own, name, _ in found:
-        own[name] = {}
-    return found
+                caches.append((attributes, name, value))
+    for store, name, _ in caches:
+        store[name] = {}
+    return caches
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, slices: Slices) -> Iterator[None]:
-    """Run `model` as a subnet inside the block: its tensors are replaced by slices of themselves, then put back.
+def apply_slices(model: nn.Module, slices: Slices) -> Iterator[None]:
+    """Run `model` as a subnet inside the block: slices stand in the place of its tensors, which are put back after it.
 
-    Parameters stay connected: gradients of the slices reach the whole parameters. Buffers are copies, so that a
-    narrower subnet never moves the running statistics of the widest. What modules cache at one width serves no other.
+    Gradients of the slices reach the parameters. Buffers are copies, so that a narrower subnet never moves the running
+    statistics of the widest. What modules cache inside the block is dropped, and what they had cached before is not
+    read there.
+
+    Raises:
+        KeyError, IndexError: the model has no tensor or attribute of a name; then nothing is changed.
     """
-    located = _locate(model, slices)
-    modules = dict.fromkeys(place.module for place in located)
-    pieces = connected((place.whole, place.axes) for place in located)
-    changed: list[tuple[Any, Any, Any]] = []
-    caches = forget(modules)
+    entries = _find_entries(model, slices)
+    modules = dict.fromkeys(entry.module for entry in entries)
+    tensors = slice_for_call((entry.tensor, entry.axes) for entry in entries)
+    changes: list[Change] = []
+    caches = clear_caches(modules)
     try:
-        changed = set_attributes(model, slices.attributes)
-        for _, store, leaf, whole, _ in located:
-            store[leaf] = pieces[id(whole)]
+        changes = set_attributes(model, slices.attributes)
+        for _, store, leaf, tensor, _ in entries:
+            store[leaf] = tensors[id(tensor)]
         yield
     finally:
-        forget(modules)
-        for own, name, cache in caches:
-            own[name] = cache
-        for _, store, leaf, whole, _ in located:
-            store[leaf] = whole
-        put_back(changed)
+        clear_caches(modules)
+        restore_attributes(caches)
+        for _, store, leaf, tensor, _ in entries:
+            store[leaf] = tensor
+        restore_attributes(changes)
 
 
-def extract(model: M, slices: Slices) -> M:
-    """Return a copy of `model` that keeps only what `slices` keeps; no second full copy of the weights is made."""
+def extract_model(model: M, slices: Slices) -> M:
+    """Return a copy of `model` that holds the slices alone, with weights of its own.
+
+    Of tensors that are sliced no full copy is made. Tied parameters stay tied.
+
+    Raises:
+        KeyError, IndexError: the model has no tensor or attribute of a name.
+    """
     memo: dict[int, object] = {}
-    for place in _locate(model, slices):
-        if id(place.whole) not in memo:
-            memo[id(place.whole)] = own(place.whole, place.axes)
-    for module in model.modules():  # activations that modules keep: autograd's results cannot be copied
+    for entry in _find_entries(model, slices):
+        if id(entry.tensor) not in memo:
+            memo[id(entry.tensor)] = copy_slice(entry.tensor, entry.axes)
+    for module in model.modules():  # activations that modules store: deepcopy refuses results of autograd
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
-    plain = copy.deepcopy(model, memo)
-    forget({place.module for place in _locate(plain, slices)})
-    set_attributes(plain, slices.attributes)
-    return plain
+    extracted = copy.deepcopy(model, memo)
+    clear_caches({entry.module for entry in _find_entries(extracted, slices)})
+    set_attributes(extracted, slices.attributes)
+    return extracted
 
 
-def shrink_(model: nn.Module, slices: Slices) -> None:
-    """Keep of `model`, in place and for good, only what `slices` keeps; tied parameters stay tied."""
-    located = _locate(model, slices)
-    times = Counter(id(place.whole) for place in located)
-    recurrent = {place.module for place in located if isinstance(place.module, nn.RNNBase)}
+def shrink_model(model: nn.Module, slices: Slices) -> None:
+    """Reduce `model` in place to the slices. Tied parameters stay tied.
+
+    Raises:
+        KeyError, IndexError: the model has no tensor or attribute of a name.
+    """
+    entries = _find_entries(model, slices)
+    counts = Counter(id(entry.tensor) for entry in entries)
+    recurrent = {entry.module for entry in entries if isinstance(entry.module, nn.RNNBase)}
     tied: dict[int, tuple[Tensor, Tensor]] = {}
-    while located:  # each tensor is given up for its slice, whose memory the next slices can take
-        _, store, leaf, whole, axes = located.pop()
-        piece = tied[id(whole)][1] if id(whole) in tied else own(whole, axes)
-        if times[id(whole)] > 1:
-            tied[id(whole)] = (whole, piece)
-        store[leaf] = piece
-    for module in recurrent:  # they hold their weights twice; TorchScript reads the list
+    while entries:  # each tensor is released once it is sliced, so that the next slices can use its memory
+        _, store, leaf, tensor, axes = entries.pop()
+        slice_ = tied[id(tensor)][1] if id(tensor) in tied else copy_slice(tensor, axes)
+        if counts[id(tensor)] > 1:
+            tied[id(tensor)] = (tensor, slice_)
+        store[leaf] = slice_
+    for module in recurrent:  # they hold their weights in a list too, which TorchScript reads
         module._init_flat_weights()
     set_attributes(model, slices.attributes)

@@ -1,4 +1,4 @@
-"""What is kept of one tensor: taken out, and how its gradient finds the way back."""
+"""The slice of one tensor: take it, add to it, and send its gradient back to the tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What is kept of one axis: None for all of it, else runs of (start, length) in ascending order.
+# The slice of one axis: None for the full axis, else runs of (start, length) in ascending order.
 Axis = tuple[tuple[int, int], ...] | None
 
 # Above this many blocks one gather or scatter is cheaper than a view for each.
@@ -20,195 +20,211 @@ NODE_TENSORS = 16
 NODE_NUMBERS = 1 << 18
 
 
-def take(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """Keep the runs of each axis. Differentiable; contiguous, so that the same kernels run as on an extracted model."""
-    layout = _layout(tensor)
+def take_slice(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """Return the runs of every axis, one after the other. Differentiable.
+
+    The result is contiguous, so that a subnet runs the same kernels as the extracted model. It may be the tensor
+    itself, or share its memory.
+    """
+    layout = _memory_format(tensor)
     for dim, runs in enumerate(axes):
         if runs is None:
             continue
         if len(runs) == 1:
             tensor = tensor.narrow(dim, *runs[0])
-        elif _regular(runs):
-            tensor = _blocks(tensor, dim, runs).flatten(dim, dim + 1)
+        elif _are_regular(runs):
+            tensor = _view_blocks(tensor, dim, runs).flatten(dim, dim + 1)
         elif len(runs) <= MAX_BLOCKS:
             tensor = torch.cat([tensor.narrow(dim, start, length) for start, length in runs], dim)
         else:
-            tensor = tensor.index_select(dim, _index(runs).to(tensor.device))
+            tensor = tensor.index_select(dim, _list_indexes(runs).to(tensor.device))
     return tensor.contiguous(memory_format=layout)
 
 
-def add(whole: Tensor, piece: Tensor, axes: tuple[Axis, ...]) -> None:
-    """Add `piece`, of the size that `take(whole, axes)` has, to the places of `whole` that it was taken from."""
-    strides, offset = whole.stride(), whole.storage_offset()
+def add_slice(tensor: Tensor, slice_: Tensor, axes: tuple[Axis, ...]) -> None:
+    """Add `slice_` to the entries of `tensor` that `take_slice(tensor, axes)` returns, in place."""
+    strides, offset = tensor.stride(), tensor.storage_offset()
     for runs, stride in zip(axes, strides, strict=True):
         if runs is not None:
             if len(runs) > 1:
                 break
             offset += runs[0][0] * stride
     else:  # one block, as nearly always: a single view of it
-        whole.as_strided(piece.shape, strides, offset).add_(piece)
+        tensor.as_strided(slice_.shape, strides, offset).add_(slice_)
         return
-    irregular = [runs for runs in axes if runs is not None and len(runs) > 1 and not _regular(runs)]
+    irregular = [runs for runs in axes if runs is not None and len(runs) > 1 and not _are_regular(runs)]
     if math.prod(map(len, irregular)) > MAX_BLOCKS:
-        kept = [((0, n),) if runs is None else runs for n, runs in zip(whole.shape, axes, strict=True)]
-        last = len(kept) - 1
-        index = tuple(_index(runs).to(whole.device).view(-1, *[1] * (last - dim)) for dim, runs in enumerate(kept))
-        whole.index_put_(index, whole[index] + piece)
-        return
-    pairs = [(whole, piece)]
+        _add_by_index(tensor, slice_, axes)
+    else:
+        _add_by_views(tensor, slice_, axes)
+
+
+def _add_by_index(tensor: Tensor, slice_: Tensor, axes: tuple[Axis, ...]) -> None:
+    full = [((0, n),) if runs is None else runs for n, runs in zip(tensor.shape, axes, strict=True)]
+    last = len(full) - 1
+    index = tuple(_list_indexes(runs).to(tensor.device).view(-1, *[1] * (last - dim)) for dim, runs in enumerate(full))
+    tensor.index_put_(index, tensor[index] + slice_)
+
+
+def _add_by_views(tensor: Tensor, slice_: Tensor, axes: tuple[Axis, ...]) -> None:
+    pairs = [(tensor, slice_)]  # views of the tensor, and the part of the slice that is added to each
     for dim, runs in reversed(list(enumerate(axes))):  # from the last, so that blocks do not move the dims to come
         if runs is None:
             continue
         if len(runs) == 1:
-            pairs = [(big.narrow(dim, *runs[0]), small) for big, small in pairs]
-        elif _regular(runs):
+            pairs = [(view.narrow(dim, *runs[0]), part) for view, part in pairs]
+        elif _are_regular(runs):
             split = (len(runs), runs[0][1])
-            pairs = [(_blocks(big, dim, runs), small.unflatten(dim, split)) for big, small in pairs]  # type: ignore[no-untyped-call]
+            pairs = [(_view_blocks(view, dim, runs), part.unflatten(dim, split)) for view, part in pairs]  # type: ignore[no-untyped-call]
         else:
             lengths = [n for _, n in runs]
             pairs = [
-                (big.narrow(dim, *run), part)
-                for big, small in pairs
-                for run, part in zip(runs, torch.split(small, lengths, dim), strict=True)
+                (view.narrow(dim, *run), subpart)
+                for view, part in pairs
+                for run, subpart in zip(runs, torch.split(part, lengths, dim), strict=True)
             ]
-    for big, small in pairs:
-        big.add_(small)
+    for view, part in pairs:
+        view.add_(part)
 
 
-def _layout(tensor: Tensor) -> torch.memory_format:
-    """Channels last if the tensor is so and not contiguous as well, so that its slices stay as it is."""
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    """Return channels_last if the tensor is so and not also contiguous; its slices then get the same format."""
     if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
 
 
-def _regular(runs: tuple[tuple[int, int], ...]) -> bool:
-    """Whether the runs are of one length and evenly spaced, such as the heads of a fused projection."""
+def _are_regular(runs: tuple[tuple[int, int], ...]) -> bool:
+    """Return whether the runs have one length and are evenly spaced, such as the heads of a fused projection."""
     (first, length), step = runs[0], runs[1][0] - runs[0][0]
     return all(run == (first + i * step, length) for i, run in enumerate(runs))
 
 
-def _blocks(tensor: Tensor, dim: int, runs: tuple[tuple[int, int], ...]) -> Tensor:
-    """View regular runs of one dimension as two: (runs, length of a run)."""
+def _view_blocks(tensor: Tensor, dim: int, runs: tuple[tuple[int, int], ...]) -> Tensor:
+    """View regular runs of one dimension as two dimensions: (runs, length of a run)."""
     start, length = runs[0]
     inside = tensor.narrow(dim, start, runs[-1][0] + length - start)
     return inside.unfold(dim, length, runs[1][0] - start).movedim(-1, dim + 1)
 
 
-def _index(runs: tuple[tuple[int, int], ...]) -> Tensor:
+def _list_indexes(runs: tuple[tuple[int, int], ...]) -> Tensor:
     return torch.tensor([i for start, length in runs for i in range(start, start + length)])
 
 
-def own(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """Take a slice that lives on its own: a parameter stays a parameter."""
-    piece = _copy(whole, axes)
-    if isinstance(whole, nn.Parameter):
-        return nn.Parameter(piece, requires_grad=whole.requires_grad)
-    return piece
+def copy_slice(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """Return a slice with memory of its own; the slice of a parameter is a parameter."""
+    slice_ = _copy_detached(tensor, axes)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(slice_, requires_grad=tensor.requires_grad)
+    return slice_
 
 
-def connected(tensors: Iterable[tuple[Tensor, tuple[Axis, ...]]]) -> dict[int, Tensor]:
-    """Make the slices for a call, by the ids of the whole tensors: of parameters with a gradient, of buffers copies."""
-    pieces: dict[int, Tensor] = {}
+def slice_for_call(tensors: Iterable[tuple[Tensor, tuple[Axis, ...]]]) -> dict[int, Tensor]:
+    """Return the slices for one call of a model, by the ids of the tensors that they are of.
+
+    Slices of parameters lead their gradients back to the parameter; slices of buffers are copies.
+    """
+    slices: dict[int, Tensor] = {}
     trained: dict[int, tuple[Tensor, tuple[Axis, ...]]] = {}
-    graph = torch.is_grad_enabled()
-    for whole, axes in tensors:
-        if id(whole) in pieces or id(whole) in trained:
+    gradients = torch.is_grad_enabled()
+    for tensor, axes in tensors:
+        if id(tensor) in slices or id(tensor) in trained:
             continue
-        if not isinstance(whole, nn.Parameter):
-            pieces[id(whole)] = _copy(whole, axes)
-        elif graph and whole.requires_grad and any(axes):
-            trained[id(whole)] = whole, axes
+        if not isinstance(tensor, nn.Parameter):
+            slices[id(tensor)] = _copy_detached(tensor, axes)
+        elif gradients and tensor.requires_grad and any(axes):
+            trained[id(tensor)] = tensor, axes
         else:
-            pieces[id(whole)] = piece = take(whole, axes)
-            if piece.requires_grad != whole.requires_grad:
+            slices[id(tensor)] = slice_ = take_slice(tensor, axes)
+            if slice_.requires_grad != tensor.requires_grad:
                 # Without gradients too: torch's matmul picks its kernel by this flag of the weight.
-                piece.requires_grad_(whole.requires_grad)
-    for part in _nodes(trained):
-        wholes, kept = zip(*(trained[key] for key in part), strict=True)
-        pieces.update(zip(part, _Slice.apply(kept, *wholes), strict=True))
-    return pieces
+                slice_.requires_grad_(tensor.requires_grad)
+    for ids in _split_into_nodes(trained):
+        parameters, axes_of_all = zip(*(trained[key] for key in ids), strict=True)
+        slices.update(zip(ids, _Slice.apply(axes_of_all, *parameters), strict=True))
+    return slices
 
 
-def _copy(whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
-    """Take a slice that shares no memory with the whole."""
-    whole = whole.detach() if whole.requires_grad else whole
+def _copy_detached(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    """Return a slice without gradient that shares no memory with the tensor."""
+    tensor = tensor.detach() if tensor.requires_grad else tensor
     if len(axes) == 1 and axes[0] is not None and len(axes[0]) == 1:  # running statistics and the like
-        return whole.narrow_copy(0, *axes[0][0])
-    piece = take(whole, axes)
-    if whole.is_contiguous():  # its addresses are quicker to compare than its storage
-        first = whole.data_ptr()
-        shared = first <= piece.data_ptr() < first + max(1, whole.nbytes)
+        return tensor.narrow_copy(0, *axes[0][0])
+    slice_ = take_slice(tensor, axes)
+    if tensor.is_contiguous():  # its addresses are quicker to compare than its storage
+        first = tensor.data_ptr()
+        shared = first <= slice_.data_ptr() < first + max(1, tensor.nbytes)
     else:
-        shared = piece.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-    return piece.clone() if shared else piece
+        shared = slice_.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
+    return slice_.clone() if shared else slice_
 
 
-def _nodes(trained: Mapping[int, tuple[Tensor, tuple[Axis, ...]]]) -> Iterator[list[int]]:
-    """Share parameters, in their order, out to nodes of the graph."""
-    part: list[int] = []
+def _split_into_nodes(trained: Mapping[int, tuple[Tensor, tuple[Axis, ...]]]) -> Iterator[list[int]]:
+    """Yield the ids of the parameters, in their order, that share one node of autograd's graph."""
+    ids: list[int] = []
     numbers = 0
-    for key, (whole, _) in trained.items():
-        numbers += whole.numel()
-        if part and (len(part) == NODE_TENSORS or numbers > NODE_NUMBERS):
-            yield part
-            part, numbers = [], whole.numel()
-        part.append(key)
-    if part:
-        yield part
+    for key, (tensor, _) in trained.items():
+        numbers += tensor.numel()
+        if ids and (len(ids) == NODE_TENSORS or numbers > NODE_NUMBERS):
+            yield ids
+            ids, numbers = [], tensor.numel()
+        ids.append(key)
+    if ids:
+        yield ids
 
 
 class _Slice(torch.autograd.Function):
-    """`take` of a few parameters, whose backward adds to the kept places of their `.grad` and touches no other.
+    """`take_slice` of a few parameters; its backward adds to the sliced entries of their `.grad` and to no other.
 
-    Autograd's own way would fill a gradient of the whole parameter with zeros and add all of it. It is still gone where
-    the gradient is wanted elsewhere than in `.grad` (`autograd.grad`, a graph of the gradient) or a hook must see it.
+    Autograd's own backward of a slice would fill a gradient of the full parameter with zeros, and add all of it. That
+    way is still taken where the gradient is not simply added to `.grad`: in `autograd.grad`, for a gradient of the
+    gradient, or if the parameter has a hook.
     """
 
     @staticmethod
-    def forward(ctx: Any, axes: tuple[tuple[Axis, ...], ...], *wholes: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, axes: tuple[tuple[Axis, ...], ...], *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.axes, ctx.wholes = axes, wholes
-        return tuple(map(take, wholes, axes))
+        ctx.axes, ctx.parameters = axes, parameters
+        return tuple(map(take_slice, parameters, axes))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        handed: list[Tensor | None] = [None] * (1 + len(gradients))
-        graph = torch.is_grad_enabled()
-        for i, (gradient, whole, axes, (node, _)) in enumerate(
-            zip(gradients, ctx.wholes, ctx.axes, ctx.next_functions, strict=True), 1
+        results: list[Tensor | None] = [None] * (1 + len(gradients))
+        twice = torch.is_grad_enabled()  # somebody wants the gradient of the gradient
+        for i, (gradient, parameter, axes, (node, _)) in enumerate(
+            zip(gradients, ctx.parameters, ctx.axes, ctx.next_functions, strict=True), 1
         ):
-            if gradient is None:  # not used in this forward
+            if gradient is None:  # the forward did not use this slice
                 continue
-            if graph or not _accumulates(whole, node):
-                handed[i] = _Pad.apply(gradient, whole, axes)
+            if twice or not _accumulates(parameter, node):
+                results[i] = _Pad.apply(gradient, parameter, axes)
                 continue
-            if whole.grad is None:
-                whole.grad = torch.zeros_like(whole)
-            add(whole.grad, gradient, axes)
-        return tuple(handed)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            add_slice(parameter.grad, gradient, axes)
+        return tuple(results)
 
 
 class _Pad(torch.autograd.Function):
-    """The gradient of a whole parameter from that of its slice: zero where nothing was kept."""
+    """The gradient of a full parameter from that of its slice: zero outside of the slice."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, whole: Tensor, axes: tuple[Axis, ...]) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, parameter: Tensor, axes: tuple[Axis, ...]) -> Tensor:
         ctx.axes = axes
-        padded = torch.zeros_like(whole, dtype=gradient.dtype)
-        add(padded, gradient, axes)
+        padded = torch.zeros_like(parameter, dtype=gradient.dtype)
+        add_slice(padded, gradient, axes)
         return padded
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return take(gradient, ctx.axes), None, None
+        return take_slice(gradient, ctx.axes), None, None
 
 
-def _accumulates(whole: Tensor, node: Any) -> bool:
-    """Whether the backward that runs now adds to `whole.grad`, and nothing looks at what it adds."""
-    if whole._backward_hooks or whole._post_accumulate_grad_hooks:
+def _accumulates(parameter: Tensor, node: Any) -> bool:
+    """Return whether the backward that runs now adds to `parameter.grad`, with no hook that reads the gradient."""
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
         return False
     try:
         return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # torch's answer in autograd.grad()
+    except RuntimeError:  # raised inside torch.autograd.grad()
         return False

@@ -16,7 +16,7 @@ from timm_autoslim.slimming.result import Found, SearchResult
 from timm_autoslim.slimming.scoring import Evaluate, Scorer, Scores, Team
 from timm_autoslim.supernet.space import Widths, draw
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.utils.arguments import generator_of, whole_number
+from timm_autoslim.utils.arguments import check_integer, make_generator
 
 Kind = Literal["uniform", "random", "importance", "evolutionary"]
 
@@ -76,16 +76,16 @@ def baseline(
         raise ConfigError(f"got kind={kind!r}; needed: one of {list(get_args(Kind))}")
     if criterion not in list(CRITERIA):
         raise ConfigError(f"got criterion={criterion!r}; needed: one of {sorted(CRITERIA)}")
-    candidates = whole_number("candidates", candidates, ConfigError)
-    population = whole_number("population", population, ConfigError, least=2)
-    generator_of(seed)  # refuses what is no seed; every budget starts one anew
+    candidates = check_integer("candidates", candidates, ConfigError)
+    population = check_integer("population", population, ConfigError, least=2)
+    make_generator(seed)  # refuses what is no seed; every budget starts one anew
     score = Scorer(supernet, evaluate, scores, team)
     ordered = read_budgets(supernet, budgets)
     choose: dict[Kind, Callable[[Budget], Widths]] = {
         "uniform": lambda budget: uniform_within(supernet, budget),
-        "random": lambda budget: _best(_random(supernet, budget, candidates, generator_of(seed)), score),
+        "random": lambda budget: _best(_random(supernet, budget, candidates, make_generator(seed)), score),
         "importance": lambda budget: _ranked(supernet, budget, _unit_scores(supernet, criterion, seed)),
-        "evolutionary": lambda budget: _evolved(supernet, budget, score, candidates, population, generator_of(seed)),
+        "evolutionary": lambda budget: _evolved(supernet, budget, score, candidates, population, make_generator(seed)),
     }
     networks = []
     for budget in ordered:
@@ -165,11 +165,11 @@ def _evolved(
 
 def _unit_scores(supernet: Supernet, criterion: str, seed: int) -> list[NDArray[np.float64]]:
     """Return, for every group, the scores of its units, falling."""
-    from timm_autoslim.supernet.order import unit_scores
+    from timm_autoslim.supernet.order import score_units
 
     graph = supernet.graph
     found: list[list[NDArray[np.float64]]] = [[] for _ in graph.group_sizes]
-    for strand, scores in zip(graph.strands, unit_scores(supernet.model, graph, criterion, seed), strict=True):
+    for strand, scores in zip(graph.strands, score_units(supernet.model, graph, criterion, seed), strict=True):
         if scores is not None:
             falling = -np.sort(-np.nan_to_num(scores))
             # one unit of the group's width is `ratio` of each strand's

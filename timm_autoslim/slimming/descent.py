@@ -25,7 +25,7 @@ from timm_autoslim.slimming.result import Found, SearchResult, Step
 from timm_autoslim.slimming.scoring import Evaluate, Scorer, Scores, Team
 from timm_autoslim.supernet.space import ChannelGroup, Widths
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.utils.arguments import generator_of, whole_number
+from timm_autoslim.utils.arguments import check_integer, make_generator
 
 Mode = Literal["fast", "reference"]
 Rank = Literal["error", "per_cost"]
@@ -318,10 +318,10 @@ def search(
         raise ConfigError(f"got rank={rank!r}; needed: one of {list(get_args(Rank))}")
     if refine not in get_args(Refine):
         raise ConfigError(f"got refine={refine!r}; needed: one of {list(get_args(Refine))}")
-    steps = steps if steps is None else whole_number("steps", steps, ConfigError, also=" or None")
+    steps = steps if steps is None else check_integer("steps", steps, ConfigError, also=" or None")
     if on_step is not None and not callable(on_step):
         raise ConfigError(f"got on_step={on_step!r}; needed: a callable that takes a Step, or None")
-    draws = generator_of(seed)
+    draws = make_generator(seed)
     score = Scorer(supernet, evaluate, scores, team)
     ordered = read_budgets(supernet, budgets)
     ranks = torch.randperm(len(supernet.space), generator=draws).tolist()

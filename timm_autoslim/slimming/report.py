@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from timm_autoslim.errors import ArtifactError
-from timm_autoslim.utils.files import replacing, write_text
+from timm_autoslim.utils.files import replace_file, write_text
 
 SEARCHED = "searched"
 COLOURS = {
@@ -59,7 +59,7 @@ def write_report(run: Path) -> Path:
             raise IsADirectoryError(f"{whole} is a folder")
         folder.mkdir(exist_ok=True)
         for name, picture in pictures.items():
-            with replacing(folder / f"{name}.png") as part:
+            with replace_file(folder / f"{name}.png") as part:
                 part.write_bytes(picture)
         write_text(whole, page)
     except OSError as error:

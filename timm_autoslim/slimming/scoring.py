@@ -17,8 +17,8 @@ from timm_autoslim.errors import AutoSlimError, ConfigError, DataError, Evaluati
 from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.calibration import batch_statistics, check_batch_statistics
-from timm_autoslim.utils.arguments import whole_number
-from timm_autoslim.utils.meta import tensors_in
+from timm_autoslim.utils.arguments import check_integer
+from timm_autoslim.utils.tensors import collect_tensors
 
 Subnet = Callable[[Tensor], Tensor]
 Evaluate = Callable[[Subnet], float]
@@ -75,8 +75,8 @@ class Team:
     gather: Callable[[list[Any]], list[Any]] = list
 
     def __post_init__(self) -> None:
-        whole_number("Team.count", self.count, ConfigError)
-        whole_number("Team.index", self.index, ConfigError, 0, self.count - 1)
+        check_integer("Team.count", self.count, ConfigError)
+        check_integer("Team.index", self.index, ConfigError, 0, self.count - 1)
 
 
 class SharedLatency:
@@ -258,7 +258,7 @@ def _counted(model: nn.Module) -> Iterator[list[int]]:
     images: list[int] = []
 
     def count(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        first = next((t for t in tensors_in((inputs, named)) if t.dim()), None)
+        first = next((t for t in collect_tensors((inputs, named)) if t.dim()), None)
         images.append(1 if first is None else len(first))
 
     handle = model.register_forward_pre_hook(count, with_kwargs=True)

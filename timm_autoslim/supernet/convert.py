@@ -104,25 +104,35 @@ def convert(
             default the shape in the model's `pretrained_cfg`, else the usual sizes of images are tried.
         order: sort the channels of every group by importance, so that the narrow subnets have the best ones: "l1",
             "l2", "bn_scale", "fpgm", "lamp", "taylor" (of the gradients in the model: run the loss backward first) or
-            "random" (the same at each call). None leaves them as they stand, and then the widest subnet is
+            "random" (the same at each call). None leaves the order as it is, and then the widest subnet is
             bit-equal to the model.
-        freeze: globs of module paths whose weights must stay whole: what leaves these modules, and what enters them.
+        freeze: globs of module paths; the channels that enter or leave these modules are fixed.
         min: the least width of a group: a share of its size (float) or a number (int), for all or by glob.
         divisor: widths that are sampled and searched are multiples of it, for all or by glob.
         choices: the widths that are sampled and searched, by glob.
         base, base_args: the timm name ("resnet18") or "torchvision/NAME", and its arguments, that build the model
             again; an exported model needs them. For a timm model made by its name it is known already, and so are its
             arguments if timm keeps them (1.0.31 does) and JSON can; `base_args` are added to these.
-        keep_output: whether the model's outputs keep their channels. By default they do, unless the model has
-            `num_classes == 0`: then its outputs are features, and the last stage may shrink as all others.
-        whole_heads: globs of attention modules that lose whole heads; all others keep their heads, and each head
-            loses channels.
+        keep_output: whether the channels of the model's outputs are fixed. By default they are, unless the model has
+            `num_classes == 0`: then its outputs are features, and the last stage can be narrowed like all others.
+        whole_heads: globs of attention modules in which a unit is a head; in all others every head stays, and each head
+            is narrowed.
 
     Raises:
         TraceError: the model's forward cannot be traced.
         NothingToSlimError: no channel can be removed.
         WidthError: a glob matches nothing, a value is out of range, or the order is "taylor" and a weight that it reads
             has no gradient.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert
+        >>> model = timm.create_model("resnet10t", num_classes=10)
+        >>> supernet = convert(model, torch.zeros(1, 3, 32, 32), order="l1", freeze="conv1.*", min=0.25)
+        >>> len(supernet.space)  # without the frozen stem
+        7
+        >>> supernet.space["layer1.0.conv1"].choices
+        (16, 24, 32, 40, 48, 56, 64)
     """
     if isinstance(model, Supernet):
         raise TraceError(
@@ -139,9 +149,9 @@ def convert(
     trace = replace(trace, graph=_freeze(trace.graph, [freeze] if isinstance(freeze, str) else freeze))
     space = build_space(trace.graph, min, divisor, choices)
     if order is not None:
-        from timm_autoslim.supernet.order import reordered
+        from timm_autoslim.supernet.order import reorder_channels
 
-        model = reordered(model, trace.graph, order)
+        model = reorder_channels(model, trace.graph, order)
     recipe = getattr(model, "autoslim", None)
     args = built_with(model)
     if base is None and recipe:  # slimmed already: its recipe is taken further

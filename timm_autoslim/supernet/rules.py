@@ -10,7 +10,7 @@ from typing import Any
 from timm_autoslim.errors import WidthError
 from timm_autoslim.supernet.space import ChannelGroup, SearchSpace, check_mapping
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.utils.arguments import integer
+from timm_autoslim.utils.arguments import as_integer
 
 # AutoSlim lets every layer go down to about 0.15 of its channels (arXiv 1903.11728, section 4).
 DEFAULT_MIN = 0.15
@@ -77,14 +77,14 @@ def build_space(
 def _group(
     name: str, size: int, channels: int, producers: tuple[str, ...], floor: int, given: Mapping[str, Any]
 ) -> ChannelGroup:
-    divisor = integer(default_divisor(size, channels) if given["divisor"] is None else given["divisor"])
+    divisor = as_integer(default_divisor(size, channels) if given["divisor"] is None else given["divisor"])
     if divisor is None or divisor < 1:
         raise WidthError(f"{name}: got the divisor {given['divisor']!r}; needed: an integer of at least 1")
     least = DEFAULT_MIN if given["min"] is None else given["min"]
     if isinstance(least, float):
         lowest = max(round(least * size), floor) if 0 < least <= 1 else None
     else:
-        lowest = integer(least)
+        lowest = as_integer(least)
     if lowest is None or not floor <= lowest <= size:
         raise WidthError(
             f"{name}: got min={given['min']!r}; needed: an integer from {floor} to {size}, "

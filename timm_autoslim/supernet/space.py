@@ -14,7 +14,7 @@ import torch
 
 from timm_autoslim.errors import WidthError
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.utils.arguments import integer
+from timm_autoslim.utils.arguments import as_integer
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,20 @@ class ChannelGroup:
     Attributes:
         name: path of the module that produces the channels first.
         size: the widest width; a width counts units, and a unit is nearly always one channel of that module (of a
-            grouped convolution it is one whole group).
+            grouped convolution it is one of the convolution's groups).
         min, divisor: shape what is sampled and searched.
         choices: the widths that are sampled and searched, ascending; the last is `size`.
         floor: the narrowest width that the model can run with; 1 for nearly every model.
         channels: channels that one unit has in the module that names the group.
         producers: paths of all modules that produce channels of this group.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> group = supernet.space["layer1.0.conv1"]
+        >>> group.size, group.divisor, group.choices
+        (64, 8, (16, 24, 32, 40, 48, 56, 64))
     """
 
     name: str
@@ -42,12 +50,12 @@ class ChannelGroup:
     floor: int = 1
 
     def checked(self, width: object) -> int:
-        """Return a width of this group as a plain integer.
+        """Return a width of this group as an int.
 
         Raises:
-            WidthError: it is no integer, or is not from the floor to the size.
+            WidthError: it is no integer, or is below the floor or above the size.
         """
-        number = integer(width)
+        number = as_integer(width)
         if number is None or not self.floor <= number <= self.size:
             raise WidthError(
                 f"{self.name}: got the width {width!r}; needed: an integer from {self.floor} to {self.size}"
@@ -61,6 +69,17 @@ class Widths(Mapping[str, int]):
 
     Raises:
         WidthError: a value is no width of its group.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> widths = supernet.space.uniform(0.5)
+        >>> widths["layer1.0.conv1"]
+        32
+        >>> narrower = widths.replaced("layer1.0.conv1", 16)
+        >>> narrower["layer1.0.conv1"], narrower == widths
+        (16, False)
     """
 
     values_: tuple[int, ...]
@@ -100,11 +119,11 @@ class Widths(Mapping[str, int]):
         return f"Widths({self.to_dict()})"
 
     def to_dict(self) -> dict[str, int]:
-        """Return the widths as plain data, for JSON; `SearchSpace.from_dict` reads it back."""
+        """Return the widths as a dict, for JSON; `SearchSpace.from_dict` reads it back."""
         return dict(zip(self, self.values_, strict=True))
 
     def replaced(self, name: str, width: int) -> Widths:
-        """Return the same widths, but for one group.
+        """Return these widths with another width for one group.
 
         Raises:
             WidthError: there is no such group, or the width is no integer from its floor to its size.
@@ -144,7 +163,26 @@ def draw(n: int, generator: torch.Generator | None) -> list[float]:
 
 
 class SearchSpace:
-    """All subnets of a supernet."""
+    """All subnets of a supernet.
+
+    Attributes:
+        groups: the channel groups, in the order in which the model produces their channels.
+        names: their names.
+        id: the same for every supernet whose groups have these names and sizes.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> space = supernet.space
+        >>> len(space), space.names[:2]
+        (10, ('conv1.0', 'conv1.3'))
+        >>> for line in str(space).splitlines()[-3:]:
+        ...     print(line)
+        min          1.0M MACs (  4.6%)      0.13M params (  2.6%)
+        half         5.6M MACs ( 25.2%)      1.23M params ( 25.1%)
+        max         22.4M MACs (100.0%)      4.93M params (100.0%)
+    """
 
     def __init__(self, graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> None:
         self._graph = graph
@@ -184,7 +222,7 @@ class SearchSpace:
         return widths
 
     def max(self) -> Widths:
-        """Return the widths of the whole model."""
+        """Return the widths of the widest subnet."""
         return self._make(g.size for g in self.groups)
 
     def min(self) -> Widths:
@@ -196,6 +234,13 @@ class SearchSpace:
 
         Raises:
             WidthError: the ratio is not above 0 and at most 1.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> space = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)).space
+            >>> space.uniform(0.3)["layer1.0.conv1"], space.uniform(0.3, exact=True)["layer1.0.conv1"]
+            (16, 19)
         """
         if not isinstance(ratio, numbers.Real) or isinstance(ratio, bool) or not 0 < ratio <= 1:
             raise WidthError(f"got the ratio {ratio!r}; needed: a number above 0 and at most 1")
@@ -204,10 +249,18 @@ class SearchSpace:
         return self._make(min(g.choices, key=lambda c: (abs(c - ratio * g.size), -c)) for g in self.groups)
 
     def sample(self, generator: torch.Generator | None = None) -> Widths:
-        """Return random widths, every group on its own (AutoSlim's non-uniform sampling).
+        """Return random widths, drawn for every group by itself (AutoSlim's non-uniform sampling, arXiv 1903.11728).
 
         Raises:
             WidthError: the generator is no `torch.Generator`.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> space = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)).space
+            >>> widths = space.sample(torch.Generator().manual_seed(0))
+            >>> all(width in group.choices for group, width in zip(space.groups, widths.values()))
+            True
         """
         draws = draw(len(self.groups), generator)
         return self._make(g.choices[int(u * len(g.choices))] for u, g in zip(draws, self.groups, strict=True))
@@ -215,8 +268,8 @@ class SearchSpace:
     def sample_multiplier(self, generator: torch.Generator | None = None) -> Widths:
         """Return one random multiplier for all groups, as `uniform` applies it (US-Nets, arXiv 1903.05134).
 
-        It is drawn evenly between the least share that any group can have and 1; a group that cannot go as low stays at
-        its narrowest.
+        It is drawn evenly between 1 and the least share that any group can have; a group that cannot be as narrow has
+        its narrowest choice.
 
         Raises:
             WidthError: the generator is no `torch.Generator`.
@@ -229,6 +282,14 @@ class SearchSpace:
 
         Raises:
             WidthError: a group is missing or unknown, or a width is no integer or out of range.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> space = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)).space
+            >>> widths = space.from_dict({**space.max().to_dict(), "layer1.0.conv1": 13})
+            >>> space.from_dict(widths.to_dict()) == widths
+            True
         """
         check_mapping("widths", widths, "{group: width}")
         for name in widths:
@@ -242,11 +303,22 @@ class SearchSpace:
         return self._make(widths[g.name] for g in self.groups)
 
     def from_channels(self, channels: Mapping[str, int]) -> Widths:
-        """Return widths from the number of channels of the modules that produce them; all other groups stay whole.
+        """Return widths from the number of channels of some modules; all other groups are at their widest.
+
+        Args:
+            channels: by the path of a module that produces channels, how many it shall have.
 
         Raises:
             WidthError: a module produces no channels that can change, a number is no integer or out of reach, or two
                 modules that share a group are given numbers that contradict each other.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> space = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)).space
+            >>> widths = space.from_channels({"layer1.0.conv1": 10})
+            >>> widths["layer1.0.conv1"], widths["layer2.0.conv1"]
+            (10, 128)
         """
         check_mapping("channels", channels, "{module: channels}")
         values: dict[int, tuple[int, str]] = {}
@@ -274,7 +346,7 @@ class SearchSpace:
                 f"{path}: its channels belong to the groups {[self.names[g] for g, _ in count.terms]}; use from_dict"
             )
         (index, factor), fixed = count.terms[0], count.fixed
-        group, number = self.groups[index], integer(wanted)
+        group, number = self.groups[index], as_integer(wanted)
         width, rest = divmod(-1 if number is None else number - fixed, factor)
         if number is None or rest or not group.floor <= width <= group.size:
             step = f" in steps of {factor}" if factor > 1 else ""
@@ -285,12 +357,20 @@ class SearchSpace:
         return index, width
 
     def channels(self, widths: Widths) -> dict[str, int]:
-        """Return the number of channels of every module that produces some, at these widths."""
+        """Return the number of channels of every module that produces some, at these widths.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> space = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)).space
+            >>> space.channels(space.min())["fc"], space.channels(space.min())["layer1.0.conv2"]
+            (10, 16)
+        """
         values = self.check(widths).values_
         return {path: count(values) for path, count in self._graph.producers.items()}
 
     def table(self) -> str:
-        """Return a table of the groups, with the MACs and parameters of the whole model at min, half and max."""
+        """Return a table of the groups, with the MACs and parameters of the subnets at min, half and max."""
         rows = [("group", "size", "min", "divisor", "choices", "modules")]
         for g in self.groups:
             rows.append(

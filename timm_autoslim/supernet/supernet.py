@@ -15,12 +15,13 @@ from timm_autoslim.artifact.spec import FORMAT
 from timm_autoslim.costs.cost import Conditions
 from timm_autoslim.costs.tape import Tape
 from timm_autoslim.errors import TraceError, WidthError
-from timm_autoslim.slicing import slices as slicing
+from timm_autoslim.slicing.slices import Slices, apply_slices, compose_runs, extract_model
 from timm_autoslim.slicing.tensors import Axis
 from timm_autoslim.supernet.space import SearchSpace, Widths
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace
-from timm_autoslim.utils.meta import sized, tensors_in
+from timm_autoslim.utils.meta import make_meta_example
+from timm_autoslim.utils.tensors import collect_tensors
 
 # What timm's models say of themselves, and torchvision's do not.
 _TIMM_ONLY = ("feature_info", "num_features", "head_hidden_size")
@@ -31,10 +32,18 @@ class Supernet(nn.Module):
     """A model whose every forward takes the widths of a subnet; made by `convert`.
 
     Attributes:
-        model: the model itself, whole; its parameters are the shared weights.
+        model: the model itself; its parameters are the shared weights of all subnets.
         space: the search space.
         graph: the channel-dependency graph.
         conditions: what `peak_bytes` and `latency_ms` are counted for in `cost` and in a search; set it as you like.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> images, widths = torch.randn(2, 3, 32, 32), supernet.space.uniform(0.5)
+        >>> supernet(images, widths).shape  # the subnet; `supernet(images)` is the widest
+        torch.Size([2, 10])
     """
 
     model: nn.Module
@@ -49,7 +58,7 @@ class Supernet(nn.Module):
         self.graph: ChannelGraph = trace.graph
         self._trace = trace
         self._base, self._base_args = base, dict(base_args)
-        self._cache: OrderedDict[tuple[int, ...], slicing.Slices] = OrderedDict()
+        self._cache: OrderedDict[tuple[int, ...], Slices] = OrderedDict()
         self._held: Widths | None = None  # the widths of the `at` block that is open
         self.conditions = Conditions()
         self._tapes: dict[tuple[int, torch.dtype | None], Tape] = {}
@@ -101,6 +110,15 @@ class Supernet(nn.Module):
 
         Raises:
             WidthError: the widths are of another model, or a block is open already.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+            >>> with supernet.at(supernet.space.min()) as subnet:
+            ...     subnet(torch.randn(2, 3, 32, 32)).sum().backward()
+            >>> all(parameter.grad is not None for parameter in supernet.parameters())
+            True
         """
         self.space.check(widths)
         if self._held is not None:
@@ -110,17 +128,17 @@ class Supernet(nn.Module):
             if widths == self.space.max():
                 yield self
             else:
-                with slicing.applied(self.model, self._slices(widths)):
+                with apply_slices(self.model, self._slices(widths)):
                     yield self
         finally:
             self._held = None
 
-    def _slices(self, widths: Widths) -> slicing.Slices:
+    def _slices(self, widths: Widths) -> Slices:
         key = widths.values_
         if key not in self._cache:
             found = self.graph.slices(key)
             tensors = {**_statistics(self.model), **found.tensors}
-            self._cache[key] = slicing.Slices(tensors, found.attributes)
+            self._cache[key] = Slices(tensors, found.attributes)
             if len(self._cache) > _CACHED_SLICES:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
@@ -143,7 +161,7 @@ class Supernet(nn.Module):
 
     def example(self, batch_size: int = 1) -> Any:
         """Return inputs of the shapes that the model was traced with, of this batch size, on the meta device."""
-        return sized(self._trace.example, batch_size)
+        return make_meta_example(self._trace.example, batch_size)
 
     def extract(self, widths: Widths | None = None) -> nn.Module:
         """Return the subnet as an ordinary model of the same type, with weights of its own.
@@ -155,6 +173,19 @@ class Supernet(nn.Module):
 
         Raises:
             WidthError: the widths are of another model, or an `at` block is open.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+            >>> supernet = supernet.eval()
+            >>> widths = supernet.space.uniform(0.5)
+            >>> model = supernet.extract(widths)
+            >>> type(model).__name__, model.layer1[0].conv1.weight.shape
+            ('ResNet', torch.Size([32, 32, 3, 3]))
+            >>> images = torch.randn(2, 3, 32, 32)
+            >>> torch.equal(model(images), supernet(images, widths))
+            True
         """
         widths = self.space.check(widths if widths is not None else self.space.max())
         if self._held is not None:
@@ -164,7 +195,7 @@ class Supernet(nn.Module):
         whole = widths == self.space.max()
         found = self.graph.slices(widths.values_)
         tensors = {} if whole else {**_statistics(self.model), **found.tensors}
-        plain = slicing.extract(self.model, slicing.Slices(tensors, found.attributes))
+        plain = extract_model(self.model, Slices(tensors, found.attributes))
         if not whole:
             for module in plain.modules():
                 tracked = getattr(module, "num_batches_tracked", None)
@@ -173,7 +204,7 @@ class Supernet(nn.Module):
         plain.autoslim = self._recipe(plain, found, widths)  # type: ignore[assignment]
         return plain
 
-    def _recipe(self, plain: nn.Module, found: slicing.Slices, widths: Widths) -> dict[str, Any]:
+    def _recipe(self, plain: nn.Module, found: Slices, widths: Widths) -> dict[str, Any]:
         before = getattr(self.model, "autoslim", None) or {}  # of a model that was slimmed already
         sizes = dict(before.get("sizes", {}))
         saved = set(self.model.state_dict())  # the rest comes from the base again: it must be known which channels stay
@@ -181,7 +212,7 @@ class Supernet(nn.Module):
             if any(axis is not None for axis in axes):
                 kept = sizes.get(name, [None] * len(axes))
                 sizes[name] = [
-                    old if runs is None else sum(n for _, n in runs) if name in saved else slicing.within(runs, old)
+                    old if runs is None else sum(n for _, n in runs) if name in saved else compose_runs(runs, old)
                     for old, runs in zip(kept, axes, strict=True)
                 ]
         new = {p: list(v) if isinstance(v, tuple) else v for p, v in found.attributes.items()}
@@ -200,7 +231,7 @@ class Supernet(nn.Module):
 
 def _refuse_reentrant_checkpoints(out: Any) -> None:
     """Raise if backward would run parts of the model again: by then the slices are gone, and nothing would notice."""
-    waiting = [t.grad_fn for t in tensors_in(out) if t.grad_fn is not None]
+    waiting = [t.grad_fn for t in collect_tensors(out) if t.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()

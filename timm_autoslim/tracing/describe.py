@@ -11,7 +11,8 @@ from torch import nn
 
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import AttributeUse, Label
-from timm_autoslim.utils.meta import call, tensors_in
+from timm_autoslim.utils.meta import run_model
+from timm_autoslim.utils.tensors import collect_tensors
 
 # Attributes that only describe a module: they are not read in forward, but users and timm read them.
 _DESCRIBES_INPUT = ("in_channels", "in_features", "in_chs", "in_dim", "num_features", "embed_dim", "kdim", "vdim",
@@ -106,8 +107,8 @@ class Describer:
         """Note num_features and head_hidden_size."""
         forward: Any = getattr(self.model, "forward_features", None)
         if callable(forward) and self._features is None:
-            call(forward, example)
-        found = tensors_in(self._features)
+            run_model(forward, example)
+        found = collect_tensors(self._features)
         named: Mapping[str, Any] = self.model.__dict__
         if isinstance(out := named.get("out_features"), int):  # of an encoder that projects its features
             self.note("out_features", out, self._outputs[""])

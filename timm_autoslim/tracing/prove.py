@@ -10,11 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from timm_autoslim.slicing import slices as slicing
+from timm_autoslim.slicing.slices import apply_slices
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.record import Exit, Record, Recorder
-from timm_autoslim.utils.meta import sized, tensors_in
+from timm_autoslim.utils.meta import make_meta_example
+from timm_autoslim.utils.tensors import collect_tensors
 
 
 class Disagreement(Exception):
@@ -48,7 +49,7 @@ class _Lockstep(Recorder):
         self.position += 1
         if expected.path != path:
             raise Disagreement(f"runs this module where the widest runs {expected.path}", path)
-        for tensor, labels, shape in zip(tensors_in(out), expected.labels, expected.shapes, strict=True):
+        for tensor, labels, shape in zip(collect_tensors(out), expected.labels, expected.shapes, strict=True):
             length = tuple(n if v is None else int(self.active[v].sum()) for n, v in zip(shape, labels, strict=True))
             if tuple(tensor.shape) != length:
                 raise Disagreement(f"gives the shape {tuple(tensor.shape)} where {length} was due", path, None, labels)
@@ -99,10 +100,10 @@ class Prover:
 
     def _try(self, graph: ChannelGraph, widths: Sequence[int], record: Record) -> None:
         self.model.train(record.training)
-        example = sized(self.example, 2 if record.training else 1)
+        example = make_meta_example(self.example, 2 if record.training else 1)
         self.lockstep.start(record, graph.active(widths))
         try:
-            with slicing.applied(self.model, graph.slices(widths)):
+            with apply_slices(self.model, graph.slices(widths)):
                 self.lockstep.run(example)
         except Disagreement:
             raise

@@ -21,8 +21,9 @@ from timm_autoslim.tracing.flow import Call, Flow
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.sizes import FromExpression, Size
-from timm_autoslim.utils.meta import call, seeded, tensors_in
+from timm_autoslim.utils.meta import fix_seed, run_model
 from timm_autoslim.utils.running import ModuleStack
+from timm_autoslim.utils.tensors import collect_tensors
 
 
 class Recorder:
@@ -59,13 +60,13 @@ class Recorder:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """See what runs inside the block; without gradients, and with the same random numbers each time."""
-        with torch.no_grad(), seeded(), self._functions, _Operators(self):
+        with torch.no_grad(), fix_seed(), self._functions, _Operators(self):
             yield
 
     def run(self, example: Any) -> Any:
         """Run the model on an example: a tensor, a tuple or a dict of inputs."""
         with self.recording():
-            return call(self.model, example)
+            return run_model(self.model, example)
 
 
 class _Functions(TorchFunctionMode):
@@ -165,14 +166,14 @@ class LabelRecorder(Recorder):
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the describer of the module, and remember it for error messages."""
-        tensors = tensors_in([args, kwargs])
+        tensors = collect_tensors([args, kwargs])
         self.last_path, self.last_shapes = path, [tuple(t.shape) for t in tensors]
         if tensors:
             self.describer.enter(path, module, self.flow.labels(tensors[0]))
 
     def leave(self, path: str, module: nn.Module, out: Any) -> None:
         """Record what the module returns."""
-        tensors = tensors_in(out)
+        tensors = collect_tensors(out)
         labels = tuple(tuple(self.flow.labels(t)) for t in tensors)
         self._exits.append(Exit(path, tuple(tuple(t.shape) for t in tensors), labels))
         self.describer.leave(path, module, labels)

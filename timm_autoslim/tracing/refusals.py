@@ -1,4 +1,4 @@
-"""What cannot be converted, and what is said when a forward raises."""
+"""Models and examples that cannot be converted, and what the error says when a forward raises."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from timm_autoslim.errors import TraceError
-from timm_autoslim.utils.meta import first_line, named_tensors, tensors_in
+from timm_autoslim.errors import TraceError, quote_error
+from timm_autoslim.utils.tensors import collect_tensors, named_tensors
 
-# Wrappers by the name of the class, so that none of their libraries is imported: what was got, and what to do.
-_DISTRIBUTED = "convert the plain model, and wrap the supernet in DistributedDataParallel"
-_WRAPPERS = {
+# What a module is, and what to do about it.
+Obstacle = tuple[str, str]
+
+# Wrappers by the name of the class, so that their libraries need not be imported.
+_DISTRIBUTED = "convert the model before it is wrapped, and wrap the supernet in DistributedDataParallel"
+_WRAPPERS: dict[str, Obstacle] = {
     "OptimizedModule": ("a module compiled by torch.compile", "convert its `_orig_mod`, and compile extracted models"),
     "DataParallel": ("a module wrapped in DataParallel", "convert its `module`"),
     "DistributedDataParallel": ("a module wrapped in DistributedDataParallel", "convert its `module`, and wrap the "
@@ -27,11 +30,9 @@ _WRAPPERS = {
 _QUANTISED = re.compile(
     r"torch\.ao\.nn\.(intrinsic\.)?(quantized|qat)\b|torch\.ao\.quantization\.(observer|fake_quantize)$"
 )
-_FLOAT_AFTER_ALL = ("FloatFunctional", "FXFloatFunctional")  # in torchvision's models that are yet to be quantised
+# torch.ao's modules that compute with floating point numbers; torchvision's models have them before quantisation.
+_FLOATING = ("FloatFunctional", "FXFloatFunctional")
 _QUANTISED_TYPES = (torch.int8, torch.uint8)
-
-
-# -- what cannot be converted ---------------------------------------------------------------------------------------
 
 
 def check_model(model: nn.Module) -> None:
@@ -40,40 +41,40 @@ def check_model(model: nn.Module) -> None:
     Raises:
         TraceError: a module is compiled, wrapped, scripted, lazy or quantised, or computes its weights in a hook.
     """
-    modules = ((path or "the model", _obstacle(module)) for path, module in model.named_modules())
-    tensors = ((name, _unlike_a_weight(tensor)) for name, tensor in named_tensors(model).items())
-    for place, found in chain(modules, tensors):  # one after the other: a lazy tensor answers no question
-        if found is not None:
-            what, remedy = found
-            raise TraceError(
-                f"{place}: got {what}; {remedy}; needed: ordinary modules, with weights that are floating point numbers"
-            )
+    modules = ((path or "the model", _find_module_obstacle(module)) for path, module in model.named_modules())
+    tensors = ((name, _find_tensor_obstacle(tensor)) for name, tensor in named_tensors(model).items())
+    for where, obstacle in chain(modules, tensors):  # modules first: a lazy tensor cannot be inspected
+        if obstacle is not None:
+            got, remedy = obstacle
+            needed = "ordinary modules, with weights that are floating point numbers"
+            raise TraceError.at(where, got=got, needed=needed, remedy=remedy)
 
 
-def _obstacle(module: nn.Module) -> tuple[str, str] | None:
-    """Return what kind of module this is and what to do about it, if it cannot be converted."""
+def _find_module_obstacle(module: nn.Module) -> Obstacle | None:
+    """Return what keeps this module from being converted, or None."""
     if isinstance(module, torch.jit.ScriptModule):
         return "a scripted module", "convert the model before scripting it"
-    if any(isinstance(t, (UninitializedParameter, UninitializedBuffer)) for t in _own(module)):
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    if any(isinstance(tensor, (UninitializedParameter, UninitializedBuffer)) for tensor in tensors):
         return "a lazy module", "run the model once on data, then convert it"
     for kind in type(module).__mro__:
         if kind.__name__ in _WRAPPERS:
             return _WRAPPERS[kind.__name__]
-        if _QUANTISED.match(kind.__module__) and kind.__name__ not in _FLOAT_AFTER_ALL:
-            what = f"a quantised module ({kind.__module__}.{kind.__name__})"
-            return what, "convert the model before quantising it, and quantise what extract() returns"
+        if _QUANTISED.match(kind.__module__) and kind.__name__ not in _FLOATING:
+            got = f"a quantised module ({kind.__module__}.{kind.__name__})"
+            return got, "convert the model before quantising it, and quantise what extract() returns"
     if getattr(module, "_compiled_call_impl", None) is not None:
-        what = "a module compiled in place by Module.compile()"
-        return what, "convert the model before that, and compile extracted models"
+        got = "a module compiled in place by Module.compile()"
+        return got, "convert the model before compiling it, and compile extracted models"
     for hook in module._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils."):  # weight_norm, spectral_norm, prune
-            what = f"a hook that computes a weight anew in each call ({type(hook).__module__}.{type(hook).__name__})"
-            return what, "remove it (remove_weight_norm, remove_spectral_norm, prune.remove), or use parametrizations"
+            got = f"a hook that computes a weight in each call ({type(hook).__module__}.{type(hook).__name__})"
+            return got, "remove it (remove_weight_norm, remove_spectral_norm, prune.remove), or use parametrizations"
     return None
 
 
-def _unlike_a_weight(tensor: Tensor) -> tuple[str, str] | None:
-    """Return what kind of tensor this is and what to do about it, if it cannot be sliced."""
+def _find_tensor_obstacle(tensor: Tensor) -> Obstacle | None:
+    """Return what keeps this tensor from being sliced, or None."""
     if tensor.is_quantized or (isinstance(tensor, nn.Parameter) and tensor.dtype in _QUANTISED_TYPES):
         return f"a quantised weight ({tensor.dtype})", "convert the model before quantising it"
     kind = type(tensor)
@@ -90,27 +91,21 @@ def check_example(example: Any) -> None:
     Raises:
         TraceError: the example holds no tensor, or an empty one.
     """
-    needed = "needed: a tensor (N, C, H, W), or a tuple or dict of forward's arguments with a tensor in it"
-    tensors = tensors_in(example)
+    needed = "a tensor (N, C, H, W), or a tuple or dict of forward's arguments with a tensor in it"
+    tensors = collect_tensors(example)
     if not tensors:
-        raise TraceError(
-            f"example_input: got a {type(example).__name__} without a tensor; {needed}, such as "
-            "torch.zeros(1, 3, 224, 224)"
-        )
+        got, needed = f"a {type(example).__name__} without a tensor", f"{needed}, such as torch.zeros(1, 3, 224, 224)"
+        raise TraceError.at("example_input", got=got, needed=needed)
     empty = [tuple(t.shape) for t in tensors if not t.numel()]
     if empty:
-        raise TraceError(f"example_input: got a tensor of the shape {empty[0]}, which is empty; {needed}")
+        raise TraceError.at("example_input", got=f"a tensor of the shape {empty[0]}, which is empty", needed=needed)
 
 
-def _own(module: nn.Module) -> list[Tensor | None]:
-    return [*module._parameters.values(), *module._buffers.values()]
-
-
-def what_failed(error: Exception, model: nn.Module, last: str, got: list[tuple[int, ...]]) -> str:
-    """Say where and why a forward raised.
+def explain_failure(error: Exception, model: nn.Module, last: str, got: list[tuple[int, ...]]) -> str:
+    """Return the text of the error for a forward that raised: where, why, and what to do.
 
     Args:
-        error: what it raised.
+        error: the exception that it raised.
         model: the model that ran.
         last: path of the module that was entered last.
         got: shapes of the tensors that entered it.
@@ -125,7 +120,7 @@ def what_failed(error: Exception, model: nn.Module, last: str, got: list[tuple[i
         where = f"in the code of {raised or 'the model'} after {last} had run"
     return (
         f"{last or 'the model'}: its forward raised {type(error).__name__} in "
-        f"{'train' if model.training else 'eval'}() mode on the meta device ({first_line(error)}), {where}; needed: a "
+        f"{'train' if model.training else 'eval'}() mode on the meta device ({quote_error(error)}), {where}; needed: a "
         "forward that runs on example_input without reading data values; give another example_input, or replace "
         ".item(), `if tensor`, nonzero and boolean masks by operations such as torch.where"
     )

@@ -17,10 +17,11 @@ from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label
 from timm_autoslim.tracing.prove import Disagreement, Prover, suspects
 from timm_autoslim.tracing.record import LabelRecorder, Record
-from timm_autoslim.tracing.refusals import check_example, check_model, what_failed
+from timm_autoslim.tracing.refusals import check_example, check_model, explain_failure
 from timm_autoslim.tracing.sizes import wrap_attributes
 from timm_autoslim.tracing.solve import observe
-from timm_autoslim.utils.meta import call, meta_twin, named_tensors, sized, tensors_in, tied_names
+from timm_autoslim.utils.meta import copy_to_meta, make_meta_example, run_model
+from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, named_tensors
 
 MAX_REPAIRS = 40
 NARROW = 0.35  # of the MACs at half width, where a quarter is ideal
@@ -53,7 +54,7 @@ class Tracer:
     ) -> None:
         self.model, self.example, self.keep_output = model, example, keep_output
         self.flow = Flow(whole_heads)
-        self.copy = meta_twin(model)
+        self.copy = copy_to_meta(model)
         wrap_attributes(self.copy)
         self.tensors = named_tensors(self.copy)
         self.labels = {n: self._fresh_labels(n, t) for n, t in self.tensors.items() if t.is_floating_point()}
@@ -88,7 +89,7 @@ class Tracer:
         shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
         parameters = [n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)]
         graph = ChannelGraph.of(
-            observe(self.flow, self.labels, shapes, parameters, self.describer.uses, tied_names(self.copy))
+            observe(self.flow, self.labels, shapes, parameters, self.describer.uses, find_tied_names(self.copy))
         )
         met = {o.name for record in self.records for o in record.operations}
         unruled = frozenset(name.rpartition(".")[0] for name in met if not ops.has_rule(name))
@@ -103,22 +104,22 @@ class Tracer:
             raise NothingToSlimError(
                 "no channel of the model can be removed; what is in the way: " + "; ".join(reasons)
             )
-        return Trace(graph, unruled, tuple(repairs), positional, sized(self.example, 1))
+        return Trace(graph, unruled, tuple(repairs), positional, make_meta_example(self.example, 1))
 
     def _record(self, training: bool) -> None:
         """Run the model once, with labels on everything."""
         self.copy.train(training)
         self.recorder.start()
         self.flow.count_macs = not training
-        example = sized(self.example, 2 if training else 1)
-        for tensor in tensors_in(example):
+        example = make_meta_example(self.example, 2 if training else 1)
+        for tensor in collect_tensors(example):
             labels = self.flow.fresh_labels(tensor)
             self.flow.freeze(labels[1] if len(labels) > 1 else None, "a channel of the model's input")
             self.flow.set_labels(tensor, [v if d == 1 else None for d, v in enumerate(labels)])
         recorder = self.recorder
         try:
             with recorder.recording():
-                out = call(self.copy, example)
+                out = run_model(self.copy, example)
                 self.flow.count_macs = False
                 self.records.append(recorder.record())
                 if not training:
@@ -127,11 +128,11 @@ class Tracer:
         except TraceError:
             raise
         except Exception as error:
-            raise TraceError(what_failed(error, self.copy, recorder.last_path, recorder.last_shapes)) from error
+            raise TraceError(explain_failure(error, self.copy, recorder.last_path, recorder.last_shapes)) from error
         self._freeze_outputs(out, training)
 
     def _freeze_outputs(self, out: Any, training: bool) -> None:
-        tensors = tensors_in(out)
+        tensors = collect_tensors(out)
         if not tensors and not training:
             raise TraceError(
                 f"the model: its forward returned a {type(out).__name__} without a tensor in eval() mode; needed: a "
@@ -196,7 +197,7 @@ class Tracer:
         Returns:
             The proven graph, and what had to be frozen, each with its reason.
         """
-        prover = Prover(meta_twin(self.model), self.example, self.records)  # a copy without labels and hooks
+        prover = Prover(copy_to_meta(self.model), self.example, self.records)  # a copy without labels and hooks
         repairs: list[str] = []
         raised = ""  # where a width of 1 failed, after which the least width became 2
         for _ in range(MAX_REPAIRS):

@@ -1,1 +1,1 @@
-"""Train a supernet: the sandwich rule, distillation, and BatchNorm statistics."""
+"""Train a supernet: the sandwich rule, distillation losses, and BatchNorm statistics."""

@@ -1,4 +1,4 @@
-"""BatchNorm statistics: measure those of a plain model, or normalise by the batch while a subnet is scored."""
+"""BatchNorm statistics: measure those of a model, or normalise by the batch while a subnet is scored."""
 
 from __future__ import annotations
 
@@ -13,89 +13,125 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from timm_autoslim.errors import DataError, StaleStatisticsError
 
 
-def calibrate(plain: nn.Module, batches: Iterable[Tensor], *, distributed: bool = False) -> None:
-    """Measure the running statistics of every BatchNorm anew, as the average over `batches`.
+def calibrate(model: nn.Module, batches: Iterable[Tensor], *, distributed: bool = False) -> None:
+    """Measure the running statistics of every BatchNorm again, as the average over `batches`.
 
-    A subnet's statistics are not those of the network that it was cut from, and with foreign ones its accuracy is near
+    A subnet has other statistics than the model that it was extracted from; with the wrong ones its accuracy is near
     chance. The average is cumulative, each batch counting the same (Yu and Huang, "Universally Slimmable Networks",
     arXiv 1903.05134, "Post-Statistics of Batch Normalization"). Only the BatchNorms run in training mode: dropout and
-    drop-path stay off. If anything fails on the way, the model is left with the statistics that it had.
+    drop path stay off. After an error the model has the statistics that it had before.
 
     Args:
-        plain: the model, changed in place; one without running statistics is left alone.
+        model: the model, changed in place; one without running statistics is left alone.
         batches: inputs (N, C, H, W) on the model's device, all of the same size; a few thousand images are plenty.
         distributed: the processes of torch.distributed measure together, each on batches of its own, and end with the
-            same statistics: the average over the batches of all of them. Without it every process is on its own, and
-            should be given the same batches. `SyncBatchNorm` joins the batches of all processes in any case.
+            same statistics: the average over the batches of all of them. Otherwise each process measures alone, and
+            should get the same batches. `SyncBatchNorm` joins the batches of all processes in any case.
 
     Raises:
         DataError: `batches` is empty (with `distributed`, in every process), its first item is not a tensor, or a model
-            with `SyncBatchNorm` is given unequal numbers of batches.
+            with `SyncBatchNorm` gets more batches in one process than in another.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import calibrate, convert
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> model = supernet.extract(supernet.space.uniform(0.5))
+        >>> calibrate(model, (torch.randn(8, 3, 32, 32) for _ in range(2)))
+        >>> int(model.bn1.num_batches_tracked)
+        2
     """
-    norms = [module for module in _norms(plain) if module.track_running_stats and module.running_mean is not None]
+    norms = [norm for norm in _list_norms(model) if norm.track_running_stats and norm.running_mean is not None]
     if not norms:
         return
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    joined = several and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
-    checked = _checked(batches)
-    kept = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+    parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    synchronized = parallel and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    with _restore_statistics_on_error(norms):
+        inputs = _check_batches(batches)
+        count = _measure(model, norms, _iterate_together(inputs, _get_device(norms)) if synchronized else inputs)
+        if distributed and parallel:
+            count = _average_over_processes(norms, count)
+        if not count:
+            raise DataError.at(
+                "batches",
+                got=f"none, and {type(model).__name__} has {len(norms)} BatchNorms to measure",
+                needed="an iterable of at least one input tensor (N, C, H, W)",
+                remedy="a generator that was read before is empty",
+            )
+
+
+def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Tensor]) -> int:
+    """Replace the statistics by the average over these batches; return how many batches there were."""
     momenta = [norm.momentum for norm in norms]
-    device = next(iter(kept[0].values())).device
+    count = 0
     try:
-        with _modes(plain, training=set(norms)), torch.no_grad():
+        with _set_modes(model, training=set(norms)), torch.no_grad():
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # cumulative average
-            count = 0
-            for inputs in _in_step(checked, device) if joined else checked:
-                plain(inputs)
+            for inputs in batches:
+                model(inputs)
                 count += 1
-        if distributed and several:
-            count = _average_over_processes(norms, count, device)
-        if not count:
-            raise DataError(
-                f"calibrate() got no batches, but {type(plain).__name__} has {len(norms)} BatchNorms to measure: "
-                "give it an iterable of at least one input tensor (a generator that was read before is empty)."
-            )
-    except BaseException:
-        for norm, buffers in zip(norms, kept, strict=True):
-            for name, buffer in buffers.items():
-                norm.get_buffer(name).copy_(buffer)
-        raise
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+    return count
 
 
-def _checked(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+@contextlib.contextmanager
+def _restore_statistics_on_error(norms: list[_BatchNorm]) -> Iterator[None]:
+    buffers = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+    try:
+        yield
+    except BaseException:
+        for norm, values in zip(norms, buffers, strict=True):
+            for name, value in values.items():
+                norm.get_buffer(name).copy_(value)
+        raise
+
+
+def _get_device(norms: list[_BatchNorm]) -> torch.device:
+    return next(norms[0].buffers(recurse=False)).device
+
+
+def _check_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the batches; raise DataError if the first is not a tensor."""
     for index, inputs in enumerate(batches):
         if not index and not isinstance(inputs, Tensor):
-            raise DataError(
-                f"calibrate() needs input tensors (N, C, H, W), but the first batch is a {type(inputs).__name__}: "
-                "if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`."
+            raise DataError.at(
+                "batches",
+                got=f"a {type(inputs).__name__} as the first batch",
+                needed="input tensors (N, C, H, W)",
+                remedy="if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`",
             )
         yield inputs
 
 
-def _in_step(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
-    """Yield batches as long as every process has one; SyncBatchNorm would wait forever for a process that has none."""
+def _iterate_together(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Yield batches while every process has one; SyncBatchNorm would wait forever for a process that has none.
+
+    Raises:
+        DataError: one process has fewer batches than another.
+    """
     while True:
         inputs = next(batches, None)
         ready = torch.tensor([float(inputs is not None)], device=device)
-        dist.all_reduce(ready)  # of how many processes
+        dist.all_reduce(ready)  # how many processes have a batch
         if not ready:
             return
         if inputs is None or ready != dist.get_world_size():
-            raise DataError(
-                "calibrate() got a model with SyncBatchNorm, and not as many batches in each process: needed equal "
-                "numbers; leave out what is left over, or convert the model without SyncBatchNorm."
+            raise DataError.at(
+                "batches",
+                got="a model with SyncBatchNorm, and more batches in one process than in another",
+                needed="equal numbers",
+                remedy="leave out the batches that only some processes have, or use a model without SyncBatchNorm",
             )
         yield inputs
 
 
-def _average_over_processes(norms: list[_BatchNorm], count: int, device: torch.device) -> int:
-    """Weigh every process's statistics by its batches; returns how many batches there were in all."""
-    parts = [torch.tensor([float(count)], dtype=torch.float64, device=device)]
+def _average_over_processes(norms: list[_BatchNorm], count: int) -> int:
+    """Average the statistics over the batches of all processes; return how many batches there were in all."""
+    parts = [torch.tensor([float(count)], dtype=torch.float64, device=_get_device(norms))]
     for norm in norms:
         mean, var, batches = (norm.get_buffer(n) for n in ("running_mean", "running_var", "num_batches_tracked"))
         parts += [(x.double() * batches).flatten() for x in (mean, var)] + [batches.double().view(1)]
@@ -105,7 +141,7 @@ def _average_over_processes(norms: list[_BatchNorm], count: int, device: torch.d
     total = int(next(sums))
     for norm in norms:
         mean, var, batches = next(sums), next(sums), next(sums)
-        if batches:  # else nothing reached this one, in no process
+        if batches:  # else no input reached this BatchNorm in any process
             norm.get_buffer("running_mean").copy_(mean / batches)
             norm.get_buffer("running_var").copy_(var / batches)
             norm.get_buffer("num_batches_tracked").fill_(int(batches))
@@ -114,13 +150,27 @@ def _average_over_processes(norms: list[_BatchNorm], count: int, device: torch.d
 
 @contextlib.contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Let every BatchNorm normalise by its batch and touch no buffer, all else in evaluation mode; restore on leaving.
+    """Let every BatchNorm normalise by the batch and update no buffer; all other modules are in evaluation mode.
 
-    This is how a subnet is scored without statistics of its own; use batches of many hundred images.
+    So a subnet can be scored that has no running statistics of its own; use batches of several hundred images. At the
+    end of the block all modules are as they were before.
+
+    Args:
+        model: the model, such as `supernet.model`.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import batch_statistics, convert
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> images, narrowest = torch.randn(8, 3, 32, 32), supernet.space.min()
+        >>> with torch.no_grad(), batch_statistics(supernet.model):
+        ...     logits = supernet(images, narrowest)
+        >>> logits.shape
+        torch.Size([8, 10])
     """
-    norms = [norm for norm in _norms(model) if norm.track_running_stats]
+    norms = [norm for norm in _list_norms(model) if norm.track_running_stats]
     try:
-        with _modes(model, training=set(norms)):
+        with _set_modes(model, training=set(norms)):
             for norm in norms:
                 norm.track_running_stats = False  # in training mode: normalise by the batch, update nothing
             yield
@@ -130,29 +180,32 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def check_batch_statistics(model: nn.Module) -> None:
-    """Make sure, at the end of a `batch_statistics` block, that nothing switched a BatchNorm back meanwhile.
+    """Make sure, at the end of a `batch_statistics` block, that every BatchNorm still normalises by the batch.
 
     Raises:
-        StaleStatisticsError: a BatchNorm is in evaluation mode, so what was scored used another subnet's statistics.
+        StaleStatisticsError: a BatchNorm is in evaluation mode, so that another subnet's statistics were used.
     """
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None and not module.training:
-            raise StaleStatisticsError(
-                f"{path}: evaluate put this BatchNorm in evaluation mode, so the subnet was scored with the running "
-                "statistics of another one; needed: batch statistics; do not call eval() or train() in evaluate"
+            raise StaleStatisticsError.at(
+                path,
+                got="a BatchNorm that evaluate put in evaluation mode, so that the subnet was scored with the running "
+                "statistics of another one",
+                needed="batch statistics",
+                remedy="do not call eval() or train() in evaluate",
             )
 
 
-def _norms(model: nn.Module) -> list[_BatchNorm]:
+def _list_norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 
 @contextlib.contextmanager
-def _modes(model: nn.Module, training: set[_BatchNorm]) -> Iterator[None]:
-    """Put `training` in training mode and all other modules in evaluation mode; restore every flag on leaving."""
-    before = {module: module.training for module in model.modules()}
+def _set_modes(model: nn.Module, training: set[_BatchNorm]) -> Iterator[None]:
+    """Put `training` in training mode and all other modules in evaluation mode; restore every flag after the block."""
+    flags = {module: module.training for module in model.modules()}
     try:
-        # Through train(): modules that override it (LeViT's attention) drop what they cached at other widths there.
+        # Through train(): modules that override it (LeViT's attention) clear their caches of other widths there.
         model.train()
         model.eval()
         for norm in training:
@@ -160,6 +213,6 @@ def _modes(model: nn.Module, training: set[_BatchNorm]) -> Iterator[None]:
         yield
     finally:
         model.train()
-        model.train(before[model])
-        for module, flag in before.items():
+        model.train(flags[model])
+        for module, flag in flags.items():
             module.training = flag

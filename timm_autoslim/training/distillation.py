@@ -1,38 +1,54 @@
-"""Distillation losses: what a subnet learns from its teacher's logits."""
+"""Distillation losses: how far a subnet's logits are from its teacher's."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from timm_autoslim.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
-
+from timm_autoslim.utils.tables import Table
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
 
+DISTILLATION_LOSSES: Table[Callable[..., Tensor]] = Table("distillation loss")
+"""Distillation losses by name: `loss(outputs, teacher, temperature=T)` of two logits (N, classes), a scalar.
 
+- "kl": `soft_cross_entropy`.
+- "alpha": `adaptive_alpha_divergence`.
+"""
+
+
+@DISTILLATION_LOSSES.add("kl")
 def soft_cross_entropy(outputs: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Batch mean of the cross-entropy -sum(p log q) of q = softmax(outputs / T) against p = softmax(teacher / T).
+    """Return the cross-entropy -sum(p log q) of q = softmax(outputs / T) against p = softmax(teacher / T).
 
-    Computed in float32. Its gradient is that of the Kullback-Leibler divergence KL(p || q). It is scaled by T^2, so
-    that the gradient's size depends little on T (Hinton, Vinyals and Dean, arXiv 1503.02531).
+    The mean over the batch, computed in float32. Its gradient is that of the Kullback-Leibler divergence KL(p || q). It
+    is scaled by T^2, so that the size of the gradient depends little on T (Hinton, Vinyals and Dean, "Distilling the
+    Knowledge in a Neural Network", arXiv 1503.02531).
 
     Args:
         outputs: logits (N, classes) of the subnet that learns.
         teacher: logits (N, classes), detached.
-        temperature: T, above 0; higher ones soften both distributions.
+        temperature: T, above 0; the higher, the softer both distributions.
+
+    Example:
+        >>> import torch
+        >>> from timm_autoslim import soft_cross_entropy
+        >>> outputs = torch.tensor([[2.0, 0.0]])
+        >>> teacher = torch.tensor([[0.0, 0.0]])  # has no preference, so that its entropy is log(2) = 0.693
+        >>> round(soft_cross_entropy(outputs, teacher).item(), 3)
+        1.127
+        >>> round(soft_cross_entropy(teacher, teacher).item(), 3)
+        0.693
     """
     soft = (teacher.float() / temperature).softmax(dim=1)
     return F.cross_entropy(outputs.float() / temperature, soft) * temperature**2
 
 
+@DISTILLATION_LOSSES.add("alpha")
 def adaptive_alpha_divergence(
     outputs: Tensor,
     teacher: Tensor,
@@ -42,16 +58,16 @@ def adaptive_alpha_divergence(
     alpha_max: float = 1.0,
     clip: float = 5.0,
 ) -> Tensor:
-    """The larger, image by image, of two alpha-divergences from the teacher to the subnet, averaged over the batch.
+    """Return the larger of two alpha-divergences from the teacher to the subnet, chosen for each image.
 
     With p = softmax(teacher / T), q = softmax(outputs / T) and the importance weights w_i = (p_i / q_i)^alpha,
 
         D_alpha(p || q) = sum_i q_i (w_i - 1) / (alpha (alpha - 1)),   d D_alpha = -sum_i q_i w_i / alpha d log q_i,
 
-    where w_i is clipped at `clip` in both, and D_1 is its limit, KL(p || q), which needs no clipping. A negative alpha
-    punishes a subnet that is sure where its teacher is not, a positive one a subnet that misses what its teacher finds
-    likely. The value is the divergence itself, and the gradient is the formula above: no gradient flows through the
-    weights. Computed in float32 and scaled by T^2.
+    where w_i is clipped at `clip` in both formulas, and D_1 is the limit, KL(p || q), which needs no clipping. A
+    negative alpha punishes a subnet that is sure where its teacher is not. A positive one punishes a subnet that misses
+    what its teacher finds likely. The value is the divergence, and the gradient is the formula above: no gradient flows
+    through the weights. The mean over the batch, computed in float32 and scaled by T^2.
 
     Source: Wang, Gong, Li, Liu and Chandra, "AlphaNet: Improved Training of Supernets with Alpha-Divergence", arXiv
     2102.07954, and its published code; the defaults are its settings.
@@ -60,29 +76,40 @@ def adaptive_alpha_divergence(
         outputs: logits (N, classes) of the subnet that learns.
         teacher: logits (N, classes), detached.
         temperature: T, above 0.
-        alpha_min, alpha_max: the two alphas, neither 0.
+        alpha_min: the smaller alpha, not 0.
+        alpha_max: the larger alpha, not 0.
         clip: the largest importance weight.
 
     Raises:
         ConfigError: an alpha is 0.
+
+    Example:
+        >>> import torch
+        >>> from timm_autoslim import adaptive_alpha_divergence
+        >>> teacher = torch.tensor([[3.0, 0.0, 0.0]])
+        >>> outputs = torch.tensor([[0.0, 3.0, 0.0]], requires_grad=True)
+        >>> loss = adaptive_alpha_divergence(outputs, teacher)
+        >>> loss.backward()
+        >>> round(loss.item(), 2)
+        2.59
+        >>> adaptive_alpha_divergence(teacher, teacher).abs().item() < 1e-6
+        True
     """
     if not alpha_min or not alpha_max:
-        raise ConfigError(
-            f"adaptive_alpha_divergence() got the alphas {alpha_min} and {alpha_max}; needed: two that are not 0."
-        )
+        raise ConfigError.at("alpha_min, alpha_max", got=f"{alpha_min} and {alpha_max}", needed="two that are not 0")
     log_q = (outputs.float() / temperature).log_softmax(dim=1)  # (N, classes)
     log_p = (teacher.float() / temperature).log_softmax(dim=1)
     with torch.no_grad():
         first, second = (_divergence(log_p, log_q, alpha, clip) for alpha in (alpha_min, alpha_max))
-        left = first[0] > second[0]  # (N,)
-        value = torch.where(left, first[0], second[0])
-        slope = torch.where(left[:, None], first[1], second[1])  # (N, classes)
-    surrogate = (slope * log_q).sum(dim=1)  # (N,): the right gradient
+        larger = first[0] > second[0]  # (N,)
+        value = torch.where(larger, first[0], second[0])
+        slope = torch.where(larger[:, None], first[1], second[1])  # (N, classes)
+    surrogate = (slope * log_q).sum(dim=1)  # (N,): its gradient is the formula's, its value is not
     return (surrogate + (value - surrogate.detach())).mean() * temperature**2
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, alpha: float, clip: float) -> tuple[Tensor, Tensor]:
-    """Value (N,) of one alpha-divergence, and its derivative (N, classes) by log q."""
+    """Return the value (N,) of one alpha-divergence, and its derivative (N, classes) by log q."""
     p, q, log_ratio = log_p.exp(), log_q.exp(), log_p - log_q
     if alpha == 1:
         return (p * log_ratio).sum(dim=1), -p

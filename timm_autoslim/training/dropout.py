@@ -1,21 +1,17 @@
-"""Dropout and drop path, switched off for the length of a block."""
+"""Dropout and drop path, disabled for the length of a block."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    pass
-
-
-# By name, so that torchvision need not be imported and the copies in other code count too.
+# By name, so that torchvision need not be imported, and copies of these classes in other libraries count too.
 _DROP_MODULES = frozenset(
     ("DropPath", "DropBlock2d", "DropBlock3d", "PatchDropout", "PatchDropoutWithIndices", "StochasticDepth")
 )
@@ -28,31 +24,31 @@ _DROP_FUNCTIONS = frozenset(
 
 
 @contextlib.contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Switch dropout and drop path off for the length of a block, while BatchNorm keeps its batch statistics.
+def disable_dropout(model: nn.Module) -> Iterator[None]:
+    """Disable dropout and drop path for the length of a block, while BatchNorm still normalises by the batch.
 
-    Covers modules (torch's dropouts; timm's and torchvision's drop path, drop block and patch dropout) and the
-    functions of `torch.nn.functional` that a forward calls itself, attention's dropout among them.
+    This covers modules (torch's dropouts; timm's and torchvision's drop path, drop block and patch dropout), and the
+    functions of `torch.nn.functional` that a forward calls directly, attention's dropout included.
     """
-    paused = [module for module in model.modules() if module.training and _drops(module)]
+    modules = [module for module in model.modules() if module.training and _is_dropout(module)]
     try:
-        for module in paused:
-            module.training = False  # not eval(), which would reach what such a module may hold
-        with _NoDropout():
+        for module in modules:
+            module.training = False  # not eval(), which would also reach the module's children
+        with _IgnoreDropout():
             yield
     finally:
-        for module in paused:
+        for module in modules:
             module.training = True
 
 
-def _drops(module: nn.Module) -> bool:
+def _is_dropout(module: nn.Module) -> bool:
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return True
     return any(kind.__name__ in _DROP_MODULES for kind in type(module).__mro__)
 
 
-class _NoDropout(TorchFunctionMode):
-    """Makes dropout functions do nothing; many models call these, and no module tells of them."""
+class _IgnoreDropout(TorchFunctionMode):
+    """Makes the dropout functions return their input: many models call them without a module."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

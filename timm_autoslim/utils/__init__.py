@@ -1,1 +1,1 @@
-"""What every wing uses: checks of arguments, files written whole, copies without data, the stack of running modules."""
+"""What every package uses: tables, checks of arguments, whole files, tensors of nested values, meta copies."""

@@ -1,4 +1,4 @@
-"""Arguments that several rooms check alike."""
+"""Check numbers that a user or a file gives."""
 
 from __future__ import annotations
 
@@ -9,41 +9,49 @@ import torch
 
 from timm_autoslim.errors import AutoSlimError, ConfigError
 
+_INT32 = 2**31 - 1
 
-def integer(value: Any) -> int | None:
-    """Return an integer of Python's, numpy's or another kind as Python's own; None for all else, booleans included."""
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Return whether a value is a Python int; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def as_integer(value: Any) -> int | None:
+    """Return an integer of any type, such as numpy's, as an int; None for every other value, and for booleans."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
         return None
 
 
-def whole_number(
-    name: str, value: Any, error: type[AutoSlimError], least: int = 1, most: int = 2**31 - 1, also: str = ""
+def check_integer(
+    name: str, value: Any, error: type[AutoSlimError], least: int = 1, most: int = _INT32, also: str = ""
 ) -> int:
-    """Return an argument as an int; numpy's integers are fine, and booleans are none.
+    """Return an argument as an int.
 
     Args:
-        name, value: the argument.
-        error: what is raised.
-        least, most: its range.
-        also: what else the caller takes, for the message, such as " or None".
+        name: the argument's name, for the message.
+        value: its value; integers of any type are fine, booleans are not.
+        error: the type of the error.
+        least: the smallest integer that is allowed.
+        most: the largest one.
+        also: what else the caller accepts, for the message, such as " or None".
 
     Raises:
-        AutoSlimError: of the type `error`: no integer, or out of range.
+        AutoSlimError: of the type `error`: the value is no integer, or is out of range.
     """
-    number = integer(value)
+    number = as_integer(value)
     if number is None or not least <= number <= most:
-        kind = "a positive integer" if (least, most) == (1, 2**31 - 1) else f"an integer from {least} to {most}"
-        raise error(f"got {name}={value!r}; needed: {kind}{also}")
+        kind = "a positive integer" if (least, most) == (1, _INT32) else f"an integer from {least} to {most}"
+        raise error.at(name, got=repr(value), needed=f"{kind}{also}")
     return number
 
 
-def generator_of(seed: Any) -> torch.Generator:
-    """Return a generator of random numbers of this seed; raise ConfigError if it is no seed."""
-    return torch.Generator().manual_seed(whole_number("seed", seed, ConfigError, -(2**63), 2**64 - 1))
+def make_generator(seed: Any) -> torch.Generator:
+    """Return a new generator of random numbers with this seed.
 
-
-def is_int(value: object) -> TypeGuard[int]:
-    """Whether a value is an integer, and no truth value."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    Raises:
+        ConfigError: the seed is no integer, or is out of range.
+    """
+    return torch.Generator().manual_seed(check_integer("seed", seed, ConfigError, -(2**63), 2**64 - 1))

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Write files whole or not at all, so that a kill or a crash never leaves half a file."""
 
 from __future__ import annotations
 
@@ -9,40 +9,76 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path` to write to; what is there at the block's end takes the place of `path`, in one step.
+def replace_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a draft; when the block ends, the draft takes the place of `path` in one step.
 
-    If the block raises, `path` stays as it was, and nothing is left beside it.
+    Whoever reads `path` finds the old file or the new one, never a part of it, even after a kill. If the block raises,
+    `path` stays as it was and the draft is removed.
+
+    Args:
+        path: the file to write; it need not exist.
 
     Raises:
         OSError: the folder cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from timm_autoslim.files import replace_file
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replace_file(Path(folder, "table.csv")) as draft:
+        ...         _ = draft.write_text("name,macs")
+        ...     print(*(file.name for file in Path(folder).iterdir()))
+        table.csv
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.touch()
-        mode = part.stat().st_mode
-        yield part
-        part.chmod(mode)  # safetensors leaves files that only their owner can read
-        sync(part)
-        os.replace(part, path)
+        draft.touch()
+        mode = draft.stat().st_mode
+        yield draft
+        draft.chmod(mode)  # safetensors writes files that only their owner can read
+        sync_to_disk(draft)
+        os.replace(draft, path)
     except BaseException:
-        part.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all.
+    """Write a text file as UTF-8, whole or not at all.
 
     Raises:
         OSError: the folder cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from timm_autoslim.files import write_text
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_text(Path(folder, "table.csv"), "name,macs")
+        ...     print(Path(folder, "table.csv").read_text())
+        name,macs
     """
-    with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+    with replace_file(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
-def sync(path: Path) -> None:
-    """Force a file or a folder to the disk, so that a rename cannot outlive its content in a crash of the machine."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open folders, and needs no such thing
+def sync_to_disk(path: Path) -> None:
+    """Force a file or a folder to the disk.
+
+    Call it before a rename: else the new name may survive a crash of the machine, and the content may not.
+
+    Raises:
+        OSError: there is no such file or folder.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from timm_autoslim.files import sync_to_disk
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sync_to_disk(Path(folder))
+    """
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders, and need not
         return
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from timm_autoslim.errors import AutoSlimError, ConfigError
 
 T = TypeVar("T")
+Part = TypeVar("Part")
 
 
 class Table(Mapping[str, T]):
@@ -33,18 +34,18 @@ class Table(Mapping[str, T]):
         self.argument, self._error = argument, error
         self._parts: dict[str, T] = {}
 
-    def add(self, *names: str) -> Callable[[T], T]:
+    def add(self, *names: str) -> Callable[[Part], Part]:
         """Return a decorator that adds what it decorates under these names.
 
         Raises:
             ValueError: a name is taken.
         """
 
-        def decorate(part: T) -> T:
+        def decorate(part: Part) -> Part:
             for name in names:
                 if name in self._parts:
                     raise ValueError(f"{self.argument}: got {name!r} twice; needed: names that differ")
-                self._parts[name] = part
+                self._parts[name] = cast(T, part)  # it keeps its own type: a function its signature
             return part
 
         return decorate

@@ -1,4 +1,4 @@
-"""recipes/benchmarks/results.py: rows that outlive a kill, tables in a page; and the atomic writing below them."""
+"""recipes/benchmarks/results.py: rows that outlive a kill, and tables in a page."""
 
 import importlib.util
 
@@ -7,8 +7,6 @@ import timm
 import torch
 from helpers.recipes import RECIPES
 
-from timm_autoslim.utils.files import replacing, write_text
-
 
 @pytest.fixture(scope="module")
 def results():
@@ -16,30 +14,6 @@ def results():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def test_a_failed_write_leaves_the_file_as_it_was_and_nothing_beside_it(tmp_path):
-    path = tmp_path / "file"
-    write_text(path, "old")
-
-    def fail():
-        with replacing(path) as part:
-            part.write_text("half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-    write_text(path, "new")
-    assert path.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_written_file_has_the_rights_that_any_new_file_has(tmp_path):
-    (tmp_path / "plain").touch()
-    write_text(tmp_path / "file", "text")
-    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_rows_are_read_again_without_the_one_that_a_kill_cut(results, tmp_path):

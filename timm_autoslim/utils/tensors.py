@@ -1,0 +1,73 @@
+"""Find the tensors of a model, or of any nested value."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def collect_tensors(value: Any) -> list[Tensor]:
+    """Return every tensor in nested tuples, lists, dicts, dataclasses and other objects, in their order."""
+    return list(_walk_tensors(value, set()))
+
+
+def _walk_tensors(value: Any, ids: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors of a value; `ids` are those of the objects that were entered, for an object may hold itself."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if value is None or isinstance(value, (str, bytes, int, float, type, nn.Module)) or id(value) in ids:
+        return
+    ids.add(id(value))
+    if isinstance(value, Mapping):
+        members = list(value.values())
+    elif isinstance(value, (tuple, list, deque)):
+        members = list(value)
+    else:
+        members = list(get_attributes(value).values())
+    for member in members:
+        yield from _walk_tensors(member, ids)
+
+
+def get_attributes(value: object) -> dict[str, Any]:
+    """Return an object's attributes by name: those in its `__dict__`, and those in slots."""
+    slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
+    names = [n for slot in slots for n in ([slot] if isinstance(slot, str) else slot)]
+    return {**{n: getattr(value, n) for n in names if hasattr(value, n)}, **getattr(value, "__dict__", {})}
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter, every buffer and every attribute that is a tensor, by name.
+
+    A tied tensor appears once, under the first of its names.
+    """
+    tensors: dict[str, Tensor] = {}
+    ids: set[int] = set()
+    for path, module in model.named_modules():
+        for name, tensor in _module_tensors(path, module):
+            if id(tensor) not in ids:
+                ids.add(id(tensor))
+                tensors[name] = tensor
+    return tensors
+
+
+def find_tied_names(model: nn.Module) -> dict[str, str]:
+    """Return, for each further name of a tied tensor, the name that it has in `named_tensors`."""
+    first = {id(tensor): name for name, tensor in named_tensors(model).items()}
+    ties = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in _module_tensors(path, module):
+            if first.get(id(tensor), name) != name:
+                ties[name] = first[id(tensor)]
+    return ties
+
+
+def _module_tensors(path: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of one module, without those of its children, each with its name in the model."""
+    for store in (module._parameters, module._buffers, module.__dict__):
+        for leaf, value in store.items():
+            if isinstance(value, Tensor):
+                yield f"{path}.{leaf}" if path else leaf, value
