@@ -44,7 +44,7 @@ def test_every_baseline_fills_every_budget_counts_and_repeats_itself(layers, dat
             assert found.error == sum(1 / w for w in found.widths.values())
             assert all(found.widths[g.name] >= g.choices[0] for g in supernet.space.groups)
             if kind == "uniform":
-                assert all(getattr(found.cost, unit) <= limit for unit, limit in found.limits.items())
+                assert all(getattr(found.cost, metric) <= limit for metric, limit in found.limits.items())
             else:
                 assert_filled(supernet, found)
         state = torch.get_rng_state()
@@ -52,10 +52,10 @@ def test_every_baseline_fills_every_budget_counts_and_repeats_itself(layers, dat
         assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("unit", ["macs", "params"])
-def test_uniform_is_uniform_at(supernet, unit):
-    result = baseline(supernet, {unit: ["70%", "30%"]}, missing(supernet, a=5, b=1, c=3), "uniform")
-    assert [n.widths for n in result.networks] == [uniform_at(supernet, unit, share) for share in ("70%", "30%")]
+@pytest.mark.parametrize("metric", ["macs", "params"])
+def test_uniform_is_uniform_at(supernet, metric):
+    result = baseline(supernet, {metric: ["70%", "30%"]}, missing(supernet, a=5, b=1, c=3), "uniform")
+    assert [n.widths for n in result.networks] == [uniform_at(supernet, metric, share) for share in ("70%", "30%")]
 
 
 @pytest.mark.parametrize("kind", ["random", "evolutionary"])

@@ -82,7 +82,7 @@ def test_of_several_limits_the_one_that_is_used_most_counts(run):
     network = content["networks"][0]
     both = max(network["macs"], network["params"]) * 1.01  # the same number for either
     content["networks"] = [
-        network | {"unit": "params and macs", "asked": "1M and 1M", "budget": both, "limits": limits}
+        network | {"metric": "params and macs", "asked": "1M and 1M", "budget": both, "limits": limits}
         for limits in ({"params": both, "macs": both}, {"macs": both, "params": both})
     ]
     (run / "search.json").write_text(json.dumps(content))
