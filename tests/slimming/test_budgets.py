@@ -22,14 +22,14 @@ def test_budgets_are_read(text, number):
 @pytest.mark.parametrize("text", ["", "M", "%", "three", "300MB", "2B", "3 000", None, [3], True])
 def test_a_budget_that_is_no_number_is_refused(text):
     with pytest.raises(
-        BudgetError, match=re.escape(f'got the budget {text!r}; needed: a number, "300M", "1.2G" or "60%"')
+        BudgetError, match=re.escape(f'the budget: got {text!r}; needed: a number, "300M", "1.2G" or "60%"')
     ):
         parse_amount(text, 1000)
 
 
 @pytest.mark.parametrize("text", [0, -3, "0%", "-3M", "inf", float("nan")])
 def test_a_budget_must_be_positive(text):
-    with pytest.raises(BudgetError, match=re.escape(f"got the budget {text!r}; needed: a positive number")):
+    with pytest.raises(BudgetError, match=re.escape(f"the budget: got {text!r}; needed: a positive number")):
         parse_amount(text, 1000)
 
 
@@ -48,16 +48,16 @@ def test_several_limits_are_read(text, limits):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "got the budget ''; needed: a text of METRIC<=AMOUNT joined by `and`, such as"),
-        ("50%", "got the budget '50%'; needed: a text of METRIC<=AMOUNT"),
-        ("macs>=5", "got the budget 'macs>=5'; needed: a text of METRIC<=AMOUNT"),
-        ("macs<=5 and", "needed: a text of METRIC<=AMOUNT|got the budget '5 and'"),
-        ("macs<=5 and 7", "got the budget 'macs<=5 and 7'; needed: a text of METRIC<=AMOUNT"),
-        ("macs<=5, params<=7", "got the budget '5, params<=7'; needed: a number"),
-        ("flops<=5", "got a budget in 'flops'; needed: one of ['macs', 'params', 'peak_bytes', 'latency_ms']"),
-        ("macs<=", "got the budget ''; needed: a number"),
-        ("macs<=-3", "got the budget '-3'; needed: a positive number"),
-        ("macs<=5 and macs<=7", "got the budget 'macs<=5 and macs<=7', which limits macs twice"),
+        ("", "the budget: got ''; needed: a text of METRIC<=AMOUNT joined by `and`, such as"),
+        ("50%", "the budget: got '50%'; needed: a text of METRIC<=AMOUNT"),
+        ("macs>=5", "the budget: got 'macs>=5'; needed: a text of METRIC<=AMOUNT"),
+        ("macs<=5 and", "needed: a text of METRIC<=AMOUNT|the budget: got '5 and'"),
+        ("macs<=5 and 7", "the budget: got 'macs<=5 and 7'; needed: a text of METRIC<=AMOUNT"),
+        ("macs<=5, params<=7", "the budget: got '5, params<=7'; needed: a number"),
+        ("flops<=5", "metric: got 'flops'; needed: one of ['macs', 'params', 'peak_bytes', 'latency_ms']"),
+        ("macs<=", "the budget: got ''; needed: a number"),
+        ("macs<=-3", "the budget: got '-3'; needed: a positive number"),
+        ("macs<=5 and macs<=7", "the budget: got 'macs<=5 and macs<=7', which limits macs twice"),
     ],
 )
 def test_malformed_limits_are_refused(text, message):
@@ -74,3 +74,16 @@ def test_a_budget_holds_where_all_its_limits_do():
     assert budget.tightest(Cost(50, 6)) == ("params", 10.0)
     assert budget.used(Cost(50, 6)) == 0.6
     assert budget.used(Cost(200, 6)) == 2
+
+
+def test_a_budget_has_a_text_and_is_equal_by_its_limits():
+    made, read = Budget((("macs", 300.0), ("params", 2000.5))), parse_limits("macs<=300 and params<=2000.5", Cost(1, 1))
+    assert made.text == read.text == "macs<=300 and params<=2000.5"
+    assert parse_limits("macs<=30%", Cost(1000, 1)) == Budget((("macs", 300.0),)) != Budget((("macs", 301.0),))
+    assert parse_limits("macs<= 30%", Cost(1000, 1)).text == "macs<=30%"
+    assert made.metrics == ("macs", "params")
+
+
+def test_a_budget_of_what_was_not_counted_is_told():
+    with pytest.raises(BudgetError, match="peak_bytes: got a cost that was counted without it"):
+        Budget((("peak_bytes", 1.0),)).holds(Cost(1, 1))

@@ -22,7 +22,7 @@ def best(supernet, metric, budget, price):
     found = []
     for values in itertools.product(*(g.choices for g in space.groups)):
         widths = space.from_dict(dict(zip(space.names, values, strict=True)))
-        if getattr(cost(supernet, widths), metric) <= budget:
+        if cost(supernet, widths).pick(metric) <= budget:
             found.append(sum(price[n] * (SIZES[n] - widths[n]) for n in SIZES))
     return min(found)
 
@@ -34,7 +34,7 @@ def best(supernet, metric, budget, price):
 def test_where_costs_add_up_greedy_by_cost_is_the_best_there_is(supernet, mode, metric, share, price):
     evaluate = missing(supernet, **price)
     found = search(supernet, {metric: share}, evaluate, mode=mode, steps=100, refine="none").networks[0]
-    assert getattr(found.cost, metric) <= found.budget
+    assert found.cost.pick(metric) <= found.budget
     assert found.loss == pytest.approx(best(supernet, metric, found.budget, price))
     assert found.loss == pytest.approx(sum(price[n] * (SIZES[n] - found.widths[n]) for n in SIZES))
 

@@ -9,8 +9,9 @@ from helpers.zoo import randomise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timm_autoslim import Budget, convert, cost, search
+from timm_autoslim import REFINEMENTS, Budget, convert, cost, search
 from timm_autoslim.slimming.descent import Descent, FastDescent
+from timm_autoslim.slimming.goals import Goal
 from timm_autoslim.slimming.scoring import Scorer
 
 
@@ -20,7 +21,7 @@ def supernet():
 
 
 def evaluate_at(supernet, widths, evaluate):
-    """Return the error of a subnet."""
+    """Return the loss of a subnet."""
     with supernet.at(widths):
         return evaluate(supernet)
 
@@ -57,7 +58,7 @@ def test_where_wider_is_better_every_budget_is_filled(layers, data, mode):
 
 @few
 @given(layers, st.data(), st.integers(0, 1000))
-def test_whatever_the_errors_refining_never_raises_them(layers, data, seed):
+def test_whatever_the_losses_refining_never_raises_them(layers, data, seed):
     supernet = convert(Chain(layers), IMAGE)
     texts = [drawn_budgets(supernet, data.draw, {"macs"}), drawn_budgets(supernet, data.draw, {"macs", "params"})]
 
@@ -67,7 +68,7 @@ def test_whatever_the_errors_refining_never_raises_them(layers, data, seed):
     rough, refined = (search(supernet, texts, evaluate, refine=refine) for refine in ("none", "units"))
     assert path(refined) == path(rough)
     for found, before in zip(refined.networks, rough.networks, strict=True):
-        assert all(getattr(found.cost, metric) <= limit for metric, limit in found.limits.items())
+        assert all(found.cost.pick(metric) <= limit for metric, limit in found.limits.items())
         assert found.loss <= before.loss
 
 
@@ -115,13 +116,14 @@ def test_trades_take_steps_back(supernet):
     order = dict(zip(supernet.space.names, range(3), strict=True))
     descent = FastDescent(supernet, Scorer(supernet, evaluate), "per_cost", 4, order)
     descent.widths = supernet.space.from_dict({"a": 4, "b": 8, "c": 32})
-    budget = Budget((("macs", float(cost(supernet, descent.widths).macs)),))
-    assert Descent.refined(descent, budget, "units") == descent.widths
-    found = descent.refined(budget, "units")
-    assert budget.holds(cost(supernet, found))
+    goal = Goal(supernet, Budget((("macs", float(cost(supernet, descent.widths).macs)),)))
+    passes = REFINEMENTS["units"]
+    assert Descent.refine(descent, goal, passes) == descent.widths
+    found = descent.refine(goal, passes)
+    assert goal.holds(found)
     assert found["a"] > 4
     assert evaluate_at(supernet, found, evaluate) < evaluate_at(supernet, descent.widths, evaluate)
-    assert descent.refined(budget, "units") == found  # the same draws again
+    assert descent.refine(goal, passes) == found  # the same draws again
 
 
 def test_the_refinement_widens_the_group_that_helps_most(supernet):

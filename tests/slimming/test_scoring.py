@@ -19,7 +19,7 @@ def test_forward_work_is_images_times_macs():
     assert whole[1] == pytest.approx(sum(PRICES[n] * 1.15 / w for n, w in wide.items()))
     assert seen == [(w, part) for w in (narrow, wide) for part in range(4)]
     assert score.macs == (1 + 2 + 3 + 4) * (cost(supernet, narrow).macs + cost(supernet, wide).macs)
-    assert score.evaluations == 2
+    assert (score.evaluations, score.images) == (2, 1 + 2 + 3 + 4)
 
 
 def test_more_parts_are_scored_only_when_they_are_needed():
@@ -32,7 +32,7 @@ def test_more_parts_are_scored_only_when_they_are_needed():
     assert [part for _, part in seen] == [0, 1, 2]
     assert score(wide) == pytest.approx(first[0] * 1.15)
     assert [part for _, part in seen] == [0, 1, 2, 3]
-    assert score.evaluations == 1
+    assert (score.evaluations, score.images) == (1, 10)
 
 
 def test_held_out_is_an_ordinary_evaluate_too():
@@ -40,7 +40,7 @@ def test_held_out_is_an_ordinary_evaluate_too():
     evaluate = held_out(supernet)
     whole = sum(PRICES[n] * 1.15 / w for n, w in width_of(supernet).items())
     assert evaluate(supernet) == pytest.approx(whole)
-    with pytest.raises(DataError, match=r"HeldOut\(\) got no batches"):
+    with pytest.raises(DataError, match=r"HeldOut\(\): got no batches"):
         HeldOut([], lambda subnet, batch: 0.0)
 
 
@@ -82,7 +82,7 @@ def test_a_failure_in_one_process_reaches_all_and_keeps_what_was_scored():
     with pytest.raises(EvaluationError, match=r"evaluate returned nan; .*at the widths \{'a': 16"):
         alone.many([supernet.space.max()])
     assert list(known) == ["16,16,32:0", "16,16,32:1", "16,16,32:2"]
-    assert supernet._held is None
+    assert supernet.open_block is None
     assert not supernet.model._forward_pre_hooks
 
 
@@ -108,7 +108,7 @@ def test_what_was_scored_before_the_process_was_killed_is_kept(team):
 def test_known_scores_that_are_none_are_refused_by_their_key(method, value):
     supernet, seen = make_supernet(), []
     with pytest.raises(
-        EvaluationError, match=r"scores\['1,2,3:0'\]: got .*; needed: \[error, images\], a finite number"
+        EvaluationError, match=r"scores\['1,2,3:0'\]: got .*; needed: \[loss, images\], a finite number"
     ):
         METHODS[method](supernet, held_out(supernet, seen=seen), scores={"4,4,4:0": [0.5, 8], "1,2,3:0": value})
     assert not seen
@@ -141,7 +141,7 @@ def test_an_evaluate_without_a_forward_costs_nothing():
     supernet = make_supernet()
     scorer = Scorer(supernet, lambda subnet: 1.0)
     assert scorer(supernet.space.min()) == 1.0
-    assert (scorer.evaluations, scorer.macs) == (1, 0)
+    assert (scorer.evaluations, scorer.macs, scorer.images) == (1, 0, 0)
     named = Scorer(supernet, lambda subnet: float(subnet(x=torch.zeros(7, 3, 8, 8)).sum()))
     named(supernet.space.max())
     assert named.macs == 7 * cost(supernet).macs

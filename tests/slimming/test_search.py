@@ -38,10 +38,10 @@ def test_one_descent_serves_every_budget_and_each_is_met(supernet):
         assert all(wide.widths[name] >= narrow.widths[name] for name in SIZES)
 
 
-def test_budgets_in_both_units_are_met_on_the_way_down(supernet):
+def test_budgets_in_both_metrics_are_met_on_the_way_down(supernet):
     result = search(supernet, {"params": ["50%"], "macs": ["70%", "30%"]}, missing(supernet, a=5, b=1, c=3))
     assert [n.metric for n in result.networks] == ["macs", "params", "macs"]
-    assert all(getattr(n.cost, n.metric) <= n.budget for n in result.networks)
+    assert all(n.cost.pick(n.metric) <= n.budget for n in result.networks)
 
 
 def path(result):
@@ -50,7 +50,7 @@ def path(result):
 
 @pytest.mark.parametrize(
     ("divisor", "metric", "rank"),
-    [(None, "macs", "per_cost"), (None, "params", "error"), (1, "macs", "error"), (1, "params", "per_cost")],
+    [(None, "macs", "per_cost"), (None, "params", "loss"), (1, "macs", "loss"), (1, "params", "per_cost")],
 )
 def test_a_real_network_leaves_little_of_its_budgets_unused(divisor, metric, rank):
     supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32), divisor=divisor)
@@ -63,20 +63,20 @@ def test_a_real_network_leaves_little_of_its_budgets_unused(divisor, metric, ran
 
     result = search(supernet, {metric: ["70%", "40%", "15%"]}, evaluate, rank=rank, steps=4, refine="none")
     for found in result.networks:
-        spent = getattr(found.cost, metric)
+        spent = found.cost.pick(metric)
         assert (0.9 if divisor is None else 0.98) * found.budget < spent <= found.budget
         # and of the group that was cut last, one step less would have been too little
         last = [step.group for step in result.steps if step.budget == found.budget][-1]
         wider = min(c for c in supernet.space[last].choices if c > found.widths[last])
-        assert getattr(cost(supernet, found.widths.replaced(last, wider)), metric) > found.budget
+        assert cost(supernet, found.widths.replaced(last, wider)).pick(metric) > found.budget
     refined = search(supernet, {metric: ["70%", "40%", "15%"]}, evaluate, rank=rank, steps=4)
     assert path(refined) == path(result)
     for rough, found in zip(result.networks, refined.networks, strict=True):
-        assert 0.99 * found.budget <= getattr(found.cost, metric) <= found.budget == rough.budget
+        assert 0.99 * found.budget <= found.cost.pick(metric) <= found.budget == rough.budget
         assert found.loss <= rough.loss
 
 
-def test_the_trail_tells_the_whole_story(supernet):
+def test_the_steps_tell_the_way_from_the_widest_to_the_last_network(supernet):
     seen = []
     evaluate = missing(supernet, a=5, b=1, c=3)
     result = search(supernet, {"macs": ["60%", "30%"]}, evaluate, on_step=seen.append, refine="none")
@@ -106,7 +106,7 @@ def test_the_same_search_finds_the_same(supernet):
     assert search(again, {"macs": ["60%", "30%"]}, missing(again, a=2, b=1, c=1)).to_dict() == first.to_dict()
 
 
-def test_a_budget_above_the_whole_is_the_whole(supernet):
+def test_a_budget_above_the_widest_is_the_widest(supernet):
     evaluate = missing(supernet, a=5, b=1, c=3)
     result = search(supernet, {"macs": "100%"}, evaluate)
     assert result.networks[0].widths == supernet.space.max()
@@ -194,23 +194,23 @@ def test_a_list_of_texts_says_what_a_dict_says(supernet):
         ),
         ({"macs": ["50%", 10]}, r"the budget of 10 macs is out of reach"),
         ({"params": "3%"}, r"the budget of [\d,]+ params is out of reach"),
-        ({"macs": "half"}, r"got the budget 'half'; needed: a number"),
-        ({"macs": -1}, r"got the budget -1; needed: a positive number"),
-        ({"flops": "50%"}, r"got a budget in 'flops'; needed: one of \['macs', 'params', 'peak_bytes', 'latency_ms'\]"),
-        ({"macs": None}, "got the budget None; needed: a number"),
-        ({"macs": Decimal(5)}, r"got the budget Decimal\('5'\); needed: a number"),
-        ({"macs": torch.tensor(5)}, r"got the budget tensor\(5\); needed: a number"),
-        ({"macs": True}, "got the budget True; needed: a number"),
-        ({"macs": 10**400}, "got the budget 1000.*; needed: a positive number"),
+        ({"macs": "half"}, r"the budget: got 'half'; needed: a number"),
+        ({"macs": -1}, r"the budget: got -1; needed: a positive number"),
+        ({"flops": "50%"}, r"metric: got 'flops'; needed: one of \['macs', 'params', 'peak_bytes', 'latency_ms'\]"),
+        ({"macs": None}, "the budget: got None; needed: a number"),
+        ({"macs": Decimal(5)}, r"the budget: got Decimal\('5'\); needed: a number"),
+        ({"macs": torch.tensor(5)}, r"the budget: got tensor\(5\); needed: a number"),
+        ({"macs": True}, "the budget: got True; needed: a number"),
+        ({"macs": 10**400}, "the budget: got 1000.*; needed: a positive number"),
         ({"macs": np.int64(5)}, "the budget of 5 macs is out of reach"),
-        (None, "got the budgets None; needed: a dict"),
-        ({"macs": []}, r"got no budget; needed: at least one number"),
-        ({}, r'got the budgets \{\}; needed: a dict such as \{"macs": \["60%", "300M"\]\}'),
-        ("50%", r"got the budgets '50%'; needed: a dict"),
-        ("macs<=50%", r'got the budgets .macs<=50%.; .*, or a list such as \["macs<=300M and params<=2M"\]'),
-        ([], r"got the budgets \[\]; needed: a dict"),
-        (["50%"], r"got the budget '50%'; needed: a text of METRIC<=AMOUNT joined by `and`"),
-        ([0.5], r"got the budget 0.5; needed: a text of METRIC<=AMOUNT"),
+        (None, "budgets: got None; needed: a dict"),
+        ({"macs": []}, r"budgets: got no budget; needed: at least one number"),
+        ({}, r'budgets: got \{\}; needed: a dict such as \{"macs": \["60%", "300M"\]\}'),
+        ("50%", r"budgets: got '50%'; needed: a dict"),
+        ("macs<=50%", r'budgets: got .macs<=50%.; .*, or a list such as \["macs<=300M and params<=2M"\]'),
+        ([], r"budgets: got \[\]; needed: a dict"),
+        (["50%"], r"the budget: got '50%'; needed: a text of METRIC<=AMOUNT joined by `and`"),
+        ([0.5], r"the budget: got 0.5; needed: a text of METRIC<=AMOUNT"),
         (["macs<=50% and params<=1%"], r"the budget of [\d,]+ params is out of reach"),
         (["params<=50% and macs<=10"], r"the budget of 10 macs is out of reach"),
     ],
@@ -225,16 +225,18 @@ def test_budgets_are_refused_before_anything_is_evaluated(supernet, budgets, mes
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"mode": "slow"}, r"got mode='slow'; needed: one of \['fast', 'reference'\]"),
-        ({"rank": "loss"}, r"got rank='loss'; needed: one of \['error', 'per_cost'\]"),
+        ({"mode": "slow"}, r"mode: got 'slow'; needed: one of \['fast', 'reference'\]"),
+        ({"rank": "error"}, r"rank: got 'error'; needed: one of \['loss', 'per_cost'\]"),
+        ({"refine": "single"}, r"refine: got 'single'; needed: one of \['units', 'choices', 'none'\]"),
+        ({"conditions": 8}, "conditions: got 8; needed: Conditions, or None"),
         ({"steps": 0}, "got steps=0; needed: a positive integer or None"),
         ({"steps": 2.5}, r"got steps=2\.5; needed: a positive integer or None"),
         ({"steps": True}, "got steps=True; needed: a positive integer or None"),
         ({"seed": None}, "got seed=None; needed: an integer from"),
         ({"seed": 2**70}, r"got seed=\d+; needed: an integer from"),
-        ({"scores": []}, "got scores of type list; needed: a dict, or None"),
-        ({"on_step": 5}, "got on_step=5; needed: a callable that takes a Step, or None"),
-        ({"team": 2}, "got team=2; needed: a Team, or None"),
+        ({"scores": []}, "scores: got a list; needed: a dict, or None"),
+        ({"on_step": 5}, "on_step: got 5; needed: a callable that takes a Step, or None"),
+        ({"team": 2}, "team: got 2; needed: a Team, or None"),
     ],
 )
 def test_other_arguments_are_refused_before_anything_is_evaluated(supernet, given, message):
@@ -244,7 +246,7 @@ def test_other_arguments_are_refused_before_anything_is_evaluated(supernet, give
     assert evaluate.calls == 0
 
 
-def test_a_plain_model_is_told_to_be_converted(supernet):
+def test_a_model_is_told_to_be_converted(supernet):
     calls = [
         lambda model: search(model, {"macs": "50%"}, lambda subnet: 1.0),
         lambda model: baseline(model, {"macs": "50%"}, lambda subnet: 1.0, "uniform"),
@@ -275,9 +277,9 @@ class Late:
     [
         (
             lambda subnet: float("nan"),
-            r"evaluate returned nan; needed: a finite error or loss; at the widths \{'a': 16, 'b': 16,",
+            r"evaluate returned nan; needed: a finite loss; at the widths \{'a': 16, 'b': 16,",
         ),
-        (lambda subnet: torch.tensor(float("inf")), r"evaluate returned inf; needed: a finite error or loss"),
+        (lambda subnet: torch.tensor(float("inf")), r"evaluate returned inf; needed: a finite loss"),
         (Late(), r"evaluate returned nan; .*at the widths \{'a': \d+, 'b': \d+, 'c': \d+\}"),
         (raising, r"evaluate raised ZeroDivisionError: no images; at the widths \{'a': 16, 'b': 16, 'c': 32\}"),
         (lambda subnet: "low", r"evaluate raised ValueError: could not convert string to float: 'low'; at the widths"),
@@ -289,7 +291,7 @@ def test_an_evaluate_that_fails_is_told_with_the_widths_and_leaves_the_supernet_
     with pytest.raises(EvaluationError, match=message):
         search(supernet, {"macs": "50%"}, evaluate)
     assert_same(before, snapshot(supernet.model))
-    assert supernet._held is None
+    assert supernet.open_block is None
 
 
 @pytest.mark.parametrize("to_eval", [lambda s: s.eval(), lambda s: s.model.a_bn.eval()], ids=["all", "one"])
@@ -312,7 +314,7 @@ def test_a_search_inside_a_block_is_refused(supernet):
         search(supernet, {"macs": "50%"}, missing(supernet, a=5, b=1, c=3))
 
 
-def test_plain_searches_too():
+def test_parameters_can_be_the_budget():
     supernet = convert(Plain(32), IMAGE)
     found = search(supernet, {"params": "40%"}, lambda subnet: subnet(torch.ones(4, 3, 8, 8)).std()).networks[0]
     assert found.cost.params <= found.budget

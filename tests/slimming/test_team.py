@@ -80,8 +80,8 @@ def test_a_team_goes_by_the_times_of_its_first_process(method):
     def work(team):
         supernet = make_supernet()
         clock = clocks[team.index] if team.count > 1 else Clock(0)
-        supernet.conditions = Conditions(latency=SharedLatency(clock, team))
-        found = method(supernet, budgets, held_out(supernet), team=team)
+        conditions = Conditions(latency=SharedLatency(clock, team))
+        found = method(supernet, budgets, held_out(supernet), conditions=conditions, team=team)
         return found.to_dict(), [network.cost.latency_ms for network in found.networks]
 
     assert together(3, work) == [work(Team())] * 3
@@ -95,9 +95,10 @@ def test_a_team_and_a_resumed_search_find_the_same_where_no_first_step_saves(mod
 
     def work(team, known=None):
         supernet = make_supernet()
-        supernet.conditions = Conditions(latency=SharedLatency(Said(in_step), team))
+        conditions = Conditions(latency=SharedLatency(Said(in_step), team))
         budgets = ["latency_ms<=60% and macs<=80%", "latency_ms<=30%"]
-        return search(supernet, budgets, held_out(supernet), mode=mode, scores=known, team=team).to_dict()
+        shared = {"conditions": conditions, "scores": known, "team": team}
+        return search(supernet, budgets, held_out(supernet), mode=mode, **shared).to_dict()
 
     alone = work(Team(), scores)
     assert together(2, work) == [alone] * 2
@@ -113,9 +114,9 @@ def test_what_stops_the_first_process_from_measuring_stops_all():
 
     def work(team):
         supernet = make_supernet()
-        supernet.conditions = Conditions(latency=SharedLatency(None if team.index else Broken(), team))
+        conditions = Conditions(latency=SharedLatency(None if team.index else Broken(), team))
         with pytest.raises(LatencyError, match="the clock is broken"):
-            search(supernet, {"latency_ms": 5}, held_out(supernet), team=team)
+            search(supernet, {"latency_ms": 5}, held_out(supernet), conditions=conditions, team=team)
         return "told"
 
     assert together(2, work) == ["told", "told"]
@@ -139,11 +140,19 @@ def test_a_full_disk_of_the_first_process_is_told_to_all():
 
 def test_times_of_every_process_by_itself_are_refused():
     supernet = make_supernet()
-    supernet.conditions = Conditions(latency=Clock(0))
+    clock = Clock(0)
     for method in (search, lambda *given, **more: baseline(*given, "uniform", **more)):
-        with pytest.raises(LatencyError, match=r"got a Clock in 2 processes, .*SharedLatency\(table, team\)"):
-            method(supernet, {"latency_ms": "60%"}, held_out(supernet), team=Team(0, 2))
-    assert not supernet.conditions.latency.asked
+        with pytest.raises(
+            LatencyError, match=r"conditions\.latency: got a Clock in 2 processes, .*SharedLatency\(table, team\)"
+        ):
+            method(
+                supernet,
+                {"latency_ms": "60%"},
+                held_out(supernet),
+                conditions=Conditions(latency=clock),
+                team=Team(0, 2),
+            )
+    assert not clock.asked
 
 
 @pytest.mark.parametrize(("index", "count"), [(3, 2), (2, 2), (0, 0), (-1, 2), ("0", 1), (0, True)])

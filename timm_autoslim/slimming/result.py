@@ -43,7 +43,7 @@ class Step:
         >>> result = search(supernet, {"macs": "95%"}, lambda subnet: 0.0)
         >>> for step in result.steps:
         ...     print(f"{step.index}: {step.group} to {step.width}, loss {step.loss:.2f}")
-        0: layer4.0.conv1 to 424, loss 0.00
+        0: conv1.6 to 56, loss 0.00
     """
 
     index: int
@@ -208,7 +208,7 @@ class SearchResult:
             "settings": dict(self.settings),
             "widest": self.widest.to_dict(),
             "macs_by_module": dict(self.macs_by_module),
-            "groups": [asdict(group) for group in self.groups],
+            "groups": [{**asdict(g), "choices": [*g.choices], "producers": [*g.producers]} for g in self.groups],
             "networks": [network.to_dict() for network in self.networks],
             "steps": [asdict(step) for step in self.steps],
         }
@@ -306,13 +306,16 @@ def _parse_step(content: JsonValue, groups: tuple[ChannelGroup, ...]) -> Step:
     names = [group.name for group in groups]
     if parts["group"].text() not in names:
         parts["group"].refuse("the name of a group")
+    limits = _parse_metrics(parts["limits"], above=0.0)
+    if parts["metric"].text() not in limits:
+        parts["metric"].refuse(f"one of {list(limits)}")
     numbers = {key: parts[key].integer() for key in ("index", "width", "macs", "params", "evaluations")}
     return Step(
         group=parts["group"].text(),
         loss=parts["loss"].number(),
         metric=parts["metric"].text(),
         budget=parts["budget"].number(above=0.0),
-        limits=_parse_metrics(parts["limits"], above=0.0),
+        limits=limits,
         spent=_parse_metrics(parts["spent"]),
         **numbers,
     )
