@@ -7,8 +7,7 @@ from torch import nn
 
 from timm_autoslim.costs.recorder import (
     ATTENTION,
-    FusedOperators,
-    Recorder,
+    TapeRecorder,
     TensorSpec,
     describe,
     numbers_in,
@@ -17,10 +16,10 @@ from timm_autoslim.costs.recorder import (
 
 
 def record(model, example):
-    recorder = Recorder(model, example)
-    with torch.no_grad(), FusedOperators(recorder), recorder:
-        out = model(example)
-    recorder.close()
+    recorder = TapeRecorder(model, example)
+    out = recorder.run(example)
+    recorder.finish()
+    recorder.stack.release()
     return recorder, out
 
 

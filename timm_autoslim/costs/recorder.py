@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.ops import recurrent
+from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.utils.meta import named_tensors, tensors_in
 
 ATTENTION = "scaled_dot_product_attention"
@@ -55,37 +52,56 @@ class Storage:
     unless_equal: tuple[int, int] | None = None
 
 
-class Recorder(TorchDispatchMode):
-    """Note every operator and every storage of a run; a storage ends when Python drops its last tensor."""
+class TapeRecorder(Recorder):
+    """Notes every operator and every storage of a run; a storage ends when Python drops its last tensor.
+
+    Fused attention and recurrent layers are one operator each, as their kernels are.
+
+    Attributes:
+        operators: what ran, in its order.
+        storages: what was allocated; complete after `finish`.
+    """
 
     def __init__(self, model: nn.Module, example: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(model)
         self.operators: list[Operator] = []
         self.storages: list[Storage] = []
-        self._scope: list[str] = [""]
-        self.fused = 0  # above 0 inside a function that counts as one operator
+        self._fused = 0  # above 0 inside a function that counts as one operator
         self._inputs = [*named_tensors(model).values(), *tensors_in(example)]  # held, so that no new storage has a key
         self._indices = {_key(t): -1 for t in self._inputs}  # by storage; -1 was there before the run
-        self._hooks = [m.register_forward_pre_hook(partial(self._enter, path)) for path, m in model.named_modules()]
-        self._hooks += [m.register_forward_hook(self._leave, always_call=True) for m in model.modules()]
 
-    def _enter(self, path: str, *_: Any) -> None:
-        self._scope.append(path)
+    def finish(self) -> None:
+        """Let what is still alive live to the end."""
+        for storage in self.storages:
+            storage.last = len(self.operators) - 1 if storage.last < 0 else storage.last
 
-    def _leave(self, *_: Any) -> None:
-        self._scope.pop()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = ops.execute(func, args, kwargs)
-        if not self.fused:
-            self.note(str(func), args, kwargs, out)
+    def function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a torch function; note fused attention and recurrent layers as one operator."""
+        name = getattr(func, "__name__", "")
+        attention = name == ATTENTION and all(t.dim() == 4 for t in args[:3]) and len(args) >= 3
+        if not attention and name not in recurrent.LAYERS:
+            return super().function(func, args, kwargs)
+        self._fused += 1
+        try:
+            out = _attend(*args[:3]) if attention else super().function(func, args, kwargs)
+        finally:
+            self._fused -= 1
+        self._note(name, args, kwargs, out)
+        if attention:
+            self._note_scores(args[0], args[1], out)
         return out
 
-    def note(self, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    def operator(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator, and note it."""
+        out = super().operator(func, args, kwargs)
+        if not self._fused:
+            self._note(str(func), args, kwargs, out)
+        return out
+
+    def _note(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note one operator and what it allocated."""
         at = len(self.operators)
-        self.operators.append(Operator(name, self._scope[-1], describe(tuple(args)), describe(kwargs)))
+        self.operators.append(Operator(name, self.stack.path, describe(tuple(args)), describe(kwargs)))
         for tensor in tensors_in(out):
             key = _key(tensor)
             if key in self._indices:
@@ -103,56 +119,21 @@ class Recorder(TorchDispatchMode):
         if index >= 0:
             self.storages[index].last = len(self.operators) - 1
 
-    def close(self) -> None:
-        """Leave the model, and let what is still alive live to the end."""
-        for hook in self._hooks:
-            hook.remove()
-        for storage in self.storages:
-            storage.last = len(self.operators) - 1 if storage.last < 0 else storage.last
-
-
-def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-class FusedOperators(TorchFunctionMode):
-    """Take fused attention and recurrent layers as one operator each, as their kernels are."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        make: Callable[[], Tensor | tuple[Tensor, ...]]
-        if name == ATTENTION and all(t.dim() == 4 for t in args[:3]) and len(args) >= 3:
-            make = partial(_attend, *args[:3])
-        elif name in recurrent.LAYERS:
-            make = partial(recurrent.outputs, args)
-        else:
-            return func(*args, **kwargs)
-        self.recorder.fused += 1
-        try:
-            out = make()
-        finally:
-            self.recorder.fused -= 1
-        self.recorder.note(name, args, kwargs, out)
-        if name == ATTENTION:
-            self._note_scores(args[0], args[1], tensors_in(out)[0])
-        return out
-
     def _note_scores(self, q: Tensor, k: Tensor, out: Tensor) -> None:
         """Note the scores, which torch makes where queries and values differ in width: no fused kernel takes these.
 
         In the softmax it then holds scaled queries and keys, the scores, and their softmax; the result is yet to come
         (`_scaled_dot_product_attention_math` of ATen).
         """
-        at, size = len(self.recorder.operators) - 1, q.element_size()
+        at, size = len(self.operators) - 1, q.element_size()
         scores = (*q.shape[:3], k.shape[2])
         unless = (q.shape[-1], out.shape[-1])
         for numbers in ((size, *q.shape), (size, *k.shape), (2 * size, *scores), (-size, *out.shape)):
-            self.recorder.storages.append(Storage(tuple(int(n) for n in numbers), at, at, unless))
+            self.storages.append(Storage(tuple(int(n) for n in numbers), at, at, unless))
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from timm_autoslim.costs.infer import FormulaFinder
-from timm_autoslim.costs.recorder import FusedOperators, Operator, Recorder, Storage, numbers_in, replace_numbers
+from timm_autoslim.costs.recorder import Operator, Storage, TapeRecorder, numbers_in, replace_numbers
 from timm_autoslim.errors import TraceError, WidthError
 from timm_autoslim.slicing import slices as slicing
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.tracing.formulas import Numbers, Row, Terms
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.utils.meta import call, meta_twin, named_tensors, seeded, sized, tensors_in
+from timm_autoslim.utils.meta import meta_twin, named_tensors, sized, tensors_in
 
 RUNS = 4  # subnets beside the widest that a tape is recorded from; one more each time two lengths look alike
 MAX_RUNS = 10
@@ -227,9 +227,11 @@ def record(model: nn.Module, example: Any, graph: ChannelGraph, widths: Sequence
 def _record(meta_copy: nn.Module, example: Any, graph: ChannelGraph, widths: Sequence[int]) -> Run:
     slicing.forget(meta_copy.modules())  # each run makes anew what modules cache, as the first one does
     with slicing.applied(meta_copy, graph.slices(widths)):
-        recorder = Recorder(meta_copy, example)
-        with torch.no_grad(), seeded(), FusedOperators(recorder), recorder:
-            out = call(meta_copy, example)
-        recorder.close()
+        recorder = TapeRecorder(meta_copy, example)
+        try:
+            out = recorder.run(example)
+            recorder.finish()
+        finally:
+            recorder.stack.release()
     del out
     return Run(recorder.operators, recorder.storages)
