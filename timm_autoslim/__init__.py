@@ -14,21 +14,33 @@ if TYPE_CHECKING:
     from timm_autoslim.artifact.export import export as export
     from timm_autoslim.artifact.folder import check_folder as check_folder
     from timm_autoslim.artifact.hub import push as push
-    from timm_autoslim.costs.cost import Conditions as Conditions
+    from timm_autoslim.costs.conditions import Conditions as Conditions
     from timm_autoslim.costs.cost import Cost as Cost
     from timm_autoslim.costs.cost import cost as cost
-    from timm_autoslim.costs.latency import LatencyReport as LatencyReport
+    from timm_autoslim.costs.cost import cost_by_module as cost_by_module
+    from timm_autoslim.costs.fit import LatencyReport as LatencyReport
     from timm_autoslim.costs.latency import LatencyTable as LatencyTable
     from timm_autoslim.costs.measure import measure_latency as measure_latency
+    from timm_autoslim.costs.metrics import METRICS as METRICS
+    from timm_autoslim.costs.reach import Reach as Reach
+    from timm_autoslim.costs.reach import reach as reach
+    from timm_autoslim.costs.runtimes import RUNTIMES as RUNTIMES
+    from timm_autoslim.slimming.baselines import BASELINES as BASELINES
     from timm_autoslim.slimming.baselines import baseline as baseline
-    from timm_autoslim.slimming.budgets import uniform_at as uniform_at
-    from timm_autoslim.slimming.descent import search as search
+    from timm_autoslim.slimming.budgets import Budget as Budget
+    from timm_autoslim.slimming.candidates import RANKINGS as RANKINGS
+    from timm_autoslim.slimming.descent import MODES as MODES
+    from timm_autoslim.slimming.goals import parse_budgets as parse_budgets
+    from timm_autoslim.slimming.goals import uniform_at as uniform_at
+    from timm_autoslim.slimming.refinement import REFINEMENTS as REFINEMENTS
     from timm_autoslim.slimming.result import Found as Found
     from timm_autoslim.slimming.result import SearchResult as SearchResult
     from timm_autoslim.slimming.result import Step as Step
     from timm_autoslim.slimming.scoring import HeldOut as HeldOut
-    from timm_autoslim.slimming.scoring import SharedLatency as SharedLatency
-    from timm_autoslim.slimming.scoring import Team as Team
+    from timm_autoslim.slimming.scoring import check_scores as check_scores
+    from timm_autoslim.slimming.search import search as search
+    from timm_autoslim.slimming.team import SharedLatency as SharedLatency
+    from timm_autoslim.slimming.team import Team as Team
     from timm_autoslim.supernet.convert import convert as convert
     from timm_autoslim.supernet.order import CRITERIA as CRITERIA
     from timm_autoslim.supernet.order import reorder_channels as reorder_channels
@@ -50,39 +62,51 @@ __version__ = "0.1.0"
 
 # The module that defines each public name.
 _MODULES = {
+    "BASELINES": "slimming.baselines",
+    "Budget": "slimming.budgets",
     "CRITERIA": "supernet.order",
     "ChannelGroup": "supernet.space",
-    "Conditions": "costs.cost",
+    "Conditions": "costs.conditions",
     "Cost": "costs.cost",
     "DISTILLATION_LOSSES": "training.distillation",
     "Found": "slimming.result",
     "HeldOut": "slimming.scoring",
-    "LatencyReport": "costs.latency",
+    "LatencyReport": "costs.fit",
     "LatencyTable": "costs.latency",
+    "METRICS": "costs.metrics",
+    "MODES": "slimming.descent",
+    "RANKINGS": "slimming.candidates",
+    "REFINEMENTS": "slimming.refinement",
+    "RUNTIMES": "costs.runtimes",
+    "Reach": "costs.reach",
     "SAMPLERS": "training.samplers",
     "SandwichStep": "training.sandwich",
     "SearchResult": "slimming.result",
     "SearchSpace": "supernet.space",
-    "SharedLatency": "slimming.scoring",
+    "SharedLatency": "slimming.team",
     "Step": "slimming.result",
     "Supernet": "supernet.supernet",
-    "Team": "slimming.scoring",
+    "Team": "slimming.team",
     "Widths": "supernet.space",
     "adaptive_alpha_divergence": "training.distillation",
     "baseline": "slimming.baselines",
     "batch_statistics": "training.calibration",
     "calibrate": "training.calibration",
     "check_folder": "artifact.folder",
+    "check_scores": "slimming.scoring",
     "convert": "supernet.convert",
     "cost": "costs.cost",
+    "cost_by_module": "costs.cost",
     "export": "artifact.export",
     "measure_latency": "costs.measure",
+    "parse_budgets": "slimming.goals",
     "push": "artifact.hub",
+    "reach": "costs.reach",
     "reorder_channels": "supernet.order",
     "sandwich_step": "training.sandwich",
-    "search": "slimming.descent",
+    "search": "slimming.search",
     "soft_cross_entropy": "training.distillation",
-    "uniform_at": "slimming.budgets",
+    "uniform_at": "slimming.goals",
     "zero_last_norms": "training.residual",
 }
 __all__ = ["AutoSlimError", *_MODULES]

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from timm_autoslim.artifact.bases import create_hollow
-from timm_autoslim.costs.cost import cost_by_module, reach
+from timm_autoslim.costs.cost import cost_by_module
+from timm_autoslim.costs.reach import reach
 from timm_autoslim.errors import ArtifactError, AutoSlimError, TraceError
 from timm_autoslim.supernet.convert import convert
 from timm_autoslim.supernet.supernet import Supernet
@@ -59,22 +60,22 @@ def inspect(name: str, size: int | None = None, modules: bool = False) -> str:
         half = cost_by_module(supernet, supernet.space.uniform(0.5))
         lines += ["", f"{'MACs':>14} {'at half':>14}  module"]
         lines += [f"{macs:14,} {half[path]:14,}  {path}" for path, macs in cost_by_module(supernet).items()]
-    found = reach(supernet)
+    limits = reach(supernet)
     lines += ["", "reach (a quarter at half width is ideal):"]
-    for text, left in (("half", found.half), ("minimum", found.narrowest)):
+    for text, cost in (("half", limits.half), ("minimum", limits.narrowest)):
         lines.append(
-            f"  at {text} width {left.macs / found.whole.macs:.2%} of the MACs "
-            f"and {left.params / found.whole.params:.2%} of the parameters"
+            f"  at {text} width {cost.macs / limits.widest.macs:.2%} of the MACs "
+            f"and {cost.params / limits.widest.params:.2%} of the parameters"
         )
-    lines += [f"  {share:6.2%} of the MACs held by: {reason}" for reason, share in found.held[:5]]
+    lines += [f"  {share:6.2%} of the MACs held by: {reason}" for reason, share in limits.obstacles[:5]]
     return "\n".join([*lines, "", "fixed axes, and why:", *_fixed(supernet)])
 
 
 def report(run: Path) -> Path:
-    """Write the report of a run folder's search, and return the path of its page.
+    """Write the report of a run folder, and return the path of its page.
 
     Raises:
-        ArtifactError: the folder holds no search that can be shown, or a package that draws is not installed.
+        ArtifactError: the folder holds no results that can be read, or a package that draws is not installed.
     """
     try:
         from timm_autoslim.slimming.report import write_report  # what it draws with is an extra
@@ -132,8 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     look.add_argument("model", help="a timm name, or torchvision/NAME")
     look.add_argument("--size", type=int, help="height and width of the images")
     look.add_argument("--modules", action="store_true", help="also list the MACs of every module")
-    show = commands.add_parser("report", help="write RUN/report.html and figures of the search in a run folder")
-    show.add_argument("run", metavar="RUN", type=Path, help="folder with a search.json")
+    show = commands.add_parser("report", help="write RUN/report.html and figures of all RUN/search/*.json")
+    show.add_argument("run", metavar="RUN", type=Path, help="folder of a run that was searched")
     start = commands.add_parser(
         "run",
         help="run a script, such as timm's validate.py, that is to load exported folders: --model local-dir:FOLDER",

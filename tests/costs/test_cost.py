@@ -1,9 +1,9 @@
-"""Costs are exact: the published networks cost what was published. Budgets are read, and refused, by name."""
+"""Costs are exact: the published networks cost what was published. A cost is plain data."""
 
 import gc
 import pickle
-import re
 import weakref
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import timm
@@ -15,36 +15,38 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_autoslim import convert, cost, search, uniform_at
-from timm_autoslim.costs.cost import UNITS, Cost, check_unit, cost_by_module
-from timm_autoslim.errors import BudgetError, WidthError
-from timm_autoslim.slimming.budgets import (
-    Budget,
-    parse_budget,
-    parse_limits,
-    read_budgets,
-    uniform_within,
-    widest_within,
-    within_reach,
-)
+from timm_autoslim import METRICS, Cost, convert, cost, cost_by_module, search
+from timm_autoslim.costs.cost import count_cost
+from timm_autoslim.errors import BudgetError, ConfigError, WidthError
 
 # AutoSlim (arXiv 1903.11728), the authors' published channel lists. MobileNet-v2: stem, out of block 0, then (expanded,
 # out) of the other 16 blocks, tail, classes; made from a network that is 1.5 times as wide.
 MOBILENET_V2_207M = """8 8 96 16 96 16 96 24 144 24 144 24 144 48 288 48 288 48 288 48 288 64 432 64 432 64 648 176 720
     176 720 176 1440 280 1920 1000"""
+
+
 MOBILENET_V2_305M = """8 8 96 16 96 16 96 24 144 24 144 24 144 56 288 56 288 56 288 56 288 96 432 96 432 96 864 240
     1440 240 960 240 1440 480 1920 1000"""
+
+
 # ResNet-50: stem, then for every stage the shortcut and (mid, mid, out) of each block, classes.
 RESNET50_570M = """24 72 8 16 72 16 16 72 8 8 72 240 16 24 240 16 24 240 16 16 240 16 24 240 704 72 72 704 48 72 704
     48 72 704 72 72 704 48 48 704 48 48 704 1680 280 240 1680 120 200 1680 280 280 1680 1000"""
+
+
 RESNET50_2G = """40 120 16 16 120 24 24 120 16 24 120 440 48 72 440 32 48 440 40 56 440 64 72 440 1024 168 168 1024 96
     144 1024 120 168 1024 120 144 1024 120 144 1024 256 256 1024 2016 512 512 2016 480 480 2016 512 512 2016 1000"""
+
+
 POOLED = 7 * 7  # the authors add one operation for each value that the last pool reads, and we do not
+
 
 WIDE = {  # with the number of convolutions in the whole network's last layer but one
     "timm": lambda: _gen_mobilenet_v2("mobilenetv2_150", 1.5),
     "torchvision": lambda: torchvision.models.mobilenet_v2(width_mult=1.5),
 }
+
+
 RESNET50 = {"timm": lambda: timm.create_model("resnet50"), "torchvision": lambda: torchvision.models.resnet50()}
 
 
@@ -115,11 +117,8 @@ def test_published_resnet50(library, channels, published):
     ],
     ids=["torchvision/mobilenet_v2", "timm/mobilenetv2_100", "torchvision/resnet50", "timm/resnet50"],
 )
-def test_whole_networks(build, macs, params):
+def test_models_as_they_are(build, macs, params):
     assert cost(convert(on_meta(build))) == Cost(macs, params)
-
-
-# -- a network small enough to count by hand --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +144,7 @@ def test_macs_and_params_by_hand(supernet, stem, inner):
     assert list(cost_by_module(supernet)) == ["stem", "inner", "outer", "head"]
 
 
-def test_without_widths_the_cost_is_that_of_the_whole(supernet):
+def test_without_widths_the_cost_is_that_of_the_widest(supernet):
     assert cost(supernet) == cost(supernet, supernet.space.max())
     assert cost_by_module(supernet) == cost_by_module(supernet, supernet.space.max())
 
@@ -165,173 +164,52 @@ def test_widths_of_another_model_are_refused(supernet):
     for function in (cost, cost_by_module):
         with pytest.raises(WidthError, match="got widths of another model"):
             function(supernet, other)
+        with pytest.raises(ConfigError, match="the supernet: got a Plain; needed: a Supernet, as convert"):
+            function(supernet.model)
 
 
-def test_a_kept_cost_holds_no_supernet():
+def test_a_cost_is_plain_data():
     supernet = convert(Plain(32), torch.zeros(1, 3, 8, 8))
-    found = cost(supernet, supernet.space.uniform(0.5), batch_size=2)
-    peak, kept = found.peak_bytes, search(supernet, ["peak_bytes<=60%"], lambda subnet: 1.0)
-    again = pickle.loads(pickle.dumps(found))
-    assert (again, again.peak_bytes) == (found, peak)
-    assert len(pickle.dumps(kept)) < 4000
-    with pytest.raises(BudgetError, match=r"this cost is kept without latency_ms; call cost\(supernet"):
-        _ = again.latency_ms
-    network, alive = kept.networks[0], weakref.ref(supernet)
-    assert network.cost.peak_bytes == cost(supernet, network.widths).peak_bytes <= network.budget
-    del supernet, found
+    one, eight = (cost(supernet, batch_size=n) for n in (1, 8))
+    assert one != eight
+    assert one.peak_bytes < eight.peak_bytes
+    assert one != cost(supernet) == Cost(one.macs, one.params)
+    assert one == cost(supernet, batch_size=1)
+    assert pickle.loads(pickle.dumps(one)) == one == replace(eight, peak_bytes=one.peak_bytes)
+    assert len({one, eight, cost(supernet), cost(supernet)}) == 3
+    with pytest.raises(FrozenInstanceError):
+        one.macs = 5
+    assert one.to_dict() == {"macs": one.macs, "params": one.params, "peak_bytes": one.peak_bytes}
+
+
+def test_a_result_holds_no_supernet():
+    supernet = convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    result = search(supernet, ["peak_bytes<=60%"], lambda subnet: 1.0)
+    assert len(pickle.dumps(result)) < 8000
+    network, alive = result.networks[0], weakref.ref(supernet)
+    assert network.cost == cost(supernet, network.widths, batch_size=1)
+    assert network.cost.peak_bytes <= network.budget
+    del supernet
     gc.collect()
     assert alive() is None
 
 
-# -- budgets --------------------------------------------------------------------------------------------------------
+def test_a_metric_is_picked_by_its_name():
+    full = Cost(1, 2, 3, 4.5)
+    assert [full.pick(metric) for metric in METRICS] == [1, 2, 3, 4.5]
+    with pytest.raises(BudgetError, match=r"peak_bytes: got a cost that was counted without it; .*batch_size=1\)"):
+        Cost(1, 2).pick("peak_bytes")
+    with pytest.raises(BudgetError, match=r"latency_ms: got a cost that was counted without it; .*latency=table\)"):
+        Cost(1, 2, 3).pick("latency_ms")
+    with pytest.raises(BudgetError, match=r"metric: got 'flops'; needed: one of \['macs', 'params', 'peak_bytes',"):
+        full.pick("flops")
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [(300e6, 300e6), (5, 5), ("300M", 300e6), ("1.2G", 1.2e9), ("12k", 12e3), ("12K", 12e3), ("60%", 600), (" 7 ", 7),
-     ("12.5%", 125), ("3e5", 3e5),
-     ("20Ki", 20480), ("1.5Mi", 1572864), ("1Gi", 2**30)],
-)  # fmt: skip
-def test_budgets_are_read(text, number):
-    assert parse_budget(text, 1000) == pytest.approx(number, rel=1e-12)
-
-
-@pytest.mark.parametrize("text", ["", "M", "%", "three", "300MB", "2B", "3 000", None, [3], True])
-def test_a_budget_that_is_no_number_is_refused(text):
-    with pytest.raises(
-        BudgetError, match=re.escape(f'got the budget {text!r}; needed: a number, "300M", "1.2G" or "60%"')
-    ):
-        parse_budget(text, 1000)
-
-
-@pytest.mark.parametrize("text", [0, -3, "0%", "-3M", "inf", float("nan")])
-def test_a_budget_must_be_positive(text):
-    with pytest.raises(BudgetError, match=re.escape(f"got the budget {text!r}; needed: a positive number")):
-        parse_budget(text, 1000)
-
-
-def test_units_are_what_a_cost_has():
-    assert [check_unit(unit) for unit in UNITS] == ["macs", "params", "peak_bytes", "latency_ms"]
-    with pytest.raises(BudgetError, match=re.escape(f"got a budget in 'flops'; needed: one of {list(UNITS)}")):
-        check_unit("flops")
-
-
-def test_a_budget_out_of_reach_is_refused_with_what_the_narrowest_reaches(supernet):
-    narrowest = cost(supernet, supernet.space.min())
-    assert within_reach(supernet, Budget((("macs", narrowest.macs),))) == supernet.space.min()
-    message = (
-        rf"the budget of {narrowest.params - 1:,} params is out of reach: the narrowest subnet of the search space has "
-        rf"{narrowest.params:,} \(\d+\.\d% of the whole\); raise the budget, or lower `min` in convert\(\)"
-    )
-    with pytest.raises(BudgetError, match=message):
-        within_reach(supernet, Budget((("params", narrowest.params - 1),)))
-    with pytest.raises(BudgetError, match="out of reach"):
-        uniform_at(supernet, "params", narrowest.params - 1)
-
-
-@pytest.mark.parametrize("unit", ["macs", "params"])
-@pytest.mark.parametrize("budget", ["95%", "50%", "25%", "12%"])
-def test_uniform_at_is_the_widest_uniform_network_within_the_budget(supernet, unit, budget):
-    space, whole = supernet.space, cost(supernet)
-    number = parse_budget(budget, getattr(whole, unit))
-    widths = uniform_at(supernet, unit, budget)
-    assert getattr(cost(supernet, widths), unit) <= number
-    ratios = [i / 640 for i in range(1, 641)]
-    within = [w for w in (space.uniform(r, exact=True) for r in ratios) if getattr(cost(supernet, w), unit) <= number]
-    assert cost(supernet, widths).macs == max(cost(supernet, w).macs for w in within)
-    assert abs(widths["stem"] / 32 - widths["inner"] / 64) <= 1 / 32
-
-
-def test_uniform_at_of_the_whole_and_of_more_is_the_whole(supernet):
-    assert uniform_at(supernet, "macs", "100%") == supernet.space.max()
-    assert uniform_at(supernet, "params", 1e12) == supernet.space.max()
-
-
-def test_uniform_at_refuses_malformed_budgets(supernet):
-    with pytest.raises(BudgetError, match="got a budget in 'latency'"):
-        uniform_at(supernet, "latency", "50%")
-    with pytest.raises(BudgetError, match="got the budget 'half'"):
-        uniform_at(supernet, "macs", "half")
-
-
-@pytest.mark.parametrize(
-    ("text", "limits"),
-    [
-        ("macs<=300", {"macs": 300}),
-        ("macs <= 60% and params<=2k", {"macs": 600, "params": 2000}),
-        ("params<=1.5M   and  macs<=12.5%", {"params": 1.5e6, "macs": 125}),
-    ],
-)
-def test_several_limits_are_read(text, limits):
-    assert dict(parse_limits(text, Cost(1000, 10**6)).limits) == pytest.approx(limits)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "got the budget ''; needed: a text of UNIT<=AMOUNT joined by `and`, such as"),
-        ("50%", "got the budget '50%'; needed: a text of UNIT<=AMOUNT"),
-        ("macs>=5", "got the budget 'macs>=5'; needed: a text of UNIT<=AMOUNT"),
-        ("macs<=5 and", "needed: a text of UNIT<=AMOUNT|got the budget '5 and'"),
-        ("macs<=5 and 7", "got the budget 'macs<=5 and 7'; needed: a text of UNIT<=AMOUNT"),
-        ("macs<=5, params<=7", "got the budget '5, params<=7'; needed: a number"),
-        ("flops<=5", "got a budget in 'flops'; needed: one of ['macs', 'params', 'peak_bytes', 'latency_ms']"),
-        ("macs<=", "got the budget ''; needed: a number"),
-        ("macs<=-3", "got the budget '-3'; needed: a positive number"),
-        ("macs<=5 and macs<=7", "got the budget 'macs<=5 and macs<=7', which limits macs twice"),
-    ],
-)
-def test_malformed_limits_are_refused(text, message):
-    with pytest.raises(BudgetError, match="|".join(re.escape(m) for m in message.split("|"))):
-        parse_limits(text, Cost(1000, 10**6))
-
-
-def test_a_budget_holds_where_all_its_limits_do():
-    budget = Budget((("macs", 100.0), ("params", 10.0)))
-    assert budget.holds(Cost(100, 10))
-    assert budget.exceeded(Cost(100, 11)) == (("params", 10.0),)
-    assert budget.exceeded(Cost(101, 11)) == budget.limits
-    assert not budget.holds(Cost(101, 1))
-    assert budget.tightest(Cost(50, 6)) == ("params", 10.0)
-    assert budget.used(Cost(50, 6)) == 0.6
-    assert budget.used(Cost(200, 6)) == 2
-
-
-def test_budgets_come_in_the_order_of_a_descent(supernet):
-    whole = cost(supernet)
-    found = read_budgets(supernet, ["macs<=90% and params<=30%", "macs<=40%", "params<=60%"])
-    assert [dict(b.limits) for b in found] == [
-        {"params": 0.6 * whole.params},
-        {"macs": 0.4 * whole.macs},
-        {"macs": 0.9 * whole.macs, "params": 0.3 * whole.params},
-    ]
-
-
-@pytest.mark.parametrize("text", ["macs<=40% and params<=50%", "macs<=60% and params<=30%"])
-def test_the_uniform_network_meets_all_limits(supernet, text):
-    budget = parse_limits(text, cost(supernet))
-    widths = uniform_within(supernet, budget)
-    alone = [uniform_at(supernet, unit, limit) for unit, limit in budget.limits]
-    assert widths == min(alone, key=lambda w: w.values_)
-    assert budget.holds(cost(supernet, widths))
-
-
-@pytest.mark.parametrize("share", ["100%", "52.3%", "30%"])
-def test_the_widest_width_within_a_budget(supernet, share):
-    budget = parse_limits(f"params<={share}", cost(supernet))
-    start = supernet.space.from_dict({"stem": 7, "inner": 6})
-    for name, size in {"stem": 32, "inner": 64}.items():
-        fitting = [w for w in range(start[name], size + 1) if budget.holds(cost(supernet, start.replaced(name, w)))]
-        assert widest_within(supernet, start, name, budget) == start.replaced(name, fitting[-1])
-        chosen = [w for w in fitting if w in supernet.space[name].choices]
-        aligned = start.replaced(name, chosen[-1]) if chosen else start
-        assert widest_within(supernet, start, name, budget, exact=False) == aligned
-    # no group is narrowed, not even where nothing fits
-    whole = supernet.space.max()
-    assert widest_within(supernet, whole, "stem", budget) == whole
-
-
-# -- attention --------------------------------------------------------------------------------------------------------
+def test_only_what_is_asked_for_is_counted(supernet):
+    assert cost(supernet).peak_bytes is None
+    assert cost(supernet).latency_ms is None
+    assert cost(supernet, dtype=torch.float16).peak_bytes < cost(supernet, batch_size=1).peak_bytes
+    assert count_cost(supernet, supernet.space.max(), ["peak_bytes"]) == cost(supernet, batch_size=1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """peak_bytes is what the allocator measures: from lifetimes that hand counts, the profiler and CUDA agree with."""
 
-import re
+import copy
 
 import numpy as np
 import pytest
@@ -11,14 +11,14 @@ from torch import nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from timm_autoslim import Conditions, convert, cost, search, uniform_at
-from timm_autoslim.costs.cost import Cost
-from timm_autoslim.costs.tape import Run, Tape, record
-from timm_autoslim.errors import BudgetError, WidthError
-from timm_autoslim.slimming.budgets import read_budgets
+from timm_autoslim import convert, cost
+from timm_autoslim.costs.tape import Run, Tape, get_tape, record
+from timm_autoslim.errors import WidthError
 from timm_autoslim.utils.tensors import named_tensors
 
 SMALL = {"depth": 2, "embed_dim": 96, "num_heads": 3}
+
+
 CNNS = [
     Member("timm", "resnet10t"),
     Member("timm", "mobilenetv2_050"),
@@ -27,12 +27,18 @@ CNNS = [
     Member("timm", "convnext_atto", arguments={"depths": (1, 1, 2, 1)}),
     Member("torchvision", "shufflenet_v2_x0_5"),
 ]
+
+
 TRANSFORMERS = [
     Member("timm", "vit_tiny_patch16_224", arguments={"img_size": 64, **SMALL}),
     Member("timm", "swin_tiny_patch4_window7_224", arguments={"img_size": 64, "depths": (1, 1, 1, 1)}),
     Member("timm", "convit_tiny", arguments={"img_size": 64, "depth": 2}),
 ]
+
+
 WITHIN = 0.01  # workspace aside, both count the same storages
+
+
 THIN = ("aten::empty", "aten::empty_strided", "aten::empty_like", "aten::new_empty", "aten::resize_")
 
 
@@ -108,9 +114,6 @@ def test_the_peak_is_what_cuda_measures(member):
     assert cost(supernet, widths, batch_size=len(images)).peak_bytes == pytest.approx(measured, rel=0.1)
 
 
-# -- by hand ----------------------------------------------------------------------------------------------------------
-
-
 class Kept(nn.Module):
     """A convolution whose output is viewed, changed in place and, if asked, kept by a name to the end."""
 
@@ -152,9 +155,6 @@ def test_batch_and_type():
     assert four - weights == 4 * (one - weights)
     assert cost(supernet, widths, dtype=torch.float16).peak_bytes - counters == (one - counters) / 2
     assert cost(supernet, widths, dtype=torch.float64).peak_bytes - counters == (one - counters) * 2
-    supernet.conditions = Conditions(batch_size=4)
-    assert cost(supernet, widths).peak_bytes == four
-    assert cost(supernet, widths, batch_size=1).peak_bytes == one
 
 
 class Attention(nn.Module):
@@ -191,7 +191,7 @@ def test_the_tape_tells_every_size_at_every_width(name):
     size = (3, 64, 64) if name == "shvit_s1" else model.pretrained_cfg["input_size"]
     example = torch.empty(1, *size, device="meta")
     supernet = convert(model, example)
-    tape = supernet.tape()
+    tape = get_tape(supernet)
     generator = torch.Generator().manual_seed(3)
     for _ in range(2):
         values = supernet.space.sample(generator).values_
@@ -199,85 +199,30 @@ def test_the_tape_tells_every_size_at_every_width(name):
         told = Run(tape.operators_at(values), [])
         assert [(o.name, o.path) for o in run.operators] == [(o.name, o.path) for o in told.operators]
         assert run.numbers()[0] == told.numbers()[0]
-        assert run.peak() == tape.peak_bytes(values) - tape.held_bytes(values)
+        assert run.peak() == tape.peak_bytes(values) - tape.constant_bytes(values)
 
 
-# -- budgets and bad input --------------------------------------------------------------------------------------------
-
-
-def test_a_search_keeps_a_budget_of_memory():
-    supernet = convert(Plain(32), torch.zeros(1, 3, 8, 8))
-    supernet.conditions = Conditions(batch_size=8)
-    whole = cost(supernet)
-    found = search(supernet, ["peak_bytes<=60% and macs<=70%"], lambda subnet: 1.0).networks[0]
-    assert found.cost.peak_bytes <= 0.6 * whole.peak_bytes
-    assert found.cost.macs <= 0.7 * whole.macs
-    assert found.cost.peak_bytes > 0.57 * whole.peak_bytes or found.cost.macs > 0.69 * whole.macs
-    uniform = uniform_at(supernet, "peak_bytes", "50%")
-    assert 0.45 * whole.peak_bytes < cost(supernet, uniform).peak_bytes <= 0.5 * whole.peak_bytes
-
-
-class Attending(nn.Module):
-    """Attention whose queries and values narrow apart: where they differ, torch holds the scores of all 256 tokens."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 32, 4, 4)
-        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
-        self.wide, self.out = nn.Linear(32, 64), nn.Linear(64, 4)
-
-    def forward(self, x):
-        x = self.stem(x).flatten(2).transpose(1, 2)
-        q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        x = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.out(self.wide(x).relu().mean(1))
-
-
-@pytest.mark.parametrize("mode", ["fast", "reference"])
-def test_a_search_keeps_a_budget_of_memory_that_a_narrower_group_can_exceed(mode):
-    supernet = convert(Attending(), torch.zeros(1, 3, 64, 64))
-    whole, space = cost(supernet).peak_bytes, supernet.space
-    assert {"q", "v"} <= set(space.names)
-    for name in ("q", "v"):  # a step of one alone takes more memory
-        assert cost(supernet, space.max().replaced(name, space[name].choices[-2])).peak_bytes > whole
-    for budget in ("peak_bytes<=90%", "peak_bytes<=45%", "macs<=50% and peak_bytes<=80%"):
-        found = search(supernet, [budget], lambda _: sum(1 / w for w in supernet._held.values()), mode=mode).networks[0]
-        assert all(getattr(cost(supernet, found.widths), unit) <= limit for unit, limit in found.limits.items())
-
-
-def test_a_budget_of_memory_out_of_reach_is_refused():
-    supernet = convert(Plain(32), torch.zeros(1, 3, 8, 8))
-    with pytest.raises(BudgetError, match="the budget of 1,000 peak_bytes is out of reach: the narrowest"):
-        read_budgets(supernet, ["macs<=50% and peak_bytes<=1k"])
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"batch_size": 0}, "batch_size: got 0; needed: a positive integer"),
-        ({"batch_size": 2.5}, "batch_size: got 2.5; needed: a positive integer"),
-        ({"dtype": torch.int8}, "got dtype=torch.int8; needed: a floating point type"),
-        ({"dtype": "half"}, "got dtype='half'; needed: a floating point type"),
-    ],
-)
-def test_bad_conditions_are_refused(given, message):
-    supernet = convert(Plain(), torch.zeros(1, 3, 8, 8))
-    with pytest.raises(BudgetError, match=re.escape(message)):
-        cost(supernet, **given)
-
-
-def test_a_tape_is_not_made_inside_a_block():
+def test_no_tape_is_recorded_inside_a_block():
     supernet = convert(Plain(), torch.zeros(1, 3, 8, 8))
     with supernet.at(supernet.space.min()), pytest.raises(WidthError, match="leave it first"):
-        _ = cost(supernet).peak_bytes
-    known = cost(supernet).peak_bytes
+        cost(supernet, batch_size=1)
+    before = cost(supernet, batch_size=1)
     with supernet.at(supernet.space.min()):
-        assert cost(supernet).peak_bytes == known
+        assert cost(supernet, batch_size=1) == before
 
 
-def test_a_cost_of_numbers_alone_has_no_peak():
-    with pytest.raises(BudgetError, match=r"call cost\(supernet, widths\) for peak_bytes"):
-        _ = Cost(1, 2).peak_bytes
+def test_a_tape_is_recorded_once_and_anew_where_something_changed():
+    supernet = convert(Plain(), torch.zeros(1, 3, 8, 8))
+    tape = get_tape(supernet)
+    assert get_tape(supernet) is tape is not get_tape(supernet, 2)
+    assert get_tape(copy.deepcopy(supernet)) is not tape
+    supernet.double()
+    assert get_tape(supernet).constant_bytes((8, 16)) > 1.5 * tape.constant_bytes((8, 16))
+    graph = supernet.graph
+    supernet.graph = graph.freeze_tensors(["inner.weight"], "for this test")
+    assert get_tape(supernet).graph is supernet.graph
+    supernet.graph = graph
+    assert get_tape(supernet).graph is graph
 
 
 def test_a_tape_that_cannot_be_made_says_why():

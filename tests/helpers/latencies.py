@@ -3,7 +3,8 @@
 import numpy as np
 
 from timm_autoslim import LatencyTable
-from timm_autoslim.costs import latency as room
+from timm_autoslim.costs import latency
+from timm_autoslim.costs.recorder import TensorSpec
 
 
 def fake_times(monkeypatch, python=2.0, factor=1.5):
@@ -11,17 +12,17 @@ def fake_times(monkeypatch, python=2.0, factor=1.5):
     measured = []
 
     def numel(value):
-        if isinstance(value, room.TensorSpec):
+        if isinstance(value, TensorSpec):
             return int(np.prod(value.shape))
         return sum(map(numel, value)) if isinstance(value, tuple) else 0
 
-    def operator_ms(self, operator):
+    def operator_ms(operator, runtime, device, threads):
         measured.append(operator)
         return numel(operator.args) / 1000
 
-    def whole_ms(self, supernet, subnets, rounds=5, repeats=10):
-        return [python + factor * sum(self._sums(supernet, widths)[1:4]) for widths in subnets]
+    def network_ms(self, supernet, subnets, rounds=5, repeats=10):
+        return [python + factor * sum(self.add_up(supernet, widths)[1:4]) for widths in subnets]
 
-    monkeypatch.setattr(LatencyTable, "_measured", operator_ms)
-    monkeypatch.setattr(LatencyTable, "measure", whole_ms)
+    monkeypatch.setattr(latency, "measure_operator", operator_ms)
+    monkeypatch.setattr(LatencyTable, "measure", network_ms)
     return measured

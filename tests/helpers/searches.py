@@ -75,11 +75,11 @@ def width_of(supernet):
     return {g.name: supernet.model.get_submodule(g.name).weight.shape[0] for g in supernet.space.groups}
 
 
-def drawn_budgets(supernet, draw, units):
-    """Draw one reachable limit for each unit, anywhere from the narrowest to the whole."""
+def drawn_budgets(supernet, draw, metrics):
+    """Draw one reachable limit for each metric, anywhere from the narrowest to the whole."""
     low, high = cost(supernet, supernet.space.min()), cost(supernet)
     return " and ".join(
-        f"{u}<={draw(st.integers(getattr(low, u), getattr(high, u)), label=u)}" for u in sorted(units)
+        f"{m}<={draw(st.integers(low.pick(m), high.pick(m)), label=m)}" for m in sorted(metrics)
     )  # fmt: skip
 
 
@@ -87,11 +87,11 @@ def assert_filled(supernet, found):
     """Within 1 % of a limit, or not one unit more of any group fits; and never above."""
     budget = Budget(tuple(found.limits.items()))
     assert found.cost == cost(supernet, found.widths)
-    assert all(getattr(found.cost, unit) <= limit for unit, limit in found.limits.items())
-    assert found.limits[found.unit] == found.budget
-    shares = {unit: getattr(found.cost, unit) / limit for unit, limit in found.limits.items()}
-    assert shares[found.unit] == max(shares.values())
-    if shares[found.unit] < 0.99:
+    assert all(found.cost.pick(metric) <= limit for metric, limit in found.limits.items())
+    assert found.limits[found.metric] == found.budget
+    shares = {metric: found.cost.pick(metric) / limit for metric, limit in found.limits.items()}
+    assert shares[found.metric] == max(shares.values())
+    if shares[found.metric] < 0.99:
         for group in supernet.space.groups:
             width = found.widths[group.name]
             if width < group.size:

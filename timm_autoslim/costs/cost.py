@@ -1,149 +1,66 @@
-"""What a subnet costs, without a forward pass: functions of the widths that the trace gave."""
+"""What a subnet costs, without a forward pass: numbers that follow from the widths."""
 
 from __future__ import annotations
 
-import copy
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
-from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any
 
 import torch
 
-from timm_autoslim.errors import BudgetError, ConfigError, LatencyError
-from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.utils.arguments import check_integer
+from timm_autoslim.costs.conditions import Conditions, Latency
+from timm_autoslim.costs.metrics import METRICS
+from timm_autoslim.errors import BudgetError, ConfigError
+from timm_autoslim.supernet.space import Widths
+from timm_autoslim.supernet.supernet import Supernet
 
-if TYPE_CHECKING:
-    from timm_autoslim.supernet.space import Widths
-    from timm_autoslim.supernet.supernet import Supernet
-
-
-class Latency(Protocol):
-    """What predicts how long a subnet runs, such as a `LatencyTable`."""
-
-    def predict(self, supernet: Supernet, widths: Widths) -> float:
-        """Return milliseconds for one batch."""
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What `peak_bytes` and `latency_ms` are counted for; MACs and parameters depend on none of it.
-
-    Attributes:
-        batch_size: images in a batch, for `peak_bytes`.
-        dtype: type of weights and activations, for `peak_bytes`; None is that of the model.
-        latency: what predicts `latency_ms`, for the device, runtime, batch size and type that it was made for.
-    """
-
-    batch_size: int = 1
-    dtype: torch.dtype | None = None
-    latency: Latency | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "batch_size", check_integer("batch_size", self.batch_size, BudgetError))
-        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise BudgetError(
-                f"got dtype={self.dtype!r}; needed: a floating point type, such as torch.float16, or None"
-            )
-        if self.latency is not None and not callable(getattr(self.latency, "predict", None)):
-            raise BudgetError(f"got latency={self.latency!r}; needed: what predicts, such as a LatencyTable, or None")
-
-
-@dataclass(frozen=True)
-class _Meter:
-    """Where the costs come from that are not read off the graph."""
-
-    supernet: Supernet
-    widths: Widths
-    conditions: Conditions
-
-
-def _peak_bytes(meter: _Meter) -> int:
-    tape = meter.supernet.tape(meter.conditions.batch_size, meter.conditions.dtype)
-    return tape.peak_bytes(meter.widths.values_)
-
-
-def _latency_ms(meter: _Meter) -> float:
-    if meter.conditions.latency is None:
-        raise BudgetError(
-            "latency_ms is known only for a named device; needed: a LatencyTable, as cost(..., latency=table), or "
-            "for a search supernet.conditions = Conditions(latency=table)"
-        )
-    found = meter.conditions.latency.predict(meter.supernet, meter.widths)
-    if not isinstance(found, Real) or not 0 < found < float("inf"):
-        raise LatencyError(
-            f"{type(meter.conditions.latency).__name__}.predict: got {found!r} at the widths "
-            f"{meter.widths.to_dict()}; needed: a positive number of milliseconds"
-        )
-    return float(found)
+_ALWAYS = ("macs", "params")  # all others have to be asked for
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one subnet.
+    """The cost of one subnet. Two costs are equal if all their metrics are.
 
     Attributes:
         macs: multiply-adds of convolutions and matrix products for one image in eval mode; one MAC is one multiply-add;
             no bias, normalisation, activation or pooling (the counting rule of arXiv 1903.11728's tables, less the
             final average pool that its authors add).
         params: number of parameters.
+        peak_bytes: the most memory that inference takes at once: weights, inputs and activations of one batch, in
+            bytes; None if it was not asked for. It follows from the lifetimes of the tensors of the model's own forward
+            in eval mode without gradients: views share memory, in-place operators take none, and a tensor is freed when
+            Python drops it. Workspace, which a kernel takes and frees by itself, is not counted.
+        latency_ms: the milliseconds for one batch, as predicted; None if it was not asked for.
+
+    Example:
+        >>> Cost(macs=1_000_000, params=5_000) == Cost(1_000_000, 5_000, peak_bytes=80_000)
+        False
     """
 
     macs: int
     params: int
+    peak_bytes: int | None = None
+    latency_ms: float | None = None
 
-    _meter: ClassVar[_Meter | None] = None
-
-    @property
-    def peak_bytes(self) -> int:
-        """The most memory that inference takes at once: weights, inputs and activations of one batch, in bytes.
-
-        From the lifetimes of the tensors of the model's own forward in eval mode without gradients: views share memory,
-        in-place operators take none, and a tensor is freed when Python lets go of it. What a kernel takes and frees
-        by itself (workspace) is not counted. Batch size and type are those of `conditions`, see `cost`.
+    def pick(self, metric: str) -> float:
+        """Return a metric by name, a key of `METRICS`.
 
         Raises:
-            TraceError: the lifetimes cannot be told, because narrower subnets run other operators.
+            BudgetError: there is no such metric, or it was not asked for.
         """
-        return int(self._read("peak_bytes", _peak_bytes))
+        value: float | None = self.__dict__.get(metric)
+        if value is None:
+            METRICS.pick(metric)
+            argument = "latency=table" if metric == "latency_ms" else "batch_size=1"
+            remedy = f"call cost(supernet, widths, {argument})"
+            raise BudgetError.at(metric, got="a cost that was counted without it", needed="one with it", remedy=remedy)
+        return value
 
-    @property
-    def latency_ms(self) -> float:
-        """The milliseconds for one batch, predicted from measured operators by the `conditions`' latency table.
-
-        Raises:
-            BudgetError: there is no latency table.
-            LatencyError: the table cannot measure here, or what it says is no positive number.
-        """
-        return float(self._read("latency_ms", _latency_ms))
-
-    def kept(self, units: Iterable[str]) -> Cost:
-        """Return this cost to be kept: it knows these units, and no longer holds the supernet that others need."""
-        for unit in units:
-            getattr(self, unit)
-        return copy.copy(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the supernet out of copies and pickles; what was read before stays known."""
-        return {name: value for name, value in self.__dict__.items() if name != "_meter"}
-
-    def _read(self, unit: str, tell: Callable[[_Meter], float]) -> float:
-        """Return a cost that is told when it is first asked for, and remembered."""
-        if unit not in self.__dict__:  # beside the property of this name, which has the say
-            if self._meter is None:
-                raise BudgetError(f"this cost is kept without {unit}; call cost(supernet, widths) for {unit}")
-            self.__dict__[unit] = tell(self._meter)
-        found: float = self.__dict__[unit]
-        return found
-
-
-def cost_of(graph: ChannelGraph, widths: Sequence[int]) -> Cost:
-    """Return MACs and parameters of a graph at these widths, one for each group."""
-    return Cost(graph.macs(widths), graph.params(widths))
+    def to_dict(self) -> dict[str, float]:
+        """Return the metrics that were counted, by name."""
+        return {metric: value for metric, value in self.__dict__.items() if value is not None}
 
 
 def cost(
@@ -156,86 +73,78 @@ def cost(
 ) -> Cost:
     """Return the cost of a subnet (the widest if no widths are given), without running it.
 
-    `macs` and `params` are there at once. The first `peak_bytes` at a batch size and type runs a few subnets on the
-    meta device, about as long as converting does; all others take less than a millisecond. `latency_ms` needs a table.
+    MACs and parameters are always counted. The first `peak_bytes` at a batch size and type runs a few subnets on the
+    meta device, which takes about as long as converting; all others take less than a millisecond. `latency_ms` needs a
+    table.
 
     Args:
         supernet: the supernet.
         widths: the subnet.
-        batch_size, dtype: for `peak_bytes`; by default those of `supernet.conditions`, one image in the model's type.
-        latency: for `latency_ms`; by default that of `supernet.conditions`.
+        batch_size: images in a batch; asks for `peak_bytes`.
+        dtype: type of weights and activations; asks for `peak_bytes`, of one image if no batch size is given.
+        latency: predicts `latency_ms`, such as a `LatencyTable`; asks for it.
 
     Raises:
         WidthError: the widths are of another model.
         BudgetError: the batch size is not positive, the type no floating point type, or the latency predicts nothing.
+        LatencyError: the table cannot measure here, or predicts no positive number.
+        TraceError: the lifetimes of the tensors are unknown, because narrower subnets run other operators.
         ConfigError: the model is no supernet.
+
+    Example:
+        >>> import timm
+        >>> from timm_autoslim import convert
+        >>> model = timm.create_model("resnet10t", num_classes=10)
+        >>> supernet = convert(model, torch.zeros(1, 3, 32, 32))
+        >>> cost(supernet, supernet.space.uniform(0.5), batch_size=8)
+        Cost(macs=5639680, params=1234822, peak_bytes=5573736, latency_ms=None)
     """
     check_supernet(supernet)
     widths = supernet.space.check(widths if widths is not None else supernet.space.max())
-    usual = supernet.conditions
-    conditions = Conditions(
-        usual.batch_size if batch_size is None else batch_size,
-        usual.dtype if dtype is None else dtype,
-        usual.latency if latency is None else latency,
-    )
-    found = cost_of(supernet.graph, widths.values_)
-    object.__setattr__(found, "_meter", _Meter(supernet, widths, conditions))
-    return found
+    metrics = ["peak_bytes"] if batch_size is not None or dtype is not None else []
+    metrics += ["latency_ms"] if latency is not None else []
+    conditions = Conditions(1 if batch_size is None else batch_size, dtype, latency) if metrics else None
+    return count_cost(supernet, widths, metrics, conditions)
+
+
+def count_cost(
+    supernet: Supernet, widths: Widths, metrics: Iterable[str] = (), conditions: Conditions | None = None
+) -> Cost:
+    """Return MACs, parameters and these metrics of a subnet; the arguments must be valid.
+
+    Args:
+        supernet: the supernet.
+        widths: the subnet.
+        metrics: keys of `METRICS`.
+        conditions: what they are counted for; None is one image, in the model's type.
+    """
+    conditions = _USUAL if conditions is None else conditions
+    counts: dict[str, Any] = {
+        m: METRICS[m].count(supernet, widths, conditions) for m in dict.fromkeys((*_ALWAYS, *metrics))
+    }
+    return Cost(**counts)
+
+
+_USUAL = Conditions()
 
 
 def check_supernet(supernet: Any) -> None:
     """Raise ConfigError if this is no supernet."""
-    # the room of supernets stands on this one, so that it cannot be asked for here
-    if not isinstance(getattr(supernet, "graph", None), ChannelGraph):
-        raise ConfigError(
-            f"the supernet: got a {type(supernet).__name__}; needed: a Supernet, as convert(model) returns"
-        )
+    if not isinstance(supernet, Supernet):
+        got, needed = f"a {type(supernet).__name__}", "a Supernet, as convert(model) returns"
+        raise ConfigError.at("the supernet", got=got, needed=needed)
 
 
 def cost_by_module(supernet: Supernet, widths: Widths | None = None) -> dict[str, int]:
-    """Return the MACs of every module that multiplies, in the order of execution."""
+    """Return the MACs of every module that multiplies, in the order of execution.
+
+    Raises:
+        WidthError: the widths are of another model.
+        ConfigError: the model is no supernet.
+    """
+    check_supernet(supernet)
     values = supernet.space.check(widths if widths is not None else supernet.space.max()).values_
     macs: dict[str, float] = defaultdict(float)
     for product in supernet.graph.products:
-        macs[product.path] += product.constant * prod(c(values) for c in product.counts)
-    return {path: round(m) for path, m in macs.items()}
-
-
-@dataclass(frozen=True)
-class Reach:
-    """How far a model can be slimmed.
-
-    Attributes:
-        whole, half, narrowest: cost with every group at its size, at half of it (rounded down), and at its narrowest.
-        held: what keeps the MACs at half width above the ideal quarter: reason (numbers in paths are `*`), and its
-            share of the whole's MACs; the largest first.
-    """
-
-    whole: Cost
-    half: Cost
-    narrowest: Cost
-    held: tuple[tuple[str, float], ...]
-
-
-def reach(supernet: Supernet) -> Reach:
-    """Return how far a model can be slimmed, whatever limits its search space has."""
-    graph = supernet.graph
-    half = [max(1, n // 2) for n in graph.group_sizes]
-    whole = cost(supernet)
-    held: dict[str, float] = defaultdict(float)
-    for product in graph.products:
-        left = prod(c(half) for c in product.counts) - prod(c(graph.group_sizes) for c in product.counts) / 4
-        reason = product.reason or f"{product.path}: one side of the product is no channel"
-        held[re.sub(r"(?<=\.)\d+(?=[.:])", "*", reason)] += product.constant * left / whole.macs
-    ranked = sorted(((r, share) for r, share in held.items() if share > 0), key=lambda item: -item[1])
-    return Reach(whole, cost_of(graph, half), cost_of(graph, graph.floors), tuple(ranked))
-
-
-UNITS = ("macs", "params", "peak_bytes", "latency_ms")
-
-
-def check_unit(unit: str) -> str:
-    """Return `unit`, or raise BudgetError if there is no such cost."""
-    if unit not in UNITS:
-        raise BudgetError(f"got a budget in {unit!r}; needed: one of {list(UNITS)}")
-    return unit
+        macs[product.path] += product.constant * prod(count(values) for count in product.counts)
+    return {path: round(number) for path, number in macs.items()}

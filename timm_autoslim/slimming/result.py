@@ -1,107 +1,337 @@
-"""What a search found, as values that a file can keep."""
+"""What a search or a baseline chose, as values that a file can hold."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from timm_autoslim.costs.cost import Cost
-from timm_autoslim.errors import BudgetError
-from timm_autoslim.slimming.budgets import (
-    Budget,
-)
-from timm_autoslim.supernet.space import Widths
+from timm_autoslim.costs.cost import Cost, cost_by_module, count_cost
+from timm_autoslim.costs.metrics import METRICS
+from timm_autoslim.errors import ArtifactError, BudgetError, WidthError
+from timm_autoslim.slimming.goals import Goal
+from timm_autoslim.slimming.json_reader import JsonValue
+from timm_autoslim.slimming.scoring import Scorer
+from timm_autoslim.supernet.space import ChannelGroup, Widths, hash_groups
+from timm_autoslim.utils.files import write_text
+
+FORMAT = 1
+_FILE = "a file that SearchResult.save wrote"
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the descent: `group` was slimmed to `width`, and then the subnet had this error and cost.
+    """One step of a descent: `group` was slimmed to `width`, and then the subnet had this loss and cost.
 
-    In the fast mode the error is that on the part of the held-out images which this step looked at.
+    In the fast mode the loss is that on the part of the held-out images which this step looked at.
 
-    `budget` is the next budget on the way down, in `unit`; `evaluations` counts the subnets scored so far. Where the
-    budget is several limits (`limits`, by unit), `unit` and `budget` are the one that was furthest exceeded before.
+    Attributes:
+        index: which step it is.
+        group, width: what was slimmed.
+        loss, macs, params: of the subnet after the step.
+        metric, budget: the limit of the next budget on the way down that was furthest exceeded before the step.
+        evaluations: subnets scored so far.
+        limits: all limits of that budget, by metric.
+        spent: what the subnet costs, in all metrics that any budget of the search limits.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert, search
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> result = search(supernet, {"macs": "95%"}, lambda subnet: 0.0)
+        >>> for step in result.steps:
+        ...     print(f"{step.index}: {step.group} to {step.width}, loss {step.loss:.2f}")
+        0: conv1.6 to 56, loss 0.00
     """
 
     index: int
     group: str
     width: int
-    error: float
+    loss: float
     macs: int
     params: int
-    unit: str
+    metric: str
     budget: float
     evaluations: int
     limits: Mapping[str, float] = field(hash=False)
-    spent: Mapping[str, float] = field(hash=False)  # by unit, of all that any budget of the search limits
+    spent: Mapping[str, float] = field(hash=False)
 
 
 @dataclass(frozen=True)
 class Found:
-    """The network found for one budget.
+    """The network for one budget.
 
     Attributes:
-        unit, budget: the budget; where it is several limits, the one that the network uses the largest share of.
-        widths, cost, error: the network; its cost knows MACs, parameters and the units of the budget.
-        limits: all limits of the budget, by unit.
+        metric, budget: the limit of which the network uses the largest share.
+        text: the budget as the user wrote it, such as "macs<=60%".
+        widths, cost, loss: the network; its cost has MACs, parameters and the metrics of the budget.
+        limits: all limits of the budget, by metric.
+        macs_by_module: the network's MACs by module, in the order of execution.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert, search
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> result = search(supernet, {"macs": ["60%", "40%"]}, lambda subnet: 0.0, refine="none")
+        >>> for network in result.networks:
+        ...     print(network.text, network.cost.macs <= network.budget)
+        macs<=60% True
+        macs<=40% True
+        >>> model = supernet.extract(result.networks[0].widths)
     """
 
-    unit: str
+    metric: str
     budget: float
+    text: str
     widths: Widths
     cost: Cost
-    error: float
+    loss: float
     limits: Mapping[str, float] = field(hash=False)
+    macs_by_module: Mapping[str, int] = field(hash=False, repr=False)
 
     @classmethod
-    def of(cls, budget: Budget, widths: Widths, spent: Cost, error: float) -> Found:
-        """Record what was found for a budget.
+    def of(cls, goal: Goal, widths: Widths, loss: float) -> Found:
+        """Return the network of these widths, which were chosen for a goal.
 
         Raises:
-            BudgetError: the cost is above the budget, which only a latency that changes its mind can cause.
+            BudgetError: the network is above the budget: the latency was predicted lower before, for the same widths.
         """
-        for unit, limit in budget.exceeded(spent):
-            raise BudgetError(
-                f"the network found costs {getattr(spent, unit):,} {unit} where it cost at most {limit:,} before; "
-                f"needed: the same {unit} for the same widths at every call of supernet.conditions.latency"
-            )
-        return cls(*budget.tightest(spent), widths, spent.kept(dict(budget.limits)), error, dict(budget.limits))
+        cost, budget = goal.cost(widths), goal.budget
+        for metric, limit in budget.exceeded(cost):
+            got = f"{cost.pick(metric):,} {metric}, where it was at most {limit:,} before"
+            needed = f"the same {metric} for the same widths at every prediction"
+            raise BudgetError.at("the network", got=got, needed=needed)
+        by_module = cost_by_module(goal.supernet, widths)
+        return cls(*budget.tightest(cost), budget.text, widths, cost, loss, dict(budget.limits), by_module)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, for JSON."""
+        """Return the network for JSON."""
+        values = {key: getattr(self, key) for key in ("metric", "budget", "text", "loss")}
         return {
-            **asdict(self.cost),
-            **{unit: getattr(self.cost, unit) for unit in self.limits},
-            "unit": self.unit,
-            "budget": self.budget,
+            **values,
+            "cost": self.cost.to_dict(),
             "limits": dict(self.limits),
-            "error": self.error,
             "widths": self.widths.to_dict(),
+            "macs_by_module": dict(self.macs_by_module),
         }
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """What a search or a baseline chose: one network for each budget, and all that a report shows of them.
 
     Attributes:
-        networks: one for each budget, in the order of the descent (the largest share of the whole first).
-        steps: the descent.
+        method: "searched", or a key of `BASELINES`.
+        networks: one for each budget, the largest share of the widest first.
+        steps: the descent; empty for a baseline.
         evaluations: number of subnets scored.
         evaluated_macs: their forward work: images times MACs, added up.
+        images: the most images that one subnet was scored on.
+        groups: the search space.
+        widest: the cost of the widest subnet, in all metrics that a budget limits.
+        macs_by_module: the widest's MACs by module, in the order of execution.
+        settings: the arguments of the search or baseline that shape its result.
+        base: the name of the model, if it is known.
+        seconds: how long it took, if the caller says so: `dataclasses.replace(result, seconds=...)`.
+
+    Example:
+        >>> import tempfile, timm, torch
+        >>> from timm_autoslim import baseline, convert
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> result = baseline(supernet, {"macs": "50%"}, lambda subnet: 0.0, "uniform")
+        >>> result.names
+        ('macs-50pct-uniform',)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result.save(Path(folder) / "uniform.json")
+        ...     SearchResult.load(Path(folder) / "uniform.json") == result
+        True
     """
 
+    method: str
     networks: tuple[Found, ...]
     steps: tuple[Step, ...]
     evaluations: int
     evaluated_macs: int
+    images: int
+    groups: tuple[ChannelGroup, ...] = field(repr=False)
+    widest: Cost
+    macs_by_module: Mapping[str, int] = field(hash=False, repr=False)
+    settings: Mapping[str, Any] = field(hash=False)
+    base: str | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        method: str,
+        score: Scorer,
+        goals: list[Goal],
+        networks: list[Found],
+        steps: list[Step],
+        settings: Mapping[str, Any],
+    ) -> SearchResult:
+        """Return the result of a method, after all was scored."""
+        supernet, metrics = score.supernet, [metric for goal in goals for metric in goal.budget.metrics]
+        widest = count_cost(supernet, supernet.space.max(), metrics, goals[0].conditions)
+        return cls(
+            method,
+            tuple(networks),
+            tuple(steps),
+            score.evaluations,
+            score.macs,
+            score.images,
+            supernet.space.groups,
+            widest,
+            cost_by_module(supernet),
+            settings,
+            supernet.base,
+        )
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """The budget of each network, as the user wrote it."""
+        return tuple(network.text for network in self.networks)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """A name for each network, of its budget and the method, such as `macs-60pct-params-2M-searched`."""
+        slugs = [text.replace(" and ", "-").replace("<=", "-").replace("%", "pct") for text in self.budgets]
+        return tuple(f"{slug}-{self.method}" for slug in slugs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, for JSON."""
+        """Return the result for JSON."""
+        plain = ("method", "evaluations", "evaluated_macs", "images", "base", "seconds")
         return {
-            "networks": [n.to_dict() for n in self.networks],
-            "steps": [asdict(s) for s in self.steps],
-            "evaluations": self.evaluations,
-            "evaluated_macs": self.evaluated_macs,
+            **{key: getattr(self, key) for key in plain},
+            "settings": dict(self.settings),
+            "widest": self.widest.to_dict(),
+            "macs_by_module": dict(self.macs_by_module),
+            "groups": [{**asdict(g), "choices": [*g.choices], "producers": [*g.producers]} for g in self.groups],
+            "networks": [network.to_dict() for network in self.networks],
+            "steps": [asdict(step) for step in self.steps],
         }
+
+    def save(self, path: str | Path) -> None:
+        """Write the result as one JSON file, whole or not at all; missing folders are made.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"format": FORMAT, **self.to_dict()}, indent=1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SearchResult:
+        """Read a result that `save` wrote: `SearchResult.load(path) == result`.
+
+        Raises:
+            ArtifactError: the file cannot be read, or holds no result of this format; the text says what is wrong.
+        """
+        return _parse_result(JsonValue.read(Path(path), _FILE))
+
+
+# -- reading a file -------------------------------------------------------------------------------------------------
+
+
+def _parse_result(content: JsonValue) -> SearchResult:
+    number = content.members().get("format", JsonValue(f"{content.where}.format", None))
+    if number.value != FORMAT:
+        number.refuse(f"format {FORMAT}, of {_FILE}")
+    parts = content.object(["format", *(item.name for item in fields(SearchResult))])
+    groups = _parse_groups(parts["groups"])
+    networks = [_parse_network(item, groups) for item in parts["networks"].items()]
+    if not networks:
+        parts["networks"].refuse("at least one network")
+    return SearchResult(
+        method=parts["method"].text(),
+        networks=tuple(networks),
+        steps=tuple(_parse_step(item, groups) for item in parts["steps"].items()),
+        evaluations=parts["evaluations"].integer(),
+        evaluated_macs=parts["evaluated_macs"].integer(),
+        images=parts["images"].integer(),
+        groups=groups,
+        widest=_parse_cost(parts["widest"]),
+        macs_by_module={path: macs.integer() for path, macs in parts["macs_by_module"].members().items()},
+        settings={name: _parse_setting(value) for name, value in parts["settings"].members().items()},
+        base=None if parts["base"].value is None else parts["base"].text(),
+        seconds=None if parts["seconds"].value is None else parts["seconds"].number(-1.0),
+    )
+
+
+def _parse_groups(content: JsonValue) -> tuple[ChannelGroup, ...]:
+    groups = tuple(_parse_group(item) for item in content.items())
+    if not groups or len({group.name for group in groups}) < len(groups):
+        content.refuse("at least one group, each with another name")
+    return groups
+
+
+def _parse_group(content: JsonValue) -> ChannelGroup:
+    parts = content.object([item.name for item in fields(ChannelGroup)])
+    numbers = {key: parts[key].integer(1) for key in ("size", "min", "divisor", "channels", "floor")}
+    choices = tuple(item.integer(1) for item in parts["choices"].items())
+    producers = tuple(item.text() for item in parts["producers"].items())
+    return ChannelGroup(name=parts["name"].text(), choices=choices, producers=producers, **numbers)
+
+
+def _parse_network(content: JsonValue, groups: tuple[ChannelGroup, ...]) -> Found:
+    parts = content.object([item.name for item in fields(Found)])
+    cost, limits = _parse_cost(parts["cost"]), _parse_metrics(parts["limits"], above=0.0)
+    if not limits or not limits.keys() <= cost.to_dict().keys():
+        parts["limits"].refuse(f"limits in metrics of the cost: {list(cost.to_dict())}")
+    if parts["metric"].text() not in limits:
+        parts["metric"].refuse(f"one of {list(limits)}")
+    widths = parts["widths"].object([group.name for group in groups])
+    values = tuple(widths[group.name].integer(1) for group in groups)
+    try:
+        subnet = Widths(values, groups, hash_groups(groups))
+    except WidthError as error:
+        raise ArtifactError(f"{parts['widths'].where}: {error}") from None
+    return Found(
+        metric=parts["metric"].text(),
+        budget=parts["budget"].number(above=0.0),
+        text=parts["text"].text(),
+        widths=subnet,
+        cost=cost,
+        loss=parts["loss"].number(),
+        limits=limits,
+        macs_by_module={path: macs.integer() for path, macs in parts["macs_by_module"].members().items()},
+    )
+
+
+def _parse_step(content: JsonValue, groups: tuple[ChannelGroup, ...]) -> Step:
+    parts = content.object([item.name for item in fields(Step)])
+    names = [group.name for group in groups]
+    if parts["group"].text() not in names:
+        parts["group"].refuse("the name of a group")
+    limits = _parse_metrics(parts["limits"], above=0.0)
+    if parts["metric"].text() not in limits:
+        parts["metric"].refuse(f"one of {list(limits)}")
+    numbers = {key: parts[key].integer() for key in ("index", "width", "macs", "params", "evaluations")}
+    return Step(
+        group=parts["group"].text(),
+        loss=parts["loss"].number(),
+        metric=parts["metric"].text(),
+        budget=parts["budget"].number(above=0.0),
+        limits=limits,
+        spent=_parse_metrics(parts["spent"]),
+        **numbers,
+    )
+
+
+def _parse_cost(content: JsonValue) -> Cost:
+    parts = content.object(["macs", "params"], optional=["peak_bytes", "latency_ms"])
+    integers = {key: parts[key].integer() for key in ("macs", "params", "peak_bytes") if key in parts}
+    return Cost(**integers, latency_ms=parts["latency_ms"].number(0.0) if "latency_ms" in parts else None)
+
+
+def _parse_metrics(content: JsonValue, above: float = -1.0) -> dict[str, float]:
+    return {name: part.number(above) for name, part in content.object([], optional=list(METRICS)).items()}
+
+
+def _parse_setting(content: JsonValue) -> Any:
+    if not isinstance(content.value, str | int | float | None):
+        content.refuse("a text, a number, true, false or null")
+    return content.value

@@ -162,6 +162,12 @@ def draw(n: int, generator: torch.Generator | None) -> list[float]:
     return draws
 
 
+def hash_groups(groups: Iterable[ChannelGroup]) -> str:
+    """Return the id of the search space of these groups: the same for the same names and sizes."""
+    text = json.dumps([(g.name, g.size) for g in groups])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 class SearchSpace:
     """All subnets of a supernet.
 
@@ -189,8 +195,7 @@ class SearchSpace:
         self.groups = tuple(groups)
         self.names = tuple(g.name for g in self.groups)
         self._index = {name: i for i, name in enumerate(self.names)}
-        text = json.dumps([(g.name, g.size) for g in self.groups])
-        self.id = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.id = hash_groups(self.groups)
 
     def __getitem__(self, name: str) -> ChannelGroup:
         try:

@@ -8,12 +8,9 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from timm_autoslim.artifact.spec import FORMAT
-from timm_autoslim.costs.cost import Conditions
-from timm_autoslim.costs.tape import Tape
 from timm_autoslim.errors import TraceError, WidthError
 from timm_autoslim.slicing.slices import Slices, apply_slices, compose_runs, extract_model
 from timm_autoslim.slicing.tensors import Axis
@@ -35,7 +32,6 @@ class Supernet(nn.Module):
         model: the model itself; its parameters are the shared weights of all subnets.
         space: the search space.
         graph: the channel-dependency graph.
-        conditions: what `peak_bytes` and `latency_ms` are counted for in `cost` and in a search; set it as you like.
 
     Example:
         >>> import timm, torch
@@ -47,7 +43,6 @@ class Supernet(nn.Module):
     """
 
     model: nn.Module
-    conditions: Conditions
 
     def __init__(
         self, model: nn.Module, trace: Trace, space: SearchSpace, base: str | None, base_args: Mapping[str, Any]
@@ -60,8 +55,16 @@ class Supernet(nn.Module):
         self._base, self._base_args = base, dict(base_args)
         self._cache: OrderedDict[tuple[int, ...], Slices] = OrderedDict()
         self._held: Widths | None = None  # the widths of the `at` block that is open
-        self.conditions = Conditions()
-        self._tapes: dict[tuple[int, torch.dtype | None], Tape] = {}
+
+    @property
+    def base(self) -> str | None:
+        """The name that builds the model again, such as "resnet18" or "torchvision/resnet18"; None if it is unknown."""
+        return self._base
+
+    @property
+    def open_block(self) -> Widths | None:
+        """The widths of the `at` block that is open; None if there is none."""
+        return self._held
 
     @property
     def repairs(self) -> tuple[str, ...]:
@@ -143,21 +146,6 @@ class Supernet(nn.Module):
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
         return self._cache[key]
-
-    def tape(self, batch_size: int = 1, dtype: torch.dtype | None = None) -> Tape:
-        """Return what one forward in eval mode does, as functions of the widths; made at the first call, then kept.
-
-        Raises:
-            TraceError: narrower subnets run other operators than the widest.
-            WidthError: an `at` block is open, and the tape is not made yet.
-        """
-        key = batch_size, dtype
-        if key not in self._tapes:
-            if self._held is not None:
-                raise WidthError("a `with supernet.at(...)` block is open, and its weights are sliced; leave it first")
-            found = self._trace
-            self._tapes[key] = Tape(self.model, found.example, self.graph, batch_size, dtype)
-        return self._tapes[key]
 
     def example(self, batch_size: int = 1) -> Any:
         """Return inputs of the shapes that the model was traced with, of this batch size, on the meta device."""

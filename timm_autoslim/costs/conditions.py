@@ -1,0 +1,52 @@
+"""What memory and latency are counted for: a batch size, a type, and what predicts the latency."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from timm_autoslim.errors import BudgetError
+from timm_autoslim.supernet.space import Widths
+from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.utils.arguments import check_integer
+
+
+class Latency(Protocol):
+    """An object that predicts how long a subnet runs, such as a `LatencyTable`."""
+
+    def predict(self, supernet: Supernet, widths: Widths) -> float:
+        """Return the milliseconds that a subnet takes for one batch; equal widths must give equal times."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What `peak_bytes` and `latency_ms` are counted for; MACs and parameters depend on none of it.
+
+    Attributes:
+        batch_size: images in a batch, for `peak_bytes`.
+        dtype: type of weights and activations, for `peak_bytes`; None is that of the model.
+        latency: predicts `latency_ms`, for the device, runtime, batch size and type that it was made for; None if no
+            budget limits the latency.
+
+    Raises:
+        BudgetError: the batch size is not positive, the type no floating point type, or the latency predicts nothing.
+
+    Example:
+        >>> Conditions(batch_size=8, dtype=torch.float16)
+        Conditions(batch_size=8, dtype=torch.float16, latency=None)
+    """
+
+    batch_size: int = 1
+    dtype: torch.dtype | None = None
+    latency: Latency | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batch_size", check_integer("batch_size", self.batch_size, BudgetError))
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            needed = "a floating point type, such as torch.float16, or None"
+            raise BudgetError.at("dtype", got=repr(self.dtype), needed=needed)
+        if self.latency is not None and not callable(getattr(self.latency, "predict", None)):
+            needed = "an object with a method predict(supernet, widths), such as a LatencyTable, or None"
+            raise BudgetError.at("latency", got=repr(self.latency), needed=needed)

@@ -1,0 +1,65 @@
+"""The runtimes in which latency is measured: how each starts a model, where it runs, and how it times operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import _dynamo as dynamo
+from torch import nn
+
+from timm_autoslim.costs import onnxruntime
+from timm_autoslim.costs.recorder import Operator
+from timm_autoslim.errors import LatencyError
+from timm_autoslim.utils.meta import run_model
+from timm_autoslim.utils.tables import Table
+
+_MANY = 1 << 30  # more models than anyone compiles
+
+
+def _allow(device: torch.device) -> None:
+    """Refuse no device."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a model runs while its latency is measured.
+
+    Attributes:
+        start: gets a model, its inputs and the number of threads, and returns a function that runs the model once.
+        check: raises LatencyError if the runtime cannot run on a device.
+        time_operator: the milliseconds of one heavy operator (its second argument is the number of threads), or None if
+            the runtime has no such operator. Without it, operators are timed in eager mode.
+        version: the name under which those times are stored.
+    """
+
+    start: Callable[[nn.Module, Any, int], Callable[[], Any]]
+    check: Callable[[torch.device], None] = _allow
+    time_operator: Callable[[Operator, int], float | None] | None = None
+    version: Callable[[], str] = str
+
+
+RUNTIMES: Table[Runtime] = Table("runtime", LatencyError)
+
+
+def _start_eager(model: nn.Module, inputs: Any, threads: int) -> Callable[[], Any]:
+    return lambda: run_model(model, inputs)
+
+
+def _start_compiled(model: nn.Module, inputs: Any, threads: int) -> Callable[[], Any]:
+    compiled: Any = torch.compile(model)
+    # subnets share the code of their class, of which torch.compile would run all but the first 8 in eager mode
+    with dynamo.config.patch(recompile_limit=_MANY, accumulated_recompile_limit=_MANY):
+        run_model(compiled, inputs)
+    return lambda: run_model(compiled, inputs)
+
+
+RUNTIMES.add("eager")(Runtime(_start_eager))
+RUNTIMES.add("compile")(Runtime(_start_compiled))
+RUNTIMES.add("onnxruntime")(
+    Runtime(
+        onnxruntime.start_session, onnxruntime.check_onnxruntime, onnxruntime.time_operator, onnxruntime.get_version
+    )
+)

@@ -1,0 +1,149 @@
+"""Greedy slimming (AutoSlim, arXiv 1903.11728, section 3): one descent from the widest subnet through every budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from timm_autoslim.costs.conditions import Conditions
+from timm_autoslim.costs.cost import count_cost
+from timm_autoslim.errors import ConfigError
+from timm_autoslim.slimming.budgets import Budgets
+from timm_autoslim.slimming.candidates import RANKINGS
+from timm_autoslim.slimming.descent import MODES, Descent
+from timm_autoslim.slimming.goals import Goal, parse_budgets
+from timm_autoslim.slimming.refinement import REFINEMENTS
+from timm_autoslim.slimming.result import Found, SearchResult, Step
+from timm_autoslim.slimming.scoring import Evaluate, Scorer, Scores
+from timm_autoslim.slimming.team import Team, check_conditions
+from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.utils.arguments import check_integer, make_generator
+
+SEARCHED = "searched"  # the method of a result of `search`
+
+
+def search(
+    supernet: Supernet,
+    budgets: Budgets,
+    evaluate: Evaluate,
+    *,
+    conditions: Conditions | None = None,
+    mode: str = "fast",
+    rank: str = "per_cost",
+    steps: int | None = None,
+    refine: str = "units",
+    seed: int = 0,
+    scores: Scores | None = None,
+    team: Team | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> SearchResult:
+    """Slim the supernet greedily down through every budget.
+
+    Each step narrows the group by which the loss rises least (AutoSlim, arXiv 1903.11728, algorithm 1). Candidates are
+    scored with batch-statistics BatchNorm, so stale running statistics never enter.
+
+    Args:
+        supernet: a trained supernet.
+        budgets: by metric (a key of `METRICS`), a number, a text such as "500k", "300M" or "60%" (of the widest), or a
+            list of them, each a budget of its own; or a list of texts such as "macs<=300M and params<=2M", where all
+            limits of one text must hold for one network.
+        evaluate: called with a callable subnet (images (N, C, H, W) -> logits (N, K)); returns its loss on held-out
+            images, lower is better. It must use the same images at every call. A `HeldOut` can be scored in parts,
+            which the fast mode needs to save images; 8 to 16 parts are good.
+        conditions: what `peak_bytes` and `latency_ms` are counted for; None is one image, in the model's type.
+        mode: "reference" scores every group at every step, on all held-out images, as published. "fast" comes to about
+            the same networks with less forward work: at every step it scores the few groups that promise most by
+            earlier scores, on a part of the images, which grows as the subnets get cheaper. That is a tenth of the work
+            or less with many groups and a `HeldOut`, a fifth with few groups, a third with any other callable.
+        rank: "loss" ranks candidates by loss alone, as published; "per_cost" by the rise of the loss for each part of
+            the budget that they save.
+        steps: the range of each group is walked in about this many steps; by default 10, as published (section 4), and
+            5 in the fast mode, which looks at fewer images: larger steps stand out more from their noise.
+        refine: how to fill what the descent leaves of a budget. In steps of whole divisors it stops up to a step of
+            some group below its budget, so two networks "at" one budget may differ by several per cent in cost and
+            could not be compared. "units" widens groups to within 1 % of the budget where single units allow: on the
+            `choices` of the space as far as these go, then with as few groups as possible off them. "choices" stays on
+            the choices, for devices that want multiples of a divisor; "none" leaves the widths as they are. The descent
+            goes on from the unrefined widths, so one descent still serves every budget; a refined network is taken only
+            if its loss is no higher. This scores at most 3 subnets for each group, and one more, for each budget. In
+            the fast mode trades follow, about 3 for each group: a step or two less of one or two groups, chosen at
+            random by `seed`, and more of others; each is made if it lowers the loss.
+        seed: decides between candidates that are exactly equal, and what is traded.
+        scores: a dict that is read before a subnet is scored, and gets what was scored. Its values are JSON: with the
+            same dict from a file, an interrupted search scores only what is missing, and comes to the same result.
+        team: the processes that share the scoring, if there are several; the result does not depend on them. Budgets of
+            latency then need a `SharedLatency` in the conditions.
+        on_step: called after every step.
+
+    Returns:
+        A result of the method "searched".
+
+    Raises:
+        BudgetError: a budget is malformed or out of reach; nothing was evaluated then.
+        ConfigError: another argument is unknown, of the wrong type or out of range.
+        LatencyError: the team does not share its latency, or a prediction is no positive number.
+        EvaluationError: evaluate raised or returned no finite number; the text names the widths. `scores` has what
+            was scored before. Or `scores` was given what is no score.
+        StaleStatisticsError: evaluate switched BatchNorm back to running statistics.
+
+    Example:
+        >>> import timm
+        >>> from torch.nn import functional as F
+        >>> from timm_autoslim import HeldOut, convert
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> batches = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(2)]
+        >>> evaluate = HeldOut(batches, lambda subnet, batch: F.cross_entropy(subnet(batch[0]), batch[1]).item())
+        >>> result = search(supernet, {"macs": "90%"}, evaluate, refine="none")
+        >>> result.networks[0].cost.macs <= result.networks[0].budget
+        True
+    """
+    kind = MODES.pick(mode)
+    RANKINGS.pick(rank)
+    passes = REFINEMENTS.pick(refine)
+    steps = steps if steps is None else check_integer("steps", steps, ConfigError, also=" or None")
+    if on_step is not None and not callable(on_step):
+        raise ConfigError.at("on_step", got=repr(on_step), needed="a callable that takes a Step, or None")
+    draws = make_generator(seed)
+    score = Scorer(supernet, evaluate, scores, team)
+    conditions = check_conditions(conditions, score.team)
+    goals = [Goal(supernet, budget, conditions) for budget in parse_budgets(supernet, budgets, conditions=conditions)]
+    ranks = torch.randperm(len(supernet.space), generator=draws).tolist()
+    descent = kind(supernet, score, rank, steps, dict(zip(supernet.space.names, ranks, strict=True)))
+    networks: list[Found] = []
+    trail: list[Step] = []
+    for goal in goals:
+        _descend(descent, goal, goals, trail, on_step)
+        widths = descent.refine(goal, passes)
+        networks.append(Found.of(goal, widths, score(widths)))
+    settings = {"mode": mode, "rank": rank, "steps": descent.steps, "refine": refine, "seed": int(seed)}
+    return SearchResult.of(SEARCHED, score, goals, networks, trail, settings)
+
+
+def _descend(
+    descent: Descent, goal: Goal, goals: list[Goal], trail: list[Step], on_step: Callable[[Step], None] | None
+) -> None:
+    """Take steps until the goal's budget holds or the narrowest subnet is reached, and add them to the trail."""
+    supernet, metrics = goal.supernet, dict.fromkeys(metric for g in goals for metric in g.budget.metrics)
+    narrowest = supernet.space.min()
+    while descent.widths != narrowest and not goal.budget.holds(before := goal.cost(descent.widths)):
+        name = descent.step(goal)
+        cost = count_cost(supernet, descent.widths, metrics, goal.conditions)
+        metric, limit = goal.budget.tightest(before)
+        trail.append(
+            Step(
+                index=len(trail),
+                group=name,
+                width=descent.widths[name],
+                loss=descent.loss,
+                macs=cost.macs,
+                params=cost.params,
+                metric=metric,
+                budget=limit,
+                evaluations=descent.score.evaluations,
+                limits=dict(goal.budget.limits),
+                spent={metric: cost.pick(metric) for metric in metrics},
+            )
+        )
+        if on_step is not None:
+            on_step(trail[-1])
