@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.latencies import fake_times
-from helpers.zoo import Plain
+from helpers.models import TwoGroups
 from torch import nn
 
 from timm_autoslim import Conditions, LatencyTable, baseline, convert, cost, measure_latency, search
@@ -27,7 +27,7 @@ from timm_autoslim.slimming.budgets import read_budgets
 @pytest.fixture
 def supernet():
     torch.manual_seed(0)
-    return convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    return convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -50,7 +50,7 @@ def test_a_model_of_twenty_layers_takes_longer_than_one_of_one():
 
 
 def test_measuring_leaves_model_and_threads_alone():
-    model = Plain().train()
+    model = TwoGroups().train()
     before, threads = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_num_threads()
     assert measure_latency(model, torch.randn(2, 3, 8, 8), threads=2, dtype=torch.float64, repeats=2) > 0
     assert model.training
@@ -61,7 +61,7 @@ def test_measuring_leaves_model_and_threads_alone():
 def test_onnxruntime_runs_the_same_model():
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    assert measure_latency(Plain(), torch.randn(2, 3, 8, 8), runtime="onnxruntime", repeats=3) > 0
+    assert measure_latency(TwoGroups(), torch.randn(2, 3, 8, 8), runtime="onnxruntime", repeats=3) > 0
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
@@ -76,7 +76,7 @@ def test_every_compiled_model_runs_compiled(monkeypatch):
         torch, "compile", lambda model: plain(model, backend=lambda graph, _: compiled.append(1) or graph)
     )
     torch.compiler.reset()
-    models = [Plain(n) for n in range(8, 20)]
+    models = [TwoGroups(n) for n in range(8, 20)]
     assert len(measure_in_turns(models, torch.randn(2, 3, 8, 8), runtime="compile", rounds=2, repeats=1)) == len(models)
     assert len(compiled) == len(models)
 
@@ -124,7 +124,7 @@ def test_models_are_measured_in_turns_and_the_median_turn_counts(monkeypatch):
 )
 def test_what_cannot_be_measured_is_refused(given, message):
     with pytest.raises(LatencyError, match=re.escape(message)):
-        measure_latency(Plain(), torch.randn(2, 3, 8, 8), **given)
+        measure_latency(TwoGroups(), torch.randn(2, 3, 8, 8), **given)
     with pytest.raises(LatencyError, match=re.escape(message)):
         LatencyTable(**given)
 
@@ -132,11 +132,11 @@ def test_what_cannot_be_measured_is_refused(given, message):
 @pytest.mark.parametrize(
     ("model", "inputs", "given", "message"),
     [
-        (Plain(), torch.zeros(1, 3, 8, 8), {"repeats": 0}, "repeats: got 0; needed: a positive integer"),
-        (Plain(), torch.zeros(1, 3, 8, 8), {"repeats": "3"}, "repeats: got '3'; needed: a positive integer"),
+        (TwoGroups(), torch.zeros(1, 3, 8, 8), {"repeats": 0}, "repeats: got 0; needed: a positive integer"),
+        (TwoGroups(), torch.zeros(1, 3, 8, 8), {"repeats": "3"}, "repeats: got '3'; needed: a positive integer"),
         (None, torch.zeros(1, 3, 8, 8), {}, "the model: got a NoneType; needed: a plain nn.Module"),
         (
-            Plain(),
+            TwoGroups(),
             torch.zeros(1, 5, 8, 8),
             {},
             "the model: cannot run as runtime='eager' (RuntimeError: Given",
@@ -150,7 +150,7 @@ def test_a_measurement_that_cannot_be_made_is_refused(model, inputs, given, mess
 
 def test_a_model_without_weights_is_refused():
     with torch.device("meta"):
-        model = Plain()
+        model = TwoGroups()
     with pytest.raises(LatencyError, match="the model has no weights"):
         measure_latency(model, torch.randn(2, 3, 8, 8))
 
@@ -310,12 +310,12 @@ def test_a_table_refuses_what_is_no_subnet(supernet, monkeypatch):
     fake_times(monkeypatch)
     table = LatencyTable()
     with pytest.raises(WidthError, match="got widths of another model"):
-        table.predict(supernet, convert(Plain(16), torch.zeros(1, 3, 8, 8)).space.max())
+        table.predict(supernet, convert(TwoGroups(16), torch.zeros(1, 3, 8, 8)).space.max())
     with pytest.raises(WidthError, match="got widths of type dict"):
         table.predict(supernet, supernet.space.max().to_dict())
-    with pytest.raises(ConfigError, match="got a Plain; needed: a Supernet, as convert"):
+    with pytest.raises(ConfigError, match="got a TwoGroups; needed: a Supernet, as convert"):
         table.predict(supernet.model, supernet.space.max())
-    with pytest.raises(ConfigError, match="got a Plain; needed: a Supernet, as convert"):
+    with pytest.raises(ConfigError, match="got a TwoGroups; needed: a Supernet, as convert"):
         table.report(supernet.model, [supernet.space.max()])
     with pytest.raises(LatencyError, match=r"report\(\) got no subnets"):
         table.report(supernet, [])

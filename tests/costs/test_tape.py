@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.zoo import Member, Plain, arbitrary_widths
+from helpers.models import TwoGroups
+from helpers.widths import arbitrary_widths
+from helpers.zoo import Member
 from torch import nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
@@ -144,7 +146,7 @@ def test_lifetimes_by_hand(keep, batch):
 
 
 def test_batch_and_type():
-    supernet = convert(Plain(16), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(16), torch.zeros(1, 3, 8, 8))
     widths = supernet.space.uniform(0.5)
     one, four = (cost(supernet, widths, batch_size=n).peak_bytes for n in (1, 4))
     counters = 3 * 8  # num_batches_tracked
@@ -206,7 +208,7 @@ def test_the_tape_tells_every_size_at_every_width(name):
 
 
 def test_a_search_keeps_a_budget_of_memory():
-    supernet = convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
     supernet.conditions = Conditions(batch_size=8)
     whole = cost(supernet)
     found = search(supernet, ["peak_bytes<=60% and macs<=70%"], lambda subnet: 1.0).networks[0]
@@ -246,7 +248,7 @@ def test_a_search_keeps_a_budget_of_memory_that_a_narrower_group_can_exceed(mode
 
 
 def test_a_budget_of_memory_out_of_reach_is_refused():
-    supernet = convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
     with pytest.raises(BudgetError, match="the budget of 1,000 peak_bytes is out of reach: the narrowest"):
         read_budgets(supernet, ["macs<=50% and peak_bytes<=1k"])
 
@@ -261,13 +263,13 @@ def test_a_budget_of_memory_out_of_reach_is_refused():
     ],
 )
 def test_bad_conditions_are_refused(given, message):
-    supernet = convert(Plain(), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(), torch.zeros(1, 3, 8, 8))
     with pytest.raises(BudgetError, match=re.escape(message)):
         cost(supernet, **given)
 
 
 def test_a_tape_is_not_made_inside_a_block():
-    supernet = convert(Plain(), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(), torch.zeros(1, 3, 8, 8))
     with supernet.at(supernet.space.min()), pytest.raises(WidthError, match="leave it first"):
         _ = cost(supernet).peak_bytes
     known = cost(supernet).peak_bytes
@@ -281,7 +283,7 @@ def test_a_cost_of_numbers_alone_has_no_peak():
 
 
 def test_a_tape_that_cannot_be_made_says_why():
-    class Deeper(Plain):
+    class Deeper(TwoGroups):
         def forward(self, x):
             x = self.bn(self.stem(x)).relu()
             x = x * 1 if x.shape[1] == 8 else x.clone() + 0  # other operators where it is narrower

@@ -16,6 +16,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+from timm_autoslim.artifact.bases import create_base
 from timm_autoslim.artifact.load import pool_type
 
 
@@ -365,7 +366,6 @@ def scripted(make, pixels):
 
 def maker(name, **given):
     """Make a model by timm's function or, of torchvision, by ours, with the same weights every time."""
-    from timm_autoslim.artifact.bases import create_base
 
     def make(**args):
         torch.manual_seed(1)
@@ -377,11 +377,3 @@ def maker(name, **given):
         return timm.create_model(name, **args)
 
     return make
-
-
-def calibrated(model):
-    """Mark the BatchNorm statistics as the model's own."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
-            module.num_batches_tracked.fill_(1)
-    return model

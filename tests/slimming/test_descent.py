@@ -10,22 +10,23 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.comparisons import assert_same, snapshot
+from helpers.models import TwoGroups, randomise
 from helpers.searches import (
     IMAGE,
     SIZES,
     Branches,
     Chain,
-    Said,
+    LatencyFunction,
     aligned,
     assert_filled,
-    drawn_budgets,
+    charge,
+    draw_budgets,
     few,
     in_step,
     layers,
-    missing,
     width_of,
 )
-from helpers.zoo import Plain, assert_same, randomise, snapshot
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -66,7 +67,7 @@ def best(supernet, unit, budget, price):
 @pytest.mark.parametrize("share", ["75%", "50%", "25%"])
 @pytest.mark.parametrize("price", [{"a": 5.0, "b": 1.0, "c": 3.0}, {"a": 1.0, "b": 7.0, "c": 0.25}])
 def test_where_costs_add_up_greedy_by_cost_is_the_best_there_is(supernet, mode, unit, share, price):
-    evaluate = missing(supernet, **price)
+    evaluate = charge(supernet, **price)
     found = search(supernet, {unit: share}, evaluate, mode=mode, steps=100, refine="none").networks[0]
     assert getattr(found.cost, unit) <= found.budget
     assert found.error == pytest.approx(best(supernet, unit, found.budget, price))
@@ -80,22 +81,22 @@ def test_ranking_by_error_alone_takes_the_step_that_hurts_least_whatever_it_save
         "b": 9.0,
         "c": 0.5,
     }  # a step of c costs 4 and saves four times as much as one of a, which costs 2
-    by_error = search(supernet, {"macs": "90%"}, missing(supernet, **price), rank="error", steps=100)
-    by_cost = search(supernet, {"macs": "90%"}, missing(supernet, **price), rank="per_cost", steps=100)
+    by_error = search(supernet, {"macs": "90%"}, charge(supernet, **price), rank="error", steps=100)
+    by_cost = search(supernet, {"macs": "90%"}, charge(supernet, **price), rank="per_cost", steps=100)
     assert by_error.steps[0].group == "a"
     assert by_cost.steps[0].group == "c"
 
 
 def test_one_descent_serves_every_budget_and_each_is_met(supernet):
     price = {"a": 5.0, "b": 1.0, "c": 3.0}
-    together = missing(supernet, **price)
+    together = charge(supernet, **price)
     result = search(supernet, {"macs": ["80%", "40%", "60%"]}, together, refine="none")
     whole = cost(supernet).macs
     assert [round(n.budget / whole, 6) for n in result.networks] == [0.8, 0.6, 0.4]
     assert all(0.9 * n.budget < n.cost.macs <= n.budget for n in result.networks)
     assert all(n.cost == cost(supernet, n.widths) for n in result.networks)
     assert result.evaluations == together.calls
-    alone = [missing(supernet, **price) for _ in range(3)]
+    alone = [charge(supernet, **price) for _ in range(3)]
     for share, evaluate in zip(("80%", "60%", "40%"), alone, strict=True):
         search(supernet, {"macs": share}, evaluate, refine="none")
     assert together.calls < sum(evaluate.calls for evaluate in alone)
@@ -104,7 +105,7 @@ def test_one_descent_serves_every_budget_and_each_is_met(supernet):
 
 
 def test_budgets_in_both_units_are_met_on_the_way_down(supernet):
-    result = search(supernet, {"params": ["50%"], "macs": ["70%", "30%"]}, missing(supernet, a=5, b=1, c=3))
+    result = search(supernet, {"params": ["50%"], "macs": ["70%", "30%"]}, charge(supernet, a=5, b=1, c=3))
     assert [n.unit for n in result.networks] == ["macs", "params", "macs"]
     assert all(getattr(n.cost, n.unit) <= n.budget for n in result.networks)
 
@@ -143,7 +144,7 @@ def test_a_real_network_leaves_little_of_its_budgets_unused(divisor, unit, rank)
 
 def test_the_trail_tells_the_whole_story(supernet):
     seen = []
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     result = search(supernet, {"macs": ["60%", "30%"]}, evaluate, on_step=seen.append, refine="none")
     assert tuple(seen) == result.steps
     assert [step.index for step in seen] == list(range(len(seen)))
@@ -164,21 +165,21 @@ def test_the_trail_tells_the_whole_story(supernet):
 
 
 def test_more_steps_are_finer_steps(supernet):
-    few, many = (search(supernet, {"macs": "30%"}, missing(supernet, a=5, b=1, c=3), steps=n) for n in (2, 100))
+    few, many = (search(supernet, {"macs": "30%"}, charge(supernet, a=5, b=1, c=3), steps=n) for n in (2, 100))
     assert len(few.steps) < len(many.steps)
     assert few.evaluations < many.evaluations
 
 
 def test_the_same_search_finds_the_same(supernet):
     torch.manual_seed(1)
-    first = search(supernet, {"macs": ["60%", "30%"]}, missing(supernet, a=2, b=1, c=1))
+    first = search(supernet, {"macs": ["60%", "30%"]}, charge(supernet, a=2, b=1, c=1))
     torch.manual_seed(2)
     again = convert(randomise(Branches()), IMAGE, min=2, divisor=2)
-    assert search(again, {"macs": ["60%", "30%"]}, missing(again, a=2, b=1, c=1)).to_dict() == first.to_dict()
+    assert search(again, {"macs": ["60%", "30%"]}, charge(again, a=2, b=1, c=1)).to_dict() == first.to_dict()
 
 
 def test_a_budget_above_the_whole_is_the_whole(supernet):
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     result = search(supernet, {"macs": "100%"}, evaluate)
     assert result.networks[0].widths == supernet.space.max()
     assert result.steps == ()
@@ -224,7 +225,7 @@ def test_where_wider_is_better_every_budget_is_filled(layers, data, mode):
     supernet = convert(Chain(layers), IMAGE)
     prices = {g.name: data.draw(st.floats(0.1, 10)) for g in supernet.space.groups}
     units = [{"macs"}, {"params"}, {"macs", "params"}]
-    texts = [drawn_budgets(supernet, data.draw, u) for u in data.draw(st.lists(st.sampled_from(units), min_size=1))]
+    texts = [draw_budgets(supernet, data.draw, u) for u in data.draw(st.lists(st.sampled_from(units), min_size=1))]
 
     def evaluate(subnet):
         return sum(prices[n] / w for n, w in width_of(supernet).items())
@@ -248,7 +249,7 @@ def test_where_wider_is_better_every_budget_is_filled(layers, data, mode):
 @given(layers, st.data(), st.integers(0, 1000))
 def test_whatever_the_errors_refining_never_raises_them(layers, data, seed):
     supernet = convert(Chain(layers), IMAGE)
-    texts = [drawn_budgets(supernet, data.draw, {"macs"}), drawn_budgets(supernet, data.draw, {"macs", "params"})]
+    texts = [draw_budgets(supernet, data.draw, {"macs"}), draw_budgets(supernet, data.draw, {"macs", "params"})]
 
     def evaluate(subnet):
         return random.Random(f"{seed} {width_of(supernet)}").random()
@@ -265,7 +266,7 @@ def test_whatever_the_errors_refining_never_raises_them(layers, data, seed):
 def test_refined_on_the_choices_no_width_leaves_them(layers, divisor, data, mode):
     supernet = convert(Chain(layers), IMAGE, divisor=divisor)
     space = supernet.space
-    texts = [drawn_budgets(supernet, data.draw, {"macs"}), drawn_budgets(supernet, data.draw, {"macs", "params"})]
+    texts = [draw_budgets(supernet, data.draw, {"macs"}), draw_budgets(supernet, data.draw, {"macs", "params"})]
     rough, aligned, refined = (
         search(supernet, texts, lambda _: -sum(width_of(supernet).values()), refine=r, mode=mode)
         for r in ("none", "choices", "units")
@@ -300,7 +301,7 @@ def test_where_wider_is_worse_the_descent_is_not_refined(supernet):
 
 def test_trades_take_steps_back(supernet):
     """From widths that no single widening can mend, the dear group is widened and a cheap one narrowed."""
-    evaluate = missing(supernet, a=9.0, b=1.0, c=0.1)
+    evaluate = charge(supernet, a=9.0, b=1.0, c=0.1)
     order = dict(zip(supernet.space.names, range(3), strict=True))
     descent = _FastDescent(supernet, Scorer(supernet, evaluate), "per_cost", 4, order)
     descent.widths = supernet.space.from_dict({"a": 4, "b": 8, "c": 32})
@@ -316,7 +317,7 @@ def test_trades_take_steps_back(supernet):
 def test_the_refinement_widens_the_group_that_helps_most(supernet):
     # 13 of the 64 channels, all of which cost the same
     rough, refined = (
-        search(supernet, {"macs": "20.4%"}, missing(supernet, a=1.0, b=1.1, c=9.0), refine=r).networks[0]
+        search(supernet, {"macs": "20.4%"}, charge(supernet, a=1.0, b=1.1, c=9.0), refine=r).networks[0]
         for r in ("none", "units")
     )
     assert rough.widths.to_dict() == {"a": 2, "b": 2, "c": 8}
@@ -326,7 +327,7 @@ def test_the_refinement_widens_the_group_that_helps_most(supernet):
 def test_all_limits_of_a_budget_hold_and_are_recorded(supernet):
     whole = cost(supernet)
     texts = ["params<=90% and macs<=50%", "macs<=80%", "macs<=75% and params<=40%"]
-    result = search(supernet, texts, missing(supernet, a=5, b=1, c=3))
+    result = search(supernet, texts, charge(supernet, a=5, b=1, c=3))
     # in the order of the descent: by the limit that is the smallest share
     assert [n.limits for n in result.networks] == [
         {"macs": 0.8 * whole.macs},
@@ -350,15 +351,15 @@ def test_all_limits_of_a_budget_hold_and_are_recorded(supernet):
 
 
 def test_a_limit_that_binds_nothing_changes_nothing(supernet):
-    one = search(supernet, {"macs": "50%"}, missing(supernet, a=5, b=1, c=3))
-    both = search(supernet, ["macs<=50% and params<=100%"], missing(supernet, a=5, b=1, c=3))
+    one = search(supernet, {"macs": "50%"}, charge(supernet, a=5, b=1, c=3))
+    both = search(supernet, ["macs<=50% and params<=100%"], charge(supernet, a=5, b=1, c=3))
     assert both.networks[0].widths == one.networks[0].widths
     assert path(both) == path(one)
 
 
 def test_a_list_of_texts_says_what_a_dict_says(supernet):
-    texts = search(supernet, ["macs<=30%", "macs <= 60%"], missing(supernet, a=5, b=1, c=3))
-    assert texts == search(supernet, {"macs": ["60%", "30%"]}, missing(supernet, a=5, b=1, c=3))
+    texts = search(supernet, ["macs<=30%", "macs <= 60%"], charge(supernet, a=5, b=1, c=3))
+    assert texts == search(supernet, {"macs": ["60%", "30%"]}, charge(supernet, a=5, b=1, c=3))
 
 
 # -- the two modes, and ties ------------------------------------------------------------------------------------------
@@ -432,8 +433,8 @@ def choose(method, supernet, budget, evaluate, **more):
 @pytest.mark.parametrize("milliseconds", [aligned, in_step, slow_when_narrow])
 @pytest.mark.parametrize("budget", ["latency_ms<=80%", "latency_ms<=50%", "latency_ms<=60% and macs<=40%"])
 def test_a_reachable_budget_is_met_whatever_the_cost_does(supernet, method, milliseconds, budget):
-    supernet.conditions = Conditions(latency=Said(milliseconds))
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    supernet.conditions = Conditions(latency=LatencyFunction(milliseconds))
+    evaluate = charge(supernet, a=5, b=1, c=3)
     found = choose(method, supernet, [budget], evaluate)
     spent = cost(supernet, found.widths)
     assert all(getattr(spent, unit) == getattr(found.cost, unit) <= limit for unit, limit in found.limits.items())
@@ -445,8 +446,8 @@ def test_a_reachable_budget_is_met_whatever_the_cost_does(supernet, method, mill
 
 
 def test_a_budget_that_neither_the_narrowest_nor_a_uniform_subnet_meets_is_refused(supernet):
-    supernet.conditions = Conditions(latency=Said(slow_when_narrow))
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    supernet.conditions = Conditions(latency=LatencyFunction(slow_when_narrow))
+    evaluate = charge(supernet, a=5, b=1, c=3)
     message = (
         r"the budget of 2\.000 latency_ms .* narrowest .* has 9\.250 \(92\.5% .*, and no uniform one holds it; raise"
     )
@@ -499,7 +500,7 @@ def test_a_network_over_budget_is_never_returned(supernet):
     ],
 )
 def test_budgets_are_refused_before_anything_is_evaluated(supernet, budgets, message):
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     with pytest.raises(BudgetError, match=message):
         search(supernet, budgets, evaluate)
     assert evaluate.calls == 0
@@ -521,7 +522,7 @@ def test_budgets_are_refused_before_anything_is_evaluated(supernet, budgets, mes
     ],
 )
 def test_other_arguments_are_refused_before_anything_is_evaluated(supernet, given, message):
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     with pytest.raises(ConfigError, match=message):
         search(supernet, {"macs": "50%"}, evaluate, **given)
     assert evaluate.calls == 0
@@ -592,10 +593,10 @@ def test_statistics_of_another_network_are_never_scored(supernet, to_eval):
 
 def test_a_search_inside_a_block_is_refused(supernet):
     with supernet.at(supernet.space.min()), pytest.raises(ValueError, match=r"block is open already"):
-        search(supernet, {"macs": "50%"}, missing(supernet, a=5, b=1, c=3))
+        search(supernet, {"macs": "50%"}, charge(supernet, a=5, b=1, c=3))
 
 
 def test_plain_searches_too():
-    supernet = convert(Plain(32), IMAGE)
+    supernet = convert(TwoGroups(32), IMAGE)
     found = search(supernet, {"params": "40%"}, lambda subnet: subnet(torch.ones(4, 3, 8, 8)).std()).networks[0]
     assert found.cost.params <= found.budget

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from helpers.scoring import held_out, make_supernet
+from helpers.searches import held_out, make_supernet
 from PIL import Image
 
 from timm_autoslim import baseline, cost, search

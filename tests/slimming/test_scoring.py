@@ -4,8 +4,7 @@ import threading
 
 import pytest
 import torch
-from helpers.scoring import PRICES, held_out, make_supernet
-from helpers.searches import IMAGE, Said, in_step, width_of
+from helpers.searches import IMAGE, PRICES, LatencyFunction, held_out, in_step, make_supernet, width_of
 
 from timm_autoslim import Conditions, HeldOut, SharedLatency, Team, baseline, cost, search
 from timm_autoslim.errors import ConfigError, DataError, EvaluationError, LatencyError, StaleStatisticsError
@@ -144,7 +143,7 @@ def test_a_team_and_a_resumed_search_find_the_same_where_no_first_step_saves(mod
 
     def work(team, known=None):
         supernet = make_supernet()
-        supernet.conditions = Conditions(latency=SharedLatency(Said(in_step), team))
+        supernet.conditions = Conditions(latency=SharedLatency(LatencyFunction(in_step), team))
         budgets = ["latency_ms<=60% and macs<=80%", "latency_ms<=30%"]
         return search(supernet, budgets, held_out(supernet), mode=mode, scores=known, team=team).to_dict()
 

@@ -3,8 +3,8 @@
 import pytest
 import timm
 import torch
-from helpers.members import check_fused, equal
-from helpers.zoo import randomise
+from helpers.comparisons import check_fused, equal
+from helpers.models import randomise
 from torch import nn
 
 import timm_autoslim

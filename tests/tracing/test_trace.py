@@ -5,7 +5,8 @@ import timm
 import torch
 import torch_pruning as tp
 import torchvision
-from helpers.zoo import arbitrary_widths, randomise
+from helpers.models import randomise
+from helpers.widths import arbitrary_widths
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from helpers.blocks import all as blocks
+from helpers.blocks import networks as blocks
 from helpers.blocks import tokens as token_blocks
-from helpers.blocks.all import BLOCKS, Network
-from helpers.zoo import arbitrary_widths, assert_same, randomise, snapshot
+from helpers.blocks.networks import BLOCKS, Network
+from helpers.comparisons import assert_same, snapshot
+from helpers.models import randomise
+from helpers.widths import arbitrary_widths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel

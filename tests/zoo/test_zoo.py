@@ -4,7 +4,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers.zoo import ZOO, Member, assert_same, snapshot, some_widths, tensors, without_chance
+from helpers.comparisons import assert_same, outputs, snapshot
+from helpers.models import train_without_chance
+from helpers.widths import some_widths
+from helpers.zoo import ZOO, Member
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
@@ -107,12 +110,12 @@ def test_half_width_takes_most_of_the_macs_away(case):
 def test_gradients_reach_the_slices_and_nothing_else(case):
     supernet = case.supernet
     widths = some_widths(supernet.space, seed=1)["random"]
-    plain = without_chance(supernet.extract(widths))
-    without_chance(case.model)
+    plain = train_without_chance(supernet.extract(widths))
+    train_without_chance(case.model)
     try:
-        sum(t.square().mean() for t in tensors(plain(case.images))).backward()
+        sum(t.square().mean() for t in outputs(plain(case.images))).backward()
         with supernet.at(widths):
-            sum(t.square().mean() for t in tensors(supernet(case.images))).backward()
+            sum(t.square().mean() for t in outputs(supernet(case.images))).backward()
         kept = supernet.graph.slices(widths.values_).tensors
         separate = dict(plain.named_parameters())
         for name, parameter in case.model.named_parameters():
@@ -134,7 +137,7 @@ def test_running_statistics_move_only_at_the_widest(case):
     before = statistics()
     if not before:
         pytest.skip("no BatchNorm")
-    without_chance(case.model)
+    train_without_chance(case.model)
     try:
         for widths in some_widths(case.supernet.space).values():
             case.supernet(case.images, widths)
