@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from helpers.comparisons import equal
 from helpers.models import randomise
 from helpers.widths import arbitrary_widths
 from torchvision import models
 
-import timm_autoslim
-from timm_autoslim import cost
+from timm_autoslim import convert, cost
 from timm_autoslim.errors import TraceError
 
 IMAGE = torch.rand(1, 3, 64, 64)
@@ -30,34 +30,28 @@ CASES = {
 }
 
 
-def tensors(out):
-    return list(out.values()) if isinstance(out, dict) else list(out) if isinstance(out, list | tuple) else [out]
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_models_of_other_tasks_convert_and_are_extracted(name):
     build, inputs = CASES[name]
     model = randomise(build()).eval()
-    supernet = timm_autoslim.convert(model, inputs if len(inputs) > 1 else inputs[0])
+    supernet = convert(model, inputs if len(inputs) > 1 else inputs[0])
     assert supernet.graph.half() < 0.35
     assert not supernet.repairs
     assert not supernet.unruled
     widths = arbitrary_widths(supernet.space, torch.Generator().manual_seed(0))
-    plain = supernet.extract(widths)
+    slim = supernet.extract(widths)
     with torch.no_grad():
-        whole, narrow = supernet(*inputs), supernet(*inputs, widths=widths)
-        expected = model(*inputs), plain(*inputs)
-    for got, wanted in zip((whole, narrow), expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(tensors(got), tensors(wanted), strict=True))
-    assert cost(supernet, widths).params == sum(p.numel() for p in plain.parameters())
+        assert equal(supernet(*inputs), model(*inputs))
+        assert equal(supernet(*inputs, widths=widths), slim(*inputs))
+    assert cost(supernet, widths).params == sum(p.numel() for p in slim.parameters())
 
 
 def test_a_detector_that_wants_targets_is_slimmed_by_its_backbone():
     detector = models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5).eval()
     with pytest.raises(TraceError, match=r"its forward raised AssertionError in train\(\) mode .*targets"):
-        timm_autoslim.convert(detector, ([torch.rand(3, 320, 320)],))
+        convert(detector, ([torch.rand(3, 320, 320)],))
     images = [torch.rand(3, 320, 320)]
-    supernet = timm_autoslim.convert(detector.backbone, torch.zeros(1, 3, 320, 320))
+    supernet = convert(detector.backbone, torch.zeros(1, 3, 320, 320))
     with torch.no_grad():
         before = detector(images)[0]
         detector.backbone = supernet.extract()

@@ -48,47 +48,47 @@ def test_convert_leaves_the_model_as_it_was(case):
 
 @torch.no_grad()
 def test_the_widest_is_the_original_bit_for_bit(case):
-    whole = case.model(case.images)
-    assert whole.std() > 1e-3
-    assert torch.equal(case.supernet(case.images), whole)
-    assert torch.equal(case.supernet(case.images, case.supernet.space.max()), whole)
-    plain = case.supernet.extract()
-    assert type(plain) is type(case.model)
-    assert torch.equal(plain(case.images), whole)
+    expected = case.model(case.images)
+    assert expected.std() > 1e-3
+    assert torch.equal(case.supernet(case.images), expected)
+    assert torch.equal(case.supernet(case.images, case.supernet.space.max()), expected)
+    widest = case.supernet.extract()
+    assert type(widest) is type(case.model)
+    assert torch.equal(widest(case.images), expected)
 
 
 @torch.no_grad()
-def test_subnets_are_the_extracted_models_bit_for_bit_and_cost_what_is_said(case):
+def test_subnets_are_the_extracted_models_bit_for_bit_and_cost_what_is_counted(case):
     before = snapshot(case.model)
     for name, widths in some_widths(case.supernet.space).items():
-        plain = case.supernet.extract(widths)
-        assert type(plain) is type(case.model)
+        slim = case.supernet.extract(widths)
+        assert type(slim) is type(case.model)
         with FlopCounterMode(display=False) as counter:
-            separate = plain(case.images)
+            separate = slim(case.images)
         assert torch.equal(case.supernet(case.images, widths), separate), name
         cost = timm_autoslim.cost(case.supernet, widths)
-        assert cost.params == sum(p.numel() for p in plain.parameters()), name
+        assert cost.params == sum(p.numel() for p in slim.parameters()), name
         assert 2 * cost.macs * len(case.images) == counter.get_total_flops(), name
     assert_same(before, snapshot(case.model))
 
 
-def test_extracted_modules_say_themselves_how_wide_they_are(case):
-    plain = case.supernet.extract(some_widths(case.supernet.space)["arbitrary"])
-    for path, module in plain.named_modules():
+def test_extracted_modules_have_attributes_that_fit_their_weights(case):
+    slim = case.supernet.extract(some_widths(case.supernet.space)["arbitrary"])
+    for path, module in slim.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd):
-            said = [module.out_channels, module.in_channels // module.groups]
+            lengths = [module.out_channels, module.in_channels // module.groups]
         elif isinstance(module, nn.Linear):
-            said = [module.out_features, module.in_features]
+            lengths = [module.out_features, module.in_features]
         elif isinstance(module, _BatchNorm):
-            said = [module.num_features]
+            lengths = [module.num_features]
         else:
             continue
-        assert list(module.weight.shape[: len(said)]) == said, path
-    features = getattr(plain, "feature_info", None)
+        assert list(module.weight.shape[: len(lengths)]) == lengths, path
+    features = getattr(slim, "feature_info", None)
     if features is not None:
-        maps = plain.forward_intermediates(case.images, intermediates_only=True)
+        maps = slim.forward_intermediates(case.images, intermediates_only=True)
         assert [m.shape[1] for m in maps] == [info["num_chs"] for info in features]
-        assert plain.forward_features(case.images).shape[1] == plain.num_features
+        assert slim.forward_features(case.images).shape[1] == slim.num_features
 
 
 @torch.no_grad()
@@ -110,14 +110,14 @@ def test_half_width_takes_most_of_the_macs_away(case):
 def test_gradients_reach_the_slices_and_nothing_else(case):
     supernet = case.supernet
     widths = some_widths(supernet.space, seed=1)["random"]
-    plain = train_without_chance(supernet.extract(widths))
+    slim = train_without_chance(supernet.extract(widths))
     train_without_chance(case.model)
     try:
-        sum(t.square().mean() for t in outputs(plain(case.images))).backward()
+        sum(t.square().mean() for t in outputs(slim(case.images))).backward()
         with supernet.at(widths):
             sum(t.square().mean() for t in outputs(supernet(case.images))).backward()
         kept = supernet.graph.slices(widths.values_).tensors
-        separate = dict(plain.named_parameters())
+        separate = dict(slim.named_parameters())
         for name, parameter in case.model.named_parameters():
             grad = parameter.grad
             piece = take_slice(grad, kept.get(name, (None,) * grad.dim()))
@@ -156,7 +156,7 @@ def test_running_statistics_move_only_at_the_widest(case):
 
 @torch.no_grad()
 def silence(model, kept):
-    """Make the removed channels say nothing: zero their BatchNorm's weight and bias, or linear row."""
+    """Silence the removed channels: zero their BatchNorm's weight and bias, or linear row."""
     for path, module in model.named_modules():
         axes = kept.get(f"{path}.weight")
         if isinstance(module, (_BatchNorm, nn.Linear)) and axes is not None and axes[0] is not None:
