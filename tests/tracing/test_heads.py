@@ -145,20 +145,6 @@ def test_what_a_module_caches_at_one_width_serves_no_other():
     assert torch.allclose(reorder_channels(model, supernet.graph, "random")(images), whole, atol=1e-6)
 
 
-def test_a_width_of_one_that_cannot_run_is_not_offered():
-    model = small("nf_regnet_b0")  # its weights are standardised, which a single value cannot be
-    supernet = timm_autoslim.convert(model, torch.randn(1, 3, 64, 64))
-    assert supernet.graph.floor == 2
-    assert supernet.repairs == ()
-    group = next(g for g in supernet.space.groups if g.size >= 4)
-    assert group.floor == 2
-    whole = {g.name: g.size for g in supernet.space.groups}
-    with pytest.raises(WidthError, match=rf"{group.name}: got the width 1; needed: an integer from 2 to {group.size}"):
-        supernet.space.from_dict({**whole, group.name: 1})
-    with pytest.raises(WidthError, match="from 2 to"):
-        timm_autoslim.convert(model, torch.randn(1, 3, 64, 64), min=1)
-
-
 @torch.no_grad()
 def test_flat_kernels_shrink_on_both_sides():
     model = small("efficientnet_cc_b0_4e")
