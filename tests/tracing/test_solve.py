@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from timm_autoslim.tracing.solve import observe, solve
 
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import AttributeUse
+from timm_autoslim.tracing.solve import observe, solve
 
 
 class Observed:

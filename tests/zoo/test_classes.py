@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from helpers.comparisons import check_fused, equal, error, outputs
+from helpers.marks import slow_but
 from helpers.members import MEMBERS, build
 from helpers.models import mark_calibrated
 from helpers.widths import arbitrary_widths
@@ -29,7 +30,12 @@ CASTS = {
 }
 
 
-@pytest.mark.parametrize("name", MEMBERS)
+# Convolutions of all kinds, gates, patches, windows, attention in torch's own layers.
+QUICK = ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "swin_tiny_patch4_window7_224",
+         "torchvision/SwinTransformer", "torchvision/VisionTransformer"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, MEMBERS))
 def test_every_class_goes_through_the_whole_chain(name, tmp_path):
     model, arguments, pixels = build(name)
     images = torch.randn(2, 3, pixels, pixels)

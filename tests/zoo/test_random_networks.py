@@ -55,6 +55,10 @@ def count_macs(slim, images):
     return counter.get_total_flops() / 2 / len(images)
 
 
+# A block of many variants takes long.
+KINDS = [pytest.param(kind, marks=pytest.mark.slow) if len(variants(kind)) > 9 else kind for kind in BLOCKS]
+
+
 def small(examples):
     slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(max_examples=examples, deadline=None, suppress_health_check=slow)
@@ -80,6 +84,7 @@ def assert_sliced_right(supernet, widths, images):
     torch.testing.assert_close(permuted(images.double()), double(images.double()), rtol=EXACT, atol=EXACT)
 
 
+@pytest.mark.slow
 @small(80)
 @given(networks(), st.data())
 @torch.no_grad()
@@ -91,7 +96,7 @@ def test_every_network_is_sliced_right(model, data):
     assert_sliced_right(supernet, any_widths(supernet, data), images_for(model))
 
 
-@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @torch.no_grad()
 def test_every_block_is_sliced_right(kind):
     for options in variants(kind):
@@ -101,6 +106,7 @@ def test_every_block_is_sliced_right(kind):
             assert_sliced_right(supernet, arbitrary_widths(supernet.space, None), images_for(model))
 
 
+@pytest.mark.slow
 @small(40)
 @given(networks(), st.data())
 def test_every_network_is_trained_right(model, data):
@@ -128,6 +134,7 @@ def test_every_network_is_trained_right(model, data):
 ATTENTION = [token_blocks.SelfAttention, token_blocks.CrossAttention]
 
 
+@pytest.mark.slow
 @small(25)
 @given(networks(ATTENTION, blocks=2), st.data())
 @torch.no_grad()
@@ -145,6 +152,7 @@ def test_at_every_width_fused_attention_is_what_its_parts_are(model, data):
     torch.testing.assert_close(*outputs, rtol=EXACT, atol=EXACT)
 
 
+@pytest.mark.slow
 @small(30)
 @given(networks(least=4))
 def test_every_channel_of_every_network_can_be_slimmed(model):
@@ -163,7 +171,7 @@ def test_every_channel_of_every_network_can_be_slimmed(model):
     assert supernet.repairs == ()
 
 
-@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_block_narrows(kind):
     """At half width a block has about a quarter of its MACs, or about half where one side of its products is fixed."""
     for options in variants(kind):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.comparisons import equal
+from helpers.marks import slow_but
 from helpers.models import randomise
 from helpers.widths import arbitrary_widths
 from torchvision import models
@@ -30,7 +31,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but(["fcn_resnet50", "r3d_18"], CASES))
 def test_models_of_other_tasks_convert_and_are_extracted(name):
     build, inputs = CASES[name]
     model = randomise(build()).eval()
@@ -46,6 +47,7 @@ def test_models_of_other_tasks_convert_and_are_extracted(name):
     assert cost(supernet, widths).params == sum(p.numel() for p in slim.parameters())
 
 
+@pytest.mark.slow
 def test_a_detector_that_wants_targets_is_slimmed_by_its_backbone():
     detector = models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=5).eval()
     with pytest.raises(TraceError, match=r"its forward raised AssertionError in train\(\) mode .*targets"):
