@@ -50,8 +50,8 @@ class Member:
         return torch.randn(IMAGES, 3, self.pixels, self.pixels)
 
 
-def _members(library, *names, **given):
-    return [Member(library, name, **given) for name in names]
+def _members(library, *names, **options):
+    return [Member(library, name, **options) for name in names]
 
 
 TIMM = [

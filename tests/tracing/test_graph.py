@@ -129,7 +129,7 @@ def groups_of_torch_pruning(model, images):
     """Return its groups as sets of (module, axis), and which channels go with channel 1 of the first module."""
     paths = {module: path for path, module in model.named_modules()}
     graph = tp.DependencyGraph().build_dependency(model, images)
-    found = {}
+    groups = {}
     for group in graph.get_all_groups(root_module_types=(nn.Conv2d, nn.Linear)):
         root = group[0].dep
         one = graph.get_pruning_group(root.target.module, root.handler, [1])
@@ -141,21 +141,21 @@ def groups_of_torch_pruning(model, images):
             depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
             is_out = graph.is_out_channel_pruning_fn(dep.handler) or depthwise or isinstance(module, _BatchNorm)
             places.setdefault((paths[module], 0 if is_out else 1), set()).update(indices)
-        found[frozenset(places)] = {place: frozenset(i) for place, i in places.items()}
-    return found
+        groups[frozenset(places)] = {place: frozenset(i) for place, i in places.items()}
+    return groups
 
 
 def our_groups(graph):
     """Return ours in the same form."""
-    found = {}
+    groups = {}
     for index in range(len(graph.strands)):
         places = {}
         for (name, axis), place in graph.places.items():
             if name.endswith(".weight") and (place.strand == index).any():
                 here = ((place.strand == index) & (place.rank == 1)).nonzero()[0]
                 places[name.removesuffix(".weight"), axis] = frozenset(here.tolist())
-        found[frozenset(places)] = places
-    return found
+        groups[frozenset(places)] = places
+    return groups
 
 
 @pytest.mark.parametrize(
@@ -209,6 +209,6 @@ def test_every_parameter_is_in_a_group_or_fixed_with_a_reason():
             return x * self.scale
 
     supernet = convert_around(lambda s, x: s.scaled(s.a(x)), 8, a=conv(8, 8), scaled=Scaled())
-    held = {name for name, _ in supernet.graph.lengths} | {name for name, _ in supernet.graph.fixed}
-    assert {name for name, _ in supernet.model.named_parameters()} <= held
+    names = {name for name, _ in supernet.graph.lengths} | {name for name, _ in supernet.graph.fixed}
+    assert {name for name, _ in supernet.model.named_parameters()} <= names
     assert supernet.graph.fixed["scaled.scale", 0] == "none of its axes carries channels"
