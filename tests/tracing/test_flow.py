@@ -58,7 +58,7 @@ def test_joined_dimensions_are_one(flow):
 @pytest.mark.parametrize("swap", [False, True])
 def test_channels_that_meet_a_dimension_without_channels_stay(flow, swap):
     label = flow.atoms.fresh(3)
-    flow.scope.append("layer1.conv")
+    flow.stack.paths.append("layer1.conv")
     assert flow.join(*((None, label) if swap else (label, None)), "add") is label
     assert reasons(flow) == ["layer1.conv: add meets a dimension of fixed length"]
     assert flow.stays(label)
@@ -88,7 +88,7 @@ def test_channels_stay_where_what_they_are_joined_with_stays_even_later(flow):
 
 def test_an_index_of_channels_holds_them_only_if_it_is_read(flow):
     index, label = meta(1), flow.atoms.fresh(3)
-    flow.scope.append("pool")
+    flow.stack.paths.append("pool")
     flow.index(index, [label, None])
     assert not flow.stays(label)
     flow.use(index)
@@ -215,7 +215,7 @@ def test_a_split_of_what_was_merged_takes_the_channels_apart_again(flow):
 @pytest.mark.parametrize("glob", ["blocks.*.attn", "*"])
 def test_where_the_user_says_so_a_split_shrinks_the_number_of_heads(glob):
     flow = Flow([glob, "no_such"])
-    flow.scope.append("blocks.0.attn")
+    flow.stack.paths.append("blocks.0.attn")
     heads, last = flow.split(flow.atoms.fresh(12), [3, 4], [attribute(3), -1])
     assert heads.tolist() == [0, 4, 8]
     assert last is None
@@ -240,7 +240,7 @@ def test_a_product_is_counted_once_and_only_while_macs_are_counted(flow):
     flow.contract(1, [(6, label)])
     assert flow.contractions == []
     flow.count_macs = True
-    flow.scope.append("head")
+    flow.stack.paths.append("head")
     flow.contract(2, [(6, label), (5, None), (3, None)])
     (contraction,) = flow.contractions
     assert (contraction.path, contraction.constant) == ("head", 30)
@@ -249,7 +249,7 @@ def test_a_product_is_counted_once_and_only_while_macs_are_counted(flow):
 
 def test_producers_are_noted_in_the_order_of_execution(flow):
     for path in ("stem", "head"):
-        flow.scope.append(path)
+        flow.stack.paths.append(path)
         flow.produce(flow.atoms.fresh(2))
         flow.produce(None)
     assert [(path, v.tolist()) for path, v in flow.constraints.producers] == [("stem", [0, 1]), ("head", [2, 3])]
