@@ -94,6 +94,9 @@ CASES = {
     "pooling": (lambda s, x: F.interpolate(F.max_pool2d(x, 2), scale_factor=2), 8, {}, {"stem": 8}),
     "reused layer": (lambda s, x: s.a(s.a(x).relu()), 8, {"a": conv(8, 8)}, {"stem": 8}),
     "transposed": (lambda s, x: s.a(x), 6, {"a": nn.ConvTranspose2d(8, 6, 2, 2)}, {"stem": 8, "a": 6}),
+    "transposed, by whole groups": (
+        lambda s, x: s.a(x), 12, {"a": nn.ConvTranspose2d(8, 12, 2, 2, groups=4)}, {"stem": 4}
+    ),
     "einsum": (lambda s, x: torch.einsum("nchw,dc->ndhw", x, s.a.weight), 6, {"a": nn.Linear(8, 6)}, None),
     "standardised weight": (
         lambda s, x: F.conv2d(x, s.a.weight - s.a.weight.mean((1, 2, 3), keepdim=True)), 6, {"a": conv(8, 6)}, None
