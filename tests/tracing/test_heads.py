@@ -145,6 +145,7 @@ def test_what_a_module_caches_at_one_width_serves_no_other():
     assert torch.allclose(reorder_channels(model, supernet.graph, "random")(images), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_flat_kernels_shrink_on_both_sides():
     model = small("efficientnet_cc_b0_4e")
