@@ -1,6 +1,6 @@
 """`python -m timm_autoslim run SCRIPT`: scripts that know nothing of timm-autoslim load exported folders.
 
-The scripts in tests/scripts have the flags of timm's own, and make its calls.
+The scripts in tests/helpers/timm_scripts have the flags of timm's own, and make its calls.
 """
 
 import json
@@ -55,7 +55,7 @@ def place(tmp_path_factory):
         (place / "images" / label).mkdir(parents=True)
         for n in range(2):
             write_png(torch.randint(256, (3, 40, 40), dtype=torch.uint8), str(place / "images" / label / f"{n}.png"))
-    shutil.copytree(ROOT / "tests" / "scripts", place / "scripts")
+    shutil.copytree(ROOT / "tests" / "helpers" / "timm_scripts", place / "scripts")
     return place, model, sum(p.numel() for p in model.parameters())
 
 
@@ -174,7 +174,7 @@ def test_a_script_like_timms_train_starts_from_other_weights(place, tmp_path):
 
 
 def folder_with_scripts(folder):
-    shutil.copytree(ROOT / "tests" / "scripts", folder / "scripts", dirs_exist_ok=True)
+    shutil.copytree(ROOT / "tests" / "helpers" / "timm_scripts", folder / "scripts", dirs_exist_ok=True)
     return folder
 
 

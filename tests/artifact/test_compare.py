@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers.specs import same, state
+from helpers.comparisons import same, state
 from torch import nn
 
 import timm_autoslim

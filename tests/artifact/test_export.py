@@ -5,8 +5,9 @@ import json
 import pytest
 import timm
 import torch
+from helpers.comparisons import same, state
 from helpers.exported import CASES, image, load, needs_hub, slim
-from helpers.specs import make_recipe, same, state
+from helpers.specs import make_recipe
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
 from torch import nn

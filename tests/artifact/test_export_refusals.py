@@ -4,8 +4,9 @@ import os
 
 import pytest
 import torch
+from helpers.comparisons import same, state
 from helpers.exported import CASES, load, slim
-from helpers.specs import changed, make_recipe, same, state
+from helpers.specs import changed, make_recipe
 from torch import nn
 
 from timm_autoslim.artifact import export as artifact

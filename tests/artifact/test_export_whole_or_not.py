@@ -5,8 +5,8 @@ import signal
 
 import pytest
 import timm
+from helpers.comparisons import same, state
 from helpers.exported import slim
-from helpers.specs import same, state
 
 from timm_autoslim import check_folder
 from timm_autoslim.artifact import export as artifact

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from helpers.zoo import arbitrary_widths
+from helpers.widths import arbitrary_widths
 from torch import nn
 
 import timm_autoslim

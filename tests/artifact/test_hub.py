@@ -12,8 +12,8 @@ import pytest
 import timm
 import torch
 import torchvision
+from helpers.comparisons import same, state
 from helpers.exported import image, load, needs_hub, slim
-from helpers.specs import same, state
 from safetensors.torch import load_file
 
 import timm_autoslim

@@ -3,7 +3,8 @@
 import pytest
 import timm
 import torch
-from helpers.specs import RESNET, RESNET_ATTRIBUTES, changed, make_recipe, same, state
+from helpers.comparisons import same, state
+from helpers.specs import RESNET, RESNET_ATTRIBUTES, changed, make_recipe
 from timm.models import FeatureInfo
 from torch import nn
 

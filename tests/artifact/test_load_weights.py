@@ -7,10 +7,10 @@ import shutil
 import pytest
 import timm
 import torch
+from helpers.comparisons import same, state
 from helpers.exported import image, load, slim
 from helpers.members import build
-from helpers.specs import same, state
-from helpers.timm_contract import calibrated
+from helpers.models import mark_calibrated
 from packaging.version import Version
 from safetensors.torch import save_file
 from torch import nn
@@ -109,7 +109,7 @@ def test_the_backbone_is_of_the_kind_that_the_base_makes(resnet, tmp_path):
     assert type(features) is type(base)
     assert features.state_dict().keys() == base.state_dict().keys()
     supernet = timm_autoslim.convert(timm.create_model("test_efficientnet"), torch.zeros(1, 3, 64, 64))
-    plain = calibrated(supernet.extract(supernet.space.uniform(0.5)))
+    plain = mark_calibrated(supernet.extract(supernet.space.uniform(0.5)))
     features = load(export(plain, tmp_path / "out"), features_only=True)  # its base has a class of its own
     features.set_grad_checkpointing()
     assert features.model.grad_checkpointing

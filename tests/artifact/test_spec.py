@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers.specs import RESNET, RESNET_ATTRIBUTES, changed, make_recipe, same, state
+from helpers.comparisons import same, state
+from helpers.specs import RESNET, RESNET_ATTRIBUTES, changed, make_recipe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -12,7 +12,8 @@ import pytest
 import timm
 import torch
 from helpers.members import MEMBERS
-from helpers.timm_contract import calibrated, facts, maker, scripted
+from helpers.models import mark_calibrated
+from helpers.timm_contract import facts, maker, scripted
 from helpers.zoo import TIMM
 
 import timm_autoslim
@@ -62,7 +63,7 @@ def exported(name, folder):
     args |= {"img_size": pixels} if sized else {}
     base = maker(name, **args)
     supernet = timm_autoslim.convert(base(), torch.zeros(1, 3, pixels, pixels), base=name, base_args=args)
-    plain = calibrated(supernet.extract(supernet.space.uniform(0.5)))
+    plain = mark_calibrated(supernet.extract(supernet.space.uniform(0.5)))
     timm_autoslim.export(plain, folder)
     return base, maker(f"local-dir:{folder}", pretrained=True), pixels
 

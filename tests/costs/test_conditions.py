@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers.zoo import Plain
+from helpers.models import TwoGroups
 
 from timm_autoslim import Conditions, convert, cost
 from timm_autoslim.errors import BudgetError
@@ -23,7 +23,7 @@ from timm_autoslim.errors import BudgetError
 def test_bad_conditions_are_refused(given, message):
     with pytest.raises(BudgetError, match=re.escape(message)):
         Conditions(**given)
-    supernet = convert(Plain(), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(), torch.zeros(1, 3, 8, 8))
     with pytest.raises(BudgetError, match=re.escape(message)):
         cost(supernet, **given)
 

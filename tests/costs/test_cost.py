@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers.zoo import Plain
+from helpers.models import TwoGroups
 from timm.models.efficientnet import _gen_mobilenet_v2
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -123,7 +123,7 @@ def test_models_as_they_are(build, macs, params):
 
 @pytest.fixture(scope="module")
 def supernet():
-    return convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    return convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
 
 
 def by_hand(stem, inner, pixels=64):
@@ -150,26 +150,28 @@ def test_without_widths_the_cost_is_that_of_the_widest(supernet):
 
 
 def test_the_cost_is_for_one_image_whatever_the_batch_of_the_example():
-    assert cost(convert(Plain(32), torch.zeros(7, 3, 8, 8))) == cost(convert(Plain(32), torch.zeros(1, 3, 8, 8)))
+    assert cost(convert(TwoGroups(32), torch.zeros(7, 3, 8, 8))) == cost(
+        convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
+    )
 
 
 def test_frozen_parameters_count_as_well():
-    model = Plain(32)
+    model = TwoGroups(32)
     model.stem.weight.requires_grad_(False)
     assert cost(convert(model, torch.zeros(1, 3, 8, 8))).params == sum(p.numel() for p in model.parameters())
 
 
 def test_widths_of_another_model_are_refused(supernet):
-    other = convert(Plain(16), torch.zeros(1, 3, 8, 8)).space.max()
+    other = convert(TwoGroups(16), torch.zeros(1, 3, 8, 8)).space.max()
     for function in (cost, cost_by_module):
         with pytest.raises(WidthError, match="got widths of another model"):
             function(supernet, other)
-        with pytest.raises(ConfigError, match="the supernet: got a Plain; needed: a Supernet, as convert"):
+        with pytest.raises(ConfigError, match="the supernet: got a TwoGroups; needed: a Supernet, as convert"):
             function(supernet.model)
 
 
 def test_a_cost_is_plain_data():
-    supernet = convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
     one, eight = (cost(supernet, batch_size=n) for n in (1, 8))
     assert one != eight
     assert one.peak_bytes < eight.peak_bytes
@@ -183,7 +185,7 @@ def test_a_cost_is_plain_data():
 
 
 def test_a_result_holds_no_supernet():
-    supernet = convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
     result = search(supernet, ["peak_bytes<=60%"], lambda subnet: 1.0)
     assert len(pickle.dumps(result)) < 8000
     network, alive = result.networks[0], weakref.ref(supernet)

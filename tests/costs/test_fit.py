@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.zoo import Plain
+from helpers.models import TwoGroups
 
 from timm_autoslim import LatencyReport, convert
 from timm_autoslim.costs.fit import ANCHORS, choose_anchors, fit_factors
@@ -12,7 +12,7 @@ from timm_autoslim.costs.fit import ANCHORS, choose_anchors, fit_factors
 @pytest.fixture
 def supernet():
     torch.manual_seed(0)
-    return convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    return convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
 
 
 def test_factors_are_found_again_and_never_negative():

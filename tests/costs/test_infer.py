@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.zoo import Plain
+from helpers.models import TwoGroups
 
 from timm_autoslim import convert
 from timm_autoslim.costs.infer import FormulaFinder
@@ -14,7 +14,7 @@ OTHER = (9, 23)
 
 @pytest.fixture(scope="module")
 def graph():
-    return convert(Plain(32), torch.zeros(1, 3, 8, 8)).graph
+    return convert(TwoGroups(32), torch.zeros(1, 3, 8, 8)).graph
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,6 @@ def test_what_is_neither_a_product_nor_a_sum_is_not_found(graph):
 
 
 def test_runs_at_which_two_lengths_look_alike_are_told():
-    graph = convert(Plain(32), torch.zeros(1, 3, 8, 8)).graph
+    graph = convert(TwoGroups(32), torch.zeros(1, 3, 8, 8)).graph
     assert not FormulaFinder(graph, RUNS).is_ambiguous()
     assert FormulaFinder(graph, [(8, 8), (20, 20)]).is_ambiguous()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.latencies import fake_times
-from helpers.zoo import Plain
+from helpers.models import TwoGroups
 from torch import nn
 
 from timm_autoslim import Conditions, LatencyTable, convert, cost, measure_latency, search
@@ -21,7 +21,7 @@ from timm_autoslim.errors import ConfigError, LatencyError, WidthError
 @pytest.fixture
 def supernet():
     torch.manual_seed(0)
-    return convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    return convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
 
 
 def test_a_table_predicts_sums_of_operators(supernet, monkeypatch):
@@ -176,12 +176,12 @@ def test_a_table_refuses_what_is_no_subnet(supernet, monkeypatch):
     fake_times(monkeypatch)
     table = LatencyTable()
     with pytest.raises(WidthError, match="got widths of another model"):
-        table.predict(supernet, convert(Plain(16), torch.zeros(1, 3, 8, 8)).space.max())
+        table.predict(supernet, convert(TwoGroups(16), torch.zeros(1, 3, 8, 8)).space.max())
     with pytest.raises(WidthError, match="got widths of type dict"):
         table.predict(supernet, supernet.space.max().to_dict())
-    with pytest.raises(ConfigError, match="got a Plain; needed: a Supernet, as convert"):
+    with pytest.raises(ConfigError, match="got a TwoGroups; needed: a Supernet, as convert"):
         table.predict(supernet.model, supernet.space.max())
-    with pytest.raises(ConfigError, match="got a Plain; needed: a Supernet, as convert"):
+    with pytest.raises(ConfigError, match="got a TwoGroups; needed: a Supernet, as convert"):
         table.report(supernet.model, [supernet.space.max()])
     with pytest.raises(LatencyError, match=r"report\(\): got no subnets"):
         table.report(supernet, [])

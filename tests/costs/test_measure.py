@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from helpers.zoo import Plain
+from helpers.models import TwoGroups
 from torch import nn
 
 from timm_autoslim import LatencyTable, measure_latency
@@ -30,7 +30,7 @@ def test_a_model_of_twenty_layers_takes_longer_than_one_of_one():
 
 
 def test_measuring_leaves_model_and_threads_alone():
-    model = Plain().train()
+    model = TwoGroups().train()
     before, threads = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_num_threads()
     assert measure_latency(model, torch.randn(2, 3, 8, 8), threads=2, dtype=torch.float64, repeats=2) > 0
     assert model.training
@@ -81,7 +81,7 @@ def test_models_are_measured_in_turns_and_the_median_turn_counts(monkeypatch):
 )
 def test_what_cannot_be_measured_is_refused(given, message):
     with pytest.raises(LatencyError, match=re.escape(message)):
-        measure_latency(Plain(), torch.randn(2, 3, 8, 8), **given)
+        measure_latency(TwoGroups(), torch.randn(2, 3, 8, 8), **given)
     with pytest.raises(LatencyError, match=re.escape(message)):
         LatencyTable(**given)
 
@@ -89,11 +89,11 @@ def test_what_cannot_be_measured_is_refused(given, message):
 @pytest.mark.parametrize(
     ("model", "inputs", "given", "message"),
     [
-        (Plain(), torch.zeros(1, 3, 8, 8), {"repeats": 0}, "repeats: got 0; needed: a positive integer"),
-        (Plain(), torch.zeros(1, 3, 8, 8), {"repeats": "3"}, "repeats: got '3'; needed: a positive integer"),
+        (TwoGroups(), torch.zeros(1, 3, 8, 8), {"repeats": 0}, "repeats: got 0; needed: a positive integer"),
+        (TwoGroups(), torch.zeros(1, 3, 8, 8), {"repeats": "3"}, "repeats: got '3'; needed: a positive integer"),
         (None, torch.zeros(1, 3, 8, 8), {}, "the model: got a NoneType; needed: an nn.Module, as supernet.extract"),
         (
-            Plain(),
+            TwoGroups(),
             torch.zeros(1, 5, 8, 8),
             {},
             "the model: cannot run as runtime='eager' (RuntimeError: Given",
@@ -107,6 +107,6 @@ def test_a_measurement_that_cannot_be_made_is_refused(model, inputs, given, mess
 
 def test_a_model_without_weights_is_refused():
     with torch.device("meta"):
-        model = Plain()
+        model = TwoGroups()
     with pytest.raises(LatencyError, match="the model: got one on the meta device, without weights"):
         measure_latency(model, torch.randn(2, 3, 8, 8))

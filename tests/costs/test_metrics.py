@@ -6,7 +6,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
-from helpers.zoo import Plain
+from helpers.models import TwoGroups
 
 from timm_autoslim import METRICS, Conditions, Cost, convert, cost, search
 from timm_autoslim.errors import BudgetError, LatencyError
@@ -14,7 +14,7 @@ from timm_autoslim.errors import BudgetError, LatencyError
 
 @pytest.fixture
 def supernet():
-    return convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    return convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
 
 
 def test_every_metric_is_a_field_of_a_cost():

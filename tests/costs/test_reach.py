@@ -3,14 +3,14 @@
 import pytest
 import timm
 import torch
-from helpers.zoo import Plain
+from helpers.models import TwoGroups
 
 from timm_autoslim import Cost, convert, cost, reach
 from timm_autoslim.errors import ConfigError
 
 
 def test_reach_is_that_of_the_graph_whatever_the_space_allows():
-    supernet = convert(Plain(32), torch.zeros(1, 3, 8, 8), min=0.9)
+    supernet = convert(TwoGroups(32), torch.zeros(1, 3, 8, 8), min=0.9)
     limits = reach(supernet)
     half, narrowest = (supernet.space.from_dict({"stem": s, "inner": i}) for s, i in ((16, 32), (1, 1)))
     assert limits.widest == cost(supernet)
@@ -18,7 +18,7 @@ def test_reach_is_that_of_the_graph_whatever_the_space_allows():
 
 
 def test_obstacles_add_up_to_what_is_above_a_quarter():
-    supernet = convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
     limits = reach(supernet)
     above = limits.half.macs / limits.widest.macs - 1 / 4
     assert sum(share for _, share in limits.obstacles) == pytest.approx(above)
@@ -34,6 +34,6 @@ def test_numbers_in_paths_are_left_out_of_reasons():
 
 
 def test_a_model_that_is_no_supernet_is_refused():
-    with pytest.raises(ConfigError, match="the supernet: got a Plain; needed: a Supernet"):
-        reach(Plain())
+    with pytest.raises(ConfigError, match="the supernet: got a TwoGroups; needed: a Supernet"):
+        reach(TwoGroups())
     assert Cost(1, 2) == Cost(1, 2)

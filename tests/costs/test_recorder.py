@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.zoo import Plain
+from helpers.models import TwoGroups
 from torch import nn
 
 from timm_autoslim.costs.recorder import (
@@ -25,7 +25,7 @@ def record(model, example):
 
 def test_operators_are_noted_with_their_modules_and_hooks_are_gone():
     with torch.device("meta"):
-        model, images = Plain().eval(), torch.zeros(2, 3, 8, 8)
+        model, images = TwoGroups().eval(), torch.zeros(2, 3, 8, 8)
     recorder, _ = record(model, images)
     convolutions = [(o.path, o.args[0].shape) for o in recorder.operators if o.name == "aten.convolution.default"]
     assert convolutions == [("stem", (2, 3, 8, 8)), ("inner", (2, 8, 8, 8)), ("outer", (2, 16, 8, 8))]

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.zoo import Plain
+from helpers.models import TwoGroups
 from torch import nn
 
 from timm_autoslim import RUNTIMES, measure_latency
@@ -23,7 +23,7 @@ def test_every_runtime_has_a_name_and_says_what_it_is_measured_in():
 def test_onnxruntime_runs_the_same_model():
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model, images = Plain().eval(), torch.randn(2, 3, 8, 8)
+    model, images = TwoGroups().eval(), torch.randn(2, 3, 8, 8)
     assert measure_latency(model, images, runtime="onnxruntime", repeats=3) > 0
     (logits,) = RUNTIMES["onnxruntime"].start(model, images, 1)()
     with torch.no_grad():
@@ -42,6 +42,6 @@ def test_every_compiled_model_runs_compiled(monkeypatch):
         torch, "compile", lambda model: plain(model, backend=lambda graph, _: compiled.append(1) or graph)
     )
     torch.compiler.reset()
-    models = [Plain(n) for n in range(8, 20)]
+    models = [TwoGroups(n) for n in range(8, 20)]
     assert len(measure_in_turns(models, torch.randn(2, 3, 8, 8), runtime="compile", rounds=2, repeats=1)) == len(models)
     assert len(compiled) == len(models)

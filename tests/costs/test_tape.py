@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.zoo import Member, Plain, arbitrary_widths
+from helpers.models import TwoGroups
+from helpers.widths import arbitrary_widths
+from helpers.zoo import Member
 from torch import nn
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
@@ -147,7 +149,7 @@ def test_lifetimes_by_hand(keep, batch):
 
 
 def test_batch_and_type():
-    supernet = convert(Plain(16), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(16), torch.zeros(1, 3, 8, 8))
     widths = supernet.space.uniform(0.5)
     one, four = (cost(supernet, widths, batch_size=n).peak_bytes for n in (1, 4))
     counters = 3 * 8  # num_batches_tracked
@@ -203,7 +205,7 @@ def test_the_tape_tells_every_size_at_every_width(name):
 
 
 def test_no_tape_is_recorded_inside_a_block():
-    supernet = convert(Plain(), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(), torch.zeros(1, 3, 8, 8))
     with supernet.at(supernet.space.min()), pytest.raises(WidthError, match="leave it first"):
         cost(supernet, batch_size=1)
     before = cost(supernet, batch_size=1)
@@ -212,7 +214,7 @@ def test_no_tape_is_recorded_inside_a_block():
 
 
 def test_a_tape_is_recorded_once_and_anew_where_something_changed():
-    supernet = convert(Plain(), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(), torch.zeros(1, 3, 8, 8))
     tape = get_tape(supernet)
     assert get_tape(supernet) is tape is not get_tape(supernet, 2)
     assert get_tape(copy.deepcopy(supernet)) is not tape
@@ -226,7 +228,7 @@ def test_a_tape_is_recorded_once_and_anew_where_something_changed():
 
 
 def test_a_tape_that_cannot_be_made_says_why():
-    class Deeper(Plain):
+    class Deeper(TwoGroups):
         def forward(self, x):
             x = self.bn(self.stem(x)).relu()
             x = x * 1 if x.shape[1] == 8 else x.clone() + 0  # other operators where it is narrower

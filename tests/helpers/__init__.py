@@ -1,1 +1,1 @@
-"""What is no test: models, folders and ways to run things that several tests share."""
+"""What tests share and is no test: models, specs, comparisons, and ways to run things."""

@@ -9,15 +9,17 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers.zoo import Plain, arbitrary_widths, assert_same, randomise, snapshot
+from helpers.comparisons import assert_same, snapshot
+from helpers.models import TwoGroups, randomise
+from helpers.widths import arbitrary_widths
 from timm_autoslim import convert, cost
 from timm_autoslim.errors import TraceError
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 
 
-class Net(Plain):
-    """`Plain` in two steps, with a body between them that a test gives, and the layers that it needs."""
+class Net(TwoGroups):
+    """`TwoGroups` in two steps, with a body between them that a test gives, and the layers that it needs."""
 
     def __init__(self, body=None, **layers):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Slimmed models made by hand, and their folders: what the tests of exporting and loading share."""
+"""Slim models from specs that are written by hand, and ways to load what was exported of them."""
 
 import pytest
 import timm
@@ -27,7 +27,7 @@ needs_hub = pytest.mark.skipif(not has_hf_hub(), reason="this timm does not work
 
 
 def slim(base, **settings):
-    """A slimmed model with its own BatchNorm statistics, as after calibration."""
+    """Return a slim model with BatchNorm statistics of its own, as after calibration."""
     narrow, attributes, base_args = CASES[base]
     model = build_slimmed(make_recipe(base, narrow, attributes, **base_args), **settings)
     generator = torch.Generator().manual_seed(0)

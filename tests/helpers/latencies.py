@@ -1,4 +1,4 @@
-"""Shared by tests: latencies."""
+"""Latency tables that measure nothing: times that follow from sizes."""
 
 import numpy as np
 

@@ -1,25 +1,14 @@
-"""Shared by tests: members."""
+"""One small member of every model class of timm, and of torchvision's transformers: two blocks, small images.
+
+The convolutional families have members of usual depth in `helpers.zoo`.
+"""
 
 import inspect
-import warnings
 
-import timm
 import torch
 
-import timm_autoslim
-from helpers.zoo import randomise
+from helpers.models import CLASSES, randomise
 from timm_autoslim.artifact.bases import create_base, create_hollow
-
-# The largest error in float64, relative to the output: summation order leaves more than 9 digits in all models but
-# those that cast to float32 inside.
-MNV5 = {"channel_multiplier": 0.1}
-SUMMATION = 1e-9
-CASTS = {
-    "efficientvit_b0": "its linear attention casts to float32",
-    "efficientvit_l1": "its linear attention casts to float32",
-    "deepseek_vit_412m": "its norms cast to float32",
-    "deepseek_vit_412m_enc": "its norms cast to float32",
-}
 
 FOUR = {"depths": [1, 1, 1, 1]}
 LAYERS = {"layers": [1, 1, 1, 1]}
@@ -27,7 +16,9 @@ TWO = {"depth": 2}
 THIN = {"depth": 2, "embed_dim": 96, "num_heads": 4}
 VIT = {"image_size": 32, "patch_size": 16, "num_layers": 2, "num_heads": 2, "hidden_dim": 64, "mlp_dim": 128}
 SWIN = {"patch_size": [4, 4], "embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": [4, 4]}
-MAXVIT = {"input_size": [64, 64], "stem_channels": 32, "partition_size": 2, "block_channels": [32, 64]}
+MAXVIT = {"input_size": [64, 64], "stem_channels": 32, "partition_size": 2, "block_channels": [32, 64],
+          "block_layers": [1, 1], "head_dim": 16, "stochastic_depth_prob": 0.0}  # fmt: skip
+MNV5 = {"channel_multiplier": 0.1}
 # The image's side, the arguments, the names. Where a member takes `img_size`, it gets that side.
 MEMBERS = {
     name: (pixels, arguments)
@@ -72,53 +63,10 @@ MEMBERS = {
 
 
 def build(name):
-    """Return a small member in eval mode, the arguments that build it, and the side of its images."""
+    """Return a small member with random weights, in eval mode, its arguments, and the side of its images."""
     torch.manual_seed(0)
-    pixels, given = MEMBERS[name]
-    sized = "img_size" in inspect.signature(type(create_hollow(name, **given)).__init__).parameters
-    arguments = {"num_classes": 10, **given, **({"img_size": pixels} if sized else {})}
+    pixels, arguments = MEMBERS[name]
+    arguments = {"num_classes": CLASSES, **arguments}
+    if "img_size" in inspect.signature(type(create_hollow(name, **arguments)).__init__).parameters:
+        arguments["img_size"] = pixels
     return randomise(create_base(name, **arguments)).eval(), arguments, pixels
-
-
-def outputs(out):
-    if isinstance(out, torch.Tensor):
-        return [out]
-    return [t for part in (out.values() if isinstance(out, dict) else out) for t in outputs(part)]
-
-
-def equal(a, b):
-    return all(torch.equal(x, y) for x, y in zip(outputs(a), outputs(b), strict=True))
-
-
-def error(a, b):
-    """Return the largest difference of two outputs, relative to the first."""
-    pairs = zip(outputs(a), outputs(b), strict=True)
-    return max(float((x - y).abs().max() / x.abs().max()) for x, y in pairs)
-
-
-def arbitrary(space, seed):
-    """Return random widths, from the floor to the size of each group."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = {g.name: int(torch.randint(g.floor, g.size + 1, (), generator=generator)) for g in space.groups}
-    return space.from_dict(draw)
-
-
-def check_reloaded(plain, images, folder):
-    """An exported and reloaded model is the extracted one, bit for bit."""
-    for module in plain.modules():
-        if getattr(module, "num_batches_tracked", None) is not None:
-            module.num_batches_tracked.fill_(1)  # as calibrated
-    timm_autoslim.export(plain, folder)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert equal(again(images), plain(images))
-
-
-def check_fused(plain, images, bound):
-    """Fused attention scales by the head_dim that it sees, the other path by a stored scale: they must agree."""
-    fused = plain(images)
-    for module in plain.modules():
-        if "fused_attn" in vars(module):
-            module.fused_attn = False
-    assert error(fused, plain(images)) <= bound

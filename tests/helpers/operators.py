@@ -1,4 +1,4 @@
-"""Shared by tests of operator rules: one operator runs on labelled tensors of the meta device, and its rule with it."""
+"""Operator rules by themselves: one operator runs on labelled tensors of the meta device, and its rule with it."""
 
 import torch
 

@@ -1,15 +1,17 @@
-"""Shared by tests: searches."""
+"""Small networks to search, what an evaluate charges for their widths, and what every result must hold."""
 
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from timm_autoslim import cost
+from helpers.models import randomise
+from timm_autoslim import HeldOut, convert, cost
 from timm_autoslim.slimming.budgets import Budget
 
 IMAGE = torch.zeros(1, 3, 8, 8)
-SIZES = {"a": 16, "b": 16, "c": 32}
+SIZES = {"a": 16, "b": 16, "c": 32}  # channels of the branches
+PRICES = {"a": 5.0, "b": 1.0, "c": 3.0}  # of their channels, in a loss
 
 
 class Branches(nn.Module):
@@ -28,7 +30,15 @@ class Branches(nn.Module):
         ).mean((2, 3))  # fmt: skip
 
 
-def missing(supernet, **price):
+def make_supernet():
+    """Convert three branches with random weights."""
+    return convert(randomise(Branches()), IMAGE, min=2, divisor=2)
+
+
+# -- losses by width --------------------------------------------------------------------------------------------------
+
+
+def charge(supernet, **price):
     """Return an evaluate that charges, for every group, a price for each channel that is gone; it counts its calls."""
 
     def evaluate(subnet):
@@ -41,7 +51,24 @@ def missing(supernet, **price):
     return evaluate
 
 
-# -- budgets are filled, and may be several limits at once ------------------------------------------------------------
+def held_out(supernet, parts=4, seen=None):
+    """Return an evaluate in parts of 1, 2, 3... images, whose prices differ a little from part to part."""
+
+    def score(subnet, part):
+        assert subnet(IMAGE.repeat(part + 1, 1, 1, 1)).shape == (part + 1, 4)
+        if seen is not None:
+            seen.append((supernet.space.from_dict(width_of(supernet)), part))
+        return sum(PRICES[n] * (1 + 0.1 * part) / w for n, w in width_of(supernet).items())
+
+    return HeldOut(range(parts), score)
+
+
+def width_of(supernet):
+    """Return the widths that the supernet runs with now, by group."""
+    return {g.name: supernet.model.get_submodule(g.name).weight.shape[0] for g in supernet.space.groups}
+
+
+# -- networks and budgets of any kind ---------------------------------------------------------------------------------
 
 
 class Chain(nn.Module):
@@ -65,17 +92,12 @@ class Chain(nn.Module):
 
 # the images' three channels are fixed, so the first convolution is never residual
 layers = st.lists(st.tuples(st.integers(2, 40), st.booleans()), min_size=1, max_size=5).map(
-    lambda found: [(found[0][0], False), *found[1:]]
+    lambda sizes: [(sizes[0][0], False), *sizes[1:]]
 )
 few = settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
-def width_of(supernet):
-    """Return the widths that the supernet runs with now, by group."""
-    return {g.name: supernet.model.get_submodule(g.name).weight.shape[0] for g in supernet.space.groups}
-
-
-def drawn_budgets(supernet, draw, metrics):
+def draw_budgets(supernet, draw, metrics):
     """Draw one reachable limit for each metric, anywhere from the narrowest to the whole."""
     low, high = cost(supernet, supernet.space.min()), cost(supernet)
     return " and ".join(
@@ -101,8 +123,8 @@ def assert_filled(supernet, found):
 # -- costs that may grow as groups narrow ---------------------------------------------------------------------------
 
 
-class Said:
-    """Predicts what a function of the widths, as shares of the groups' sizes, says."""
+class LatencyFunction:
+    """A latency table's stand-in: it predicts by a function of the widths, as shares of the groups' sizes."""
 
     def __init__(self, milliseconds):
         self.milliseconds = milliseconds

@@ -1,8 +1,7 @@
-"""Shared by tests: specs."""
+"""Specs written by hand, and changes of them."""
 
 import copy
 
-import torch
 from torch import nn
 
 from timm_autoslim.artifact.load import create_base
@@ -51,11 +50,3 @@ def changed(recipe, path, value):
         target = target[part]
     target[leaf] = value
     return copied
-
-
-def state(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

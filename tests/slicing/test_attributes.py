@@ -1,8 +1,8 @@
 """Attributes set by path, in modules and in containers of every kind, and put back."""
 
 import pytest
+from helpers.comparisons import assert_same, snapshot
 from helpers.tied import SLICED_ATTRIBUTES, TIED_SLICES, Tied
-from helpers.zoo import assert_same, snapshot
 from torch import nn
 
 from timm_autoslim.slicing.attributes import restore_attributes, set_attributes

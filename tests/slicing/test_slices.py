@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from helpers.comparisons import assert_same, snapshot
+from helpers.models import TwoGroups, randomise
 from helpers.tied import HALF, SLICED_ATTRIBUTES, TIED_SLICES, Tied
-from helpers.zoo import Plain, assert_same, randomise, snapshot
 from torch import nn
 
 from timm_autoslim.slicing.slices import (
@@ -72,7 +73,7 @@ def test_gradients_of_a_block_reach_the_full_parameters():
 
 
 def test_buffers_of_a_block_are_copies():
-    model = randomise(Plain()).train()
+    model = randomise(TwoGroups()).train()
     slices = Slices({"bn.running_mean": (None,), "bn.running_var": (None,), "bn.num_batches_tracked": ()}, {})
     before = snapshot(model)
     with apply_slices(model, slices):
@@ -141,7 +142,7 @@ def test_the_result_has_weights_of_its_own_and_keeps_ties_and_types(cut):
 
 
 def test_a_block_a_copy_and_a_model_cut_in_place_agree():
-    model = randomise(Plain()).eval()
+    model = randomise(TwoGroups()).eval()
     slices = Slices(
         {"inner.weight": (((0, 5),), None, None, None), "outer.weight": (None, ((0, 5),), None, None)}
         | {f"bn_inner.{leaf}": (((0, 5),),) for leaf in ("weight", "bias", "running_mean", "running_var")},

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers.searches import IMAGE, SIZES, Branches, Chain, assert_filled, drawn_budgets, few, layers, missing, width_of
-from helpers.zoo import assert_same, randomise, snapshot
+from helpers.comparisons import assert_same, snapshot
+from helpers.models import randomise
+from helpers.searches import IMAGE, SIZES, Branches, Chain, assert_filled, charge, draw_budgets, few, layers, width_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ def supernet():
 def test_every_baseline_fills_every_budget_counts_and_repeats_itself(layers, data):
     supernet = convert(Chain(layers), IMAGE)
     units = [{"macs"}, {"params"}, {"macs", "params"}]
-    texts = [drawn_budgets(supernet, data.draw, u) for u in units]
+    texts = [draw_budgets(supernet, data.draw, u) for u in units]
     criterion = data.draw(st.sampled_from(["l1", "l2", "bn_scale", "fpgm", "lamp", "random"]))
     seen = []
 
@@ -54,7 +55,7 @@ def test_every_baseline_fills_every_budget_counts_and_repeats_itself(layers, dat
 
 @pytest.mark.parametrize("metric", ["macs", "params"])
 def test_uniform_is_uniform_at(supernet, metric):
-    result = baseline(supernet, {metric: ["70%", "30%"]}, missing(supernet, a=5, b=1, c=3), "uniform")
+    result = baseline(supernet, {metric: ["70%", "30%"]}, charge(supernet, a=5, b=1, c=3), "uniform")
     assert [n.widths for n in result.networks] == [uniform_at(supernet, metric, share) for share in ("70%", "30%")]
 
 
@@ -73,14 +74,14 @@ def test_the_best_of_all_that_was_scored_is_found(supernet, kind):
 
 
 def test_another_seed_draws_others(supernet):
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     for kind in ("random", "evolutionary"):
         drawn = [baseline(supernet, {"macs": "40%"}, evaluate, kind, candidates=3, seed=s).networks for s in range(4)]
         assert len({network.widths for (network,) in drawn}) > 1
 
 
 def test_each_budget_is_searched_as_if_alone(supernet):
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     for kind in KINDS:
         both = baseline(supernet, {"macs": ["60%", "30%"]}, evaluate, kind, **FEW)
         alone = [baseline(supernet, {"macs": share}, evaluate, kind, **FEW).networks[0] for share in ("60%", "30%")]
@@ -119,7 +120,7 @@ def test_the_least_important_channels_of_the_whole_network_go_first(supernet, cr
                 supernet.model.get_submodule(layer).weight.narrow(axis, 0, count).fill_(1e-3)
             norm.weight[:count] = 1e-3  # the first, so that it is the score and not the place that counts
     kept = supernet.space.from_dict({name: SIZES[name] - count for name, count in weak.items()})
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     result = baseline(supernet, {"macs": cost(supernet, kept).macs}, evaluate, "importance", criterion=criterion)
     assert result.networks[0].widths == kept
     assert evaluate.calls == 1
@@ -129,7 +130,7 @@ def test_no_group_is_ranked_below_its_narrowest_width(supernet):
     with torch.no_grad():
         supernet.model.a.weight.mul_(torch.logspace(0, -12, 16).view(-1, 1, 1, 1))
         supernet.model.a_out.weight.mul_(torch.logspace(0, -12, 16).view(1, -1, 1, 1))
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     for share in ("80%", "40%", "10%"):
         assert baseline(supernet, {"macs": share}, evaluate, "importance").networks[0].widths["a"] >= 2
 
@@ -145,7 +146,7 @@ def test_groups_without_scores_keep_the_share_that_others_keep():
 
 
 def test_taylor_needs_gradients(supernet):
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     with pytest.raises(WidthError, match=r'a\.weight: got no gradient; .* criterion "taylor"'):
         baseline(supernet, {"macs": "50%"}, evaluate, "importance", criterion="taylor")
     assert evaluate.calls == 0
@@ -178,7 +179,7 @@ def test_taylor_needs_gradients(supernet):
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_evaluated(supernet, given, error, message):
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     with pytest.raises(error, match=message):
         baseline(supernet, **{"budgets": {"macs": "50%"}, "evaluate": evaluate, "method": "random", **given})
     assert evaluate.calls == 0

@@ -1,8 +1,7 @@
 """The candidates of a step: one step narrower, never further below a budget than needed, and ranked."""
 
 import pytest
-from helpers.scoring import make_supernet
-from helpers.searches import SIZES
+from helpers.searches import SIZES, make_supernet
 
 from timm_autoslim import RANKINGS, cost
 from timm_autoslim.slimming.budgets import parse_limits

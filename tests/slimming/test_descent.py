@@ -5,7 +5,7 @@ import json
 import random
 
 import pytest
-from helpers.searches import IMAGE, SIZES, Branches, Chain, missing, width_of
+from helpers.searches import IMAGE, SIZES, Branches, Chain, charge, width_of
 from helpers.zoo import randomise
 
 from timm_autoslim import HeldOut, convert, cost, search
@@ -32,7 +32,7 @@ def best(supernet, metric, budget, price):
 @pytest.mark.parametrize("share", ["75%", "50%", "25%"])
 @pytest.mark.parametrize("price", [{"a": 5.0, "b": 1.0, "c": 3.0}, {"a": 1.0, "b": 7.0, "c": 0.25}])
 def test_where_costs_add_up_greedy_by_cost_is_the_best_there_is(supernet, mode, metric, share, price):
-    evaluate = missing(supernet, **price)
+    evaluate = charge(supernet, **price)
     found = search(supernet, {metric: share}, evaluate, mode=mode, steps=100, refine="none").networks[0]
     assert found.cost.pick(metric) <= found.budget
     assert found.loss == pytest.approx(best(supernet, metric, found.budget, price))
@@ -46,8 +46,8 @@ def test_ranking_by_loss_alone_takes_the_step_that_hurts_least_whatever_it_saves
         "b": 9.0,
         "c": 0.5,
     }  # a step of c costs 4 and saves four times as much as one of a, which costs 2
-    by_loss = search(supernet, {"macs": "90%"}, missing(supernet, **price), rank="loss", steps=100)
-    by_cost = search(supernet, {"macs": "90%"}, missing(supernet, **price), rank="per_cost", steps=100)
+    by_loss = search(supernet, {"macs": "90%"}, charge(supernet, **price), rank="loss", steps=100)
+    by_cost = search(supernet, {"macs": "90%"}, charge(supernet, **price), rank="per_cost", steps=100)
     assert by_loss.steps[0].group == "a"
     assert by_cost.steps[0].group == "c"
 
@@ -105,6 +105,6 @@ def test_ties_are_decided_by_the_seed(mode):
 
 
 def test_more_steps_are_finer_steps(supernet):
-    few, many = (search(supernet, {"macs": "30%"}, missing(supernet, a=5, b=1, c=3), steps=n) for n in (2, 100))
+    few, many = (search(supernet, {"macs": "30%"}, charge(supernet, a=5, b=1, c=3), steps=n) for n in (2, 100))
     assert len(few.steps) < len(many.steps)
     assert few.evaluations < many.evaluations

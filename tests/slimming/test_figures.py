@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from helpers.scoring import held_out, make_supernet
+from helpers.searches import held_out, make_supernet
 
 from timm_autoslim import baseline, search
 from timm_autoslim.slimming.figures import FIGURES, find_row, list_rows, render_png

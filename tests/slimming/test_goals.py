@@ -3,8 +3,8 @@
 import pytest
 import torch
 from helpers.latencies import fake_times
-from helpers.searches import IMAGE, SIZES, Branches, Said, aligned, in_step, missing
-from helpers.zoo import Plain, randomise
+from helpers.models import TwoGroups, randomise
+from helpers.searches import IMAGE, SIZES, Branches, LatencyFunction, aligned, charge, in_step
 from torch import nn
 
 from timm_autoslim import Budget, Conditions, LatencyTable, baseline, convert, cost, parse_budgets, search, uniform_at
@@ -15,7 +15,7 @@ from timm_autoslim.slimming.goals import Goal, fill, find_subnet, find_uniform, 
 
 @pytest.fixture(scope="module")
 def supernet():
-    return convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    return convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_budgets_say_what_the_user_wrote(supernet):
 
 
 def test_a_search_keeps_a_budget_of_memory():
-    supernet = convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
     eight = Conditions(batch_size=8)
     widest = cost(supernet, batch_size=8)
     result = search(supernet, ["peak_bytes<=60% and macs<=70%"], lambda subnet: 1.0, conditions=eight)
@@ -172,7 +172,7 @@ def test_a_search_keeps_a_budget_of_memory_that_a_narrower_group_can_exceed(mode
 
 
 def test_a_budget_of_memory_out_of_reach_is_refused():
-    supernet = convert(Plain(32), torch.zeros(1, 3, 8, 8))
+    supernet = convert(TwoGroups(32), torch.zeros(1, 3, 8, 8))
     with pytest.raises(BudgetError, match="the budget of 1,000 peak_bytes is out of reach: the narrowest"):
         parse_budgets(supernet, ["macs<=50% and peak_bytes<=1k"])
 
@@ -218,8 +218,8 @@ def choose(method, supernet, budget, evaluate, conditions, **more):
 @pytest.mark.parametrize("milliseconds", [aligned, in_step, slow_when_narrow])
 @pytest.mark.parametrize("budget", ["latency_ms<=80%", "latency_ms<=50%", "latency_ms<=60% and macs<=40%"])
 def test_a_reachable_budget_is_met_whatever_the_cost_does(branches, method, milliseconds, budget):
-    latency = Said(milliseconds)
-    setting = branches, [budget], missing(branches, a=5, b=1, c=3), Conditions(latency=latency)
+    latency = LatencyFunction(milliseconds)
+    setting = branches, [budget], charge(branches, a=5, b=1, c=3), Conditions(latency=latency)
     found = choose(method, *setting)
     spent = cost(branches, found.widths, latency=latency)
     assert all(spent.pick(metric) == found.cost.pick(metric) <= limit for metric, limit in found.limits.items())
@@ -231,8 +231,8 @@ def test_a_reachable_budget_is_met_whatever_the_cost_does(branches, method, mill
 
 
 def test_a_budget_that_neither_the_narrowest_nor_a_uniform_subnet_meets_is_refused(branches):
-    conditions = Conditions(latency=Said(slow_when_narrow))
-    evaluate = missing(branches, a=5, b=1, c=3)
+    conditions = Conditions(latency=LatencyFunction(slow_when_narrow))
+    evaluate = charge(branches, a=5, b=1, c=3)
     message = (
         r"the budget of 2\.000 latency_ms .* narrowest .* has 9\.250 \(92\.5% .*, and no uniform one holds it; raise"
     )

@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from helpers.searches import IMAGE, SIZES, Branches, Chain, assert_filled, drawn_budgets, few, layers, missing, width_of
+from helpers.searches import IMAGE, SIZES, Branches, Chain, assert_filled, charge, draw_budgets, few, layers, width_of
 from helpers.zoo import randomise
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +36,7 @@ def test_where_wider_is_better_every_budget_is_filled(layers, data, mode):
     supernet = convert(Chain(layers), IMAGE)
     prices = {g.name: data.draw(st.floats(0.1, 10)) for g in supernet.space.groups}
     units = [{"macs"}, {"params"}, {"macs", "params"}]
-    texts = [drawn_budgets(supernet, data.draw, u) for u in data.draw(st.lists(st.sampled_from(units), min_size=1))]
+    texts = [draw_budgets(supernet, data.draw, u) for u in data.draw(st.lists(st.sampled_from(units), min_size=1))]
 
     def evaluate(subnet):
         return sum(prices[n] / w for n, w in width_of(supernet).items())
@@ -60,7 +60,7 @@ def test_where_wider_is_better_every_budget_is_filled(layers, data, mode):
 @given(layers, st.data(), st.integers(0, 1000))
 def test_whatever_the_losses_refining_never_raises_them(layers, data, seed):
     supernet = convert(Chain(layers), IMAGE)
-    texts = [drawn_budgets(supernet, data.draw, {"macs"}), drawn_budgets(supernet, data.draw, {"macs", "params"})]
+    texts = [draw_budgets(supernet, data.draw, {"macs"}), draw_budgets(supernet, data.draw, {"macs", "params"})]
 
     def evaluate(subnet):
         return random.Random(f"{seed} {width_of(supernet)}").random()
@@ -77,7 +77,7 @@ def test_whatever_the_losses_refining_never_raises_them(layers, data, seed):
 def test_refined_on_the_choices_no_width_leaves_them(layers, divisor, data, mode):
     supernet = convert(Chain(layers), IMAGE, divisor=divisor)
     space = supernet.space
-    texts = [drawn_budgets(supernet, data.draw, {"macs"}), drawn_budgets(supernet, data.draw, {"macs", "params"})]
+    texts = [draw_budgets(supernet, data.draw, {"macs"}), draw_budgets(supernet, data.draw, {"macs", "params"})]
     rough, aligned, refined = (
         search(supernet, texts, lambda _: -sum(width_of(supernet).values()), refine=r, mode=mode)
         for r in ("none", "choices", "units")
@@ -112,7 +112,7 @@ def test_where_wider_is_worse_the_descent_is_not_refined(supernet):
 
 def test_trades_take_steps_back(supernet):
     """From widths that no single widening can mend, the dear group is widened and a cheap one narrowed."""
-    evaluate = missing(supernet, a=9.0, b=1.0, c=0.1)
+    evaluate = charge(supernet, a=9.0, b=1.0, c=0.1)
     order = dict(zip(supernet.space.names, range(3), strict=True))
     descent = FastDescent(supernet, Scorer(supernet, evaluate), "per_cost", 4, order)
     descent.widths = supernet.space.from_dict({"a": 4, "b": 8, "c": 32})
@@ -129,7 +129,7 @@ def test_trades_take_steps_back(supernet):
 def test_the_refinement_widens_the_group_that_helps_most(supernet):
     # 13 of the 64 channels, all of which cost the same
     rough, refined = (
-        search(supernet, {"macs": "20.4%"}, missing(supernet, a=1.0, b=1.1, c=9.0), refine=r).networks[0]
+        search(supernet, {"macs": "20.4%"}, charge(supernet, a=1.0, b=1.1, c=9.0), refine=r).networks[0]
         for r in ("none", "units")
     )
     assert rough.widths.to_dict() == {"a": 2, "b": 2, "c": 8}

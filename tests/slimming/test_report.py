@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from helpers.scoring import held_out, make_supernet
+from helpers.searches import held_out, make_supernet
 from PIL import Image
 
 from timm_autoslim import SearchResult, baseline, search

@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from helpers.scoring import held_out, make_supernet
-from helpers.searches import Said
+from helpers.searches import LatencyFunction, held_out, make_supernet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,7 +78,7 @@ def test_a_file_gives_back_what_was_saved(supernet, result, tmp_path, method):
 
 
 def test_costs_in_other_metrics_are_given_back_too(supernet, tmp_path):
-    conditions = Conditions(batch_size=3, latency=Said(lambda shares: 10 * sum(shares) + 0.125))
+    conditions = Conditions(batch_size=3, latency=LatencyFunction(lambda shares: 10 * sum(shares) + 0.125))
     budgets = ["latency_ms<=70% and peak_bytes<=90%"]
     result = search(supernet, budgets, held_out(supernet), conditions=conditions, steps=2)
     result.save(tmp_path / "x.json")

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from helpers.scoring import PRICES, held_out, make_supernet
-from helpers.searches import IMAGE, width_of
+from helpers.searches import IMAGE, PRICES, held_out, make_supernet, width_of
 
 from timm_autoslim import HeldOut, Team, baseline, cost, search
 from timm_autoslim.errors import DataError, EvaluationError, StaleStatisticsError

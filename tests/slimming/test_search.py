@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.searches import IMAGE, SIZES, Branches, assert_filled, missing
-from helpers.zoo import Plain, assert_same, randomise, snapshot
+from helpers.comparisons import assert_same, snapshot
+from helpers.models import TwoGroups, randomise
+from helpers.searches import IMAGE, SIZES, Branches, assert_filled, charge
 from torch import nn
 
 from timm_autoslim import baseline, convert, cost, search, uniform_at
@@ -23,14 +24,14 @@ def supernet():
 
 def test_one_descent_serves_every_budget_and_each_is_met(supernet):
     price = {"a": 5.0, "b": 1.0, "c": 3.0}
-    together = missing(supernet, **price)
+    together = charge(supernet, **price)
     result = search(supernet, {"macs": ["80%", "40%", "60%"]}, together, refine="none")
     whole = cost(supernet).macs
     assert [round(n.budget / whole, 6) for n in result.networks] == [0.8, 0.6, 0.4]
     assert all(0.9 * n.budget < n.cost.macs <= n.budget for n in result.networks)
     assert all(n.cost == cost(supernet, n.widths) for n in result.networks)
     assert result.evaluations == together.calls
-    alone = [missing(supernet, **price) for _ in range(3)]
+    alone = [charge(supernet, **price) for _ in range(3)]
     for share, evaluate in zip(("80%", "60%", "40%"), alone, strict=True):
         search(supernet, {"macs": share}, evaluate, refine="none")
     assert together.calls < sum(evaluate.calls for evaluate in alone)
@@ -39,7 +40,7 @@ def test_one_descent_serves_every_budget_and_each_is_met(supernet):
 
 
 def test_budgets_in_both_metrics_are_met_on_the_way_down(supernet):
-    result = search(supernet, {"params": ["50%"], "macs": ["70%", "30%"]}, missing(supernet, a=5, b=1, c=3))
+    result = search(supernet, {"params": ["50%"], "macs": ["70%", "30%"]}, charge(supernet, a=5, b=1, c=3))
     assert [n.metric for n in result.networks] == ["macs", "params", "macs"]
     assert all(n.cost.pick(n.metric) <= n.budget for n in result.networks)
 
@@ -78,7 +79,7 @@ def test_a_real_network_leaves_little_of_its_budgets_unused(divisor, metric, ran
 
 def test_the_steps_tell_the_way_from_the_widest_to_the_last_network(supernet):
     seen = []
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     result = search(supernet, {"macs": ["60%", "30%"]}, evaluate, on_step=seen.append, refine="none")
     assert tuple(seen) == result.steps
     assert [step.index for step in seen] == list(range(len(seen)))
@@ -100,14 +101,14 @@ def test_the_steps_tell_the_way_from_the_widest_to_the_last_network(supernet):
 
 def test_the_same_search_finds_the_same(supernet):
     torch.manual_seed(1)
-    first = search(supernet, {"macs": ["60%", "30%"]}, missing(supernet, a=2, b=1, c=1))
+    first = search(supernet, {"macs": ["60%", "30%"]}, charge(supernet, a=2, b=1, c=1))
     torch.manual_seed(2)
     again = convert(randomise(Branches()), IMAGE, min=2, divisor=2)
-    assert search(again, {"macs": ["60%", "30%"]}, missing(again, a=2, b=1, c=1)).to_dict() == first.to_dict()
+    assert search(again, {"macs": ["60%", "30%"]}, charge(again, a=2, b=1, c=1)).to_dict() == first.to_dict()
 
 
 def test_a_budget_above_the_widest_is_the_widest(supernet):
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     result = search(supernet, {"macs": "100%"}, evaluate)
     assert result.networks[0].widths == supernet.space.max()
     assert result.steps == ()
@@ -150,7 +151,7 @@ def test_scoring_normalises_by_the_batch_runs_without_gradients_and_leaves_no_tr
 def test_all_limits_of_a_budget_hold_and_are_recorded(supernet):
     whole = cost(supernet)
     texts = ["params<=90% and macs<=50%", "macs<=80%", "macs<=75% and params<=40%"]
-    result = search(supernet, texts, missing(supernet, a=5, b=1, c=3))
+    result = search(supernet, texts, charge(supernet, a=5, b=1, c=3))
     # in the order of the descent: by the limit that is the smallest share
     assert [n.limits for n in result.networks] == [
         {"macs": 0.8 * whole.macs},
@@ -174,15 +175,15 @@ def test_all_limits_of_a_budget_hold_and_are_recorded(supernet):
 
 
 def test_a_limit_that_binds_nothing_changes_nothing(supernet):
-    one = search(supernet, {"macs": "50%"}, missing(supernet, a=5, b=1, c=3))
-    both = search(supernet, ["macs<=50% and params<=100%"], missing(supernet, a=5, b=1, c=3))
+    one = search(supernet, {"macs": "50%"}, charge(supernet, a=5, b=1, c=3))
+    both = search(supernet, ["macs<=50% and params<=100%"], charge(supernet, a=5, b=1, c=3))
     assert both.networks[0].widths == one.networks[0].widths
     assert path(both) == path(one)
 
 
 def test_a_list_of_texts_says_what_a_dict_says(supernet):
-    texts = search(supernet, ["macs<=30%", "macs <= 60%"], missing(supernet, a=5, b=1, c=3))
-    assert texts == search(supernet, {"macs": ["60%", "30%"]}, missing(supernet, a=5, b=1, c=3))
+    texts = search(supernet, ["macs<=30%", "macs <= 60%"], charge(supernet, a=5, b=1, c=3))
+    assert texts == search(supernet, {"macs": ["60%", "30%"]}, charge(supernet, a=5, b=1, c=3))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_a_list_of_texts_says_what_a_dict_says(supernet):
     ],
 )
 def test_budgets_are_refused_before_anything_is_evaluated(supernet, budgets, message):
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     with pytest.raises(BudgetError, match=message):
         search(supernet, budgets, evaluate)
     assert evaluate.calls == 0
@@ -240,7 +241,7 @@ def test_budgets_are_refused_before_anything_is_evaluated(supernet, budgets, mes
     ],
 )
 def test_other_arguments_are_refused_before_anything_is_evaluated(supernet, given, message):
-    evaluate = missing(supernet, a=5, b=1, c=3)
+    evaluate = charge(supernet, a=5, b=1, c=3)
     with pytest.raises(ConfigError, match=message):
         search(supernet, {"macs": "50%"}, evaluate, **given)
     assert evaluate.calls == 0
@@ -309,10 +310,10 @@ def test_statistics_of_another_network_are_never_scored(supernet, to_eval):
 
 def test_a_search_inside_a_block_is_refused(supernet):
     with supernet.at(supernet.space.min()), pytest.raises(ValueError, match=r"block is open already"):
-        search(supernet, {"macs": "50%"}, missing(supernet, a=5, b=1, c=3))
+        search(supernet, {"macs": "50%"}, charge(supernet, a=5, b=1, c=3))
 
 
 def test_parameters_can_be_the_budget():
-    supernet = convert(Plain(32), IMAGE)
+    supernet = convert(TwoGroups(32), IMAGE)
     found = search(supernet, {"params": "40%"}, lambda subnet: subnet(torch.ones(4, 3, 8, 8)).std()).networks[0]
     assert found.cost.params <= found.budget

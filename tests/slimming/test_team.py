@@ -4,8 +4,7 @@ import threading
 
 import pytest
 import torch
-from helpers.scoring import held_out, make_supernet
-from helpers.searches import Said, in_step
+from helpers.searches import LatencyFunction, held_out, in_step, make_supernet
 
 from timm_autoslim import Conditions, SharedLatency, Team, baseline, search
 from timm_autoslim.errors import ConfigError, LatencyError
@@ -95,7 +94,7 @@ def test_a_team_and_a_resumed_search_find_the_same_where_no_first_step_saves(mod
 
     def work(team, known=None):
         supernet = make_supernet()
-        conditions = Conditions(latency=SharedLatency(Said(in_step), team))
+        conditions = Conditions(latency=SharedLatency(LatencyFunction(in_step), team))
         budgets = ["latency_ms<=60% and macs<=80%", "latency_ms<=30%"]
         shared = {"conditions": conditions, "scores": known, "team": team}
         return search(supernet, budgets, held_out(supernet), mode=mode, **shared).to_dict()

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.zoo import Member, Plain, assert_same, randomise, snapshot
+from helpers.comparisons import assert_same, snapshot
+from helpers.models import TwoGroups, randomise
+from helpers.zoo import Member
 from torch import nn
 
 from timm_autoslim import convert
@@ -19,7 +21,7 @@ EXACT = 1e-10
 
 @pytest.fixture
 def model():
-    return randomise(Plain()).eval()
+    return randomise(TwoGroups()).eval()
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def find_strand(supernet, name):
 def test_every_criterion_permutes_and_changes_nothing_else(model, images, order):
     with_gradients(model, images)
     supernet = convert(model, IMAGE, order=order)
-    assert type(supernet.model) is Plain
+    assert type(supernet.model) is TwoGroups
     torch.testing.assert_close(supernet(images), model(images), rtol=ROUNDING, atol=ROUNDING)
     double = convert(model.double(), IMAGE.double(), order=order)
     torch.testing.assert_close(double(images.double()), model(images.double()), rtol=EXACT, atol=EXACT)
@@ -155,7 +157,7 @@ def test_narrow_subnets_keep_the_best_channels(model, images):
 
 
 def test_a_permutation_moves_channels_where_it_says():
-    model = randomise(Plain())
+    model = randomise(TwoGroups())
     supernet = convert(model, IMAGE)
     inner = find_strand(supernet, "inner")
     order = np.roll(np.arange(16), 3)

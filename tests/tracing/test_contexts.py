@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.conversions import IMAGE, Net, check_conversion, make_images, make_net, read_outline
-from helpers.zoo import Plain, randomise
+from helpers.models import TwoGroups, randomise
 from torch import nn
 
 from timm_autoslim import convert, cost
@@ -53,7 +53,7 @@ def test_layers_that_are_dropped_at_random_are_traced_along_one_path():
 
 
 def test_a_model_that_stores_an_activation_can_be_extracted_after_a_pass_with_gradients():
-    class Storing(Plain):
+    class Storing(TwoGroups):
         def forward(self, x):
             self.last = self.stem(x)
             return super().forward(x)

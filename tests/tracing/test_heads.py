@@ -3,8 +3,8 @@
 import pytest
 import timm
 import torch
-from helpers.members import check_fused, equal
-from helpers.zoo import randomise
+from helpers.comparisons import check_fused, equal
+from helpers.models import randomise
 from torch import nn
 
 import timm_autoslim
@@ -20,39 +20,39 @@ def small(name="test_vit", **arguments):
 
 def test_heads_lose_channels_and_their_scale_follows():
     supernet = timm_autoslim.convert(small(depth=2))
-    whole = supernet.model.blocks[0].attn
+    before = supernet.model.blocks[0].attn
     attention = supernet.extract(supernet.space.uniform(0.5, exact=True)).blocks[0].attn
-    assert (attention.num_heads, attention.head_dim) == (whole.num_heads, whole.head_dim // 2)
+    assert (attention.num_heads, attention.head_dim) == (before.num_heads, before.head_dim // 2)
     assert attention.scale == attention.head_dim**-0.5
 
 
-def test_whole_heads_go_where_the_user_says():
+def test_whole_heads_go_where_the_user_wants_it():
     supernet = timm_autoslim.convert(small(depth=2), whole_heads="blocks.1.attn")
     narrow = supernet.extract(supernet.space.from_dict({g.name: max(1, g.size // 2) for g in supernet.space.groups}))
     first, second = narrow.blocks[0].attn, narrow.blocks[1].attn
-    whole = supernet.model.blocks[0].attn
-    assert (first.num_heads, first.head_dim) == (whole.num_heads, whole.head_dim // 2)
-    assert (second.num_heads, second.head_dim) == (whole.num_heads // 2, whole.head_dim)
-    assert second.scale == whole.scale
+    before = supernet.model.blocks[0].attn
+    assert (first.num_heads, first.head_dim) == (before.num_heads, before.head_dim // 2)
+    assert (second.num_heads, second.head_dim) == (before.num_heads // 2, before.head_dim)
+    assert second.scale == before.scale
     with pytest.raises(WidthError, match=r"no_such.*matches no module that splits channels into heads"):
         timm_autoslim.convert(small(depth=2), whole_heads=["blocks.*.attn", "no_such"])
 
 
-def test_a_stale_scale_would_be_seen():
+def test_a_stale_scale_would_be_noticed():
     supernet = timm_autoslim.convert(small(depth=2))
-    plain = supernet.extract(supernet.space.min()).double()
+    slim = supernet.extract(supernet.space.min()).double()
     images = torch.randn(2, 3, 160, 160).double()
     with torch.no_grad():
-        check_fused(plain, images, 1e-9)
-        for block in plain.blocks:
+        check_fused(slim, images, 1e-9)
+        for block in slim.blocks:
             block.attn.fused_attn, block.attn.scale = True, supernet.model.blocks[0].attn.scale
         with pytest.raises(AssertionError):
-            check_fused(plain, images, 1e-9)
+            check_fused(slim, images, 1e-9)
 
 
 @pytest.mark.parametrize("tokens", [16, 9])
 def test_as_many_tokens_as_channels_of_a_head_do_not_hold_the_scale(tokens):
-    """A scale is known by its value, and tokens can be as many as the channels of a head."""
+    """A scale is recognised by its value, and tokens can be as many as the channels of a head."""
     model = small("vit_tiny_patch16_224", depth=1, embed_dim=48, num_heads=3, img_size=64 if tokens == 16 else 48,
                   class_token=False, global_pool="avg")  # fmt: skip
     supernet = timm_autoslim.convert(model)
@@ -62,7 +62,7 @@ def test_as_many_tokens_as_channels_of_a_head_do_not_hold_the_scale(tokens):
     assert attention.scale == 8**-0.5
 
 
-def test_rotary_tables_that_a_module_renews_stay_whole_and_heads_go():
+def test_rotary_tables_that_a_module_renews_keep_their_size_and_heads_go():
     model = small("eva02_tiny_patch14_224", depth=2, img_size=56)
     supernet = timm_autoslim.convert(model)
     narrow = supernet.extract(supernet.space.from_dict({g.name: max(1, g.size // 2) for g in supernet.space.groups}))
@@ -87,13 +87,13 @@ class Halves(nn.Module):
         return self.head(x * self.table)
 
 
-def test_a_recipe_says_which_channels_of_an_unsaved_table_stay():
+def test_a_spec_names_the_channels_of_an_unsaved_table_that_stay():
     model, images = Halves().eval(), torch.randn(2, 3, 4, 4)
     supernet = timm_autoslim.convert(model, images)
-    recipe = supernet.extract(supernet.space.from_dict({"left": 3, "right": 5})).autoslim
-    assert recipe["sizes"]["table"] == [[[0, 3], [8, 5]]]
-    assert recipe["sizes"]["head.weight"] == [None, 8]
-    again = apply_recipe(Halves(), recipe)
+    spec = supernet.extract(supernet.space.from_dict({"left": 3, "right": 5})).autoslim
+    assert spec["sizes"]["table"] == [[[0, 3], [8, 5]]]
+    assert spec["sizes"]["head.weight"] == [None, 8]
+    again = apply_recipe(Halves(), spec)
     assert again.table.tolist() == [1, 2, 3, 9, 10, 11, 12, 13]
     ordered = timm_autoslim.convert(model, images, "l1")  # sorting would part the table from its channels
     assert torch.equal(ordered.model.table, model.table)
@@ -133,44 +133,31 @@ class Cached(nn.Module):
 @torch.no_grad()
 def test_what_a_module_caches_at_one_width_serves_no_other():
     model, images = Cached().eval(), torch.randn(2, 3, 4, 4)
-    whole = model(images)
+    expected = model(images)
     supernet = timm_autoslim.convert(model, images)
-    kept = model.cache["bias"]
+    cached = model.cache["bias"]
     for widths in (supernet.space.from_dict({"stem": 3}), supernet.space.from_dict({"stem": 5})):
-        plain = supernet.extract(widths)
-        assert torch.equal(supernet(images, widths), plain(images))
-        assert len(plain.cache["bias"]) == widths["stem"]
-    assert model.cache["bias"] is kept
-    assert torch.equal(supernet(images), whole)
-    assert torch.allclose(reorder_channels(model, supernet.graph, "random")(images), whole, atol=1e-6)
+        slim = supernet.extract(widths)
+        assert torch.equal(supernet(images, widths), slim(images))
+        assert len(slim.cache["bias"]) == widths["stem"]
+    assert model.cache["bias"] is cached
+    assert torch.equal(supernet(images), expected)
+    assert torch.allclose(reorder_channels(model, supernet.graph, "random")(images), expected, atol=1e-6)
 
 
-def test_a_width_of_one_that_cannot_run_is_not_offered():
-    model = small("nf_regnet_b0")  # its weights are standardised, which a single value cannot be
-    supernet = timm_autoslim.convert(model, torch.randn(1, 3, 64, 64))
-    assert supernet.graph.floor == 2
-    assert supernet.repairs == ()
-    group = next(g for g in supernet.space.groups if g.size >= 4)
-    assert group.floor == 2
-    whole = {g.name: g.size for g in supernet.space.groups}
-    with pytest.raises(WidthError, match=rf"{group.name}: got the width 1; needed: an integer from 2 to {group.size}"):
-        supernet.space.from_dict({**whole, group.name: 1})
-    with pytest.raises(WidthError, match="from 2 to"):
-        timm_autoslim.convert(model, torch.randn(1, 3, 64, 64), min=1)
-
-
+@pytest.mark.slow
 @torch.no_grad()
 def test_flat_kernels_shrink_on_both_sides():
     model = small("efficientnet_cc_b0_4e")
     images = torch.randn(2, 3, 64, 64)
     supernet = timm_autoslim.convert(model, images)
     widths = supernet.space.uniform(0.5)
-    plain = supernet.extract(widths)
-    assert equal(supernet(images, widths), plain(images))
-    layer, before = plain.blocks[4][1].conv_dw, model.blocks[4][1].conv_dw
+    slim = supernet.extract(widths)
+    assert equal(supernet(images, widths), slim(images))
+    layer, before = slim.blocks[4][1].conv_dw, model.blocks[4][1].conv_dw
     assert layer.weight.shape[1] == layer.out_channels * 25 < before.weight.shape[1]
-    layer = plain.blocks[4][1].conv_pwl
+    layer = slim.blocks[4][1].conv_pwl
     assert layer.weight.shape[1] == layer.out_channels * layer.in_channels
-    assert timm_autoslim.cost(supernet, widths).params == sum(p.numel() for p in plain.parameters())
+    assert timm_autoslim.cost(supernet, widths).params == sum(p.numel() for p in slim.parameters())
     moved = reorder_channels(model.double(), supernet.graph, "random")
     assert (moved(images.double()) - model(images.double())).abs().max() < 1e-9

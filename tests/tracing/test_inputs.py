@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 from helpers.conversions import IMAGE, Net, assert_untouched, check_conversion, make_images, read_state
-from helpers.zoo import Plain, randomise
+from helpers.models import TwoGroups, randomise
 from torch import nn
 
 from timm_autoslim import convert
@@ -113,8 +113,8 @@ def test_widths_may_follow_the_inputs_and_none_means_the_widest():
 
 
 def test_widths_are_never_an_input_of_the_model():
-    supernet = convert(Plain(), IMAGE)
-    other = convert(Plain(16), IMAGE).space.max()
+    supernet = convert(TwoGroups(), IMAGE)
+    other = convert(TwoGroups(16), IMAGE).space.max()
     assert isinstance(other, Widths)
     for call in (lambda: supernet(IMAGE, other), lambda: supernet(IMAGE, widths=other)):
         with pytest.raises(WidthError, match="got widths of another model"):
@@ -133,7 +133,7 @@ def test_widths_are_never_an_input_of_the_model():
     ],
 )
 def test_an_example_without_data_to_run_on_is_refused(example, message):
-    model = Plain()
+    model = TwoGroups()
     before = read_state(model)
     with pytest.raises(TraceError, match=f"^example_input: {message}"):
         convert(model, example)
@@ -146,7 +146,7 @@ def test_an_example_without_data_to_run_on_is_refused(example, message):
     ids=["channels", "no batch", "no dimensions"],
 )
 def test_an_example_of_another_shape_names_the_first_module_that_fails(example, shape):
-    model = Plain()
+    model = TwoGroups()
     before = read_state(model)
     with pytest.raises(TraceError, match=rf"^stem: its forward raised .*given inputs of the shapes \[\({shape}\)\]"):
         convert(model, example)
@@ -156,4 +156,4 @@ def test_an_example_of_another_shape_names_the_first_module_that_fails(example, 
 def test_inputs_that_the_forward_does_not_take_are_refused():
     for example, message in (((IMAGE, IMAGE), "positional"), ({"y": IMAGE}, "keyword argument 'y'")):
         with pytest.raises(TraceError, match=f"^the model: its forward raised TypeError.*{message}"):
-            convert(Plain(), example)
+            convert(TwoGroups(), example)

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 from helpers.conversions import IMAGE, Net, assert_untouched, check_conversion, make_images, read_state
-from helpers.zoo import randomise
+from helpers.models import randomise
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

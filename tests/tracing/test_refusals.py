@@ -18,7 +18,7 @@ from helpers.conversions import (
     run_in_a_row,
 )
 from helpers.forks import run_in_processes
-from helpers.zoo import Plain, randomise
+from helpers.models import TwoGroups, randomise
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -91,9 +91,9 @@ REFUSED = {
     "DataParallel of a part": (
         lambda: make_net(nn.DataParallel(make_conv())), "a: got a module wrapped in DataParallel", "convert its `module"
     ),
-    "scripted": (lambda: torch.jit.script(Plain()), "the model: got a scripted module", "convert the model before scr"),
+    "scripted": (lambda: torch.jit.script(TwoGroups()), "the model: got a scripted module", "convert the model before"),
     "traced": (
-        lambda: torch.jit.trace(Plain().eval(), IMAGE), "the model: got a scripted module", "convert the model before"
+        lambda: torch.jit.trace(TwoGroups().eval(), IMAGE), "the model: got a scripted module", "convert the model"
     ),
     "traced part": (
         lambda: make_net(torch.jit.trace(make_conv(), torch.zeros(1, 8, 4, 4))), "a: got a scripted module", "convert"

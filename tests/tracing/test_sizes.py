@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from timm_autoslim.tracing.sizes import FromAttribute, FromDimension, FromExpression, Size, leaves, wrap_attributes
+from timm_autoslim.tracing.sizes import (
+    FromAttribute,
+    FromDimension,
+    FromExpression,
+    Size,
+    factors,
+    is_proportional,
+    leaves,
+    quotient,
+    wrap_attributes,
+)
 
 OPERATORS = [operator.add, operator.sub, operator.mul, operator.floordiv]
 
@@ -22,7 +32,7 @@ def attribute(value, path="layer.width"):
 
 @pytest.mark.parametrize("compute", OPERATORS, ids=lambda f: f.__name__)
 @given(a=st.integers(-99, 99), b=st.integers(1, 99))
-def test_arithmetic_gives_the_plain_result_and_remembers_its_operands(compute, a, b):
+def test_arithmetic_gives_the_same_result_and_remembers_its_operands(compute, a, b):
     left, right = attribute(a, "left"), attribute(b, "right")
     for x, y, paths in ((left, right, ["left", "right"]), (left, b, ["left"]), (a, right, ["right"])):
         result = compute(x, y)
@@ -35,14 +45,55 @@ def test_arithmetic_gives_the_plain_result_and_remembers_its_operands(compute, a
 def test_expressions_nest_down_to_attributes_and_dimensions():
     vector = np.arange(6)
     dimension = Size(6, FromDimension(vector))
-    found = list(leaves((attribute(8) // 2 + dimension) * 3))
-    assert [int(leaf) for leaf in found] == [8, 6]
-    assert found[0].origin == FromAttribute("layer.width")
-    assert found[1].origin.vector is vector
+    one, other = leaves((attribute(8) // 2 + dimension) * 3)
+    assert (int(one), int(other)) == (8, 6)
+    assert one.origin == FromAttribute("layer.width")
+    assert other.origin.vector is vector
     assert list(leaves(dimension)) == [dimension]
 
 
-def test_what_is_not_integer_arithmetic_gives_plain_numbers():
+HEADS, CHANNELS = attribute(4, "heads"), attribute(8, "channels")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (CHANNELS, True),
+        (2 * CHANNELS, True),
+        (CHANNELS // 2, True),
+        (CHANNELS + 1, False),  # what is added does not scale
+        (CHANNELS - 1, False),
+        (16 // CHANNELS, False),
+        (CHANNELS * HEADS, False),
+        (CHANNELS + CHANNELS, True),
+        (3 * (CHANNELS + HEADS), True),
+    ],
+)
+def test_a_size_is_proportional_if_it_doubles_with_all_that_it_comes_from(size, expected):
+    assert is_proportional(size) is expected
+
+
+@pytest.mark.parametrize(
+    ("size", "paths"),
+    [
+        (CHANNELS, ["channels"]),
+        (CHANNELS * HEADS, ["channels", "heads"]),
+        (CHANNELS // HEADS, ["channels"]),  # twice the heads would halve it
+        (CHANNELS * (HEADS + 1), []),
+        (CHANNELS + HEADS, []),
+    ],
+)
+def test_the_factors_of_a_size_are_those_of_which_one_alone_makes_it_scale(size, paths):
+    assert [leaf.origin.path for leaf in factors(size)] == paths
+
+
+def test_only_a_quotient_of_two_that_scale_has_both_as_operands():
+    assert [leaf.origin.path for leaf in quotient(CHANNELS // HEADS)] == ["channels", "heads"]
+    for size in (CHANNELS, CHANNELS // 2, 32 // HEADS, CHANNELS * HEADS, CHANNELS // (HEADS + 1)):
+        assert quotient(size) is None
+
+
+def test_what_is_not_integer_arithmetic_gives_ordinary_numbers():
     size = attribute(8)
     assert type(size * 0.5) is float
     assert type(0.5 * size) is float
@@ -54,7 +105,7 @@ def test_what_is_not_integer_arithmetic_gives_plain_numbers():
     assert f"{size}" == "8"
 
 
-def test_copies_and_pickles_are_plain():
+def test_copies_and_pickles_are_ordinary_integers():
     for copied in (copy.deepcopy(attribute(8)), pickle.loads(pickle.dumps(attribute(8))), copy.copy(attribute(8))):
         assert type(copied) is int
         assert copied == 8

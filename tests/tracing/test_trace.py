@@ -1,60 +1,16 @@
-"""The tracer, operator by operator on small networks, and against torch-pruning's dependency graph on real ones."""
+"""Traces of small networks: what an operator ties together, what it holds with its reason, and what stays free."""
 
 import pytest
-import timm
 import torch
-import torch_pruning as tp
-import torchvision
-from helpers.zoo import arbitrary_widths, randomise
+from helpers.bodies import IMAGE, Around, conv, convert_around
+from helpers.models import randomise
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_autoslim import convert, cost
 from timm_autoslim.errors import NothingToSlimError
-from timm_autoslim.supernet.order import reorder_channels
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.trace import trace
-
-IMAGE = torch.zeros(1, 3, 8, 8)
-EXACT = 1e-10  # float64: rounding alone
-
-
-def conv(fan_in, fan_out, kernel=1, **given):
-    return nn.Conv2d(fan_in, fan_out, kernel, padding=kernel // 2, **given)
-
-
-class Net(nn.Module):
-    """A stem of 8 channels, a body that a test gives, and a head that reads `last` channels."""
-
-    def __init__(self, body, last=8, **layers):
-        super().__init__()
-        self.stem = conv(3, 8)
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-        self.head = conv(last, 5)
-        self.body = body
-
-    def forward(self, x):
-        return self.head(self.body(self, self.stem(x))).mean((2, 3))
-
-
-def converted(body, last=8, **layers):
-    """Convert a network around `body`, and check all that must hold of every conversion."""
-    model = randomise(Net(body, last, **layers)).eval()
-    supernet = convert(model, IMAGE)
-    images = torch.randn(2, 3, 8, 8)
-    with torch.no_grad():
-        assert torch.equal(supernet(images), model(images))
-        for seed in range(4):
-            widths = arbitrary_widths(supernet.space, torch.Generator().manual_seed(seed))
-            plain = supernet.extract(widths)
-            assert torch.equal(supernet(images, widths), plain(images))
-            assert cost(supernet, widths).params == sum(p.numel() for p in plain.parameters())
-        double = supernet.extract().double()
-        permuted = reorder_channels(double, supernet.graph, "random")
-        torch.testing.assert_close(permuted(images.double()), double(images.double()), rtol=EXACT, atol=EXACT)
-    return supernet
 
 
 def shuffled(self, x):
@@ -138,6 +94,9 @@ CASES = {
     "pooling": (lambda s, x: F.interpolate(F.max_pool2d(x, 2), scale_factor=2), 8, {}, {"stem": 8}),
     "reused layer": (lambda s, x: s.a(s.a(x).relu()), 8, {"a": conv(8, 8)}, {"stem": 8}),
     "transposed": (lambda s, x: s.a(x), 6, {"a": nn.ConvTranspose2d(8, 6, 2, 2)}, {"stem": 8, "a": 6}),
+    "transposed, by whole groups": (
+        lambda s, x: s.a(x), 12, {"a": nn.ConvTranspose2d(8, 12, 2, 2, groups=4)}, {"stem": 4}
+    ),
     "einsum": (lambda s, x: torch.einsum("nchw,dc->ndhw", x, s.a.weight), 6, {"a": nn.Linear(8, 6)}, None),
     "standardised weight": (
         lambda s, x: F.conv2d(x, s.a.weight - s.a.weight.mean((1, 2, 3), keepdim=True)), 6, {"a": conv(8, 6)}, None
@@ -183,7 +142,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_width_groups_of_an_operator(name):
     body, last, layers, groups = CASES[name]
-    supernet = converted(body, last, **layers)
+    supernet = convert_around(body, last, **layers)
     if groups is not None:
         assert supernet.space.max().to_dict() == groups
     assert supernet.repairs == ()
@@ -229,7 +188,7 @@ FROZEN = {
 @pytest.mark.parametrize("name", FROZEN)
 def test_what_cannot_be_followed_is_frozen_with_the_reason_and_nothing_else_is(name):
     body, last, layers, place, reason = FROZEN[name]
-    supernet = converted(body, last, **layers)
+    supernet = convert_around(body, last, **layers)
     assert supernet.graph.fixed[place] == reason
     assert supernet.space["stem"].size == 8
 
@@ -238,7 +197,7 @@ def test_nothing_left_to_slim_names_what_is_in_the_way():
     with pytest.raises(
         NothingToSlimError, match=r"what is in the way: .*the model: the operator aten\._fft_r2c has no rule"
     ):
-        convert(Net(lambda s, x: torch.fft.fft(x, dim=2).real), IMAGE)
+        convert(Around(lambda s, x: torch.fft.fft(x, dim=2).real), IMAGE)
 
 
 def test_an_operator_that_is_taught_is_followed():
@@ -249,24 +208,12 @@ def test_an_operator_that_is_taught_is_followed():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "RULES", {**ops.RULES, "_fft_r2c": extend, "view_as_real": extend})
-        supernet = converted(body, last, **layers)
+        supernet = convert_around(body, last, **layers)
     assert place not in supernet.graph.fixed
 
 
-def test_a_rule_that_is_wrong_is_found_by_the_proof_and_repaired():
-    def forgetful(flow, op):
-        flow.set_labels(op.out, [None] * op.out.dim())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "RULES", {**ops.RULES, "cat": forgetful})
-        supernet = converted(lambda s, x: s.b(s.a(torch.cat([x, x], 1)).relu()), 8, a=conv(16, 8), b=conv(8, 8))
-    assert any("as a subnet it" in reason for reason in supernet.repairs)
-    assert "stem" not in supernet.space.names
-    assert "b" in supernet.space.names
-
-
 def test_a_part_that_runs_only_in_training_is_traced_too():
-    class Auxiliary(Net):
+    class Auxiliary(Around):
         def __init__(self):
             super().__init__(lambda s, x: s.a(x), 6, a=conv(8, 6), side=nn.Conv2d(6, 5, 1))
 
@@ -278,79 +225,22 @@ def test_a_part_that_runs_only_in_training_is_traced_too():
     model = randomise(Auxiliary())
     supernet = convert(model, IMAGE)
     assert supernet.space.max().to_dict() == {"stem": 8, "a": 6}
-    plain = supernet.extract(supernet.space.from_dict({"stem": 3, "a": 2}))
-    assert plain.side.weight.shape == (5, 2, 1, 1)
+    slim = supernet.extract(supernet.space.from_dict({"stem": 3, "a": 2}))
+    assert slim.side.weight.shape == (5, 2, 1, 1)
     for one, other in zip(
-        plain.train()(IMAGE), supernet.train()(IMAGE, supernet.space.from_dict({"stem": 3, "a": 2})), strict=True
+        slim.train()(IMAGE), supernet.train()(IMAGE, supernet.space.from_dict({"stem": 3, "a": 2})), strict=True
     ):
         assert torch.equal(one, other)
     assert cost(supernet).macs == 64 * (3 * 8 + 8 * 6 + 6 * 5)  # in eval mode
 
 
 def test_a_trace_lists_the_operators_that_have_no_rule():
-    found = trace(Net(lambda s, x: x.relu()), IMAGE)
-    assert found.unruled == frozenset()
-    assert found.repairs == ()
-    turned = Net(lambda s, x: torch.rot90(s.b(s.a(x)), 1, (2, 3)), 6, a=conv(8, 8), b=conv(8, 6))
+    assert trace(Around(lambda s, x: x.relu()), IMAGE).unruled == frozenset()
+    turned = Around(lambda s, x: torch.rot90(s.b(s.a(x)), 1, (2, 3)), 6, a=conv(8, 8), b=conv(8, 6))
     assert trace(turned, IMAGE).unruled == {"aten.rot90"}
-
-
-# -- torch-pruning as a judge -----------------------------------------------------------------------------------------
-
-
-def groups_of_torch_pruning(model, images):
-    """Return its groups as sets of (module, axis), and which channels go with channel 1 of the first module."""
-    paths = {module: path for path, module in model.named_modules()}
-    graph = tp.DependencyGraph().build_dependency(model, images)
-    found = {}
-    for group in graph.get_all_groups(root_module_types=(nn.Conv2d, nn.Linear)):
-        root = group[0].dep
-        one = graph.get_pruning_group(root.target.module, root.handler, [1])
-        places = {}
-        for dep, indices in one:
-            module = dep.target.module
-            if module not in paths:
-                continue  # an operator, not a layer
-            depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
-            is_out = graph.is_out_channel_pruning_fn(dep.handler) or depthwise or isinstance(module, _BatchNorm)
-            places.setdefault((paths[module], 0 if is_out else 1), set()).update(indices)
-        found[frozenset(places)] = {place: frozenset(i) for place, i in places.items()}
-    return found
-
-
-def our_groups(graph):
-    """Return ours in the same form."""
-    found = {}
-    for index in range(len(graph.strands)):
-        places = {}
-        for (name, axis), place in graph.places.items():
-            if name.endswith(".weight") and (place.strand == index).any():
-                here = ((place.strand == index) & (place.rank == 1)).nonzero()[0]
-                places[name.removesuffix(".weight"), axis] = frozenset(here.tolist())
-        found[frozenset(places)] = places
-    return found
-
-
-@pytest.mark.parametrize(
-    ("build", "classifier"),
-    [
-        (lambda: timm.create_model("resnet18"), "fc"),
-        (lambda: torchvision.models.resnet50(), "fc"),
-        (lambda: timm.create_model("mobilenetv2_050"), "classifier"),
-        (lambda: torchvision.models.DenseNet(block_config=(3, 3, 2, 2)), "classifier"),
-        (lambda: torchvision.models.squeezenet1_1(), "classifier.1"),
-        (lambda: torchvision.models.vgg11_bn(), "classifier.6"),
-    ],
-    ids=["timm/resnet18", "torchvision/resnet50", "timm/mobilenetv2_050", "torchvision/DenseNet",
-         "torchvision/squeezenet1_1", "torchvision/vgg11_bn"],
-)  # fmt: skip
-def test_groups_are_those_of_torch_pruning(build, classifier):
-    with torch.device("meta"):
-        model = build().eval()
-    images = torch.zeros(1, 3, 64, 64, device="meta")
-    theirs = groups_of_torch_pruning(model, images)
-    del theirs[frozenset({(classifier, 0)})]  # it would remove classes
-    assert our_groups(convert(model, images).graph) == theirs
+    supernet = convert(turned, IMAGE)
+    assert supernet.unruled == ("aten.rot90",)
+    assert supernet.repairs == ()
 
 
 REACHED = {
@@ -368,43 +258,11 @@ REACHED = {
 @pytest.mark.parametrize("name", REACHED)
 def test_channels_are_followed_through(name):
     body, last, layers = REACHED[name]
-    supernet = converted(body, last, **layers)
+    supernet = convert_around(body, last, **layers)
     assert ("a.weight", 0) not in supernet.graph.fixed
     assert not supernet.repairs
 
 
 def test_a_running_sum_over_channels_keeps_their_order():
-    supernet = converted(lambda s, x: s.a(x).cumsum(1), 8, a=conv(8, 8))
+    supernet = convert_around(lambda s, x: s.a(x).cumsum(1), 8, a=conv(8, 8))
     assert "depends on the order of its channels" in supernet.graph.fixed["a.weight", 0]
-
-
-def test_tied_weights_shrink_together():
-    def tie(first, second):
-        second.weight = first.weight
-        return {"first": first, "second": second}
-
-    supernet = converted(lambda s, x: s.second(s.first(x)), 8, **tie(conv(8, 8, bias=False), conv(8, 8, bias=False)))
-    plain = supernet.extract(supernet.space.uniform(0.5))
-    assert plain.first.weight is plain.second.weight
-    assert plain.first.weight.shape == (4, 4, 1, 1)
-
-
-def test_a_group_is_named_after_the_module_that_produces_it_first():
-    supernet = converted(lambda s, x: s.b(s.a(x)) + x, 8, a=conv(8, 6), b=conv(6, 8))
-    assert supernet.space.names == ("stem", "a")
-    assert list(supernet.graph.producers)[:3] == ["stem", "a", "b"]
-
-
-def test_every_parameter_is_in_a_group_or_fixed_with_a_reason():
-    class Scaled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(1))
-
-        def forward(self, x):
-            return x * self.scale
-
-    supernet = converted(lambda s, x: s.scaled(s.a(x)), 8, a=conv(8, 8), scaled=Scaled())
-    held = {name for name, _ in supernet.graph.lengths} | {name for name, _ in supernet.graph.fixed}
-    assert {name for name, _ in supernet.model.named_parameters()} <= held
-    assert supernet.graph.fixed["scaled.scale", 0] == "none of its axes carries channels"

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from helpers.conversions import IMAGE, Net, check_conversion, make_conv, make_images, make_net, run_in_a_row
-from helpers.zoo import randomise
+from helpers.models import randomise
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations

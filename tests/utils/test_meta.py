@@ -6,7 +6,8 @@ import threading
 
 import pytest
 import torch
-from helpers.zoo import Plain, assert_same, randomise, snapshot
+from helpers.comparisons import assert_same, snapshot
+from helpers.models import TwoGroups, randomise
 from torch import nn
 
 from timm_autoslim.errors import TraceError
@@ -23,13 +24,13 @@ class Batch:
 
 
 def test_a_meta_copy_has_every_shape_and_no_data_and_leaves_the_model():
-    model = randomise(Plain())
+    model = randomise(TwoGroups())
     model.table = torch.ones(3)
     model.head.weight.requires_grad_(False)
     before = snapshot(model)
     copied = copy_to_meta(model)
     assert_same(before, snapshot(model))
-    assert type(copied) is Plain
+    assert type(copied) is TwoGroups
     tensors = named_tensors(copied)
     assert {n: (t.shape, t.dtype, t.requires_grad, type(t)) for n, t in tensors.items()} == {
         n: (t.shape, t.dtype, t.requires_grad, type(t)) for n, t in named_tensors(model).items()

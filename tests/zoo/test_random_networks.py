@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers.blocks import all as blocks
 from helpers.blocks import tokens as token_blocks
-from helpers.blocks.all import BLOCKS, Network
-from helpers.zoo import arbitrary_widths, assert_same, randomise, snapshot
+from helpers.blocks.networks import BLOCKS, Network, variants
+from helpers.comparisons import assert_same, snapshot
+from helpers.models import randomise
+from helpers.widths import arbitrary_widths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -46,12 +47,16 @@ def any_widths(supernet, data):
     return supernet.space.from_dict(drawn)
 
 
-def counted_macs(plain, images):
+def count_macs(slim, images):
     """Count what runs: without the kernels that the counter does not know, of attention and of recurrent layers."""
     unfused, unrolled = sdpa_kernel(SDPBackend.MATH), torch.backends.mkldnn.flags(enabled=False)
     with torch.enable_grad(), unfused, unrolled, FlopCounterMode(display=False) as counter:
-        plain(images)
+        slim(images)
     return counter.get_total_flops() / 2 / len(images)
+
+
+# A block of many variants takes long.
+KINDS = [pytest.param(kind, marks=pytest.mark.slow) if len(variants(kind)) > 9 else kind for kind in BLOCKS]
 
 
 def small(examples):
@@ -66,11 +71,11 @@ def assert_sliced_right(supernet, widths, images):
     assert out.isfinite().all()
     assert torch.equal(supernet(images, supernet.space.max()), out)
 
-    plain = supernet.extract(widths)
-    assert torch.equal(supernet(images, widths), plain(images))
-    found = cost(supernet, widths)
-    assert found.params == sum(p.numel() for p in plain.parameters())
-    assert found.macs == counted_macs(plain, images)
+    slim = supernet.extract(widths)
+    assert torch.equal(supernet(images, widths), slim(images))
+    spent = cost(supernet, widths)
+    assert spent.params == sum(p.numel() for p in slim.parameters())
+    assert spent.macs == count_macs(slim, images)
     assert torch.equal(model(images), out)
     assert_same(before, snapshot(model))
 
@@ -79,6 +84,7 @@ def assert_sliced_right(supernet, widths, images):
     torch.testing.assert_close(permuted(images.double()), double(images.double()), rtol=EXACT, atol=EXACT)
 
 
+@pytest.mark.slow
 @small(80)
 @given(networks(), st.data())
 @torch.no_grad()
@@ -90,16 +96,17 @@ def test_every_network_is_sliced_right(model, data):
     assert_sliced_right(supernet, any_widths(supernet, data), images_for(model))
 
 
-@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @torch.no_grad()
 def test_every_block_is_sliced_right(kind):
-    for options in blocks.variants(kind):
+    for options in variants(kind):
         model = randomise(Network(6, [(kind, 5, "batch", options)], 0, side=4)).eval()
         for whole_heads in ["", "*"] if model.has_heads else [""]:
             supernet = convert(model, images_for(model)[:1], whole_heads=whole_heads or ())
             assert_sliced_right(supernet, arbitrary_widths(supernet.space, None), images_for(model))
 
 
+@pytest.mark.slow
 @small(40)
 @given(networks(), st.data())
 def test_every_network_is_trained_right(model, data):
@@ -108,25 +115,26 @@ def test_every_network_is_trained_right(model, data):
     randomise(model).train()
     supernet, images = converted(model, data), images_for(model)
     widths = any_widths(supernet, data)
-    plain = supernet.extract(widths)
-    separate, shared = plain(images), supernet(images, widths)
+    slim = supernet.extract(widths)
+    separate, shared = slim(images), supernet(images, widths)
     assert torch.equal(shared, separate)
     separate.square().mean().backward()
     shared.square().mean().backward()
-    kept = supernet._slices(widths).tensors
-    for name, parameter in plain.named_parameters():
-        whole = supernet.model.get_parameter(name).grad
+    kept = supernet.graph.slices(widths.values_).tensors
+    for name, parameter in slim.named_parameters():
+        gradient = supernet.model.get_parameter(name).grad
         if parameter.grad is None:
-            assert whole is None, name
+            assert gradient is None, name
             continue
-        axes = kept.get(name, (None,) * whole.dim())
-        assert torch.equal(take_slice(whole, axes), parameter.grad), name
-        assert whole.count_nonzero() == parameter.grad.count_nonzero(), name
+        axes = kept.get(name, (None,) * gradient.dim())
+        assert torch.equal(take_slice(gradient, axes), parameter.grad), name
+        assert gradient.count_nonzero() == parameter.grad.count_nonzero(), name
 
 
 ATTENTION = [token_blocks.SelfAttention, token_blocks.CrossAttention]
 
 
+@pytest.mark.slow
 @small(25)
 @given(networks(ATTENTION, blocks=2), st.data())
 @torch.no_grad()
@@ -135,15 +143,16 @@ def test_at_every_width_fused_attention_is_what_its_parts_are(model, data):
     torch.manual_seed(0)
     randomise(model).eval()
     supernet, images = converted(model, data), images_for(model).double()
-    plain = supernet.extract(any_widths(supernet, data)).double()
+    slim = supernet.extract(any_widths(supernet, data)).double()
     outputs = []
     for fused in (True, False):
-        for block in plain.blocks:
+        for block in slim.blocks:
             block.fused = fused
-        outputs.append(plain(images))
+        outputs.append(slim(images))
     torch.testing.assert_close(*outputs, rtol=EXACT, atol=EXACT)
 
 
+@pytest.mark.slow
 @small(30)
 @given(networks(least=4))
 def test_every_channel_of_every_network_can_be_slimmed(model):
@@ -162,18 +171,18 @@ def test_every_channel_of_every_network_can_be_slimmed(model):
     assert supernet.repairs == ()
 
 
-@pytest.mark.parametrize("kind", BLOCKS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_block_narrows(kind):
     """At half width a block has about a quarter of its MACs, or about half where one side of its products is fixed."""
-    for options in blocks.variants(kind):
+    for options in variants(kind):
         model = Network(16, [(kind, 16, "batch", options)], 0, side=4)
         for whole_heads in ["", "*"] if model.has_heads else [""]:
             supernet = convert(model, images_for(model)[:1], whole_heads=whole_heads or ())
             half = supernet.space.uniform(0.5, exact=True)
-            whole, left = cost_by_module(supernet), cost_by_module(supernet, half)
-            own = [path for path in whole if path.startswith("blocks")]
-            if own:
-                share = sum(left[path] for path in own) / sum(whole[path] for path in own)
+            before, after = cost_by_module(supernet), cost_by_module(supernet, half)
+            inside = [path for path in before if path.startswith("blocks")]
+            if inside:
+                share = sum(after[path] for path in inside) / sum(before[path] for path in inside)
                 assert share <= 0.45, (options, whole_heads, supernet.graph.fixed)
             else:  # it multiplies nothing: only the stem and the head are left
                 assert cost(supernet, half).macs == cost(supernet).macs / 2, options

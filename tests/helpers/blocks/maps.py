@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers.blocks.common import Block, layer, token_norm
+from helpers.blocks.base import Block, layer, token_norm
 
 
 class Straight(Block):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from helpers.blocks.common import Block, HandWrittenRMSNorm, token_norm
+from helpers.blocks.base import Block, HandWrittenRMSNorm, token_norm
 
 
 class Positions(Block, form="tokens", batched=(True, False), kept={("embedding", 0), ("embedding", 1)}):

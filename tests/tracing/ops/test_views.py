@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.models import randomise
 from helpers.operators import aten, by_name, reasons, run_rule, tensor
-from helpers.zoo import randomise
 from torch import nn
 
 from timm_autoslim import convert

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from helpers.blocks import maps as map_blocks
 from helpers.blocks import tokens as token_blocks
-from helpers.blocks.common import Block, layer
+from helpers.blocks.base import Block, layer
 
 BLOCKS = [kind for room in (map_blocks, token_blocks) for kind in vars(room).values() if kind in Block.__subclasses__()]
 

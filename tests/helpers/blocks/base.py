@@ -4,14 +4,14 @@ import torch
 from torch import nn
 
 
-def layer(fan_in, fan_out, norm="batch", kernel=3, **given):
+def layer(fan_in, fan_out, norm="batch", kernel=3, **options):
     """A convolution, a norm of the kind that is asked for, and a ReLU."""
     norms = {
         "batch": [nn.BatchNorm2d(fan_out)],
         "group": [nn.GroupNorm(2 if fan_out % 2 == 0 else 1, fan_out)],
         "none": [],
     }
-    conv = nn.Conv2d(fan_in, fan_out, kernel, padding=kernel // 2, bias=norm != "batch", **given)
+    conv = nn.Conv2d(fan_in, fan_out, kernel, padding=kernel // 2, bias=norm != "batch", **options)
     return nn.Sequential(conv, *norms[norm], nn.ReLU(inplace=True))
 
 

@@ -1,0 +1,95 @@
+"""The user's rules: least widths, divisors and choices, for all groups or by glob, and what holds without any."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers.models import TwoGroups
+
+from timm_autoslim import convert
+from timm_autoslim.errors import WidthError
+from timm_autoslim.supernet.rules import DEFAULT_MIN, default_divisor
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+
+
+def space_with(**rules):
+    return convert(TwoGroups(32), IMAGE, **rules).space
+
+
+def test_without_rules_a_group_has_about_eight_steps_from_the_default_minimum():
+    space = space_with()
+    assert (space["stem"].divisor, space["inner"].divisor) == (4, 8)
+    assert space["stem"].choices == (8, 12, 16, 20, 24, 28, 32)
+    assert space["inner"].choices == (16, 24, 32, 40, 48, 56, 64)
+    assert space["inner"].min == round(DEFAULT_MIN * 64)
+    assert space["inner"].floor == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "divisor"),
+    [
+        (64, 1, 8),
+        (1280, 1, 8),
+        (63, 1, 4),
+        (32, 1, 4),
+        (16, 1, 2),
+        (15, 1, 1),
+        (2, 1, 1),
+        (32, 4, 2),
+        (8, 4, 1),
+        (9, 16, 1),
+    ],
+)
+def test_the_default_divisor_is_eight_channels_or_leaves_eight_steps(size, channels, divisor):
+    assert default_divisor(size, channels) == divisor
+
+
+def test_rules_for_all_and_by_glob():
+    assert space_with(min=0.5)["inner"].choices == (32, 40, 48, 56, 64)
+    assert space_with(min=30)["inner"].choices == (32, 40, 48, 56, 64)
+    assert space_with(min=1.0).min().to_dict() == {"stem": 32, "inner": 64}
+    assert space_with(divisor=20)["inner"].choices == (20, 40, 60, 64)
+    by_glob = space_with(min={"inn*": 0.75}, divisor={"*": 16, "inner": 4}, choices={"outer": [7, 3]})
+    assert by_glob["inner"].choices == (48, 52, 56, 60, 64)  # the last glob that matches
+    assert by_glob["stem"].choices == (3, 7, 32)  # matched by another of its modules; the widest is always there
+    assert by_glob.min().to_dict() == {"stem": 3, "inner": 48}
+    assert by_glob.from_dict({"stem": 1, "inner": 1}).to_dict() == {"stem": 1, "inner": 1}  # rules shape sampling only
+
+
+def test_rules_take_numpys_integers_and_make_them_pythons_own():
+    space = space_with(min={"inner": np.int64(4)}, divisor=np.int64(8), choices={"stem": np.array([8, 16])})
+    assert json.dumps([group.choices for group in space.groups]) == json.dumps(
+        [[8, 16, 32], [8, 16, 24, 32, 40, 48, 56, 64]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ({"min": 0}, r"stem: got min=0; needed: an integer from 1 to 32, or a share above 0 and at most 1"),
+        ({"min": 1.5}, r"stem: got min=1\.5; needed"),
+        ({"min": -0.1}, r"stem: got min=-0\.1; needed"),
+        ({"min": {"inner": 65}}, r"inner: got min=65; needed: an integer from 1 to 64"),
+        ({"min": True}, r"stem: got min=True; needed: an integer from 1 to 32"),
+        ({"min": "8"}, r"stem: got min='8'; needed"),
+        ({"choices": {"inner": []}}, r"inner: got choices=\[\]; needed: a list of at least one width"),
+        ({"choices": {"inner": 8}}, r"inner: got choices=8; needed: a list of at least one width"),
+        ({"choices": {"inner": [8.0]}}, r"inner: got the width 8\.0; needed: an integer from 1 to 64"),
+        ({"choices": [8, 16]}, r"got choices of type list; needed: a dict \{glob: \[widths\]\}"),
+        ({"divisor": True}, r"stem: got the divisor True; needed: an integer of at least 1"),
+        ({"divisor": 0}, r"stem: got the divisor 0; needed: an integer of at least 1"),
+        ({"divisor": 0.5}, r"stem: got the divisor 0\.5; needed: an integer"),
+        ({"choices": {"inner": [8, 65]}}, r"inner: got the width 65; needed: an integer from 1 to 64"),
+        (
+            {"min": {"layer*": 8}},
+            r"min=\{'layer\*': \.\.\.\}: the glob matches no group; the groups are \['stem', 'inner'\]",
+        ),
+        ({"divisor": {"layer*": 8}}, r"divisor=\{'layer\*': \.\.\.\}: the glob matches no group"),
+        ({"choices": {"layer*": [8]}}, r"choices=\{'layer\*': \.\.\.\}: the glob matches no group"),
+    ],
+)
+def test_rules_that_cannot_be_kept_are_refused(rules, message):
+    with pytest.raises(WidthError, match=message):
+        space_with(**rules)
