@@ -9,16 +9,23 @@ import importlib.util
 import itertools
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from helpers.subprocesses import run_apart
 
+import timm_autoslim
 from timm_autoslim.__main__ import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING", "SECURITY")),
+    *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts),
+]
+SITE = "-m sphinx -W --keep-going -c docs . docs/_build"
+TOOLS = (".venv/bin/pip", ".venv/bin/pre-commit")
 sys.path.insert(0, str(ROOT / "recipes"))
 
 import common  # noqa: E402
@@ -30,13 +37,13 @@ def name_of(page):
 
 def blocks(page, *languages):
     """The fenced blocks of a page in these languages; "" are those without any."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    return [block for language, block in found if language in languages]
+    fences = re.findall(r"^```([^`\n]*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return [block for language, block in fences if language in languages]
 
 
 def commands(page):
     """Every command of a page as its words; CONFIG=FILE lines are put in where $CONFIG stands."""
-    found, values = [], {}
+    lines, values = [], {}
     for line in re.sub(r"\\\n", " ", "\n".join(blocks(page, "sh", "bash", ""))).splitlines():
         assignment = re.fullmatch(r"([A-Z]+)=(\S+)", line)
         if assignment:
@@ -44,8 +51,8 @@ def commands(page):
             continue
         words = [values.get(word, word) for word in shlex.split(line, comments=True)]
         cuts = [-1, *(i for i, word in enumerate(words) if word == "&&"), len(words)]
-        found += [words[a + 1 : b] for a, b in itertools.pairwise(cuts) if words[a + 1 : b]]
-    return found
+        lines += [words[a + 1 : b] for a, b in itertools.pairwise(cuts) if words[a + 1 : b]]
+    return lines
 
 
 def run_blocks(page):
@@ -68,7 +75,7 @@ def test_readme_shows_the_library_in_use():
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_hides_in_no_other_fence(page):
     text = page.read_text(encoding="utf-8")
-    assert set(re.findall(r"^```(\w+)\n", text, re.MULTILINE)) <= {"python", "sh", "text"}
+    assert set(re.findall(r"^```([^`\n]+)$", text, re.MULTILINE)) <= {"python", "sh", "text", "{eval-rst}"}
     assert len(re.findall(r"^```", text, re.MULTILINE)) % 2 == 0
     for block in blocks(page, "sh", "text", ""):
         assert not re.search(r"^(import|from) \w+", block, re.MULTILINE), f"mark it `python`, so that it runs:\n{block}"
@@ -85,7 +92,7 @@ def test_commands_are_understood(page, monkeypatch, capsys):
             assert main(words[3:]) == 0
             capsys.readouterr()
         else:
-            assert words[:2] in (["pip", "install"], ["python3", "-m"]) or words[0].endswith("/pip"), words
+            assert words[:2] in (["pip", "install"], ["python3", "-m"]) or words[0] in TOOLS, words
     assert all((ROOT / word).exists() for words in commands(page) for word in words if word.startswith("recipes/"))
 
 
@@ -100,24 +107,33 @@ def check_script(script, arguments):
         spec = importlib.util.spec_from_file_location("road", path)
         road = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(road)
-        own = {"-c", "--config", "--num-processes"}
-        cut = [i for i, word in enumerate(arguments) if word in own]
+        cut = [i for i, word in enumerate(arguments) if word in {"-c", "--config", "--num-processes"}]
         left = [word for i, word in enumerate(arguments) if i not in cut and i - 1 not in cut]
         common.values_for("train", road.overrides(left))
     else:
         common.parse_args(path.stem, None, arguments)
 
 
-def test_the_reference_is_that_of_this_code():
-    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
-    make_api = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_api)
+def test_the_reference_describes_every_public_name_once():
     written = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    assert written == make_api.render(), "write it anew: python docs/make_api.py"
-    import timm_autoslim
+    described = re.findall(r"^\.\. auto(?:function|class):: (\w+)$", written, re.MULTILINE)
+    assert sorted(described) == sorted(set(timm_autoslim.__all__) - {"AutoSlimError"})
+    assert ".. automodule:: timm_autoslim.errors" in written
 
-    public = [name for name in timm_autoslim.__all__ if name != "AutoSlimError"]
-    assert all(f"### {name}\n" in written for name in public)
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path):
+    words = SITE.replace("docs/_build", str(tmp_path)).split()
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "index.html").is_file()
+    pages = [page.relative_to(ROOT).with_suffix(".html") for page in PAGES]
+    assert [page for page in pages if not (tmp_path / page).is_file()] == []
+
+
+def test_everybody_builds_the_site_by_the_same_command():
+    for name in ("CONTRIBUTING.md", "docs/conf.py", ".github/workflows/docs.yml"):
+        assert SITE in (ROOT / name).read_text(encoding="utf-8"), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -171,8 +187,6 @@ def test_inspect_refuses_an_unknown_model_by_name(capsys):
 
 
 def test_every_public_name_has_a_docstring():
-    import timm_autoslim
-
-    assert sys.modules["timm_autoslim"].__doc__
+    assert timm_autoslim.__doc__
     for name in timm_autoslim.__all__:
         assert getattr(timm_autoslim, name).__doc__, name
