@@ -27,6 +27,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:.*", r"(?!timm_autoslim\.).*"), ("py:.*", r"timm_autoslim\.\w+\.\w+\.\w+")]
 
 myst_heading_anchors = 4
+myst_disable_syntax = ["myst_line_comment"]  # a line that starts with % is text, as on GitHub
 
 autodoc_member_order = "bysource"
 autodoc_default_options = {"members": True}
@@ -38,6 +39,7 @@ html_theme = "furo"
 html_title = f"timm-autoslim {release}"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 pygments_dark_style = "github-dark"
