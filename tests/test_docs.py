@@ -160,6 +160,15 @@ def test_links_and_files_exist(page):
     assert not missing
 
 
+def test_the_tables_are_where_contributing_says():
+    rows = re.findall(
+        r"^\| [\w ]+ \| `([A-Z_]+)` \| `([\w/.]+)` \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) >= 10
+    for table, file in rows:
+        assert re.search(rf"^{table}: Table\[.*Table\(", (ROOT / file).read_text(), re.MULTILINE), (table, file)
+
+
 def test_no_placeholder_is_left():
     for page in PAGES:
         assert "RESULT_" not in page.read_text(encoding="utf-8"), page
