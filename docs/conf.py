@@ -11,8 +11,10 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
 
 import timm_autoslim
+from timm_autoslim.utils.tables import Table
 
 project = "timm-autoslim"
 author = "the timm-autoslim authors"
@@ -112,6 +114,15 @@ def hide_constructor(app: Sphinx, what: str, name: str, value: Any, *signature: 
     return ("", "") if what == "class" and "Args:" not in (value.__doc__ or "") else None
 
 
+def describe_table(app: Sphinx, what: str, name: str, value: Any, options: object, lines: list[str]) -> None:
+    """Describe a table of choices by the text below it, and list its keys."""
+    if isinstance(value, Table):
+        name = name.rpartition(".")[2]
+        module = ModuleAnalyzer.for_module(f"timm_autoslim.{timm_autoslim._MODULES[name]}")
+        choices = ", ".join(f"`{choice}`" for choice in value)
+        lines[:] = [*module.find_attr_docs().get(("", name), []), "", f"Choices: {choices}."]
+
+
 def add_index(app: Sphinx, error: Exception | None) -> None:
     """Let the site's address show the front page."""
     front = Path(app.outdir, f"{root_doc}.html")
@@ -124,4 +135,5 @@ def setup(app: Sphinx) -> None:
     app.connect("source-read", add_contents)
     app.connect("missing-reference", find_public)
     app.connect("autodoc-process-signature", hide_constructor)
+    app.connect("autodoc-process-docstring", describe_table)
     app.connect("build-finished", add_index)
