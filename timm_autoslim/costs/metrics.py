@@ -43,6 +43,7 @@ class Metric:
 
 
 METRICS: Table[Metric] = Table("metric", BudgetError)
+"""Metrics by name; each counts one cost of a subnet, and says how it is written for people."""
 
 
 def _count_macs(supernet: Supernet, widths: Widths, conditions: Conditions) -> int:

@@ -42,6 +42,7 @@ class Runtime:
 
 
 RUNTIMES: Table[Runtime] = Table("runtime", LatencyError)
+"""Runtimes by name; each says how a model runs while its latency is measured."""
 
 
 def _start_eager(model: nn.Module, inputs: Any, threads: int) -> Callable[[], Any]:

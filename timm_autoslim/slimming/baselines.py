@@ -36,6 +36,7 @@ class Options:
 
 
 BASELINES: Table[Callable[[Goal, Options], Widths]] = Table("method")
+"""Baselines by name; each gets a budget to meet and the options of `baseline`, and returns widths."""
 
 
 def baseline(

@@ -11,8 +11,11 @@ from timm_autoslim.slimming.goals import Goal
 from timm_autoslim.supernet.space import ChannelGroup, Widths
 from timm_autoslim.utils.tables import Table
 
-# Each ranking gets the rise of the loss and the cost that a candidate saves; the lowest key is the best candidate.
 RANKINGS: Table[Callable[[float, float], float]] = Table("rank")
+"""Rankings by name; each gets the rise of the loss and the cost that a candidate saves, and returns a key.
+
+The candidate with the lowest key is the next step.
+"""
 
 
 @RANKINGS.add("loss")

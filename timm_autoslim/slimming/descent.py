@@ -155,5 +155,6 @@ class FastDescent(Descent):
 
 
 MODES: Table[type[Descent]] = Table("mode")
+"""Modes of the search by name: how a descent scores its candidates, and how it refines a network."""
 MODES.add("fast")(FastDescent)
 MODES.add("reference")(Descent)

@@ -12,8 +12,8 @@ from timm_autoslim.utils.tables import Table
 
 ROUNDS = 3  # that score every group; what is left then is filled without a choice
 
-# For each refinement its passes over the groups: on their choices alone (False), or on all widths (True).
 REFINEMENTS: Table[tuple[bool, ...]] = Table("refine")
+"""Refinements by name, as passes over the groups: on their choices alone (False), or on all widths (True)."""
 REFINEMENTS.add("units")((False, True))
 REFINEMENTS.add("choices")((False,))
 REFINEMENTS.add("none")(())
