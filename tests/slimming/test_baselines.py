@@ -168,7 +168,7 @@ def test_taylor_needs_gradients(supernet):
             ValueError,
             r"method: got 'greedy'; needed: one of \['uniform', 'random',",
         ),
-        ({"criterion": "size"}, ValueError, r"criterion: got 'size'; needed: one of \['bn_scale', 'fpgm',"),
+        ({"criterion": "size"}, ValueError, r"criterion: got 'size'; needed: one of \['l1', 'l2', 'bn_scale',"),
         ({"candidates": 0}, ValueError, "candidates: got 0; needed: a positive integer"),
         ({"population": 1}, ValueError, "population: got 1; needed: an integer from 2 to"),
         ({"candidates": 2.5}, ConfigError, r"candidates: got 2\.5; needed: a positive integer"),

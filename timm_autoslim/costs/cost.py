@@ -141,6 +141,13 @@ def cost_by_module(supernet: Supernet, widths: Widths | None = None) -> dict[str
     Raises:
         WidthError: the widths are of another model.
         ConfigError: the model is no supernet.
+
+    Example:
+        >>> import timm
+        >>> from timm_autoslim import convert
+        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> cost_by_module(supernet)["fc"]
+        5120
     """
     check_supernet(supernet)
     values = supernet.space.check(widths if widths is not None else supernet.space.max()).values_

@@ -74,7 +74,7 @@ def baseline(
         method: a key of `BASELINES`, see above.
         candidates: subnets that "random" and "evolutionary" draw for each budget; one drawn twice is scored once.
         population: subnets that "evolutionary" keeps.
-        criterion: a name in `timm_autoslim.supernet.order.CRITERIA`; "taylor" needs gradients in `supernet.model`.
+        criterion: a key of `CRITERIA`; "taylor" needs gradients in `supernet.model`.
         seed: of all random draws; each budget starts from it anew.
         scores, team: as for `search`.
 
@@ -98,8 +98,7 @@ def baseline(
     from timm_autoslim.supernet.order import CRITERIA  # torch-pruning loads slowly, and only rankings need it
 
     choose = BASELINES.pick(method)
-    if criterion not in list(CRITERIA):
-        raise ConfigError.at("criterion", got=repr(criterion), needed=f"one of {sorted(CRITERIA)}")
+    CRITERIA.pick(criterion)
     candidates = check_integer("candidates", candidates, ConfigError)
     population = check_integer("population", population, ConfigError, least=2)
     make_generator(seed)  # refuses what is no seed; every budget starts one anew
