@@ -8,7 +8,7 @@ import torch
 
 import timm_autoslim
 from helpers.zoo import randomise
-from timm_autoslim.artifact.bases import create_base, create_hollow
+from timm_autoslim.artifact.bases import create_base, create_meta_base
 
 # The largest error in float64, relative to the output: summation order leaves more than 9 digits in all models but
 # those that cast to float32 inside.
@@ -75,7 +75,7 @@ def build(name):
     """Return a small member in eval mode, the arguments that build it, and the side of its images."""
     torch.manual_seed(0)
     pixels, given = MEMBERS[name]
-    sized = "img_size" in inspect.signature(type(create_hollow(name, **given)).__init__).parameters
+    sized = "img_size" in inspect.signature(type(create_meta_base(name, **given)).__init__).parameters
     arguments = {"num_classes": 10, **given, **({"img_size": pixels} if sized else {})}
     return randomise(create_base(name, **arguments)).eval(), arguments, pixels
 

@@ -1,7 +1,7 @@
-"""What timm promises of its models, as facts that a slimmed model must share with its base.
+"""What timm promises of its models, as facts that a slim model must share with its base.
 
 The assertions are those of tests/test_models.py in timm's repository. A fact is true, false, or the name of what was
-raised: where a base breaks a promise itself (some do), its slimmed model may break the same one, and no other.
+raised: where a base breaks a promise itself (some do), its slim model may break the same one, and no other.
 """
 
 import copy
@@ -16,7 +16,8 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from timm_autoslim.artifact.load import pool_type
+from timm_autoslim.artifact.bases import create_base
+from timm_autoslim.artifact.build import pool_type
 
 
 def channels(out, fmt):
@@ -28,20 +29,20 @@ def facts(make, pixels, chans=3):
     """Ask a model everything.
 
     Args:
-        make: returns the model, given arguments of `timm.create_model`.
+        make: returns the model, with any arguments of `timm.create_model`.
         pixels: the side of its images.
         chans: their channels.
     """
     torch.manual_seed(0)
     images = torch.randn(2, chans, pixels, pixels)
-    found = {}
+    answers = {}
     for part in (_forward, _heads, _features, _training, _settings, _kinds, _derived):
         for name, fact in part(make, images):
             try:
-                found[name] = fact()
+                answers[name] = fact()
             except Exception as error:
-                found[name] = type(error).__name__
-    return found
+                answers[name] = type(error).__name__
+    return answers
 
 
 @torch.no_grad()
@@ -51,8 +52,8 @@ def _forward(make, images):
     names = set(model.state_dict())
 
     def listed(key):
-        given = cfg[key]
-        return (given,) if isinstance(given, str) else given
+        names = cfg[key]
+        return (names,) if isinstance(names, str) else names
 
     yield "forward", lambda: model(images).shape == (2, classes) and bool(model(images).isfinite().all())
     yield "one image", lambda: model(images[:1]).shape == (1, classes)
@@ -137,13 +138,13 @@ def _features(make, images):
     def tapped():
         net = make(features_only=True).eval()
         net.load_state_dict(base.state_dict(), strict=False)  # some bases draw their weights in another order then
-        found = base.forward_intermediates(images, indices=list(net.feature_info.out_indices), intermediates_only=True)
+        taps = base.forward_intermediates(images, indices=list(net.feature_info.out_indices), intermediates_only=True)
 
         def alike(out, tap):  # in either order of the axes, as shapes do not always tell them apart
             orders = (out, out.permute(0, 3, 1, 2)) if out.ndim == 4 else (out,)
             return any(o.shape == tap.shape and torch.allclose(o, tap, rtol=1e-4, atol=1e-5) for o in orders)
 
-        return [alike(out, tap) for out, tap in zip(net(images), found, strict=True)]
+        return [alike(out, tap) for out, tap in zip(net(images), taps, strict=True)]
 
     def intermediates():
         last, maps = base.forward_intermediates(images)
@@ -152,9 +153,9 @@ def _features(make, images):
 
     def pruned():
         cut = copy.deepcopy(base)
-        kept = cut.prune_intermediate_layers(1, prune_head=True)
-        some = cut.forward_intermediates(images, indices=kept, intermediates_only=True)
-        return all(map(torch.equal, some, base.forward_intermediates(images, indices=kept, intermediates_only=True)))
+        indices = cut.prune_intermediate_layers(1, prune_head=True)
+        some = cut.forward_intermediates(images, indices=indices, intermediates_only=True)
+        return all(map(torch.equal, some, base.forward_intermediates(images, indices=indices, intermediates_only=True)))
 
     yield "features are intermediates", tapped
     yield "forward_intermediates", intermediates
@@ -173,9 +174,9 @@ def _training(make, images):
     def checkpointed():
         torch.manual_seed(0)
         model = make().eval()
-        plain = model(images)
+        expected = model(images)
         model.set_grad_checkpointing(True)
-        return torch.equal(model.train(False)(images), plain)
+        return torch.equal(model.train(False)(images), expected)
 
     yield "backward", gradients
     yield "grad checkpointing", checkpointed
@@ -227,8 +228,8 @@ def _kinds(make, images):
         model.reset_classifier(2)
         heads = model.get_classifier()
         heads = heads if isinstance(heads, tuple | list) else (heads,)
-        found = {(p.device.type, p.dtype) for head in heads for p in head.parameters()}
-        return found == {("meta", torch.float64)} and all(m.training for m in model.modules())
+        kinds = {(p.device.type, p.dtype) for head in heads for p in head.parameters()}
+        return kinds == {("meta", torch.float64)} and all(m.training for m in model.modules())
 
     def frozen():
         model = make().requires_grad_(False)
@@ -276,13 +277,13 @@ def _derived(make, images):
     def traced():
         torch.manual_seed(0)
         model = make().eval()
-        given = {
+        settings = {
             "leaf_modules": get_notrace_modules(),
             "autowrap_functions": get_notrace_functions(),
             "param_shapes_constant": True,
         }
-        last = get_graph_node_names(model, tracer_kwargs=given)[1][-1]
-        graph = create_feature_extractor(model, return_nodes=[last], tracer_kwargs=given, suppress_diff_warning=True)
+        last = get_graph_node_names(model, tracer_kwargs=settings)[1][-1]
+        graph = create_feature_extractor(model, return_nodes=[last], tracer_kwargs=settings, suppress_diff_warning=True)
         out = graph.train()(images)[last]
         (out if isinstance(out, torch.Tensor) else out[0]).mean().backward()
         unused = sorted(name for name, p in graph.named_parameters() if p.grad is None)
@@ -328,19 +329,19 @@ def _derived(make, images):
             )
 
     def cut():
-        model, found = make().eval(), []
+        model, equal = make().eval(), []
         with torch.no_grad():
             expected, maps = model(images), model.forward_intermediates(images, intermediates_only=True)
-            whole = copy.deepcopy(model)
-            whole.prune_intermediate_layers([len(maps) - 1], prune_head=False)
-            found.append(torch.allclose(whole(images), expected, rtol=1e-4, atol=1e-5))
+            uncut = copy.deepcopy(model)
+            uncut.prune_intermediate_layers([len(maps) - 1], prune_head=False)
+            equal.append(torch.allclose(uncut(images), expected, rtol=1e-4, atol=1e-5))
             for index, tap in enumerate(maps):
                 short = copy.deepcopy(model)
-                kept = short.prune_intermediate_layers([index], prune_norm=True)
-                (last,) = short.forward_intermediates(images, indices=kept, intermediates_only=True)
-                found.append(torch.allclose(last, tap, rtol=1e-4, atol=1e-5))
-                found.append(sum(p.numel() for p in short.parameters()) < sum(p.numel() for p in model.parameters()))
-        return found
+                indices = short.prune_intermediate_layers([index], prune_norm=True)
+                (last,) = short.forward_intermediates(images, indices=indices, intermediates_only=True)
+                equal.append(torch.allclose(last, tap, rtol=1e-4, atol=1e-5))
+                equal.append(sum(p.numel() for p in short.parameters()) < sum(p.numel() for p in model.parameters()))
+        return equal
 
     yield "a graph of torch.fx", traced
     yield "features by torch.fx", by_graph
@@ -363,13 +364,12 @@ def scripted(make, pixels):
         return type(error).__name__
 
 
-def maker(name, **given):
+def maker(name, **settings):
     """Make a model by timm's function or, of torchvision, by ours, with the same weights every time."""
-    from timm_autoslim.artifact.bases import create_base
 
     def make(**args):
         torch.manual_seed(1)
-        args = {**given, **args}
+        args = {**settings, **args}
         if name.startswith("torchvision/"):
             for ours in ("exportable", "scriptable"):
                 args.pop(ours, None)
@@ -380,7 +380,7 @@ def maker(name, **given):
 
 
 def calibrated(model):
-    """Mark the BatchNorm statistics as the model's own."""
+    """Mark the BatchNorm statistics as those of this width."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
             module.num_batches_tracked.fill_(1)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from timm_autoslim import convert, cost
+from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.supernet.supernet import _CACHED_SLICES
 
@@ -184,24 +185,24 @@ def test_the_statistics_of_a_narrower_subnet_are_marked_as_not_its_own(supernet,
     assert torch.equal(whole.bn.running_mean, supernet.model.bn.running_mean)
 
 
-def test_the_recipe_is_plain_data_that_says_what_was_kept(supernet, narrow):
+def test_the_spec_says_what_was_kept_and_goes_through_json(supernet, narrow):
     plain = supernet.extract(narrow)
-    recipe = json.loads(json.dumps(plain.autoslim))
-    assert recipe == plain.autoslim
-    assert recipe["format"] == 1
-    assert recipe["widths"] == {"stem": 5, "inner": 7}
-    assert recipe["sizes"]["inner.weight"] == [7, 5, None, None]
-    assert recipe["sizes"]["bn.running_var"] == [5]
-    assert recipe["sizes"]["head.weight"] == [None, 5]
-    assert "head.bias" not in recipe["sizes"]
+    spec = plain.autoslim
+    assert Spec.parse(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert spec.format == 1
+    assert spec.widths == {"stem": 5, "inner": 7}
+    assert spec.sizes["inner.weight"] == (7, 5, None, None)
+    assert spec.sizes["bn.running_var"] == (5,)
+    assert spec.sizes["head.weight"] == (None, 5)
+    assert "head.bias" not in spec.sizes
     for name, whole in supernet.model.state_dict().items():
-        kept = recipe["sizes"].get(name, [None] * whole.dim())
+        kept = spec.sizes.get(name, [None] * whole.dim())
         expected = [n if k is None else k for n, k in zip(whole.shape, kept, strict=True)]
         assert list(plain.state_dict()[name].shape) == expected
-    assert recipe["attributes"]["inner.out_channels"] == 7
-    assert recipe["attributes"]["head.in_features"] == 5
-    assert supernet.extract().autoslim["sizes"] == {}
-    assert supernet.extract().autoslim["attributes"] == {}
+    assert spec.attributes["inner.out_channels"] == 7
+    assert spec.attributes["head.in_features"] == 5
+    assert supernet.extract().autoslim.sizes == {}
+    assert supernet.extract().autoslim.attributes == {}
 
 
 def test_an_extracted_model_says_itself_how_wide_it_is(supernet, narrow):
@@ -306,10 +307,10 @@ def test_freezing_by_glob_keeps_all_channels_of_a_module_and_says_why():
 
 
 def test_the_base_is_known_for_a_timm_model_and_else_given(narrow):
-    assert convert(Plain(), IMAGE, base="torchvision/x", base_args={"a": 1}).extract().autoslim["base_args"] == {"a": 1}
-    assert convert(Plain(), IMAGE).extract().autoslim["base"] is None
+    assert convert(Plain(), IMAGE, base="torchvision/x", base_args={"a": 1}).extract().autoslim.base_args == {"a": 1}
+    assert convert(Plain(), IMAGE).extract().autoslim.base is None
     model = timm.create_model("resnet10t")
-    assert convert(model, torch.zeros(1, 3, 64, 64)).extract().autoslim["base"] == "resnet10t"
+    assert convert(model, torch.zeros(1, 3, 64, 64)).extract().autoslim.base == "resnet10t"
 
 
 class Wrong(nn.Module):
