@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from helpers.marks import slow_except
 from helpers.zoo import arbitrary_widths
 from torch import nn
 
@@ -27,7 +28,7 @@ def maps(model, images):
     return list(outputs.values()) if isinstance(outputs, dict) else list(outputs)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_except(["a list", "hooks", "channels last"], KINDS))
 def test_a_backbone_tells_the_channels_that_it_returns(kind):
     name, args = KINDS[kind]
     backbone = timm.create_model(name, features_only=True, **args).eval()
@@ -77,6 +78,7 @@ def test_a_detector_on_a_backbone_shrinks_with_it():
     assert [out.shape[1] for out in maps(extracted, IMAGES)] == [5, 5]
 
 
+@pytest.mark.slow
 def test_a_backbone_inside_a_model_of_timm_keeps_its_channels_in_a_file(tmp_path):
     args = {"img_size": 64, "num_classes": 10, "depth": 1}
     base = timm.create_model("vit_small_resnet26d_224", **args).eval()

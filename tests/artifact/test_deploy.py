@@ -14,6 +14,7 @@ from timm_autoslim.artifact.bases import create_base
 
 # and the side of their images: residual, attention, inverted bottlenecks with squeeze-excitation, torchvision
 MODELS = {"resnet10t": 64, "test_vit": 160, "test_efficientnet": 64, "torchvision/squeezenet1_1": 64}
+pytestmark = pytest.mark.slow  # compilers and ONNX
 # Another order of float32 sums, relative to the largest logit; 100 roundings of 2^-23 stay below it.
 CLOSE = 1e-5
 

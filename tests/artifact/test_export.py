@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from helpers.exported import CASES, image, load, needs_hub, slim
+from helpers.marks import slow_except
 from helpers.specs import make_spec, same, state
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
@@ -24,7 +25,7 @@ def resnet(tmp_path_factory):
 # ---- round trips
 
 
-@pytest.mark.parametrize("base", CASES)
+@pytest.mark.parametrize("base", slow_except(["resnet10t", "test_vit", "torchvision/squeezenet1_1"], CASES))
 def test_what_is_loaded_equals_what_was_exported(base, tmp_path):
     model = slim(base)
     folder = export(model, tmp_path / "out")
@@ -105,6 +106,7 @@ def test_a_new_head_is_recorded(classes, tmp_path):
     assert load(tmp_path / "out", num_classes=5)(image(model)).shape == (1, 5)
 
 
+@pytest.mark.slow
 def test_a_head_replaced_by_hand_is_recorded(tmp_path):
     model = slim("torchvision/mobilenet_v2")
     model.classifier[1] = nn.Linear(200, 6)
@@ -122,7 +124,7 @@ def test_a_torchvision_model_that_timm_knows_nothing_of_exports(tmp_path):
     assert (loaded.num_classes, loaded.num_features, loaded.pretrained_cfg["first_conv"]) == (4, 512, "features.0")
 
 
-@pytest.mark.parametrize("base", ["resnet10t", "torchvision/mobilenet_v2"])
+@pytest.mark.parametrize("base", slow_except(["resnet10t"], ["resnet10t", "torchvision/mobilenet_v2"]))
 @pytest.mark.parametrize("channels", [1, 4])
 def test_other_input_channels_are_recorded(base, channels, tmp_path):
     model = slim(base, in_chans=channels)

@@ -66,6 +66,7 @@ def test_arguments_given_at_loading_are_in_the_next_folder(resnet, tmp_path):
         timm_autoslim.export(dilated.eval(), tmp_path / "three")  # its spec is that of the first folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "base", "named"),
     [
@@ -94,6 +95,7 @@ def test_arguments_that_no_folder_holds_are_refused(make, base, named, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_attribute_that_only_the_constructor_sets_is_named(tmp_path):
     args = {"aux_logits": False, "init_weights": False}
     model = torchvision.models.googlenet(transform_input=True, **args)
@@ -193,11 +195,13 @@ def test_weights_that_are_no_numbers_are_refused(resnet, ruin, got, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_told_apart(resnet, tmp_path):
     with pytest.raises(ArtifactError, match=r"got a compiled model; needed: .*export\(model\._orig_mod"):
         timm_autoslim.export(torch.compile(copy.deepcopy(resnet)), tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_many_batches_of_training_renew_the_statistics(tmp_path):
     supernet = timm_autoslim.convert(timm.create_model("test_resnet", num_classes=3), torch.zeros(1, 3, 32, 32))
     model = supernet.extract(supernet.space.uniform(0.5)).train()
@@ -215,6 +219,7 @@ def test_many_batches_of_training_renew_the_statistics(tmp_path):
     timm_autoslim.export(model, tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_statistics_of_a_head_that_runs_in_training_alone_may_be_stale(tmp_path):
     args = {"init_weights": False, "aux_logits": True}
     model = half(torchvision.models.googlenet(**args), base="torchvision/googlenet", base_args=args)

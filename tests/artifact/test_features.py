@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from helpers.exported import image, load, slim
+from helpers.marks import slow_except
 from helpers.specs import make_spec
 from helpers.timm_contract import calibrated
 from torch import nn
@@ -39,6 +40,7 @@ def test_features_only(resnet):
     assert torch.equal(outputs[-1], expected)
 
 
+@pytest.mark.slow
 def test_features_only_on_torchvision(mobilenet):
     exported, folder = mobilenet
     features = load(folder, features_only=True)
@@ -51,7 +53,7 @@ def test_features_only_on_torchvision(mobilenet):
     assert torch.equal(outputs[-1], expected)
 
 
-@pytest.mark.parametrize("case", ["resnet", "mobilenet"])
+@pytest.mark.parametrize("case", slow_except(["resnet"], ["resnet", "mobilenet"]))
 def test_out_indices(case, request):
     exported, folder = request.getfixturevalue(case)
     features = load(folder, features_only=True, out_indices=(1, 3))

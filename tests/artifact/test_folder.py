@@ -47,7 +47,7 @@ REFUSED = [
     (("model_args", "spec", "attributes", "x"), nested(300), "a list of positive integers"),
     ((*ARGS, "x"), nested(300), "at most 1000 items and 8 levels"),
     ((*ARGS, "embed_dim"), 960_000, "arguments that build at most"),
-    ((*ARGS, "depth"), 900_000, "arguments that build at most"),
+    pytest.param((*ARGS, "depth"), 900_000, "arguments that build at most", marks=pytest.mark.slow),
     ((*ARGS, "num_classes"), 1_000_000_000, "a number of at most"),
     (("model_args", "spec", "attributes", "blocks.0.norm1.eps"), 1e300, r"n \*\* -0\.5 of a head"),
     (("num_classes",), 1_000_000_000_000, "an integer from 0 to 1000000"),

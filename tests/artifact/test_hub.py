@@ -66,6 +66,7 @@ def offline(code, at, *args):
     )
 
 
+@pytest.mark.slow
 def test_a_cached_repository_loads_without_a_network(exported, tmp_path):
     model, folder = exported
     done = offline(LOADER, cache(folder, ["config.json", "model.safetensors"], tmp_path / "hub"), tmp_path / "w")
@@ -89,6 +90,7 @@ for number, overlay in enumerate(({"file": sys.argv[2], "num_classes": -1}, None
 )
 
 
+@pytest.mark.slow
 def test_a_users_file_takes_the_place_of_a_repositorys_weights_and_a_strangers_does_not(exported, tmp_path):
     model, folder = exported
     copied, (mine, theirs) = tmp_path / "copy", (tmp_path / "mine.pth", tmp_path / "theirs.pth")
@@ -108,6 +110,7 @@ def test_a_users_file_takes_the_place_of_a_repositorys_weights_and_a_strangers_d
     assert all(torch.equal(t, of_repository[k] + 1) for k, t in of_user.items() if not k.startswith(head))
 
 
+@pytest.mark.slow
 def test_a_repository_of_pickles_is_not_read(exported, tmp_path):
     model, folder = exported
     if isinstance(model, torchvision.models.SqueezeNet):

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers.exported import image, load, slim
+from helpers.exported import CASES, image, load, slim
+from helpers.marks import slow_except
 from helpers.specs import same, state
 from torch import nn
 
@@ -65,7 +66,7 @@ def empty_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("base", ["resnet10t", "mobilenetv2_035", "test_vit", "torchvision/mobilenet_v2"])
+@pytest.mark.parametrize("base", slow_except(["resnet10t", "test_vit"], CASES))
 def test_none_are_drawn_for_a_model_as_it_was_exported(base, empty_is_nan, tmp_path):
     exported = slim(base)
     folder = export(exported, tmp_path / "out")

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from helpers.exported import image, load, slim
+from helpers.marks import slow_except
 from helpers.specs import RESNET, RESNET_ATTRIBUTES, make_spec, same, state
 from timm.models import PretrainedCfg
 
@@ -112,7 +113,7 @@ def test_a_model_without_a_head_that_had_none_is_the_exported_one():
 # ---- arguments of timm.create_model
 
 
-@pytest.mark.parametrize("case", ["resnet", "mobilenet"])
+@pytest.mark.parametrize("case", slow_except(["resnet"], ["resnet", "mobilenet"]))
 def test_num_classes(case, request):
     exported, folder = request.getfixturevalue(case)
     seven, none = load(folder, num_classes=7), load(folder, num_classes=0)
@@ -127,7 +128,7 @@ def test_num_classes(case, request):
     assert set(none.state_dict()) == others
 
 
-@pytest.mark.parametrize("case", ["resnet", "mobilenet"])
+@pytest.mark.parametrize("case", slow_except(["resnet"], ["resnet", "mobilenet"]))
 def test_in_chans(case, request):
     exported, folder = request.getfixturevalue(case)
     grey = load(folder, in_chans=1)

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from helpers.exported import load
+from helpers.marks import slow_except
 from helpers.members import build
 from helpers.specs import same, state
 from packaging.version import Version
@@ -33,7 +34,7 @@ def at_sizes(name, folder, widths):
     return exported, base, lambda **changes: load(folder / "out", **changes), side
 
 
-@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", slow_except(["test_vit"], ["test_vit", "swin_tiny_patch4_window7_224"]))
 def test_another_image_size_is_loaded_as_timm_loads_the_base(name, tmp_path):
     exported, base, reload, side = at_sizes(name, tmp_path, 1.0)
     for size in (2 * side, (side, 2 * side), [side // 2, 2 * side], side // 2):
@@ -45,7 +46,7 @@ def test_another_image_size_is_loaded_as_timm_loads_the_base(name, tmp_path):
     assert same(state(exported), state(reload(img_size=[side, side])))
 
 
-@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", slow_except(["test_vit"], ["test_vit", "swin_tiny_patch4_window7_224"]))
 def test_a_narrow_model_takes_another_image_size(name, tmp_path):
     exported, base, reload, side = at_sizes(name, tmp_path, 0.5)
     wide, exported_state = state(base(img_size=2 * side)), state(exported)

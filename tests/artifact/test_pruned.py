@@ -3,12 +3,13 @@
 import pytest
 import torch
 from helpers.exported import image, slim
+from helpers.marks import slow_except
 from helpers.specs import same, state
 
 from timm_autoslim.artifact.export import export
 
 
-@pytest.mark.parametrize("base", ["resnet10t", "mobilenetv2_035"])
+@pytest.mark.parametrize("base", slow_except(["resnet10t"], ["resnet10t", "mobilenetv2_035"]))
 def test_timm_alone_loads_the_folder_by_the_lines_of_the_card(base, tmp_path, monkeypatch):
     model = slim(base)
     text = (export(model, tmp_path / "out") / "README.md").read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from helpers.marks import slow_except
 
 from timm_autoslim import calibrate, convert, export
 from timm_autoslim.artifact.bases import create_base
@@ -22,7 +23,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=slow_except(["resnet10t", "test_vit", "torchvision/squeezenet1_1"], MODELS))
 def trip(request, tmp_path_factory):
     """A calibrated half-wide model, its images, and the folder that it was exported to."""
     name = request.param

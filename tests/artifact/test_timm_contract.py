@@ -11,6 +11,7 @@ import os
 import pytest
 import timm
 import torch
+from helpers.marks import slow_except
 from helpers.members import MEMBERS
 from helpers.timm_contract import calibrated, facts, maker, scripted
 from helpers.zoo import TIMM
@@ -40,6 +41,7 @@ SHORT = {
     "torchvision/googlenet": {"init_weights": False},
 }
 SCRIPTED = ["test_resnet", "test_efficientnet", "test_vit"]
+QUICK = ["test_vit"]
 
 
 def cases():
@@ -71,7 +73,7 @@ def raised(fact, value):
     return isinstance(value, str) and fact != "output_fmt"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_except(QUICK, CASES))
 def test_a_slim_model_keeps_the_contract_of_its_base(name, tmp_path):
     base, slim, pixels = exported(name, tmp_path / "out")
     expected, got = facts(base, pixels), facts(slim, pixels)
@@ -91,6 +93,7 @@ def test_a_slim_model_keeps_the_contract_of_its_base(name, tmp_path):
         assert scripted(slim, pixels) == scripted(base, pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTED if not ALL else [])
 def test_scripting_is_kept(name, tmp_path):
     base, slim, pixels = exported(name, tmp_path / "out")
