@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers.specs import make_recipe
+from helpers.specs import make_spec
 from helpers.subprocesses import run_apart
 from torchvision.io import write_png
 
 from timm_autoslim.__main__ import main
+from timm_autoslim.artifact.build import build_slim
 from timm_autoslim.artifact.export import export
-from timm_autoslim.artifact.load import build_slimmed
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,7 +49,7 @@ def place(tmp_path_factory):
     """A folder with the scripts, an exported model and images of two classes; and the model."""
     place = tmp_path_factory.mktemp("place")
     narrow = {"blocks.0.mlp.fc1": (100, None), "blocks.0.mlp.fc2": (None, 100)}
-    model = build_slimmed(make_recipe("test_vit", narrow, num_classes=2)).eval()
+    model = build_slim(make_spec("test_vit", narrow, num_classes=2)).eval()
     export(model, place / "slim")
     for label in ("cat", "dog"):
         (place / "images" / label).mkdir(parents=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from timm_autoslim.artifact.bases import create_hollow
+from timm_autoslim.artifact.bases import create_meta_base
 from timm_autoslim.costs.cost import cost_by_module
 from timm_autoslim.costs.reach import reach
 from timm_autoslim.errors import ArtifactError, AutoSlimError, TraceError
@@ -45,7 +45,7 @@ def inspect(name: str, size: int | None = None, modules: bool = False) -> str:
         TraceError: the model cannot be traced, or not at this size.
         NothingToSlimError: no channel of it can be removed.
     """
-    model = create_hollow(name)  # shapes are all that is read
+    model = create_meta_base(name)  # shapes are all that is read
     try:
         example = None if size is None else torch.empty(1, 3, size, size, device="meta")
     except (RuntimeError, TypeError) as error:

@@ -29,7 +29,7 @@ from results import Results
 from tqdm import tqdm
 
 import timm_autoslim
-from timm_autoslim.artifact.bases import create_base, create_hollow
+from timm_autoslim.artifact.bases import create_base, create_meta_base
 from timm_autoslim.costs.cost import reach
 from timm_autoslim.errors import AutoSlimError
 from timm_autoslim.utils.files import write_text
@@ -45,7 +45,7 @@ def rss() -> float:
 def measure(name: str, equal: float) -> dict[str, Any]:
     """Convert one model; return its groups, its reach, its time, what is fixed and why, and whether subnets agree."""
     torch.set_num_threads(1)
-    model = create_hollow(name)
+    model = create_meta_base(name)
     result: dict[str, Any] = {
         "name": name,
         "family": type(model).__name__,
@@ -144,7 +144,7 @@ def names(smallest: bool) -> list[str]:
         return found
     best: dict[str, tuple[int, str]] = {}
     for name in tqdm(found, desc="smallest of each class"):
-        model = create_hollow(name)
+        model = create_meta_base(name)
         key = f"{type(model).__module__}.{type(model).__name__}"
         best[key] = min(best.get(key, (1 << 60, "")), (sum(p.numel() for p in model.parameters()), name))
     return sorted(name for _, name in best.values())

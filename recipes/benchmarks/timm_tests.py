@@ -27,7 +27,7 @@ from coverage import names
 from results import export_half
 from tqdm import tqdm
 
-from timm_autoslim.artifact.construct import TORCHVISION
+from timm_autoslim.artifact.spec import TORCHVISION
 
 SUFFIX = "_slim"
 HOME = "slimmed_models"  # the module that timm believes them to be defined in

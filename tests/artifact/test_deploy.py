@@ -10,10 +10,11 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torchvision.models import squeezenet1_1
 
 from timm_autoslim import calibrate, convert, cost, export
-from timm_autoslim.artifact.load import create_base
+from timm_autoslim.artifact.bases import create_base
 
 # and the side of their images: residual, attention, inverted bottlenecks with squeeze-excitation, torchvision
 MODELS = {"resnet10t": 64, "test_vit": 160, "test_efficientnet": 64, "torchvision/squeezenet1_1": 64}
+pytestmark = pytest.mark.slow  # compilers and ONNX
 # Another order of float32 sums, relative to the largest logit; 100 roundings of 2^-23 stay below it.
 CLOSE = 1e-5
 
@@ -44,12 +45,12 @@ def deployed(request, tmp_path_factory):
                        base_args={"num_classes": 7})  # fmt: skip
     widths = supernet.space.uniform(0.5)
     assert cost(supernet, widths).params < 0.5 * cost(supernet).params
-    plain = supernet.extract(widths)
-    calibrate(plain, [images])
-    plain.eval()
+    extracted = supernet.extract(widths)
+    calibrate(extracted, [images])
+    extracted.eval()
     with torch.no_grad():
-        logits = plain(images)
-    return export(plain, tmp_path_factory.mktemp("deployed") / "slim"), images, logits
+        logits = extracted(images)
+    return export(extracted, tmp_path_factory.mktemp("deployed") / "slim"), images, logits
 
 
 def load(folder, **kwargs):
@@ -62,9 +63,9 @@ def test_torch_export(deployed, tmp_path):
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(load(folder), (images[:3],), dynamic_shapes=({0: batch},))
     torch.export.save(program, tmp_path / "slim.pt2")
-    again = torch.export.load(tmp_path / "slim.pt2").module()
-    assert close(again(images), logits)
-    assert close(again(images[:2]), logits[:2])
+    loaded = torch.export.load(tmp_path / "slim.pt2").module()
+    assert close(loaded(images), logits)
+    assert close(loaded(images[:2]), logits[:2])
 
 
 @torch.no_grad()
@@ -109,8 +110,8 @@ def test_files_are_really_smaller_in_float_and_in_int8(tmp_path):
     slim = supernet.extract(widths).eval()
     for name, model in (("base", base), ("slim", slim)):
         to_onnx(model, images[:2], tmp_path / f"{name}.onnx")
-    quant_pre_process(str(tmp_path / "slim.onnx"), str(tmp_path / "plain.onnx"), skip_symbolic_shape=True)
-    quantize_static(str(tmp_path / "plain.onnx"), str(tmp_path / "int8.onnx"), Reader(images), per_channel=True)
+    quant_pre_process(str(tmp_path / "slim.onnx"), str(tmp_path / "extracted.onnx"), skip_symbolic_shape=True)
+    quantize_static(str(tmp_path / "extracted.onnx"), str(tmp_path / "int8.onnx"), Reader(images), per_channel=True)
     base_bytes, slim_bytes, int8_bytes = ((tmp_path / f"{n}.onnx").stat().st_size for n in ("base", "slim", "int8"))
     assert slim_bytes / base_bytes == pytest.approx(left, abs=0.05)  # the graph itself takes the same room in both
     assert int8_bytes < 0.45 * slim_bytes

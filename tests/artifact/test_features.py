@@ -1,91 +1,95 @@
-"""Backbones of timm (`features_only=True`) convert like any model, and tell the channels that they return."""
+"""`features_only=True` on slim models: the backbone that timm makes of the base, in its channels."""
 
 import pytest
 import timm
 import torch
-from helpers.widths import arbitrary_widths
+from helpers.exported import image, load, slim
+from helpers.marks import slow_but
+from helpers.specs import make_spec
+from helpers.timm_contract import calibrated
 from torch import nn
 
 import timm_autoslim
+from timm_autoslim.artifact.export import export
+from timm_autoslim.artifact.features import feature_cfg
+from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import ArtifactError
 
-IMAGES = torch.rand(2, 3, 64, 64)
-KINDS = {
-    "a list": ("test_resnet", {}),
-    "a list, of modules within modules": ("test_convnext", {"out_indices": (0, 2)}),
-    "a dict": ("test_resnet", {"feature_cfg": {"feature_cls": "dict"}, "out_indices": (-3, -1)}),
-    "hooks": ("test_resnet", {"feature_cfg": {"feature_cls": "hook"}}),
-    "a class of its own": ("mobilenetv3_small_050", {}),
-    "forward_intermediates": ("test_vit", {"img_size": 64, "out_indices": (0, 1)}),
-    "channels last": ("test_mambaout", {}),
-}
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    model = slim("resnet10t")
+    return model, export(model, tmp_path_factory.mktemp("resnet") / "out")
 
 
-def maps(model, images):
+@pytest.fixture(scope="module")
+def mobilenet(tmp_path_factory):
+    model = slim("torchvision/mobilenet_v2")
+    return model, export(model, tmp_path_factory.mktemp("mobilenet") / "out")
+
+
+def test_features_only(resnet):
+    exported, folder = resnet
+    features = load(folder, features_only=True)
+    assert features.feature_info.channels() == [64, 64, 128, 256, 48]
+    assert features.feature_info.reduction() == [2, 4, 8, 16, 32]
     with torch.no_grad():
-        found = model(images)
-    return list(found.values()) if isinstance(found, dict) else list(found)
+        outputs = features(image(exported))
+        expected = exported.forward_features(image(exported))
+    assert [out.shape[1] for out in outputs] == features.feature_info.channels()
+    assert torch.equal(outputs[-1], expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_backbone_tells_the_channels_that_it_returns(kind):
-    name, given = KINDS[kind]
-    backbone = timm.create_model(name, features_only=True, **given).eval()
-    whole = backbone.feature_info.channels()
-    supernet = timm_autoslim.convert(backbone, IMAGES, keep_output=False)
-    for seed in range(3):
-        widths = arbitrary_widths(supernet.space, torch.Generator().manual_seed(seed))
-        plain = supernet.extract(widths)
-        found = maps(plain, IMAGES)
-        assert plain.feature_info.channels() == [out.shape[3 if kind == "channels last" else 1] for out in found]
-        with torch.no_grad():
-            again = supernet(IMAGES, widths)
-        again = list(again.values()) if isinstance(again, dict) else again
-        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-    assert plain.feature_info.channels() != whole
-    assert backbone.feature_info.channels() == whole  # a conversion and a forward leave the model's own as they are
-
-
-def test_a_backbone_is_not_exported_by_itself(tmp_path):
-    backbone = timm.create_model("test_resnet", features_only=True)
-    supernet = timm_autoslim.convert(backbone, IMAGES, keep_output=False, base="test_resnet")
-    with pytest.raises(ArtifactError, match=r"FeatureListNet is a backbone .*load that with features_only=True"):
-        timm_autoslim.export(supernet.extract(supernet.space.uniform(0.5)), tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-class Detector(nn.Module):
-    """A neck and a head on a backbone of timm, as a user would write them."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = timm.create_model("test_convnext", features_only=True, out_indices=(1, 2))
-        self.neck = nn.ModuleList(nn.Conv2d(n, 16, 1) for n in self.backbone.feature_info.channels())
-        self.head = nn.Conv2d(16, 5, 1)
-
-    def forward(self, x):
-        return [self.head(level(y)) for level, y in zip(self.neck, self.backbone(x), strict=True)]
-
-
-def test_a_detector_on_a_backbone_shrinks_with_it():
-    detector = Detector().eval()
-    supernet = timm_autoslim.convert(detector, IMAGES)
-    plain = supernet.extract(supernet.space.uniform(0.5))
-    channels = plain.backbone.feature_info.channels()
-    assert channels == [level.in_channels for level in plain.neck]
-    assert channels == [n // 2 for n in detector.backbone.feature_info.channels()]
-    assert [out.shape[1] for out in maps(plain, IMAGES)] == [5, 5]
-
-
-def test_a_backbone_inside_a_model_of_timm_keeps_its_channels_in_a_file(tmp_path):
-    given = {"img_size": 64, "num_classes": 10, "depth": 1}
-    base = timm.create_model("vit_small_resnet26d_224", **given).eval()
-    supernet = timm_autoslim.convert(base, IMAGES, base_args=given)
-    plain = supernet.extract(supernet.space.uniform(0.5))
-    timm_autoslim.calibrate(plain, [torch.cat([IMAGES, IMAGES.flip(3)])])
-    timm_autoslim.export(plain, tmp_path / "out")
-    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    backbone = loaded.patch_embed.backbone
-    assert backbone.feature_info.channels() == [maps(backbone, IMAGES)[0].shape[1]] == [1024]
+@pytest.mark.slow
+def test_features_only_on_torchvision(mobilenet):
+    exported, folder = mobilenet
+    features = load(folder, features_only=True)
+    assert features.feature_info.channels() == [16, 24, 32, 96, 200]
     with torch.no_grad():
-        assert torch.equal(loaded(IMAGES), plain.eval()(IMAGES))
+        outputs = features(image(exported))
+        expected = exported.features(image(exported))
+    assert [out.shape[1] for out in outputs] == [16, 24, 32, 96, 200]
+    assert [96 // out.shape[2] for out in outputs] == features.feature_info.reduction() == [2, 4, 8, 16, 32]
+    assert torch.equal(outputs[-1], expected)
+
+
+@pytest.mark.parametrize("case", slow_but(["resnet"], ["resnet", "mobilenet"]))
+def test_out_indices(case, request):
+    exported, folder = request.getfixturevalue(case)
+    features = load(folder, features_only=True, out_indices=(1, 3))
+    channels = features.feature_info.channels()
+    assert len(channels) == 2
+    assert [out.shape[1] for out in features(image(exported))] == channels
+    assert features.feature_info.reduction() == [4, 16]
+
+
+def test_feature_extractor_of_choice(resnet):
+    exported, folder = resnet
+    for kind, choice in (("Getter", {"feature_cls": "getter"}), ("Graph", {"feature_cfg": {"feature_cls": "fx"}})):
+        features = load(folder, features_only=True, **choice)
+        assert type(features).__name__ == f"Feature{kind}Net"
+        assert [out.shape[1] for out in features(image(exported))] == [64, 64, 128, 256, 48]
+    two = load(folder, features_only=True, feature_cfg={"out_indices": (0, 2)})
+    assert two.feature_info.channels() == [64, 128]
+
+
+def test_the_backbone_is_of_the_kind_that_the_base_makes(resnet, tmp_path):
+    features = load(resnet[1], features_only=True)
+    base = timm.create_model("resnet10t", features_only=True)
+    assert type(features) is type(base)
+    assert features.state_dict().keys() == base.state_dict().keys()
+    supernet = timm_autoslim.convert(timm.create_model("test_efficientnet"), torch.zeros(1, 3, 64, 64))
+    exported = calibrated(supernet.extract(supernet.space.uniform(0.5)))
+    features = load(export(exported, tmp_path / "out"), features_only=True)  # its base has a class of its own
+    features.set_grad_checkpointing()
+    assert features.model.grad_checkpointing
+
+
+def test_features_need_feature_info():
+    with pytest.raises(ArtifactError, match=r"features_only=True: got base 'resnet10t', which has no feature_info"):
+        feature_cfg(nn.Identity(), Spec(base="resnet10t"))
+
+
+def test_features_default_to_the_indices_of_the_base():
+    model = timm.create_model("autoslim", spec=make_spec("test_vit", {}), features_only=True)
+    assert model.feature_info.out_indices == timm.create_model("test_vit", features_only=True).feature_info.out_indices

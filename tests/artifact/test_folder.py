@@ -6,19 +6,18 @@ from collections import OrderedDict
 
 import pytest
 import timm
-import torch
-from helpers.specs import make_recipe
+from helpers.specs import make_spec
 
-from timm_autoslim.artifact import limits as bounds
+from timm_autoslim import check_folder
+from timm_autoslim.artifact.build import build_slim
 from timm_autoslim.artifact.export import export
-from timm_autoslim.artifact.load import build_slimmed
 from timm_autoslim.errors import ArtifactError
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     narrow = {"blocks.0.mlp.fc1": (100, None), "blocks.0.mlp.fc2": (None, 100)}
-    return export(build_slimmed(make_recipe("test_vit", narrow)), tmp_path_factory.mktemp("hostile") / "out")
+    return export(build_slim(make_spec("test_vit", narrow)), tmp_path_factory.mktemp("hostile") / "out")
 
 
 def load(exported, folder, path, value):
@@ -39,17 +38,18 @@ def nested(depth):
     return value
 
 
-ARGS = ("model_args", "recipe", "base_args")
+ARGS = ("model_args", "spec", "base_args")
 REFUSED = [
     (("model_args", "checkpoint_path"), "other.pth", "model_args.checkpoint_path|got multiple"),
     (("model_args", "weights"), "DEFAULT", "model_args.weights"),
     (("model_args", "pruned"), True, "model_args.pruned"),
-    (("model_args", "recipe", "sizes", "x"), nested(300), "at most 8 levels"),
-    (("model_args", "recipe", "attributes", "x"), nested(300), "at most 8 levels"),
+    (("model_args", "spec", "sizes", "x"), nested(300), "ascending runs of its channels"),
+    (("model_args", "spec", "attributes", "x"), nested(300), "a list of positive integers"),
+    ((*ARGS, "x"), nested(300), "at most 1000 items and 8 levels"),
     ((*ARGS, "embed_dim"), 960_000, "arguments that build at most"),
-    ((*ARGS, "depth"), 900_000, "arguments that build at most"),
+    pytest.param((*ARGS, "depth"), 900_000, "arguments that build at most", marks=pytest.mark.slow),
     ((*ARGS, "num_classes"), 1_000_000_000, "a number of at most"),
-    (("model_args", "recipe", "attributes", "blocks.0.norm1.eps"), 1e300, r"n \*\* -0\.5 of a head"),
+    (("model_args", "spec", "attributes", "blocks.0.norm1.eps"), 1e300, r"n \*\* -0\.5 of a head"),
     (("num_classes",), 1_000_000_000_000, "an integer from 0 to 1000000"),
 ]
 
@@ -60,15 +60,33 @@ def test_what_is_no_smaller_model_is_refused(path, value, message, exported, tmp
         load(exported, tmp_path / "out", path, value)
 
 
-def test_long_lists_of_numbers_are_not_multiplied():
-    """The product of a list that a base makes a tensor of has millions of digits, which would take minutes."""
-    for number in (10**6, 1e6):
-        numbers = [number] * 200_000
-        size, given = bounds._at_most([numbers, torch.zeros(3)])
-        assert bounds.ENDLESS <= size < bounds.ENDLESS**2
-        assert given
-        with bounds.Bounded(bounds.MAX_ELEMENTS):
-            assert torch.tensor(numbers, dtype=torch.float64).sum() == 2 * 10**11
+def test_a_folder_of_the_old_format_must_be_exported_again(exported, tmp_path):
+    config = json.loads((exported / "config.json").read_text())
+    model_args = {"recipe": config["model_args"]["spec"]}
+    message = r"the format of before the first release \('recipe'\); needed: .*; export the model again"
+    with pytest.raises(ArtifactError, match=message):
+        load(exported, tmp_path / "out", ("model_args",), model_args)
+    with pytest.raises(ArtifactError, match=message):
+        check_folder(tmp_path / "out")
+
+
+def test_files_that_are_missing_or_too_large_are_refused(exported, tmp_path):
+    check_folder(exported)
+    with pytest.raises(
+        ArtifactError, match=r"config\.json: got a file that cannot be read .*; needed: a regular file;"
+    ):
+        check_folder(tmp_path)
+    shutil.copytree(exported, tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_bytes(b" " * (16 * 2**20 + 1))
+    with pytest.raises(ArtifactError, match=r"config\.json: got 16,777,217 bytes; needed: at most 16,777,216"):
+        check_folder(tmp_path / "out")
+    shutil.copy(exported / "config.json", tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: got .*; needed: a regular file of safetensors"):
+        check_folder(tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").mkdir()
+    with pytest.raises(ArtifactError, match="got no regular file; needed: a regular file"):
+        check_folder(tmp_path / "out")
 
 
 SOURCES = {
@@ -82,8 +100,8 @@ SOURCES = {
 @pytest.mark.parametrize("key", SOURCES)
 def test_weights_come_from_the_folder_alone(key, exported, tmp_path):
     model = load(exported, tmp_path / "out", ("pretrained_cfg", key), SOURCES[key])
-    plain = timm.create_model(f"local-dir:{exported}", pretrained=True)
-    state, expected = OrderedDict(model.state_dict()), plain.state_dict()
+    unchanged = timm.create_model(f"local-dir:{exported}", pretrained=True)
+    state, expected = OrderedDict(model.state_dict()), unchanged.state_dict()
     assert state.keys() == expected.keys()
     assert all(state[name].equal(expected[name]) for name in expected)
 
@@ -93,14 +111,14 @@ def test_a_users_own_weights_open_no_other_file(exported, tmp_path):
     resolve = getattr(timm.models, "resolve_model_input_args", None)
     if resolve is None:
         pytest.skip("this timm hands the folder on")
-    mine, trap = tmp_path / "mine.safetensors", tmp_path / "out" / "trap.pth"
-    shutil.copy(exported / "model.safetensors", mine)
+    users, trap = tmp_path / "users.safetensors", tmp_path / "out" / "trap.pth"
+    shutil.copy(exported / "model.safetensors", users)
     shutil.copytree(exported, tmp_path / "out")
     trap.write_bytes(b"a pickle")
     config = json.loads((exported / "config.json").read_text())
     for key, value in {"checkpoint_path": str(trap), "pretrained_cfg_overlay": {"file": str(trap)}}.items():
         hostile = {**config, "model_args": {**config["model_args"], key: value}}
         (tmp_path / "out" / "config.json").write_text(json.dumps(hostile))
-        args = resolve(f"local-dir:{tmp_path / 'out'}", pretrained=True, pretrained_cfg_overlay={"file": str(mine)})
+        args = resolve(f"local-dir:{tmp_path / 'out'}", pretrained=True, pretrained_cfg_overlay={"file": str(users)})
         with pytest.raises(ArtifactError, match=f"model_args.{key}"):
             timm.create_model(**args)

@@ -16,22 +16,23 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers.specs import make_recipe
+from helpers.specs import make_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import timm_autoslim
 from timm_autoslim import check_folder
-from timm_autoslim.artifact import limits as bounds
+from timm_autoslim.artifact import limits
+from timm_autoslim.artifact.bases import create_base
+from timm_autoslim.artifact.build import build_slim
 from timm_autoslim.artifact.export import export
-from timm_autoslim.artifact.load import build_slimmed, create_base
 from timm_autoslim.errors import ArtifactError
 
 EXAMPLES = int(os.environ.get("AUTOSLIM_FUZZ", "60"))
 SECONDS = 10
 # What no folder of these small models may take, in bytes: the floor of what a base may create, twice.
-MEMORY = 4 * 2 * bounds.MIN_ELEMENTS
+MEMORY = 4 * 2 * limits.MIN_ELEMENTS
 worst = {"memory": 0, "seconds": 0.0}
 pytestmark = pytest.mark.xdist_group("fuzz")  # one process, for the last test tells what all of them took
 PACKAGE = str(Path(timm_autoslim.__file__).parent)
@@ -46,14 +47,14 @@ BASES = {"test_vit": (VIT, {"img_size": 32}), "torchvision/squeezenet1_1": (SQUE
 def exported(request, tmp_path_factory):
     """A sound folder: its config.json, its tensors, and the shapes of the base."""
     narrow, args = BASES[request.param]
-    folder = export(build_slimmed(make_recipe(request.param, narrow, **args)), tmp_path_factory.mktemp("fuzz") / "out")
+    folder = export(build_slim(make_spec(request.param, narrow, **args)), tmp_path_factory.mktemp("fuzz") / "out")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     shapes = {name: tuple(t.shape) for name, t in create_base(request.param, **args).state_dict().items()}
     return folder, config, shapes
 
 
 def memory(reset=False):
-    """The most memory that this process has held since the last reset, in bytes; 0 where Linux does not tell."""
+    """The most memory that this process had since the last reset, in bytes; 0 where Linux does not tell."""
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
@@ -63,7 +64,7 @@ def memory(reset=False):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def judge(folder, whole):
+def judge(folder, full):
     """Load a folder: it is a smaller model, or an `ArtifactError`; what timm itself cannot read builds nothing."""
     start, before = time.monotonic(), memory(reset=True)
     sound, refusal, model = True, "", None
@@ -76,8 +77,8 @@ def judge(folder, whole):
     except ArtifactError as error:
         refusal = str(error)
     except Exception as error:
-        ours = [f.filename for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(PACKAGE)]
-        if sound or ours:
+        frames = [f.filename for f in traceback.extract_tb(error.__traceback__) if f.filename.startswith(PACKAGE)]
+        if sound or frames:
             raise
     assert len(refusal) < 5000
     if model is not None:
@@ -85,10 +86,10 @@ def judge(folder, whole):
         state = model.state_dict()
         heads = (model.pretrained_cfg.get("classifier"), "head")
         for name, tensor in state.items():
-            if not name.startswith(tuple(filter(lambda h: isinstance(h, str), heads))) and name in whole:
-                limits = zip(tensor.shape, whole[name], strict=True)
+            if not name.startswith(tuple(filter(lambda h: isinstance(h, str), heads))) and name in full:
+                sizes = zip(tensor.shape, full[name], strict=True)
                 # in_chans and img_size are the only ways to grow, as on the base
-                assert all(new <= max(old, 1024) for new, old in limits), name
+                assert all(new <= max(old, 1024) for new, old in sizes), name
     seconds, taken = time.monotonic() - start, memory() - before
     worst.update(memory=max(worst["memory"], taken), seconds=max(worst["seconds"], seconds))
     assert seconds < SECONDS
@@ -108,7 +109,7 @@ NAMES = st.sampled_from(
     ["pretrained", "pretrained_cfg", "checkpoint_path", "weights", "url", "file", "source", "hf_hub_id", "state_dict",
      "custom_load", "embed_dim", "depth", "num_heads", "mlp_ratio", "img_size", "in_chans", "num_classes", "width_mult",
      "global_pool", "drop_rate", "drop_path_rate", "features_only", "out_indices", "device", "dtype", "pruned", "taps",
-     "norm_layer", "act_layer", "patch_size", "class_token", "version", "dropout", "recipe", "model_cfg", "scriptable",
+     "norm_layer", "act_layer", "patch_size", "class_token", "version", "dropout", "spec", "model_cfg", "scriptable",
      "strict_img_size", "dynamic_img_size", "block_fn", "weight_init", "architecture", "exportable", "model_name"]
 ) | TEXTS  # fmt: skip
 JUNK = st.recursive(
@@ -137,12 +138,12 @@ def configs(draw, config):
     """A config.json that was changed in one to three places, as bytes."""
     config = json.loads(json.dumps(config))
     for _ in range(draw(st.integers(1, 3))):
-        top = draw(st.sampled_from([(), ("model_args",), ("model_args", "recipe"), ("pretrained_cfg",)]))
+        top = draw(st.sampled_from([(), ("model_args",), ("model_args", "spec"), ("pretrained_cfg",)]))
         target = config
         for part in top:
             target = target.get(part) if isinstance(target, dict) else None
-        found = list(places(target))
-        path = draw(st.sampled_from(found))
+        paths = list(places(target))
+        path = draw(st.sampled_from(paths))
         for part in path[:-1]:
             target = target[part]
         kind = draw(st.sampled_from(["replace", "replace", "delete", "insert", "deep", "scale", "many"]))
@@ -205,10 +206,10 @@ def place(exported, config=None, weights=None):
     return folder
 
 
-def judged(exported, whole, **files):
+def judged(exported, full, **files):
     folder = place(exported, **files)
     try:
-        judge(folder, whole)
+        judge(folder, full)
     finally:
         shutil.rmtree(folder)
 
@@ -216,15 +217,15 @@ def judged(exported, whole, **files):
 @fuzz
 @given(st.data())
 def test_changed_configs(exported, data):
-    folder, config, whole = exported
-    judged(folder, whole, config=data.draw(configs(config)))
+    folder, config, full = exported
+    judged(folder, full, config=data.draw(configs(config)))
 
 
 @fuzz
 @given(st.data())
 def test_damaged_configs(exported, data):
-    folder, _, whole = exported
-    judged(folder, whole, config=data.draw(scrambled((folder / "config.json").read_bytes())))
+    folder, _, full = exported
+    judged(folder, full, config=data.draw(scrambled((folder / "config.json").read_bytes())))
 
 
 # ---- weights
@@ -297,8 +298,8 @@ def files_of_weights(draw, folder):
 @fuzz
 @given(st.data())
 def test_changed_weights(exported, data):
-    folder, _, whole = exported
-    judged(folder, whole, weights=data.draw(files_of_weights(folder)))
+    folder, _, full = exported
+    judged(folder, full, weights=data.draw(files_of_weights(folder)))
 
 
 def test_what_the_run_took(capsys):

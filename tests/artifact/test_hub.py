@@ -66,6 +66,7 @@ def offline(code, at, *args):
     )
 
 
+@pytest.mark.slow
 def test_a_cached_repository_loads_without_a_network(exported, tmp_path):
     model, folder = exported
     done = offline(LOADER, cache(folder, ["config.json", "model.safetensors"], tmp_path / "hub"), tmp_path / "w")
@@ -89,6 +90,7 @@ for number, overlay in enumerate(({"file": sys.argv[2], "num_classes": -1}, None
 )
 
 
+@pytest.mark.slow
 def test_a_users_file_takes_the_place_of_a_repositorys_weights_and_a_strangers_does_not(exported, tmp_path):
     model, folder = exported
     copied, (mine, theirs) = tmp_path / "copy", (tmp_path / "mine.pth", tmp_path / "theirs.pth")
@@ -108,6 +110,7 @@ def test_a_users_file_takes_the_place_of_a_repositorys_weights_and_a_strangers_d
     assert all(torch.equal(t, of_repository[k] + 1) for k, t in of_user.items() if not k.startswith(head))
 
 
+@pytest.mark.slow
 def test_a_repository_of_pickles_is_not_read(exported, tmp_path):
     model, folder = exported
     if isinstance(model, torchvision.models.SqueezeNet):
@@ -154,11 +157,11 @@ def test_what_timm_pushes_is_the_exported_model(exported, tmp_path, monkeypatch)
     pushed = tmp_path / "me" / "slim"
     assert sorted(path.name for path in pushed.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     timm_autoslim.check_folder(pushed)
-    again = load(pushed)
-    assert same(state(model), state(again))
-    assert again.autoslim == model.autoslim
+    loaded = load(pushed)
+    assert same(state(model), state(loaded))
+    assert loaded.autoslim == model.autoslim
     with torch.no_grad():
-        assert torch.equal(again(image(model)), model(image(model)))
+        assert torch.equal(loaded(image(model)), model(image(model)))
     assert load(pushed, num_classes=3, in_chans=1)(image(model)[:, :1]).shape == (1, 3)
     text = (pushed / "README.md").read_text(encoding="utf-8")
     for line in (
@@ -173,13 +176,13 @@ def test_what_timm_pushes_is_the_exported_model(exported, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("option", ["model_args", "safe_serialization"])
 def test_what_the_folder_says_is_no_option(option, exported):
-    with pytest.raises(ArtifactError, match=f"push {option}=: it is given by the folder"):
+    with pytest.raises(ArtifactError, match=f"push {option}=: got True; needed: no such option: the folder says it"):
         timm_autoslim.push(exported[1], "me/slim", **{option: True})
 
 
 def test_a_timm_that_does_not_know_the_installed_hub_is_named(exported, monkeypatch):
     monkeypatch.setattr("timm.models._hub._has_hf_hub", False)  # as timm 1.0.16 sets it beside huggingface_hub 1
-    with pytest.raises(ArtifactError, match=r"push: timm .* cannot use huggingface_hub as it is installed"):
+    with pytest.raises(ArtifactError, match=r"push: got timm .* cannot use huggingface_hub as it is installed"):
         timm_autoslim.push(exported[1], "me/slim")
 
 

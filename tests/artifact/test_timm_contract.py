@@ -11,13 +11,13 @@ import os
 import pytest
 import timm
 import torch
+from helpers.marks import slow_but
 from helpers.members import MEMBERS
-from helpers.models import mark_calibrated
-from helpers.timm_contract import facts, maker, scripted
+from helpers.timm_contract import calibrated, facts, maker, scripted
 from helpers.zoo import TIMM
 
 import timm_autoslim
-from timm_autoslim.artifact.bases import create_hollow
+from timm_autoslim.artifact.bases import create_meta_base
 
 ALL = os.environ.get("AUTOSLIM_CONTRACT") == "all"
 SMALL = ["test_resnet", "test_efficientnet", "test_vit", "test_convnext", "test_byobnet", "test_nfnet", "test_mambaout"]
@@ -41,30 +41,31 @@ SHORT = {
     "torchvision/googlenet": {"init_weights": False},
 }
 SCRIPTED = ["test_resnet", "test_efficientnet", "test_vit"]
+QUICK = ["test_vit"]
 
 
 def cases():
     """By name, the side of the images and the arguments."""
-    found = {member.name: (member.pixels, dict(member.arguments)) for member in TIMM}
-    found |= {name: value for name, value in MEMBERS.items() if not name.startswith("torchvision/")}
+    members = {member.name: (member.pixels, dict(member.arguments)) for member in TIMM}
+    members |= {name: value for name, value in MEMBERS.items() if not name.startswith("torchvision/")}
     if ALL:
-        return found
-    return {name: found[name] for name in SMALL} | {name: (64, given) for name, given in SHORT.items()}
+        return members
+    return {name: members[name] for name in SMALL} | {name: (64, args) for name, args in SHORT.items()}
 
 
 CASES = cases()
 
 
 def exported(name, folder):
-    """The maker of a base, that of its slimmed and exported model, and the side of the images."""
-    pixels, given = CASES[name]
-    sized = "img_size" in inspect.signature(type(create_hollow(name, **given)).__init__).parameters
-    args = {"num_classes": 10, **{k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}}
-    args |= {"img_size": pixels} if sized else {}
-    base = maker(name, **args)
-    supernet = timm_autoslim.convert(base(), torch.zeros(1, 3, pixels, pixels), base=name, base_args=args)
-    plain = mark_calibrated(supernet.extract(supernet.space.uniform(0.5)))
-    timm_autoslim.export(plain, folder)
+    """The maker of a base, that of its slim and exported model, and the side of the images."""
+    pixels, args = CASES[name]
+    sized = "img_size" in inspect.signature(type(create_meta_base(name, **args)).__init__).parameters
+    base_args = {"num_classes": 10, **{k: list(v) if isinstance(v, tuple) else v for k, v in args.items()}}
+    base_args |= {"img_size": pixels} if sized else {}
+    base = maker(name, **base_args)
+    supernet = timm_autoslim.convert(base(), torch.zeros(1, 3, pixels, pixels), base=name, base_args=base_args)
+    model = calibrated(supernet.extract(supernet.space.uniform(0.5)))
+    timm_autoslim.export(model, folder)
     return base, maker(f"local-dir:{folder}", pretrained=True), pixels
 
 
@@ -72,26 +73,27 @@ def raised(fact, value):
     return isinstance(value, str) and fact != "output_fmt"
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_slimmed_model_keeps_the_contract_of_its_base(name, tmp_path):
+@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
+def test_a_slim_model_keeps_the_contract_of_its_base(name, tmp_path):
     base, slim, pixels = exported(name, tmp_path / "out")
     expected, got = facts(base, pixels), facts(slim, pixels)
-    # where the base raises, as torchvision's models do, or breaks a promise, the slimmed one may do better
+    # where the base raises, as torchvision's models do, or breaks a promise, the slim one may do better
     wrong = {
         fact: (value, got[fact])
         for fact, value in expected.items()
         if got[fact] != value and not raised(fact, value) and not (value is False and got[fact] is True)
     }
     assert not wrong, wrong
-    kept = [fact for fact, value in got.items() if value is True]
+    true = [fact for fact, value in got.items() if value is True]
     headless = "reset_classifier" not in dir(base())  # timm's encoders
-    assert len(kept) >= (8 if name.startswith("torchvision/") else 5 if headless else 15), got
+    assert len(true) >= (8 if name.startswith("torchvision/") else 5 if headless else 15), got
     params = sum(p.numel() for p in slim().parameters())
     assert params < 0.7 * sum(p.numel() for p in base().parameters())
     if ALL:
         assert scripted(slim, pixels) == scripted(base, pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCRIPTED if not ALL else [])
 def test_scripting_is_kept(name, tmp_path):
     base, slim, pixels = exported(name, tmp_path / "out")
@@ -106,5 +108,5 @@ def test_weights_of_another_checkpoint_load(tmp_path):
         for parameter in model.parameters():
             parameter.add_(1)
     torch.save(model.state_dict(), tmp_path / "tuned.pth")
-    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", checkpoint_path=str(tmp_path / "tuned.pth"))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", checkpoint_path=str(tmp_path / "tuned.pth"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))

@@ -1,4 +1,4 @@
-"""Slim models from specs that are written by hand, and ways to load what was exported of them."""
+"""Slim models made by hand, and their folders: what the tests of exporting and loading share."""
 
 import pytest
 import timm
@@ -6,8 +6,8 @@ import torch
 from timm.models._hub import has_hf_hub
 from torch import nn
 
-from helpers.specs import RESNET, RESNET_ATTRIBUTES, make_recipe
-from timm_autoslim.artifact.load import build_slimmed
+from helpers.specs import RESNET, RESNET_ATTRIBUTES, make_spec
+from timm_autoslim.artifact.build import build_slim
 
 MOBILENET = {"features.18.0": (200, None), "features.18.1": (200, None), "classifier.1": (None, 200)}
 TIMM_MOBILENET = {"blocks.1.0.conv_pw": (24, None), "blocks.1.0.bn1": (24, None), "blocks.1.0.conv_dw": (24, None),
@@ -27,9 +27,9 @@ needs_hub = pytest.mark.skipif(not has_hf_hub(), reason="this timm does not work
 
 
 def slim(base, **settings):
-    """Return a slim model with BatchNorm statistics of its own, as after calibration."""
+    """A slim model with BatchNorm statistics of this width, as after calibration."""
     narrow, attributes, base_args = CASES[base]
-    model = build_slimmed(make_recipe(base, narrow, attributes, **base_args), **settings)
+    model = build_slim(make_spec(base, narrow, attributes, **base_args), **settings)
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -39,9 +39,11 @@ def slim(base, **settings):
 
 
 def load(folder, **kwargs):
+    """The model of an exported folder, in evaluation mode."""
     return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
 
 
 def image(model, batch=1):
+    """Images (N, C, 96, 96) of the channels that the model takes."""
     channels, size = model.pretrained_cfg["input_size"][0], 96
     return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(1))

@@ -8,7 +8,7 @@ import inspect
 import torch
 
 from helpers.models import CLASSES, randomise
-from timm_autoslim.artifact.bases import create_base, create_hollow
+from timm_autoslim.artifact.bases import create_base, create_meta_base
 
 FOUR = {"depths": [1, 1, 1, 1]}
 LAYERS = {"layers": [1, 1, 1, 1]}
@@ -67,6 +67,6 @@ def build(name):
     torch.manual_seed(0)
     pixels, arguments = MEMBERS[name]
     arguments = {"num_classes": CLASSES, **arguments}
-    if "img_size" in inspect.signature(type(create_hollow(name, **arguments)).__init__).parameters:
+    if "img_size" in inspect.signature(type(create_meta_base(name, **arguments)).__init__).parameters:
         arguments["img_size"] = pixels
     return randomise(create_base(name, **arguments)).eval(), arguments, pixels

@@ -1,10 +1,11 @@
-"""Specs written by hand, and changes of them."""
+"""Specs written by hand, and ways to compare and change them."""
 
 import copy
 
 from torch import nn
 
-from timm_autoslim.artifact.load import create_base
+from timm_autoslim.artifact.bases import create_base
+from timm_autoslim.artifact.spec import Spec
 
 # the out and in sizes of every layer of resnet10t that its last stage's and one inner width of 48 and 40 concern
 RESNET = {
@@ -20,30 +21,29 @@ RESNET = {
 RESNET_ATTRIBUTES = {"num_features": 48, "head_hidden_size": 48, "feature_info.4.num_chs": 48}
 
 
-def make_recipe(base, narrow, attributes=None, **base_args):
-    """A recipe written by hand: by module, the out and in sizes that are kept."""
+def make_spec(base, narrow, attributes=None, **base_args):
+    """A spec written by hand: by module, the out and in sizes that are left."""
     model = create_base(base, **base_args)
     sizes, values = {}, dict(attributes or {})
     for name, (out, fan_in) in narrow.items():
         module = model.get_submodule(name)
         norm = isinstance(module, nn.BatchNorm2d)
         for leaf, tensor in (*module.named_parameters(), *module.named_buffers()):
-            kept = [out, fan_in, None, None][: tensor.ndim]
-            if any(kept):
-                sizes[f"{name}.{leaf}"] = kept
+            axes = [out, fan_in, None, None][: tensor.ndim]
+            if any(axes):
+                sizes[f"{name}.{leaf}"] = axes
         labels = ("num_features",) if norm else ("out_channels", "in_channels", "out_features", "in_features")
         for label in labels:
             size = out if label.startswith("out") or norm else fan_in
             if size is not None and hasattr(module, label):
                 values[f"{name}.{label}"] = size
     widths = {name: out for name, (out, _) in narrow.items() if out and not name.endswith("bn1")}
-    return {
-        "format": 1, "base": base, "base_args": base_args, "sizes": sizes, "attributes": values, "widths": widths
-    }  # fmt: skip
+    return Spec(base=base, base_args=base_args, sizes=sizes, attributes=values, widths=widths)
 
 
-def changed(recipe, path, value):
-    copied = copy.deepcopy(recipe)
+def changed(data, path, value):
+    """A copy of nested data, with another value at one place."""
+    copied = copy.deepcopy(data)
     *parents, leaf = path
     target = copied
     for part in parents:

@@ -1,7 +1,7 @@
 """What timm promises of its models, as facts that a slim model must share with its base.
 
 The assertions are those of tests/test_models.py in timm's repository. A fact is true, false, or the name of what was
-raised: where a base breaks a promise itself (some do), its slimmed model may break the same one, and no other.
+raised: where a base breaks a promise itself (some do), its slim model may break the same one, and no other.
 """
 
 import copy
@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from timm_autoslim.artifact.bases import create_base
-from timm_autoslim.artifact.load import pool_type
+from timm_autoslim.artifact.build import pool_type
 
 
 def channels(out, fmt):
@@ -29,7 +29,7 @@ def facts(make, pixels, chans=3):
     """Ask a model everything.
 
     Args:
-        make: returns the model, given arguments of `timm.create_model`.
+        make: returns the model, with any arguments of `timm.create_model`.
         pixels: the side of its images.
         chans: their channels.
     """
@@ -153,9 +153,9 @@ def _features(make, images):
 
     def pruned():
         cut = copy.deepcopy(base)
-        kept = cut.prune_intermediate_layers(1, prune_head=True)
-        some = cut.forward_intermediates(images, indices=kept, intermediates_only=True)
-        return all(map(torch.equal, some, base.forward_intermediates(images, indices=kept, intermediates_only=True)))
+        indices = cut.prune_intermediate_layers(1, prune_head=True)
+        some = cut.forward_intermediates(images, indices=indices, intermediates_only=True)
+        return all(map(torch.equal, some, base.forward_intermediates(images, indices=indices, intermediates_only=True)))
 
     yield "features are intermediates", tapped
     yield "forward_intermediates", intermediates
@@ -277,13 +277,13 @@ def _derived(make, images):
     def traced():
         torch.manual_seed(0)
         model = make().eval()
-        options = {
+        settings = {
             "leaf_modules": get_notrace_modules(),
             "autowrap_functions": get_notrace_functions(),
             "param_shapes_constant": True,
         }
-        last = get_graph_node_names(model, tracer_kwargs=options)[1][-1]
-        graph = create_feature_extractor(model, return_nodes=[last], tracer_kwargs=options, suppress_diff_warning=True)
+        last = get_graph_node_names(model, tracer_kwargs=settings)[1][-1]
+        graph = create_feature_extractor(model, return_nodes=[last], tracer_kwargs=settings, suppress_diff_warning=True)
         out = graph.train()(images)[last]
         (out if isinstance(out, torch.Tensor) else out[0]).mean().backward()
         unused = sorted(name for name, p in graph.named_parameters() if p.grad is None)
@@ -329,19 +329,19 @@ def _derived(make, images):
             )
 
     def cut():
-        model, checks = make().eval(), []
+        model, equal = make().eval(), []
         with torch.no_grad():
             expected, maps = model(images), model.forward_intermediates(images, intermediates_only=True)
-            complete = copy.deepcopy(model)
-            complete.prune_intermediate_layers([len(maps) - 1], prune_head=False)
-            checks.append(torch.allclose(complete(images), expected, rtol=1e-4, atol=1e-5))
+            uncut = copy.deepcopy(model)
+            uncut.prune_intermediate_layers([len(maps) - 1], prune_head=False)
+            equal.append(torch.allclose(uncut(images), expected, rtol=1e-4, atol=1e-5))
             for index, tap in enumerate(maps):
                 short = copy.deepcopy(model)
-                kept = short.prune_intermediate_layers([index], prune_norm=True)
-                (last,) = short.forward_intermediates(images, indices=kept, intermediates_only=True)
-                checks.append(torch.allclose(last, tap, rtol=1e-4, atol=1e-5))
-                checks.append(sum(p.numel() for p in short.parameters()) < sum(p.numel() for p in model.parameters()))
-        return checks
+                indices = short.prune_intermediate_layers([index], prune_norm=True)
+                (last,) = short.forward_intermediates(images, indices=indices, intermediates_only=True)
+                equal.append(torch.allclose(last, tap, rtol=1e-4, atol=1e-5))
+                equal.append(sum(p.numel() for p in short.parameters()) < sum(p.numel() for p in model.parameters()))
+        return equal
 
     yield "a graph of torch.fx", traced
     yield "features by torch.fx", by_graph
@@ -364,12 +364,12 @@ def scripted(make, pixels):
         return type(error).__name__
 
 
-def maker(name, **options):
+def maker(name, **settings):
     """Make a model by timm's function or, of torchvision, by ours, with the same weights every time."""
 
     def make(**args):
         torch.manual_seed(1)
-        args = {**options, **args}
+        args = {**settings, **args}
         if name.startswith("torchvision/"):
             for ours in ("exportable", "scriptable"):
                 args.pop(ours, None)
@@ -377,3 +377,11 @@ def maker(name, **options):
         return timm.create_model(name, **args)
 
     return make
+
+
+def calibrated(model):
+    """Mark the BatchNorm statistics as those of this width."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.num_batches_tracked is not None:
+            module.num_batches_tracked.fill_(1)
+    return model

@@ -189,9 +189,8 @@ def test_numpys_integers_become_pythons_own(supernet):
     ):
         assert widths == expected
         assert [type(width) for width in widths.values()] == [int, int]
-    assert (
-        json.loads(json.dumps(supernet.extract(space.from_channels({"inner": four})).autoslim))["widths"]["inner"] == 4
-    )
+    spec = supernet.extract(space.from_channels({"inner": four})).autoslim
+    assert json.loads(json.dumps(spec.to_dict()))["widths"]["inner"] == 4
 
 
 def test_the_floor_of_a_group_holds_for_every_way_to_widths():

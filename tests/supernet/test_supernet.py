@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from timm_autoslim import convert
+from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import TraceError, WidthError
 from timm_autoslim.slicing.slices import Slices
 
@@ -197,24 +198,24 @@ def test_the_statistics_of_a_narrower_subnet_are_marked_as_not_its_own(supernet,
     assert torch.equal(widest.bn.running_mean, supernet.model.bn.running_mean)
 
 
-def test_the_spec_is_plain_data_that_says_what_was_kept(supernet, narrow):
+def test_the_spec_says_what_was_kept_and_goes_through_json(supernet, narrow):
     slim = supernet.extract(narrow)
-    spec = json.loads(json.dumps(slim.autoslim))
-    assert spec == slim.autoslim
-    assert spec["format"] == 1
-    assert spec["widths"] == {"stem": 5, "inner": 7}
-    assert spec["sizes"]["inner.weight"] == [7, 5, None, None]
-    assert spec["sizes"]["bn.running_var"] == [5]
-    assert spec["sizes"]["head.weight"] == [None, 5]
-    assert "head.bias" not in spec["sizes"]
+    spec = slim.autoslim
+    assert Spec.parse(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert spec.format == 1
+    assert spec.widths == {"stem": 5, "inner": 7}
+    assert spec.sizes["inner.weight"] == (7, 5, None, None)
+    assert spec.sizes["bn.running_var"] == (5,)
+    assert spec.sizes["head.weight"] == (None, 5)
+    assert "head.bias" not in spec.sizes
     for name, tensor in supernet.model.state_dict().items():
-        kept = spec["sizes"].get(name, [None] * tensor.dim())
+        kept = spec.sizes.get(name, [None] * tensor.dim())
         expected = [n if k is None else k for n, k in zip(tensor.shape, kept, strict=True)]
         assert list(slim.state_dict()[name].shape) == expected
-    assert spec["attributes"]["inner.out_channels"] == 7
-    assert spec["attributes"]["head.in_features"] == 5
-    assert supernet.extract().autoslim["sizes"] == {}
-    assert supernet.extract().autoslim["attributes"] == {}
+    assert spec.attributes["inner.out_channels"] == 7
+    assert spec.attributes["head.in_features"] == 5
+    assert supernet.extract().autoslim.sizes == {}
+    assert supernet.extract().autoslim.attributes == {}
 
 
 def test_an_extracted_model_says_itself_how_wide_it_is(supernet, narrow):

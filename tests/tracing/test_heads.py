@@ -8,7 +8,7 @@ from helpers.models import randomise
 from torch import nn
 
 import timm_autoslim
-from timm_autoslim.artifact.apply import apply_recipe
+from timm_autoslim.artifact.apply import apply_spec
 from timm_autoslim.errors import WidthError
 from timm_autoslim.supernet.order import reorder_channels
 
@@ -91,9 +91,9 @@ def test_a_spec_names_the_channels_of_an_unsaved_table_that_stay():
     model, images = Halves().eval(), torch.randn(2, 3, 4, 4)
     supernet = timm_autoslim.convert(model, images)
     spec = supernet.extract(supernet.space.from_dict({"left": 3, "right": 5})).autoslim
-    assert spec["sizes"]["table"] == [[[0, 3], [8, 5]]]
-    assert spec["sizes"]["head.weight"] == [None, 8]
-    again = apply_recipe(Halves(), spec)
+    assert spec.sizes["table"] == (((0, 3), (8, 5)),)
+    assert spec.sizes["head.weight"] == (None, 8)
+    again = apply_spec(Halves(), spec)
     assert again.table.tolist() == [1, 2, 3, 9, 10, 11, 12, 13]
     ordered = timm_autoslim.convert(model, images, "l1")  # sorting would part the table from its channels
     assert torch.equal(ordered.model.table, model.table)
@@ -106,8 +106,8 @@ def test_slimming_twice_composes_what_stays_of_an_unsaved_table():
     once = first.extract(first.space.from_dict({"left": 3, "right": 5}))
     second = timm_autoslim.convert(once, images)
     twice = second.extract(second.space.from_dict({"left": 2, "right": 4}))
-    assert twice.autoslim["sizes"]["table"] == [[[0, 2], [8, 4]]]
-    assert torch.equal(apply_recipe(Halves(), twice.autoslim).table, twice.table)
+    assert twice.autoslim.sizes["table"] == (((0, 2), (8, 4)),)
+    assert torch.equal(apply_spec(Halves(), twice.autoslim).table, twice.table)
 
 
 class Cached(nn.Module):

@@ -1,4 +1,4 @@
-"""A recipe: how a slimmed model differs from its base, as plain data; checked, and applied to a fresh base."""
+"""Apply a spec to a fresh base: what fits the base is kept of it, what does not is refused before anything changes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from timm_autoslim.artifact.limits import fail
-from timm_autoslim.artifact.spec import check_recipe
+from timm_autoslim.artifact.spec import Size, Spec, Value, spec_error
 from timm_autoslim.slicing.slices import Slices, shrink_model
 from timm_autoslim.slicing.tensors import Axis
 from timm_autoslim.utils.arguments import is_int
@@ -18,113 +17,95 @@ from timm_autoslim.utils.arguments import is_int
 MAX_HEAD_DIM = 2**16
 
 
-def apply_recipe(model: nn.Module, recipe: Mapping[str, Any]) -> nn.Module:
-    """Shrink a freshly created base in place to what its recipe says; everything is checked before anything changes.
+def apply_spec(model: nn.Module, spec: Spec) -> nn.Module:
+    """Shrink a freshly created base in place to what its spec says; everything is checked before anything changes.
 
     Args:
-        model: the recipe's base, as `create_base` returns it.
-        recipe: the plain data of an extracted model's `autoslim` attribute. Each size is the length of the prefix
-            that is kept of its axis; or the runs that are kept, for tensors that no checkpoint holds.
+        model: the spec's base, as `create_base` returns it.
+        spec: the spec, such as an extracted model's `autoslim` attribute.
 
     Returns:
-        The same model, with the recipe as its `autoslim` attribute.
+        The same model, with the spec as its `autoslim` attribute.
 
     Raises:
-        ArtifactError: the recipe is malformed, or does not fit the model; the model is unchanged.
+        ArtifactError: the spec does not fit the model; the model is unchanged.
     """
-    return apply_checked(model, check_recipe(recipe))
-
-
-def apply_checked(model: nn.Module, checked: dict[str, Any]) -> nn.Module:
-    """As `apply_recipe`, of a recipe that `check_recipe` returned; it becomes the model's own."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    tensors: dict[str, tuple[Axis, ...]] = {}
-    shared: dict[int, tuple[str, tuple[Axis, ...]]] = {}
-    for name, sizes in checked["sizes"].items():
-        tensor = _tensor(modules, name)
-        axes = tensors[name] = _axes(model, name, tensor, sizes)
-        first, other = shared.setdefault(id(tensor), (name, axes))
-        if axes != other:
-            raise fail(f"sizes.{name}", sizes, f"the sizes of {first}, the same tensor")
-    for path, module in modules.items():
-        for leaf, parameter in module._parameters.items():
-            if id(parameter) in shared:  # tied parameters stay tied, whichever of their names the recipe lists
-                tensors[f"{path}.{leaf}" if path else leaf] = shared[id(parameter)][1]
-    values = {path: _value(model, modules, path, value) for path, value in checked["attributes"].items()}
-    shrink_model(model, Slices(tensors=tensors, attributes=values))
-    model.autoslim = checked  # type: ignore[assignment]
+    _apply(model, spec.sizes, spec.attributes)
+    model.autoslim = spec  # type: ignore[assignment]
     return model
 
 
-def apply_part(model: nn.Module, whole: nn.Module, checked: dict[str, Any]) -> nn.Module:
-    """As `apply_checked`, of a base that was built without some of the modules that its recipe tells of.
+def apply_common(model: nn.Module, base: nn.Module, spec: Spec) -> nn.Module:
+    """As `apply_spec`, of a base that was built without some of the modules that its spec names.
 
     Args:
-        model: the base as it is wanted.
-        whole: the base of the recipe, which is slimmed in place.
-        checked: the recipe. What it says of modules that `model` lacks, or that are others there, is left out.
+        model: the base as it was asked for.
+        base: the base as the spec describes it; it is slimmed too, which proves that the spec fits.
+        spec: the spec. What it says of modules that `model` lacks, or that differ there, is left out.
     """
-    mine, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (model, whole))
-    part = {
-        "sizes": {name: sizes for name, sizes in checked["sizes"].items() if _tensor(mine, name) is not None},
-        "attributes": {
-            path: value
-            for path, value in checked["attributes"].items()
-            if _current(model, mine, path) == _current(whole, theirs, path)
-        },
+    modules, base_modules = (dict(m.named_modules(remove_duplicate=False)) for m in (model, base))
+    sizes = {name: sizes for name, sizes in spec.sizes.items() if _tensor(modules, name) is not None}
+    attributes = {
+        path: value
+        for path, value in spec.attributes.items()
+        if _attribute(model, modules, path) == _attribute(base, base_modules, path)
     }
-    apply_checked(whole, checked)  # the recipe must fit as a whole
-    apply_checked(model, {**checked, **part})
-    model.autoslim = checked  # type: ignore[assignment]
+    apply_spec(base, spec)
+    _apply(model, sizes, attributes)
+    model.autoslim = spec  # type: ignore[assignment]
     return model
+
+
+def _apply(model: nn.Module, sizes: Mapping[str, tuple[Size, ...]], attributes: Mapping[str, Value]) -> None:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    slices: dict[str, tuple[Axis, ...]] = {}
+    shared: dict[int, tuple[str, tuple[Axis, ...]]] = {}
+    for name, axis_sizes in sizes.items():
+        tensor = _tensor(modules, name)
+        axes = slices[name] = _axes(model, name, tensor, axis_sizes)
+        first, first_axes = shared.setdefault(id(tensor), (name, axes))
+        if axes != first_axes:
+            raise spec_error(f"sizes.{name}", axis_sizes, f"the sizes of {first}, the same tensor")
+    for path, module in modules.items():
+        for leaf, parameter in module._parameters.items():
+            if id(parameter) in shared:  # tied parameters stay tied, whichever of their names the spec lists
+                slices[f"{path}.{leaf}" if path else leaf] = shared[id(parameter)][1]
+    values = {path: _check_attribute(model, modules, path, value) for path, value in attributes.items()}
+    shrink_model(model, Slices(tensors=slices, attributes=values))
 
 
 def _tensor(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
-    """The tensor of this name; runs no property of a module."""
+    """Return the tensor of this name; runs no property of a module."""
     path, _, leaf = name.rpartition(".")
     module = modules.get(path)
     if module is not None:
         for store in (module._parameters, module._buffers, module.__dict__):
-            found = store.get(leaf)
-            if isinstance(found, Tensor):
-                return found
+            value = store.get(leaf)
+            if isinstance(value, Tensor):
+                return value
     return None
 
 
-def _axes(model: nn.Module, name: str, tensor: Tensor | None, sizes: object) -> tuple[Axis, ...]:
+def _axes(model: nn.Module, name: str, tensor: Tensor | None, sizes: tuple[Size, ...]) -> tuple[Axis, ...]:
+    """Return what is kept of each axis of a tensor."""
     where = f"sizes.{name}"
     if tensor is None:
-        raise fail(where, sizes, f"a tensor of {type(model).__name__}, which has none of this name")
-    if not isinstance(sizes, list | tuple) or len(sizes) != tensor.ndim:
-        raise fail(where, sizes, f"a list of {tensor.ndim} sizes for the shape {tuple(tensor.shape)}")
-    axes: list[Axis] = []
-    for size, full in zip(sizes, tensor.shape, strict=True):
-        if size is None:
-            axes.append(None)
-        elif type(size) is int and 1 <= size <= full:
-            axes.append(((0, size),))
-        elif _are_runs(size, full):
-            axes.append(tuple(map(tuple, size)))
-        else:
-            need = f"for each axis None, an integer from 1 to the size in {tuple(tensor.shape)}, or runs within it"
-            raise fail(where, sizes, need)
+        raise spec_error(where, sizes, f"a tensor of {type(model).__name__}, which has none of this name")
+    if len(sizes) != tensor.ndim:
+        raise spec_error(where, sizes, f"a list of {tensor.ndim} sizes for the shape {tuple(tensor.shape)}")
+    axes: list[Axis] = [((0, size),) if isinstance(size, int) else size for size in sizes]
+    for runs, length in zip(axes, tensor.shape, strict=True):
+        if runs is not None and sum(runs[-1]) > length:
+            needed = f"for each axis None, an integer from 1 to the size in {tuple(tensor.shape)}, or runs within it"
+            raise spec_error(where, sizes, needed)
     return tuple(axes)
 
 
-def _are_runs(size: Any, full: int) -> bool:
-    """Whether these are ascending runs of (start, length) within an axis."""
-    end = 0
-    for run in size if isinstance(size, list | tuple) else ():
-        if not isinstance(run, list | tuple) or len(run) != 2 or not all(map(is_int, run)):
-            return False
-        if not end <= run[0] < run[0] + run[1] <= full:
-            return False
-        end = run[0] + run[1]
-    return end > 0
+# ------------------------------------------------------------------------------------------------ attributes
 
 
-def _current(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> object:
-    """What the base holds under an attribute's path, or None; steps where `set_attributes` does, no further."""
+def _attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> object:
+    """Return what the base holds under an attribute's path, or None; follows `set_attributes`, no further."""
     above, _, leaf = path.rpartition(".")
     module, parts = modules.get(above, model), [leaf]
     if above not in modules:  # within a list, a tuple or a dict of a module
@@ -133,46 +114,50 @@ def _current(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> o
             module, parts = child, parts[1:]
     if any(part.startswith("_") for part in parts):
         return None
-    found: object = vars(module).get(parts[0])
+    value: object = vars(module).get(parts[0])
     for part in parts[1:]:
-        if isinstance(found, list | tuple) and part.isdecimal() and part.isascii() and len(part) < 10:
-            found = found[int(part)] if int(part) < len(found) else None
-        elif isinstance(found, dict):
-            found = found.get(part)
-        elif isinstance(found, FeatureInfo):
-            found = vars(found).get(part)
+        if isinstance(value, list | tuple) and part.isdecimal() and part.isascii() and len(part) < 10:
+            value = value[int(part)] if int(part) < len(value) else None
+        elif isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, FeatureInfo):
+            value = vars(value).get(part)
         else:
             return None
-    return found
+    return value
+
+
+def _check_attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: str, value: Value) -> Any:
+    """Return a value of the type that the base has under this path; it may only be smaller."""
+    where = f"attributes.{path}"
+    full = _attribute(model, modules, path)
+    if is_int(full):
+        if not (is_int(value) and value <= full):
+            raise spec_error(where, value, f"an integer from 1 to {full}")
+        return value
+    if isinstance(full, float):
+        if not _is_narrower_scale(value, full) or "drop" in path.rpartition(".")[2]:
+            needed = f"n ** -0.5 of a head of n channels, where the base has such a scale of more, not {full}"
+            raise spec_error(where, value, needed)
+        return value
+    if isinstance(full, Sequence) and not isinstance(full, str) and full and all(map(is_int, full)):
+        values = value if isinstance(value, tuple) else ()
+        if len(values) != len(full) or not all(v <= n for v, n in zip(values, full, strict=True)):
+            raise spec_error(where, value, f"{len(full)} positive integers, none above {tuple(full)}")
+        return list(values) if isinstance(full, list) else values
+    raise spec_error(where, value, f"a number or integers of {type(model).__name__}, which has none under this path")
+
+
+def _is_narrower_scale(scale: object, full: float) -> bool:
+    """Whether both scale attention scores by head_dim ** -0.5: no other floats follow widths."""
+    head_dim, full_head_dim = _head_dim(scale), _head_dim(full)
+    return head_dim is not None and full_head_dim is not None and head_dim <= full_head_dim
 
 
 def _head_dim(scale: object) -> int | None:
-    """The n of which a number is n ** -0.5."""
+    """Return the n of which a number is n ** -0.5."""
     if isinstance(scale, float) and MAX_HEAD_DIM**-0.5 <= scale <= 1:
         n = round(scale**-2)
         if math.isclose(n**-0.5, scale, rel_tol=1e-6):  # scales of two following n differ by 7e-6 or more
             return n
     return None
-
-
-def _value(model: nn.Module, modules: Mapping[str, nn.Module], path: str, value: object) -> Any:
-    where = f"attributes.{path}"
-    now = _current(model, modules, path)
-    if is_int(now):
-        if not (is_int(value) and 1 <= value <= now):
-            raise fail(where, value, f"an integer from 1 to {now}")
-        return value
-    if isinstance(now, float):
-        # the only floats that widths move are scales of attention scores, head_dim ** -0.5
-        whole, part = _head_dim(now), _head_dim(value)
-        if whole is None or part is None or part > whole or "drop" in path.rpartition(".")[2]:
-            raise fail(
-                where, value, f"n ** -0.5 of a head of n channels, where the base has such a scale of more, not {now}"
-            )
-        return value
-    if isinstance(now, Sequence) and not isinstance(now, str) and now and all(map(is_int, now)):
-        given = value if isinstance(value, list | tuple) and len(value) == len(now) else [0] * len(now)
-        if not all(is_int(v) and 1 <= v <= n for v, n in zip(given, now, strict=True)):
-            raise fail(where, value, f"{len(now)} positive integers, none above {tuple(now)}")
-        return list(given) if isinstance(now, list) else tuple(given)
-    raise fail(where, value, f"a number or integers of {type(model).__name__}, which has none under this path")

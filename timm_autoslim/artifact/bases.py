@@ -1,4 +1,4 @@
-"""The models that recipes start from: timm's by name, torchvision's dressed as timm models."""
+"""The models that specs start from: timm's by name, and torchvision's described as timm describes its own."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from types import FunctionType
 from typing import Any
 
 import timm
+import torch
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import nn
 
-from timm_autoslim.artifact.construct import ARCHITECTURE, TORCHVISION, construct, hollow
-from timm_autoslim.artifact.torchvision import create_torchvision, describe_features
-from timm_autoslim.errors import ArtifactError
+from timm_autoslim.artifact.spec import ARCHITECTURE, TORCHVISION
+from timm_autoslim.artifact.torchvision import construct_torchvision, describe_features
+from timm_autoslim.errors import ArgumentError, ArtifactError, AutoSlimError
 
 
 def create_base(name: str, /, **kwargs: Any) -> nn.Module:
-    """Create the model that a recipe starts from, with random weights.
+    """Create a base with random weights.
 
     Args:
         name: a timm model name (`resnet50`, `resnet50.a1_in1k`), or `torchvision/NAME` with a torchvision
@@ -26,46 +28,86 @@ def create_base(name: str, /, **kwargs: Any) -> nn.Module:
             are loaded only if these arguments say so (`pretrained=True`, or torchvision's `weights=`).
 
     Returns:
-        The model. A torchvision model also carries what timm expects of one: `num_classes`, `num_features`,
+        The model. A torchvision model also has what timm expects of one: `num_classes`, `num_features`,
         `head_hidden_size`, `feature_info` and `pretrained_cfg`.
 
     Raises:
         ArtifactError: the name is unknown, or the constructor refuses the arguments.
     """
-    model = create_raw(name, **kwargs)
+    model = construct_base(name, **kwargs)
     if name.startswith(TORCHVISION):
         describe_features(model)
     return model
 
 
-def create_hollow(name: str, /, **kwargs: Any) -> nn.Module:
-    """As `create_base`, but without data where that works."""
-    return hollow(create_base, name, **kwargs)
+def create_meta_base(name: str, /, **kwargs: Any) -> nn.Module:
+    """As `create_base`, on the meta device where that works."""
+    return on_meta(create_base, name, **kwargs)
 
 
-def create_raw(name: str, /, **kwargs: Any) -> nn.Module:
+def construct_base(name: str, /, **kwargs: Any) -> nn.Module:
     """As `create_base`, but leaves it to the caller to `describe_features` of a torchvision model."""
     if name.startswith(TORCHVISION):
-        return create_torchvision(name.removeprefix(TORCHVISION), kwargs)
+        model: nn.Module = call_base(name, construct_torchvision, name.removeprefix(TORCHVISION), **kwargs)
+        return model
     arch = name.partition(".")[0]
     if arch == ARCHITECTURE or not arch.isidentifier() or not timm.is_model(arch):
-        raise ArtifactError(
-            f"base {reprlib.repr(name)} is unknown: needed a name of timm.list_models(), or 'torchvision/NAME' with a "
-            "torchvision builder or class; pass base= with such a name, or update timm"
+        raise ArtifactError.at(
+            "base",
+            got=f"{reprlib.repr(name)}, which is unknown",
+            needed="a name of timm.list_models(), or 'torchvision/NAME' with a torchvision builder or class",
+            remedy="pass base= with such a name, or update timm",
         )
-    model: nn.Module = construct(timm.create_model, name, name, **kwargs)
+    model = call_base(name, timm.create_model, name, **kwargs)
     return model
 
 
-class _Noted(BaseException):
+def base_settings(base: str) -> PretrainedCfg:
+    """Return timm's data settings of a base, without a place to load weights from: these do not fit a slim model."""
+    cfg = None if base.startswith(TORCHVISION) else call_base(base, get_pretrained_cfg, base)
+    settings = (cfg or PretrainedCfg()).to_dict(remove_source=True)
+    unused = ("architecture", "custom_load", "label_offset")
+    return PretrainedCfg(**{key: value for key, value in settings.items() if key not in unused})
+
+
+def call_base(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Call a constructor or a method of the base `name`; whatever it raises becomes an `ArtifactError`.
+
+    A TypeError stays one: programs catch it where they try an argument that not every model takes.
+    """
+    try:
+        return function(*args, **kwargs)
+    except AutoSlimError:
+        raise
+    except Exception as error:  # a constructor may raise anything at all on arguments that it does not expect
+        text = str(error) if len(str(error)) <= 500 else f"{str(error)[:500]}..."
+        raise (ArgumentError if isinstance(error, TypeError) else ArtifactError)(
+            f"base {name!r}: cannot be created with {reprlib.repr(kwargs)}: {type(error).__name__}: {text}; "
+            "change base_args= or the keyword arguments of create_model"
+        ) from error
+
+
+def on_meta(function: Callable[..., nn.Module], /, *args: Any, **kwargs: Any) -> nn.Module:
+    """Build a model on the meta device, without data; or with data where its constructor reads values."""
+    try:
+        with torch.device("meta"):
+            return function(*args, **kwargs)
+    except ArtifactError:
+        return function(*args, **kwargs)
+
+
+# ------------------------------------------------------------------------------------------------ weights of a base
+
+
+class _BuilderReached(BaseException):
     """Ends an entrypoint where it would build its model."""
 
 
-def find_filter(name: str, /, **kwargs: Any) -> Callable[..., Any] | None:
-    """Return timm's function that fits weights to a base: what its entrypoint hands to timm's builder.
+def find_weight_filter(name: str, /, **kwargs: Any) -> Callable[..., Any] | None:
+    """Return timm's function that fits weights to a base: what its entrypoint passes to timm's builder.
 
-    The entrypoint runs on a copy of its module's names, in which the builder only notes the function. timm's own
-    modules stay as they are, for other threads too.
+    The entrypoint runs on a copy of its module's names, in which the builder is replaced. timm's own modules stay as
+    they are, for other threads too.
 
     Args:
         name: as in `create_base`.
@@ -77,21 +119,21 @@ def find_filter(name: str, /, **kwargs: Any) -> Callable[..., Any] | None:
     if name.startswith(TORCHVISION):
         return None
     entrypoint: Any = timm.models.model_entrypoint(name)
-    found: list[Callable[..., Any] | None] = []
+    filters: list[Callable[..., Any] | None] = []
 
-    def note(*_: Any, pretrained_filter_fn: Callable[..., Any] | None = None, **__: Any) -> None:
-        found.append(pretrained_filter_fn)
-        raise _Noted
+    def build_model_with_cfg(*_: Any, pretrained_filter_fn: Callable[..., Any] | None = None, **__: Any) -> None:
+        filters.append(pretrained_filter_fn)
+        raise _BuilderReached
 
-    theirs = vars(sys.modules[entrypoint.__module__])
-    names = dict(theirs)
-    for key, value in theirs.items():
-        if isinstance(value, FunctionType) and value.__globals__ is theirs:
+    originals = vars(sys.modules[entrypoint.__module__])
+    names = dict(originals)
+    for key, value in originals.items():
+        if isinstance(value, FunctionType) and value.__globals__ is originals:
             names[key] = FunctionType(value.__code__, names, key, value.__defaults__, value.__closure__)
             names[key].__kwdefaults__ = value.__kwdefaults__
-    names["build_model_with_cfg"] = note
+    names["build_model_with_cfg"] = build_model_with_cfg
     try:
-        construct(names.get(entrypoint.__name__, entrypoint), name, **kwargs)
-    except _Noted:
-        return found[0]
+        call_base(name, names.get(entrypoint.__name__, entrypoint), **kwargs)
+    except _BuilderReached:
+        return filters[0]
     return None

@@ -8,13 +8,13 @@ import json
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_autoslim.artifact.bases import create_hollow
+from timm_autoslim.artifact.bases import create_meta_base
+from timm_autoslim.artifact.config import Config
 from timm_autoslim.errors import ArtifactError
 
 FIGURE = "widths.png"
@@ -28,88 +28,91 @@ def check_figures(card: Mapping[str, object] | None) -> dict[str, str]:
     """
     rows: dict[str, str] = {}
     if not isinstance(card, Mapping | None):
-        raise ArtifactError(f"card: got {reprlib.repr(card)}, needed a mapping from labels to numbers or text")
+        raise ArtifactError.at("card", got=reprlib.repr(card), needed="a mapping from labels to numbers or text")
     for label, value in (card or {}).items():
         if not isinstance(label, str) or not (isinstance(value, str | int | float) or value is None):
-            raise ArtifactError(
-                f"card {label!r}: got {reprlib.repr(value)}, needed a number or text under a text label; flatten it"
+            raise ArtifactError.at(
+                f"card {label!r}",
+                got=reprlib.repr(value),
+                needed="a number or text under a text label",
+                remedy="flatten it",
             )
         text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
         rows[label] = " ".join(text.split()).replace("|", "\\|")
     return rows
 
 
-def make_base(recipe: Mapping[str, Any], num_classes: int, in_chans: int) -> nn.Module:
-    """Return the base of a recipe, with the slimmed model's head and input channels; without data where that works."""
-    args = {**recipe["base_args"], "num_classes": num_classes}
-    if in_chans != 3 or "in_chans" in args:
-        args["in_chans"] = in_chans
-    return create_hollow(recipe["base"], **args)
+def create_comparable_base(config: Config) -> nn.Module:
+    """Return the base of an exported model, with the model's head and input channels; on meta where that works."""
+    args = {**config.spec.arguments(), "num_classes": config.data.num_classes}
+    channels = config.data.input_size[0]
+    if channels != 3 or "in_chans" in args:
+        args["in_chans"] = channels
+    return create_meta_base(config.spec.require_base(), **args)
 
 
 def measure(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
-    """Count `MACs` (one multiply-add each, of one image, without a run on data) and `parameters` of a model.
+    """Count `MACs` (one multiply-add each, of one image, on the meta device) and `parameters` of a model.
 
     The MACs are left out of the result where the forward cannot run on the meta device.
     """
-    found = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
+    counts = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     try:
-        hollow = copy.deepcopy(model).to("meta").eval()
+        meta_copy = copy.deepcopy(model).to("meta").eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            hollow(torch.zeros(1, *input_size, device="meta"))
+            meta_copy(torch.zeros(1, *input_size, device="meta"))
     except Exception:  # whatever a model raises there: the card says less
-        return found
-    return {"MACs": counter.get_total_flops() // 2, **found}
+        return counts
+    return {"MACs": counter.get_total_flops() // 2, **counts}
 
 
 def write_card(
-    path: Path, name: str, config: Mapping[str, Any], figures: Mapping[str, str], plain: nn.Module, plain_timm: str
+    path: Path, name: str, config: Config, figures: Mapping[str, str], model: nn.Module, timm_code: str
 ) -> None:
     """Write the card, and beside it the figure of the widths if matplotlib is installed.
 
     Args:
-        path: of the card; its folder is there.
+        path: of the card, in a folder that exists.
         name: the model's.
         config: the content of the folder's config.json.
-        figures: by label, what the user wants to say.
-        plain: the slimmed model; its data are not read.
-        plain_timm: the lines that load it without this package, or nothing.
+        figures: by label, what the user wants to report.
+        model: the slim model, or a meta copy of it.
+        timm_code: the lines of code that load it without this package, or nothing.
     """
-    recipe, cfg = config["model_args"]["recipe"], config["pretrained_cfg"]
-    base = make_base(recipe, config["num_classes"], cfg["input_size"][0])
+    spec, data = config.spec, config.data
+    base = create_comparable_base(config)
     head = ["---", "library_name: timm", "pipeline_tag: image-classification", "tags:", "- timm", "- timm-autoslim"]
-    if cfg.get("license"):
-        head.append(f"license: {cfg['license']}")
-    size = tuple(cfg["input_size"])
-    mine, whole = measure(plain, size), measure(base, size)
-    labels = [label for label in mine if label in whole]
-    drawn = draw_widths(path.with_name(FIGURE), plain, base)
+    if data.license:
+        head.append(f"license: {data.license}")
+    counts, base_counts = measure(model, data.input_size), measure(base, data.input_size)
+    labels = [label for label in counts if label in base_counts]
+    has_figure = draw_widths(path.with_name(FIGURE), model, base)
     lines = [
         *(*head, "---", "", f"# {name}", ""),
-        f"`{recipe['base']}`, slimmed by timm-autoslim. Channel groups that are narrower than in the base: "
-        f"{len(recipe['widths'])}. Input: {' x '.join(map(str, size))}. Classes: {config['num_classes']}. "
-        "The recipe is in `config.json`.",
+        f"`{spec.base}`, slimmed by timm-autoslim. Channel groups that are narrower than in the base: "
+        f"{len(spec.widths)}. Input: {' x '.join(map(str, data.input_size))}. Classes: {data.num_classes}. "
+        "How the model differs from its base is in `config.json`, under `spec`.",
         "",
         f"| | {' | '.join(labels)} |",
         f"| --- |{' --- |' * len(labels)}",
-        f"| this model | {' | '.join(f'{mine[label]:,}' for label in labels)} |",
-        f"| `{recipe['base']}` | {' | '.join(f'{whole[label]:,}' for label in labels)} |",
+        f"| this model | {' | '.join(f'{counts[label]:,}' for label in labels)} |",
+        f"| `{spec.base}` | {' | '.join(f'{base_counts[label]:,}' for label in labels)} |",
         "",
         *(["| Figure | Value |", "| --- | --- |"] if figures else []),
         *(f"| {label} | {value} |" for label, value in figures.items()),
         *([""] if figures else []),
-        *([f"![Output channels of every layer, and of the base's]({FIGURE})", ""] if drawn else []),
+        *([f"![Output channels of every layer, and of the base's]({FIGURE})", ""] if has_figure else []),
         *("## Load it", "", "```python", "import timm, timm_autoslim"),
         f"model = timm.create_model({json.dumps(f'local-dir:{name}', ensure_ascii=False)}, pretrained=True)",
         *("```", ""),
         *("`num_classes=`, `in_chans=`, `features_only=True` and timm's other arguments work as on the base.", ""),
-        *(["With timm alone, in this folder:", "", "```python", plain_timm, "```", ""] if plain_timm else []),
+        *(["With timm alone, in this folder:", "", "```python", timm_code, "```", ""] if timm_code else []),
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
 
 
-def draw_widths(path: Path, plain: nn.Module, base: nn.Module) -> bool:
-    """Draw the output channels of every layer of a slimmed model over those of its base.
+def draw_widths(path: Path, model: nn.Module, base: nn.Module) -> bool:
+    """Draw the output channels of every layer of a slim model over those of its base.
 
     Returns:
         Whether there is a figure: not without matplotlib, and not without layers.
@@ -119,15 +122,15 @@ def draw_widths(path: Path, plain: nn.Module, base: nn.Module) -> bool:
     from matplotlib.figure import Figure
 
     layers = {n: p.shape[0] for n, p in base.named_parameters() if p.ndim > 1 and n.endswith("weight")}
-    mine = {name: parameter.shape[0] for name, parameter in plain.named_parameters()}
-    pairs = [(n, size, mine[n]) for n, size in layers.items() if n in mine]
+    channels = {name: parameter.shape[0] for name, parameter in model.named_parameters()}
+    pairs = [(full, channels[name]) for name, full in layers.items() if name in channels]
     if not pairs:
         return False
     figure = Figure(figsize=(8, 2.5), dpi=100)
     axes = figure.add_subplot()
-    places = range(len(pairs))
-    axes.fill_between(places, [size for _, size, _ in pairs], step="mid", color="0.85", label="base")
-    axes.fill_between(places, [kept for _, _, kept in pairs], step="mid", color="tab:blue", label="this model")
+    positions = range(len(pairs))
+    axes.fill_between(positions, [full for full, _ in pairs], step="mid", color="0.85", label="base")
+    axes.fill_between(positions, [width for _, width in pairs], step="mid", color="tab:blue", label="this model")
     axes.set(xlabel="layer", ylabel="output channels", xlim=(0, max(1, len(pairs) - 1)), ylim=(0, None))
     axes.set_xticks([*{0, len(pairs) // 2, len(pairs) - 1}])
     axes.legend(frameon=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,12 +10,13 @@ import timm
 from timm.models import push_to_hf_hub
 from timm.models._hub import has_hf_hub
 
-from timm_autoslim.artifact.card import check_figures, make_base, measure
-from timm_autoslim.artifact.construct import ARCHITECTURE
+from timm_autoslim.artifact.card import check_figures, create_comparable_base, measure
 from timm_autoslim.artifact.folder import CONFIG, read_config
+from timm_autoslim.artifact.spec import ARCHITECTURE
 from timm_autoslim.errors import ArtifactError
 
-_OURS = frozenset(("model", "repo_id", "model_config", "model_args", "model_card", "safe_serialization"))
+# What the folder says, so that `push` takes none of it as an option.
+_OF_THE_FOLDER = frozenset(("model", "repo_id", "model_config", "model_args", "model_card", "safe_serialization"))
 
 
 def push(folder: str | Path, repo_id: str, *, card: Mapping[str, object] | None = None, **options: object) -> str:
@@ -31,35 +32,49 @@ def push(folder: str | Path, repo_id: str, *, card: Mapping[str, object] | None 
         The name that `timm.create_model` loads it by.
 
     Raises:
-        ArtifactError: the folder is no exported one, an option is not timm's to choose, or timm and the installed
+        ArtifactError: the folder is no exported one, an option is set by the folder, or timm and the installed
             huggingface_hub do not fit each other.
+
+    Example:
+        >>> from timm_autoslim import push
+        >>> push("runs/slim", "me/slim", card={"top-1": 71.9}, private=True)  # doctest: +SKIP
+        'hf-hub:me/slim'
     """
-    refused = sorted(_OURS & set(options))
+    refused = sorted(_OF_THE_FOLDER & set(options))
     if refused:
-        raise ArtifactError(f"push {refused[0]}=: it is given by the folder; leave it out")
+        option = refused[0]
+        raise ArtifactError.at(
+            f"push {option}=",
+            got=reprlib.repr(options[option]),
+            needed="no such option: the folder says it",
+            remedy="leave it out",
+        )
     if not has_hf_hub():
-        raise ArtifactError(
-            f"push: timm {timm.__version__} cannot use huggingface_hub as it is installed; needed versions that fit "
-            "each other: update timm, or pip install 'huggingface_hub<1' beside an old one"
+        raise ArtifactError.at(
+            "push",
+            got=f"timm {timm.__version__}, which cannot use huggingface_hub as it is installed",
+            needed="versions that fit each other",
+            remedy="update timm, or pip install 'huggingface_hub<1' beside an old one",
         )
     figures = check_figures(card)
     config = read_config(Path(folder) / CONFIG)
+    spec = config.spec
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    recipe, size = config["model_args"]["recipe"], tuple(model.pretrained_cfg["input_size"])
-    whole = measure(make_base(recipe, config["num_classes"], size[0]), size)
-    costs = {label: f"{value:,}" for label, value in measure(model, size).items()}
-    costs |= {f"{label} of the base": f"{value:,}" for label, value in whole.items()}
+    size = tuple(model.pretrained_cfg["input_size"])
+    base_counts = measure(create_comparable_base(config), size)
+    counts = {label: f"{value:,}" for label, value in measure(model, size).items()}
+    counts |= {f"{label} of the base": f"{value:,}" for label, value in base_counts.items()}
     usage = f'import timm, timm_autoslim\nmodel = timm.create_model("hf-hub:{repo_id}", pretrained=True)'
     push_to_hf_hub(
         model,
         repo_id,
         model_config={"architecture": ARCHITECTURE},
-        model_args=json.loads(json.dumps(config["model_args"])),
+        model_args=config.model_args(),
         model_card={
             "tags": ["image-classification", "timm", "timm-autoslim"],
             "license": model.pretrained_cfg.get("license") or "other",
-            "description": f"`{recipe['base']}`, slimmed by timm-autoslim.",
-            "details": {"Base": recipe["base"], "Narrower channel groups": len(recipe["widths"]), **costs, **figures},
+            "description": f"`{spec.base}`, slimmed by timm-autoslim.",
+            "details": {"Base": spec.base, "Narrower channel groups": len(spec.widths), **counts, **figures},
             "usage": f"```python\n{usage}\n```",
         },
         safe_serialization=True,

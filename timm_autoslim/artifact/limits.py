@@ -1,10 +1,10 @@
-"""What a stranger's folder may make us hold in memory: data of a bounded size, and a bounded number of elements."""
+"""Limits of the memory that building a base may take, whatever a stranger's folder asks for."""
 
 from __future__ import annotations
 
 import math
-import reprlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,88 +14,121 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from timm_autoslim.artifact.bases import create_raw
+from timm_autoslim.artifact.bases import construct_base
+from timm_autoslim.artifact.spec import spec_error
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.utils.arguments import is_int
 
-# Far above what timm's and torchvision's constructors are called with, far below what exhausts memory by itself.
-MAX_ARG = 1_000_000
-MAX_ITEMS = 1_000
-MAX_DEPTH = 8
 # Elements that building a base may allocate: 2 GiB at float32, unless the base needs more without any arguments.
 MAX_ELEMENTS = 2**29
-# Where the file of the weights is known, its elements bound the base further: an eighth of all widths is a sixty-fourth
-# of the weights.
+# Where the file of the weights is at hand, its elements limit the base further: a model of an eighth of all widths has
+# a sixty-fourth of the weights.
 FILE_RATIO = 64
 MIN_ELEMENTS = 2**26
 # Tensors that building a base may create, several times what the deepest of timm's models do.
 MAX_TENSORS = 20_000
-# Results up to this many elements are counted once they are there; larger ones are foretold on the meta device.
+# Results up to this many elements are counted after they were made; larger ones are computed on the meta device first.
 SMALL = 2**22
 ENDLESS = 2**62  # more than any limit
 # Functions that constructors call all the time and that return no new tensor.
-QUIET = frozenset(
+_QUIET = frozenset(
     ("__get__", "__set__", "__bool__", "_set_grad_enabled", "device", "dim", "is_contiguous", "item", "numel", "size")
 )
-# Functions that fill a tensor with random numbers, and those that only shift what another has filled.
-RANDOM = frozenset(("kaiming_uniform_", "normal_", "uniform_"))
-SHIFTS = frozenset(("add_", "clamp_", "erfinv_", "mul_"))
+# Functions that fill a tensor with random numbers, and those that only scale and shift what is in a tensor.
+_RANDOM = frozenset(("kaiming_uniform_", "normal_", "uniform_"))
+_SHIFTS = frozenset(("add_", "clamp_", "erfinv_", "mul_"))
 
 
-def fail(where: str, got: object, needed: str) -> ArtifactError:
-    """Return the error of a recipe's part."""
-    where = where if len(where) <= 200 else f"{where[:200]}..."
-    return ArtifactError(
-        f"recipe {where!r}: got {reprlib.repr(got)}, needed {needed}; "
-        "export the model again, with the base= and base_args= that it was created with"
-    )
+@dataclass(frozen=True)
+class MemoryLimit:
+    """How many elements may be allocated while a base or a part of it is built.
 
-
-def check_plain(where: str, value: object, depth: int = MAX_DEPTH) -> None:
-    """Accept nothing but JSON-like data of a bounded size.
-
-    Raises:
-        ArtifactError: other types, numbers above `MAX_ARG`, more items or levels.
+    Attributes:
+        base: the base's name. Arguments may make it large only as far as it is large without any.
+        file_elements: elements of the weights that it is to be filled with after slimming, None if there are none.
+            They limit the base, whatever its name.
     """
-    if depth and isinstance(value, Mapping | list | tuple) and len(value) <= MAX_ITEMS:
-        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            if not isinstance(key, str | int) or (isinstance(key, str) and len(key) > MAX_ITEMS):
-                raise fail(where, key, f"a text key of at most {MAX_ITEMS} letters")
-            check_plain(f"{where}.{key}", item, depth - 1)
-    elif isinstance(value, int | float):
-        if not abs(value) <= MAX_ARG:
-            raise fail(where, value, f"a number of at most {MAX_ARG}")
-    elif not (value is None or (isinstance(value, str) and len(value) <= MAX_ITEMS)):
-        raise fail(where, value, f"plain data of at most {MAX_ITEMS} items and {MAX_DEPTH} levels")
+
+    base: str
+    file_elements: int | None = None
+
+    def call(self, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function that builds a part of the base, and return what it returns.
+
+        Raises:
+            ArtifactError: more elements were asked for. None were allocated for the tensor that exceeds the limit.
+        """
+        limit = self._elements
+        guard = AllocationGuard(limit)
+        try:
+            with guard:
+                return function(*args, **kwargs)
+        except Exception as error:
+            if guard.left >= 0:
+                raise
+            larger = self._elements_of_large_bases if limit == MAX_ELEMENTS else 0
+            if larger <= limit:
+                beside = "" if self.file_elements is None else f" beside weights of {self.file_elements:,}"
+                needed = f"arguments that build at most {limit:,} numbers{beside} in {MAX_TENSORS:,} tensors"
+                raise spec_error("base_args", kwargs or args, needed) from error
+        with AllocationGuard(larger):
+            return function(*args, **kwargs)
+
+    def call_unfilled(self, function: Any, /, *args: Any, **kwargs: Any) -> nn.Module:
+        """As `call`, of a function that returns a model whose whole state dict will be loaded from a file at once.
+
+        Parameters are not filled with random numbers, which takes most of the time of a large model's constructor.
+        Where that fails, or a parameter is not of the state dict, the model is built again as usual.
+        """
+        guard = AllocationGuard(self._elements, unfilled=True)
+        try:
+            with guard:
+                model: nn.Module = function(*args, **kwargs)
+        except Exception:  # too many elements, or a constructor that computes with the random numbers
+            pass  # so it is built as usual below, and what is wrong is raised there
+        else:
+            if {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}.issuperset(guard.unfilled or ()):
+                return model
+        model = self.call(function, *args, **kwargs)
+        return model
+
+    @property
+    def _elements(self) -> int:
+        return min(MAX_ELEMENTS, self._elements_by_file)
+
+    @property
+    def _elements_by_file(self) -> int:
+        """How many elements a base may have that the weights in the file can be slices of."""
+        return ENDLESS if self.file_elements is None else max(FILE_RATIO * self.file_elements, MIN_ELEMENTS)
+
+    @property
+    def _elements_of_large_bases(self) -> int:
+        """The limit of a base that is large without arguments."""
+        return min(4 * _elements_without_arguments(self.base), self._elements_by_file)
 
 
-def copy_plain(where: str, value: Any, depth: int = MAX_DEPTH) -> Any:
-    """Return a copy of containers in containers, of a bounded number of levels.
-
-    Raises:
-        ArtifactError: more levels, which would end the stack of whatever copies or compares them.
-    """
-    if isinstance(value, Mapping | list | tuple) and not depth:
-        raise fail(where, value, f"data of at most {MAX_DEPTH} levels")
-    if isinstance(value, Mapping):
-        return {key: copy_plain(where, item, depth - 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = (i if i is None or type(i) is int else copy_plain(where, i, depth - 1) for i in value)
-        return tuple(items) if isinstance(value, tuple) else list(items)
-    return value
+def _elements_without_arguments(base: str) -> int:
+    """How many elements a base creates without arguments; 0 if it needs some, or cannot be built without data."""
+    meter = AllocationGuard(ENDLESS)
+    try:
+        with torch.device("meta"), meter:
+            construct_base(base)
+    except ArtifactError:
+        return 0
+    return ENDLESS - meter.left
 
 
-# ------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------------ counting
 
 
-class Bounded(TorchFunctionMode):
+class AllocationGuard(TorchFunctionMode):
     """Refuse to create tensors beyond a number of elements, before memory is taken for a large one that exceeds it.
 
-    It stands above torch's functions, not in its dispatcher, where it would double the time of small constructors.
+    It intercepts torch's functions, not its dispatcher, where it would double the time of small constructors.
 
     Args:
         limit: the number of elements.
-        unfilled: leave parameters as memory was found where they would be filled with random numbers.
+        unfilled: leave parameters uninitialized where they would be filled with random numbers.
     """
 
     def __init__(self, limit: int, unfilled: bool = False) -> None:
@@ -108,16 +141,16 @@ class Bounded(TorchFunctionMode):
         kwargs = kwargs or {}
         if _returns_no_tensor(func):
             target = None if self.unfilled is None else args[0] if args else kwargs.get("tensor")
-            if type(target) is nn.Parameter and self._leaves(target, func.__name__):
+            if type(target) is nn.Parameter and self._skips(target, func.__name__):
                 return target
             return func(*args, **kwargs)
-        size, given = _at_most([*args, *kwargs.values()])
+        size, from_tensor = _most_elements([*args, *kwargs.values()])
         if size > SMALL:
-            self._refuse_beyond(_foretold(func, args, kwargs, size))
+            self._refuse_beyond(_elements_on_meta(func, args, kwargs, size))
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
-            self.tensors += not given
-            if out.dtype != torch.bool or not given:  # masks do not last
+            self.tensors += not from_tensor
+            if out.dtype != torch.bool or not from_tensor:  # masks do not last
                 self.left -= out.numel()
         elif isinstance(out, list | tuple):
             self.left -= sum(item.numel() for item in out if isinstance(item, Tensor))
@@ -125,13 +158,13 @@ class Bounded(TorchFunctionMode):
             self._refuse_beyond(math.inf)
         return out
 
-    def _leaves(self, target: nn.Parameter, name: str) -> bool:
-        """Whether a function in place is left out; then so is what shifts the numbers that it would have drawn."""
+    def _skips(self, target: nn.Parameter, name: str) -> bool:
+        """Whether a function in place is skipped, as is then what shifts the numbers that it would have drawn."""
         assert self.unfilled is not None
-        if name in RANDOM:
+        if name in _RANDOM:
             self.unfilled[id(target)] = target
             return True
-        return name in SHIFTS and id(target) in self.unfilled
+        return name in _SHIFTS and id(target) in self.unfilled
 
     def _refuse_beyond(self, elements: float) -> None:
         if elements > self.left:
@@ -143,37 +176,37 @@ class Bounded(TorchFunctionMode):
 def _returns_no_tensor(func: Any) -> bool:
     """Whether a function returns no new tensor: it is among the quiet ones, or works in place."""
     name = getattr(func, "__name__", "")
-    return name in QUIET or (name[-1:] == "_" and name[-2:] != "__" and not name.startswith("resize"))
+    return name in _QUIET or (name[-1:] == "_" and name[-2:] != "__" and not name.startswith("resize"))
 
 
-def _at_most(waiting: list[Any]) -> tuple[int, bool]:
-    """How many elements a function of these arguments can return at most, and whether a tensor is among them."""
-    size, given = 1, False
-    for value in waiting:  # grows while it is read
+def _most_elements(values: list[Any]) -> tuple[int, bool]:
+    """How many elements a function of these arguments can return at most, and whether one of them is a tensor."""
+    size, has_tensor = 1, False
+    for value in values:  # grows while it is read
         factor = 1
         if type(value) is int:  # by far the most
             factor = abs(value)
         elif isinstance(value, Tensor):
-            factor, given = value.numel(), True
+            factor, has_tensor = value.numel(), True
         elif is_int(value):
             factor = abs(value)
         elif isinstance(value, float):
             factor = math.ceil(abs(value)) if math.isfinite(value) else 1
         elif isinstance(value, list | tuple):
-            waiting += value
+            values += value
         if size < ENDLESS:  # a product of all the numbers of a long list would take minutes
             size *= factor or 1
-    return size, given
+    return size, has_tensor
 
 
-def _foretold(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], at_most: int) -> int:
-    """How many elements a function will return: found on the meta device, where they cost nothing."""
+def _elements_on_meta(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], at_most: int) -> int:
+    """How many elements a function will return: computed on the meta device, where they take no memory."""
 
-    def hollow(tensor: Tensor) -> Tensor:
+    def meta_copy(tensor: Tensor) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
     try:
-        args, kwargs = tree_map_only(Tensor, hollow, (args, {k: v for k, v in kwargs.items() if k != "device"}))
+        args, kwargs = tree_map_only(Tensor, meta_copy, (args, {k: v for k, v in kwargs.items() if k != "device"}))
         with torch.device("meta"):
             out = func(*args, **kwargs)
     except Exception:  # it reads data, or is no function of tensors at all
@@ -187,73 +220,3 @@ def _tensors(out: Any) -> Iterator[Tensor]:
     elif isinstance(out, list | tuple):
         for item in out:
             yield from _tensors(item)
-
-
-def bounded_unfilled(base: str, file_elements: int, function: Any, /, *args: Any, **kwargs: Any) -> nn.Module:
-    """As `bounded`, of a function that returns a model whose whole state dict will be loaded from a file at once.
-
-    Parameters are not filled with random numbers, which takes most of the time of a large model's constructor. Where
-    that fails, or a parameter is not of the state dict, the model is built again as usual.
-    """
-    guard = Bounded(_limit(file_elements), unfilled=True)
-    try:
-        with guard:
-            model: nn.Module = function(*args, **kwargs)
-    except Exception:  # too many elements, or a constructor that makes something of the random numbers
-        pass  # so it is built as usual below, and what is wrong is said there
-    else:
-        if {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}.issuperset(guard.unfilled or ()):
-            return model
-    rebuilt: nn.Module = bounded(base, file_elements, function, *args, **kwargs)
-    return rebuilt
-
-
-def _limit(file_elements: int | None) -> int:
-    """How many elements a base may have beside weights of so many; None if there are none."""
-    return MAX_ELEMENTS if file_elements is None else min(MAX_ELEMENTS, _fitting(file_elements))
-
-
-def _fitting(file_elements: int) -> int:
-    """How many elements a base may have that weights of so many can be slices of."""
-    return max(FILE_RATIO * file_elements, MIN_ELEMENTS)
-
-
-def bounded(base: str, file_elements: int | None, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-    """Call what builds a part of a base; arguments may make it large only as far as the plain base is large.
-
-    Args:
-        base: its name.
-        file_elements: elements of the weights that it is to be filled with after slimming, None if there are none.
-            They bound the base, whatever its name.
-        function, *args, **kwargs: what is called.
-
-    Raises:
-        ArtifactError: more elements were asked for. None were allocated for the tensor that exceeds the limit.
-    """
-    limit = _limit(file_elements)
-    guard = Bounded(limit)
-    try:
-        with guard:
-            return function(*args, **kwargs)
-    except Exception as error:
-        if guard.left >= 0:
-            raise
-        usual = 4 * _usual(base) if limit == MAX_ELEMENTS else 0
-        granted = usual if file_elements is None else min(usual, _fitting(file_elements))
-        if granted <= limit:
-            beside = "" if file_elements is None else f" beside weights of {file_elements:,}"
-            needed = f"arguments that build at most {limit:,} numbers{beside} in {MAX_TENSORS:,} tensors"
-            raise fail("base_args", kwargs or args, needed) from error
-    with Bounded(granted):
-        return function(*args, **kwargs)
-
-
-def _usual(base: str) -> int:
-    """How many elements a base creates without arguments; 0 if it needs some, or cannot be built without data."""
-    meter = Bounded(ENDLESS)
-    try:
-        with torch.device("meta"), meter:
-            create_raw(base)
-    except ArtifactError:
-        return 0
-    return ENDLESS - meter.left

@@ -1,7 +1,8 @@
-"""Folder -> plain model through `timm.create_model`: one timm entrypoint that builds the base and applies a recipe."""
+"""Exported folder -> slim model through `timm.create_model`: the entrypoint that timm calls for such folders."""
 
 from __future__ import annotations
 
+import dataclasses
 import reprlib
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -9,166 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, register_model
 from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
-from timm_autoslim.artifact.apply import apply_checked, apply_part, apply_recipe
-from timm_autoslim.artifact.bases import create_base, create_raw, find_filter
-from timm_autoslim.artifact.construct import ARCHITECTURE, TORCHVISION, construct, hollow
+from timm_autoslim.artifact.bases import base_settings
+from timm_autoslim.artifact.build import SlimBuilder
+from timm_autoslim.artifact.config import EXPORT_AGAIN, Config, parse_data_settings, parse_settings, refuse_forbidden
 from timm_autoslim.artifact.features import feature_cfg
-from timm_autoslim.artifact.folder import (
-    CONFIG,
-    FORBIDDEN_SETTINGS,
-    WEIGHTS,
-    Header,
-    check_data_settings,
-    check_settings,
-    check_weights,
-    read_config,
-    read_header,
-)
-from timm_autoslim.artifact.limits import bounded, bounded_unfilled, fail
-from timm_autoslim.artifact.spec import check_recipe
-from timm_autoslim.artifact.torchvision import cut_heads, describe_features
+from timm_autoslim.artifact.folder import CONFIG, WEIGHTS, Header, check_weights, read_header, read_json
+from timm_autoslim.artifact.limits import MemoryLimit
+from timm_autoslim.artifact.spec import ARCHITECTURE, Spec
 from timm_autoslim.errors import ArtifactError, AutoSlimError
-from timm_autoslim.utils.arguments import is_int
 
-HANDED_ON = ("pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "taps")  # by timm or config.json
-
-__all__ = ["apply_recipe", "autoslim", "build_slimmed", "check_recipe", "create_base"]
-
-
-def build_slimmed(
-    recipe: Mapping[str, Any], num_classes: int | None = None, global_pool: str | None = None, **kwargs: Any
-) -> nn.Module:
-    """Create a recipe's base, apply the recipe and fit the head: the structure that an exported folder describes.
-
-    Args:
-        recipe: the recipe, with a base.
-        num_classes: size of the head, 0 for none; the base's when None.
-        global_pool: timm's pooling before the head; the base's when None.
-        **kwargs: further arguments of the base's constructor; they win over the recipe's `base_args`.
-
-    Raises:
-        ArtifactError: the recipe has no base, is malformed, or does not fit what its base builds.
-    """
-    return _build(check_recipe(recipe), None, None, False, num_classes, global_pool, **kwargs)
-
-
-def _build(
-    checked: dict[str, Any],
-    file_elements: int | None,
-    taps: Any,
-    unfilled: bool,
-    num_classes: int | None = None,
-    global_pool: str | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    base = checked["base"]
-    if base is None:
-        raise ArtifactError("recipe 'base': got None, needed the name that creates the base; export with base=")
-    args = {**checked["base_args"], **kwargs}
-    refused = sorted(FORBIDDEN_SETTINGS & set(kwargs))
-    if refused:
-        raise fail(f"model_args.{refused[0]}", kwargs[refused[0]], "only arguments that shape the model")
-    native = checked["base_args"].get("num_classes", _base_cfg(base).num_classes)
-    if not is_int(native) or native < 0:
-        raise fail("base_args.num_classes", native, "an integer, 0 for no head")
-    wanted = native if num_classes is None else num_classes
-    if not is_int(wanted) or wanted < 0:
-        raise ArtifactError(f"num_classes: got {reprlib.repr(wanted)}, needed an integer, 0 for no head; pass another")
-    # The recipe holds the head's tensors if its base had a head: such a base is built, and the head changed afterwards.
-    args["num_classes"] = wanted if bool(wanted) == bool(native) else native
-    if unfilled and file_elements is not None:
-        model = bounded_unfilled(base, file_elements, create_raw, base, **args)
-    else:
-        model = bounded(base, file_elements, create_raw, base, **args)
-    assert isinstance(model, nn.Module)
-    # An encoder takes its pooling when it is built, and may then lack modules that the recipe tells of.
-    late = base.startswith(TORCHVISION) or hasattr(model, "reset_classifier")
-    if not late and global_pool not in (None, pool_type(model)):
-        asked = bounded(base, file_elements, create_raw, base, **args, global_pool=global_pool)
-        return apply_part(asked, model, checked)
-    apply_checked(model, checked)
-    if base.startswith(TORCHVISION):
-        describe_features(model, taps)
-        if global_pool is not None or (wanted and not native):
-            what = f"global_pool={global_pool!r}" if global_pool is not None else f"num_classes={wanted} without a head"
-            raise ArtifactError(f"base {base!r} cannot take {what}: torchvision models have fixed heads; leave it out")
-        if native and not wanted:
-            cut_heads(model)
-    elif hasattr(model, "reset_classifier") and (
-        getattr(model, "num_classes", native) != wanted or global_pool not in (None, pool_type(model))
-    ):
-        head = (wanted,) if global_pool is None else (wanted, global_pool)
-        bounded(base, file_elements, construct, model.reset_classifier, base, *head)
-    return model
-
-
-def pool_type(model: nn.Module) -> str | None:
-    """The pooling of a timm model's head (`avg`, `catavgmax`, ...), None where the model does not say."""
-    head = getattr(model, "head", None)
-    for owner, name in ((head, "global_pool"), (head, "pool_type"), (model, "global_pool")):
-        pool = getattr(owner, name, None)
-        pool = getattr(pool, "pool_type", pool)
-        if isinstance(pool, str):
-            return pool
-    return None
-
-
-def _base_cfg(base: str) -> Any:
-    """timm's data settings of a base, without a place to load weights from: its weights do not fit a slimmed model."""
-    found = None if base.startswith(TORCHVISION) else construct(get_pretrained_cfg, base, base)
-    cfg = (found or PretrainedCfg()).to_dict(remove_source=True)
-    return PretrainedCfg(**{k: v for k, v in cfg.items() if k not in ("architecture", "custom_load", "label_offset")})
-
-
-def _is_resized(recipe: Mapping[str, Any], cfg: Mapping[str, Any], asked: Any) -> bool:
-    """Whether a user asks for another image size than that of the weights."""
-    own = recipe["base_args"].get("img_size", (cfg.get("input_size") or ())[1:])
-    sizes = [tuple(size) if isinstance(size, list | tuple) else (size, size) for size in (asked, own)]
-    return asked is not None and sizes[0] != sizes[1]
-
-
-def _as_stored(
-    recipe: dict[str, Any], elements: int | None, taps: Any, args: Mapping[str, Any], own: Mapping[str, Any]
-) -> nn.Module:
-    """The model that the weights are of, with their own image size, classes and pooling; without data if that works."""
-    args = {key: value for key, value in args.items() if key not in ("img_size", "num_classes", "global_pool")}
-    return hollow(_build, recipe, elements, taps, False, **own, **args)
-
-
-def _resize(
-    state: Mapping[str, Tensor], model: nn.Module, recipe: Mapping[str, Any], elements: int | None, size: Any
-) -> Mapping[str, Tensor]:
-    """Fit weights to another image size by the base's own function, as timm does for the base's weights."""
-    base = recipe["base"]
-    fit = bounded(base, elements, find_filter, base, **{**recipe["base_args"], "img_size": size})
-    if fit is None:
-        return state
-    fitted: dict[str, Tensor] = bounded(base, elements, fit, dict(state), model)
-    needed = model.state_dict()
-    kept = {name: t for name, t in state.items() if name in needed and t.shape == needed[name].shape}
-    fitted = {**kept, **fitted}
-    if fitted.keys() != state.keys():
-        name = min(fitted.keys() ^ state.keys())
-        raise ArtifactError(
-            f"img_size={reprlib.repr(size)}: {name} of base {base!r} cannot be resized: its own function lost or "
-            "renamed it; leave img_size= out"
-        )
-    return fitted
-
-
-def _fit(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
-    """Leave out weights of a head that the model lacks, and number the rest as torchvision's MNASNet needs them.
-
-    safetensors does not keep the version numbers of a state dict.
-    """
-    needed: Any = model.state_dict()
-    kept = OrderedDict((name, tensor) for name, tensor in state.items() if name in needed)
-    kept._metadata = getattr(needed, "_metadata", {})  # type: ignore[attr-defined]
-    return kept
+# Arguments that timm or config.json add to those of the user.
+_ADDED = ("pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "taps")
+# With these arguments alone a model is the one that was exported.
+_UNCHANGING = {"cache_dir", "global_pool", "pretrained_model_args"}
 
 
 def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -176,152 +34,238 @@ def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
     Args:
         pretrained: load the folder's weights.
-        **kwargs: `recipe`, which config.json supplies, and anything that `timm.create_model` takes.
+        **kwargs: `spec`, which config.json supplies, and anything that `timm.create_model` takes.
 
     Raises:
-        ArtifactError: called without a recipe, or with one that is malformed or does not fit its base.
+        ArtifactError: called without a spec, or with one that is malformed or does not fit its base.
     """
-    if kwargs.get("recipe") is None:
-        raise ArtifactError(
-            f"{ARCHITECTURE!r} is not an architecture of its own: got no recipe=, needed that of an exported model; "
-            "load a folder by timm.create_model('local-dir:FOLDER', pretrained=True), or make one with "
-            "timm_autoslim.export"
-        )
-    source = _find(kwargs.pop("pretrained_cfg", None), pretrained, kwargs)
-    refused = sorted(FORBIDDEN_SETTINGS & set(kwargs))
-    if refused:
-        raise fail(f"model_args.{refused[0]}", kwargs[refused[0]], "only arguments that shape the model")
-    if source is None:
-        recipe = check_recipe(kwargs.pop("recipe"))
-        cfg = dict(_base_cfg(recipe["base"] or "").to_dict())
-        return _load(_Source("", recipe, cfg, None, {}), recipe, pretrained, kwargs)
-    recipe = kwargs.pop("recipe")
-    recipe = source.recipe if recipe == source.recipe else check_recipe(recipe)
+    data = kwargs.pop("spec", None)
+    if data is None:
+        raise _missing_spec(kwargs)
+    source = _find_source(data, kwargs.pop("pretrained_cfg", None), pretrained, kwargs)
+    refuse_forbidden(kwargs)
     try:
-        return _load(source, recipe, pretrained, kwargs)
+        return _load(source, pretrained, kwargs)
     except AutoSlimError:
         raise
     except Exception as error:  # timm and constructors may raise anything at all on what they do not expect
-        asked = reprlib.repr(sorted(k for k, v in kwargs.items() if v is not None and k not in HANDED_ON))
-        said = str(error) if len(str(error)) <= 500 else f"{str(error)[:500]}..."
+        if not source.place:
+            raise
+        asked = reprlib.repr(sorted(k for k, v in kwargs.items() if v is not None and k not in _ADDED))
+        text = str(error) if len(str(error)) <= 500 else f"{str(error)[:500]}..."
         raise ArtifactError(
-            f"{source.place}: cannot be loaded with {asked}: {type(error).__name__}: {said}; "
-            "leave these arguments out, or export the model anew"
+            f"{source.place}: cannot be loaded with {asked}: {type(error).__name__}: {text}; "
+            "leave these arguments out, or export the model again"
         ) from error
 
 
+def _missing_spec(kwargs: Mapping[str, Any]) -> ArtifactError:
+    where, needed = f"timm.create_model({ARCHITECTURE!r})", "the spec of an exported model"
+    if "recipe" in kwargs:
+        got = "a model in the format of before the first release ('recipe')"
+        return ArtifactError.at(where, got=got, needed=needed, remedy=EXPORT_AGAIN)
+    remedy = (
+        "load a folder by timm.create_model('local-dir:FOLDER', pretrained=True), or make one with timm_autoslim.export"
+    )
+    return ArtifactError.at(where, got="no spec=", needed=needed, remedy=remedy)
+
+
+# ------------------------------------------------------------------------------------------------ where from
+
+
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """Where a model is loaded from, checked.
 
     Attributes:
-        place: its name, for messages.
-        recipe: the recipe in config.json.
-        cfg: timm's data settings, with the file of the weights.
-        header: the head of that file, None if weights are not wanted and none are at hand.
-        own: the classes and the pooling of the model that the weights are of.
+        place: its name, for messages; empty if it is no folder and no file.
+        spec: how the model differs from its base.
+        data: timm's data settings, with the file of the weights.
+        header: the header of that file; None if weights are neither asked for nor at hand, or are a user's.
+        global_pool: the pooling of the model that the weights are of; None for the base's.
     """
 
     place: str
-    recipe: dict[str, Any]
-    cfg: dict[str, Any]
-    header: Header | None
-    own: dict[str, Any]
+    spec: Spec
+    data: PretrainedCfg
+    header: Header | None = None
+    global_pool: str | None = None
 
 
-def _find(given: Any, pretrained: bool, kwargs: Mapping[str, Any]) -> _Source | None:
-    """What timm found in a folder or on the Hub, read again and checked; None where it found the recipe elsewhere."""
-    if not given or isinstance(given, str):
-        return None
-    given = given if isinstance(given, Mapping) else given.to_dict()
-    kind = given.get("source")
+def _find_source(data: Any, cfg: Any, pretrained: bool, kwargs: Mapping[str, Any]) -> Source:
+    """Return where timm loads a model from; its files are read again and checked.
+
+    Args:
+        data: the spec as JSON data, of config.json or a user.
+        cfg: what timm makes of a folder's or repository's data settings; None or a name if there is neither.
+        pretrained, kwargs: the other arguments of the entrypoint.
+    """
+    settings = cfg.to_dict() if isinstance(cfg, PretrainedCfg) else cfg if isinstance(cfg, Mapping) else {}
+    kind = settings.get("source")
     if kind not in ("local-dir", "hf-hub"):
-        return None
-    place = str(given["file" if kind == "local-dir" else "hf_hub_id"])
+        spec = Spec.parse(data)
+        return Source("", spec, base_settings(spec.require_base()))
+    place = str(settings["file" if kind == "local-dir" else "hf_hub_id"])
     if kind == "local-dir" and Path(place).is_file():
-        # timm's scripts put a user's own weights in place of the folder (--pretrained-path), which is no longer known
-        check_settings({k: v for k, v in (kwargs.get("pretrained_model_args") or {}).items() if k != "recipe"})
-        return _other_weights(place, given, kwargs["recipe"], kwargs)
+        # timm's scripts put a user's own weights in place of the folder (--pretrained-path), which is then not known
+        parse_settings(kwargs.get("pretrained_model_args") or {})
+        return _users_weights(place, Spec.parse(data), settings, kwargs)
 
     def path(name: str) -> Path:
         if kind == "local-dir":
             return Path(place, name)
         return Path(download_from_hf(place, name, cache_dir=kwargs.get("cache_dir")))
 
-    config = read_config(path(CONFIG))
-    file = given.get("file")
-    if kind == "hf-hub" and file and file != config["pretrained_cfg"].get("file"):  # again a user's, not a stranger's
-        return _other_weights(str(file), given, config["model_args"]["recipe"], kwargs)
-    cfg = check_data_settings(given)
-    there = pretrained or (kind == "local-dir" and path(WEIGHTS).exists())
-    header = read_header(path(WEIGHTS)) if there else None
+    content = read_json(path(CONFIG))
+    config = Config.parse(content, str(path(CONFIG)))
+    spec = config.spec if content["model_args"]["spec"] == data else Spec.parse(data)
+    file = settings.get("file")
+    if kind == "hf-hub" and file and file != content["pretrained_cfg"].get("file"):  # again a user's, no stranger's
+        return _users_weights(str(file), spec, settings, kwargs)
+    header = read_header(path(WEIGHTS)) if pretrained or (kind == "local-dir" and path(WEIGHTS).exists()) else None
     # As a file, every version of timm reads safetensors; of a folder 1.0.16 reads pickles, and all do if it has others.
-    cfg.update(source=None, file=str(header.path) if header else None)
-    args = config["model_args"]
-    own = {"num_classes": cfg.get("num_classes"), "global_pool": args.get("global_pool")}
-    return _Source(place, args["recipe"], cfg, header, own)
+    file_settings = {"source": None, "file": str(header.path) if header else None}
+    cfg = dataclasses.replace(parse_data_settings(settings), **file_settings)
+    return Source(place, spec, cfg, header, config.settings.get("global_pool"))
 
 
-def _other_weights(file: str, given: Mapping[str, Any], recipe: Any, kwargs: Mapping[str, Any]) -> _Source:
-    """A user's own file in place of the weights that a recipe came with; timm asks for a new head by -1 classes."""
-    cfg = {**check_data_settings({**given, "num_classes": None}), "num_classes": given.get("num_classes")}
-    cfg.update(source=None, file=file)
-    return _Source(file, check_recipe(recipe), cfg, None, {"global_pool": kwargs.get("global_pool")})
+def _users_weights(file: str, spec: Spec, settings: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Source:
+    """Return the source of a user's own file, in place of the weights that a spec came with."""
+    cfg = parse_data_settings({**settings, "num_classes": None})
+    classes = settings.get("num_classes")  # timm's scripts ask for a new head by -1 classes
+    cfg = dataclasses.replace(cfg, source=None, file=file, **({} if classes is None else {"num_classes": classes}))
+    return Source(file, spec, cfg, global_pool=kwargs.get("global_pool"))
 
 
-def _load(source: _Source, recipe: dict[str, Any], pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    """Let timm build the model, fill it and wrap it."""
-    header, cfg, own = source.header, source.cfg, source.own
-    channels, first_conv = (cfg.get("input_size") or (3,))[0], cfg.get("first_conv")
-    if channels != 3 and kwargs.get("in_chans", channels) == channels:
-        cfg["first_conv"] = None  # nothing to adapt, but older timm takes every checkpoint for one of three channels
-    # what timm derives from the data settings yields to base_args, and these to what the user said
-    yields = {"img_size"} & set(recipe["base_args"]) - set(kwargs)
-    # timm keeps a dict that is not empty, so the builder can still fill it in once there is a model to look at
-    chosen = kwargs.pop("feature_cfg", None) or {}
-    features: dict[str, Any] = {"out_indices": (0, 1, 2, 3, 4), **chosen}
-    taps, elements = kwargs.pop("taps", None), header.elements if header else None
+# ------------------------------------------------------------------------------------------------ loading
 
-    size = kwargs.get("img_size")
-    resized = _is_resized(recipe, cfg, size)
-    # Asked for just as it was exported, a model takes every number from the file: none has to be drawn before.
-    asked = {key for key, value in kwargs.items() if value is not None}
-    unfilled = header is not None and pretrained and asked <= {"cache_dir", "global_pool", "pretrained_model_args"}
+
+@dataclass(frozen=True)
+class Changes:
+    """In which parts a model that is asked for differs from the one that a file has the weights of.
+
+    Attributes:
+        classes: it has another number of classes, or is a backbone: the file's classifier is not loaded.
+        head: it has no classifier where the file has one.
+        size: it is for images of another size: the weights are resized.
+        pooling: it was built with another pooling, so that it may lack modules that the file has weights of.
+    """
+
+    classes: bool
+    head: bool
+    size: bool
+    pooling: bool
+
+
+def find_changes(source: Source, kwargs: Mapping[str, Any], num_classes: int | None, fixed_head: bool) -> Changes:
+    """Compare what a user asks for with the model that was exported.
+
+    Args:
+        source: what was exported.
+        kwargs: the arguments of the entrypoint, in which those of config.json stand where the user gave none.
+        num_classes: of the model that is built.
+        fixed_head: whether its head is what it was built with, because it has no `reset_classifier`.
+    """
+    same_classes = num_classes == source.data.num_classes
+    return Changes(
+        classes=not same_classes or bool(kwargs.get("features_only")),
+        head=num_classes == 0 and not same_classes,
+        size=_is_resized(source, kwargs.get("img_size")),
+        pooling=fixed_head and kwargs.get("global_pool") != source.global_pool,
+    )
+
+
+def _is_resized(source: Source, img_size: Any) -> bool:
+    """Whether a user asks for another image size than that of the weights."""
+    exported = source.spec.base_args.get("img_size", source.data.input_size[1:])
+    sizes = [tuple(size) if isinstance(size, list | tuple) else (size, size) for size in (img_size, exported)]
+    return img_size is not None and sizes[0] != sizes[1]
+
+
+def _load(source: Source, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """Let timm build the model, fill it with weights and wrap it as a backbone, as the arguments say."""
+    spec, data = source.spec, source.data
+    elements = source.header.elements if source.header else None
+    builder = SlimBuilder(spec, MemoryLimit(spec.require_base(), elements), kwargs.pop("taps", None))
+    # timm keeps a dict that is not empty, so `build` can still add to it when there is a model to look at
+    users_features = kwargs.pop("feature_cfg", None) or {}
+    features: dict[str, Any] = {"out_indices": (0, 1, 2, 3, 4), **users_features}
+    # what timm derives from the data settings comes after base_args, and these after what the user said
+    superseded = {"img_size"} & set(spec.base_args) - set(kwargs)
 
     def build(**args: Any) -> nn.Module:
-        args = {key: value for key, value in args.items() if key not in yields}
-        model = _build(recipe, elements, taps, unfilled, **args)
-        if header is not None and pretrained:
-            other = bool(kwargs.get("features_only")) or getattr(model, "num_classes", None) != cfg.get("num_classes")
-            headless = getattr(model, "num_classes", None) == 0 != cfg.get("num_classes")
-            poolless = not hasattr(model, "reset_classifier") and kwargs.get("global_pool") != own["global_pool"]
-            if unfilled and (other or headless or poolless):  # a part of it will not come from the file
-                model = _build(recipe, elements, taps, False, **args)
-            stored = _as_stored(recipe, elements, taps, args, own) if resized or headless or poolless else model
-            settings = {**cfg, "first_conv": first_conv}
-            check_weights(header, stored, model, settings, other, args.get("in_chans", channels))
+        args = {key: value for key, value in args.items() if key not in superseded}
+        from_file = pretrained and source.header is not None
+        model = _build_for_file(builder, source, kwargs, args) if from_file else builder.build(args)
         if kwargs.get("features_only"):
-            given, found = {*kwargs, *chosen}, feature_cfg(model, recipe)
-            if "feature_cls" in given:  # what else there is belongs to the base's own kind
-                found = {"out_indices": found["out_indices"]}
-            features.update({k: v for k, v in found.items() if k not in given})
+            features.update(_features_of(model, spec, {*kwargs, *users_features}))
         return model
 
     def fill(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
-        return _fit(_resize(state, model, recipe, elements, size) if resized else state, model)
+        size = kwargs.get("img_size")
+        return _fit(builder.resize(state, model, size) if _is_resized(source, size) else state, model)
 
+    channels = data.input_size[0]
+    same_channels = channels != 3 and kwargs.get("in_chans", channels) == channels
     model: nn.Module = build_model_with_cfg(
         build,
         ARCHITECTURE,
         pretrained,
-        pretrained_cfg=cfg,
+        # nothing to convert, but older timm takes every checkpoint for one of three channels
+        pretrained_cfg=dataclasses.replace(data, first_conv=None) if same_channels else data,
         pretrained_filter_fn=fill,
         feature_cfg=features,
         **kwargs,
     )
     settings: Any = model.pretrained_cfg
-    settings["first_conv"] = first_conv
+    settings["first_conv"] = data.first_conv
     return model
+
+
+def _build_for_file(
+    builder: SlimBuilder, source: Source, kwargs: Mapping[str, Any], args: Mapping[str, Any]
+) -> nn.Module:
+    """Build a model that a file will fill, and compare the file's header with it.
+
+    Args:
+        builder: of the model.
+        source: of the file.
+        kwargs: the arguments of the entrypoint.
+        args: those of the builder, which timm adds to.
+    """
+    assert source.header is not None
+    # Asked for just as it was exported, a model takes every number from the file: none has to be drawn before.
+    unfilled = {key for key, value in kwargs.items() if value is not None} <= _UNCHANGING
+    model = builder.build(args, unfilled=unfilled)
+    fixed_head = not hasattr(model, "reset_classifier")
+    changes = find_changes(source, kwargs, getattr(model, "num_classes", None), fixed_head)
+    if unfilled and (changes.classes or changes.pooling):  # a part of it will not come from the file
+        model = builder.build(args)
+    exported, data = model, source.data
+    if changes.size or changes.head or changes.pooling:
+        exported = builder.build_exported(args, data.num_classes, source.global_pool)
+    channels = args.get("in_chans", data.input_size[0])
+    check_weights(source.header, exported, model, data, skip_classifiers=changes.classes, in_chans=channels)
+    return model
+
+
+def _features_of(model: nn.Module, spec: Spec, asked: set[str]) -> dict[str, Any]:
+    """Return how to take features from a model, but for what a user has set."""
+    features = feature_cfg(model, spec)
+    if "feature_cls" in asked:  # the other settings belong to the base's own kind
+        features = {"out_indices": features["out_indices"]}
+    return {key: value for key, value in features.items() if key not in asked}
+
+
+def _fit(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
+    """Leave out weights of a head that the model lacks, and give the rest the version numbers of the model's.
+
+    safetensors does not keep the version numbers of a state dict, which torchvision's MNASNet needs.
+    """
+    needed: Any = model.state_dict()
+    fitted = OrderedDict((name, tensor) for name, tensor in state.items() if name in needed)
+    fitted._metadata = getattr(needed, "_metadata", {})  # type: ignore[attr-defined]
+    return fitted
 
 
 register_model(autoslim)

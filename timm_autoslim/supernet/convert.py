@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_autoslim.artifact.spec import built_with
+from timm_autoslim.artifact.spec import spec_of
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.supernet.rules import build_space
 from timm_autoslim.supernet.supernet import Supernet
@@ -119,6 +119,7 @@ def convert(
             is narrowed.
 
     Raises:
+        ArtifactError: `base` or `base_args` cannot be written into the spec of an exported model.
         TraceError: the model's forward cannot be traced.
         NothingToSlimError: no channel can be removed.
         WidthError: a glob matches nothing, a value is out of range, or the order is "taylor" and a weight that it reads
@@ -145,6 +146,7 @@ def convert(
     if keep_output is None:
         keep_output = getattr(model, "num_classes", None) != 0
     heads = [whole_heads] if isinstance(whole_heads, str) else list(whole_heads)
+    spec = spec_of(model, base, base_args)
     trace = _trace(model, example_input, keep_output, heads)
     trace = replace(trace, graph=_freeze(trace.graph, [freeze] if isinstance(freeze, str) else freeze))
     space = build_space(trace.graph, min, divisor, choices)
@@ -152,11 +154,4 @@ def convert(
         from timm_autoslim.supernet.order import reorder_channels
 
         model = reorder_channels(model, trace.graph, order)
-    recipe = getattr(model, "autoslim", None)
-    args = built_with(model)
-    if base is None and recipe:  # slimmed already: its recipe is taken further
-        base, args = recipe["base"], {**recipe["base_args"], **args}
-    elif base is None:
-        config = getattr(model, "pretrained_cfg", None)
-        base = config.get("architecture") if isinstance(config, Mapping) else None
-    return Supernet(model, trace, space, base, {**args, **(base_args or {})})
+    return Supernet(model, trace, space, spec)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from timm_autoslim.artifact.spec import FORMAT
+from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import TraceError, WidthError
-from timm_autoslim.slicing.slices import Slices, apply_slices, compose_runs, extract_model
+from timm_autoslim.slicing.slices import Slices, apply_slices, extract_model
 from timm_autoslim.slicing.tensors import Axis
 from timm_autoslim.supernet.space import SearchSpace, Widths
 from timm_autoslim.tracing.graph import ChannelGraph
@@ -20,8 +20,6 @@ from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.utils.meta import make_meta_example
 from timm_autoslim.utils.tensors import collect_tensors
 
-# What timm's models say of themselves, and torchvision's do not.
-_TIMM_ONLY = ("feature_info", "num_features", "head_hidden_size")
 _CACHED_SLICES = 64
 
 
@@ -44,22 +42,20 @@ class Supernet(nn.Module):
 
     model: nn.Module
 
-    def __init__(
-        self, model: nn.Module, trace: Trace, space: SearchSpace, base: str | None, base_args: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, space: SearchSpace, spec: Spec) -> None:
         super().__init__()
         self.model = model
         self.space = space
         self.graph: ChannelGraph = trace.graph
         self._trace = trace
-        self._base, self._base_args = base, dict(base_args)
+        self._spec = spec  # of the model as it stands
         self._cache: OrderedDict[tuple[int, ...], Slices] = OrderedDict()
         self._held: Widths | None = None  # the widths of the `at` block that is open
 
     @property
     def base(self) -> str | None:
         """The name that builds the model again, such as "resnet18" or "torchvision/resnet18"; None if it is unknown."""
-        return self._base
+        return self._spec.base
 
     @property
     def open_block(self) -> Widths | None:
@@ -154,10 +150,10 @@ class Supernet(nn.Module):
     def extract(self, widths: Widths | None = None) -> nn.Module:
         """Return the subnet as an ordinary model of the same type, with weights of its own.
 
-        `plain.autoslim` is its recipe as plain data: base, arguments, sizes, attributes and widths. A narrower subnet
-        has the widest's BatchNorm statistics, which are not its own. `num_batches_tracked` marks them: it is 0 or less
-        until `calibrate`, or training for as many batches as leave them a hundredth (44 at a momentum of 0.1), renews
-        them, and `export` refuses them until then.
+        Its attribute `autoslim` is its spec: how it differs from its base. A narrower subnet has the widest's BatchNorm
+        statistics, which are not its own. `num_batches_tracked` marks them: it is 0 or less until `calibrate`, or
+        training for as many batches as leave them a hundredth (44 at a momentum of 0.1), renews them, and `export`
+        refuses them until then.
 
         Raises:
             WidthError: the widths are of another model, or an `at` block is open.
@@ -189,32 +185,9 @@ class Supernet(nn.Module):
                 tracked = getattr(module, "num_batches_tracked", None)
                 if isinstance(tracked, Tensor):
                     tracked.fill_(1 - _batches_to_own(getattr(module, "momentum", None)))
-        plain.autoslim = self._recipe(plain, found, widths)  # type: ignore[assignment]
+        spec = self._spec.narrow(found, saved=set(self.model.state_dict()), widths=widths.to_dict())
+        plain.autoslim = spec  # type: ignore[assignment]
         return plain
-
-    def _recipe(self, plain: nn.Module, found: Slices, widths: Widths) -> dict[str, Any]:
-        before = getattr(self.model, "autoslim", None) or {}  # of a model that was slimmed already
-        sizes = dict(before.get("sizes", {}))
-        saved = set(self.model.state_dict())  # the rest comes from the base again: it must be known which channels stay
-        for name, axes in found.tensors.items():
-            if any(axis is not None for axis in axes):
-                kept = sizes.get(name, [None] * len(axes))
-                sizes[name] = [
-                    old if runs is None else sum(n for _, n in runs) if name in saved else compose_runs(runs, old)
-                    for old, runs in zip(kept, axes, strict=True)
-                ]
-        new = {p: list(v) if isinstance(v, tuple) else v for p, v in found.attributes.items()}
-        attributes = {**before.get("attributes", {}), **new}
-        if (self._base or "").startswith("torchvision/"):  # the loader measures anew what torchvision's models lack
-            attributes = {p: v for p, v in attributes.items() if p.partition(".")[0] not in _TIMM_ONLY}
-        return {
-            "format": FORMAT,
-            "base": self._base,
-            "base_args": dict(self._base_args),
-            "sizes": sizes,
-            "attributes": attributes,
-            "widths": widths.to_dict(),
-        }
 
 
 def _refuse_reentrant_checkpoints(out: Any) -> None:
