@@ -16,12 +16,11 @@ import pytest
 from helpers.subprocesses import run_apart
 
 from timm_autoslim.__main__ import main
+from timm_autoslim.recipes import run
+from timm_autoslim.recipes.lib.configuration import parse_args, pick_values
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import common  # noqa: E402
 
 
 def name_of(page):
@@ -97,15 +96,12 @@ def check_script(script, arguments):
         text = path.read_text(encoding="utf-8")
         assert all(f'"{word}"' in text for word in arguments if word.startswith("--")), (script, arguments)
     elif path.stem == "run":
-        spec = importlib.util.spec_from_file_location("road", path)
-        road = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(road)
         own = {"-c", "--config", "--num-processes"}
         cut = [i for i, word in enumerate(arguments) if word in own]
         left = [word for i, word in enumerate(arguments) if i not in cut and i - 1 not in cut]
-        common.values_for("train", road.overrides(left))
+        pick_values("train", run.read_flags(left))
     else:
-        common.parse_args(path.stem, None, arguments)
+        parse_args(path.stem, None, arguments)
 
 
 def test_the_reference_is_that_of_this_code():
