@@ -5,7 +5,6 @@ to the parsers of what they start, and `inspect` runs. `text` marks what is show
 diagrams, and commands with names that only a reader can fill in.
 """
 
-import importlib.util
 import itertools
 import re
 import shlex
@@ -18,6 +17,8 @@ from helpers.subprocesses import run_apart
 
 import timm_autoslim
 from timm_autoslim.__main__ import main
+from timm_autoslim.recipes import run
+from timm_autoslim.recipes.lib.configuration import parse_args, pick_values
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -26,9 +27,6 @@ PAGES = [
 ]
 SITE = "-m sphinx -W --keep-going -c docs . docs/_build"
 TOOLS = (".venv/bin/pip", ".venv/bin/pre-commit")
-sys.path.insert(0, str(ROOT / "recipes"))
-
-import common  # noqa: E402
 
 
 def name_of(page):
@@ -104,14 +102,11 @@ def check_script(script, arguments):
         text = path.read_text(encoding="utf-8")
         assert all(f'"{word}"' in text for word in arguments if word.startswith("--")), (script, arguments)
     elif path.stem == "run":
-        spec = importlib.util.spec_from_file_location("road", path)
-        road = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(road)
         cut = [i for i, word in enumerate(arguments) if word in {"-c", "--config", "--num-processes"}]
         left = [word for i, word in enumerate(arguments) if i not in cut and i - 1 not in cut]
-        common.values_for("train", road.overrides(left))
+        pick_values("train", run.read_flags(left))
     else:
-        common.parse_args(path.stem, None, arguments)
+        parse_args(path.stem, None, arguments)
 
 
 def test_the_reference_describes_every_public_name_once():

@@ -4,7 +4,7 @@
     python recipes/benchmarks/coverage.py --results runs/coverage.jsonl --smallest      # one model of each class
     python recipes/benchmarks/coverage.py --results runs/coverage.jsonl --table docs/coverage.md --only-table
 
-One process for each model (forked, so that nothing is imported twice), with a bound on memory and time. Models of at
+One process for each model (forked, so that nothing is imported twice), with limits of memory and time. Models of at
 most a hundred million parameters and `--equal` GMACs get random weights and are run: the widest subnet must equal the
 model, and it and a random one their extracted models, bit for bit. Larger ones are converted on the meta device.
 Results are one JSON line a model; a run that is started again goes on with the models that have none.
@@ -22,30 +22,26 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-import torchvision
-from results import Results
 from tqdm import tqdm
 
-import timm_autoslim
-from timm_autoslim.artifact.bases import create_base, create_meta_base
-from timm_autoslim.costs.cost import reach
+from timm_autoslim import Supernet, convert, create_base, files, reach
 from timm_autoslim.errors import AutoSlimError
-from timm_autoslim.utils.files import write_text
+from timm_autoslim.recipes.benchmarks.lib.models import create_on_meta, list_names
+from timm_autoslim.recipes.benchmarks.lib.results import Results
 
 MOST_PARAMS = 100_000_000  # a model with more is not built with weights
 
 
-def rss() -> float:
+def measure_memory() -> float:
     """Return the highest resident memory of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measure(name: str, equal: float) -> dict[str, Any]:
-    """Convert one model; return its groups, its reach, its time, what is fixed and why, and whether subnets agree."""
+    """Convert one model; return groups, reach and time, what is fixed and why, and whether subnets are equal."""
     torch.set_num_threads(1)
-    model = create_meta_base(name)
+    model = create_on_meta(name)
     result: dict[str, Any] = {
         "name": name,
         "family": type(model).__name__,
@@ -55,35 +51,33 @@ def measure(name: str, equal: float) -> dict[str, Any]:
     if weights:
         torch.manual_seed(0)
         model = create_base(name).eval()
-    before, start = rss(), time.process_time()  # of one thread, so whatever else runs does not count
+    before, start = measure_memory(), time.process_time()  # of one thread, so whatever else runs does not count
     try:
-        supernet = timm_autoslim.convert(model)
+        supernet = convert(model)
     except AutoSlimError as error:
         return result | {"error": f"{type(error).__name__}: {error}"[:400]}
-    result |= {"seconds": time.process_time() - start, "gigabytes": rss() - before}
-    found = reach(supernet)
-    for key, left in (("half", found.half), ("min", found.narrowest)):
-        result |= {
-            f"{key}_macs": left.macs / found.whole.macs,
-            f"{key}_params": left.params / found.whole.params,
-        }
+    result |= {"seconds": time.process_time() - start, "gigabytes": measure_memory() - before}
+    reached = reach(supernet)
+    for key, cost in (("half", reached.half), ("min", reached.narrowest)):
+        result |= {f"{key}_macs": cost.macs / reached.widest.macs, f"{key}_params": cost.params / reached.widest.params}
     result |= {
         "groups": len(supernet.space),
-        "macs": found.whole.macs,
+        "macs": reached.widest.macs,
         "repairs": supernet.repairs,
         "unruled": supernet.unruled,
-        "held": found.held[:6],
+        "obstacles": reached.obstacles[:6],
     }
-    if weights and found.whole.macs <= equal * 1e9:
-        result["equal"] = agrees(supernet)
+    if weights and reached.widest.macs <= equal * 1e9:
+        result["equal"] = check_equal(supernet)
     return result
 
 
 @torch.no_grad()
-def agrees(supernet: timm_autoslim.Supernet) -> bool:
-    """Whether the widest subnet, extracted, is the model, and a random one its extracted model."""
+def check_equal(supernet: Supernet) -> bool:
+    """Whether the widest subnet gives the model's outputs, and it and a random one those of their extracted models."""
     model, space = supernet.model, supernet.space
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size", (3, 224, 224))
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    size = config.get("input_size", (3, 224, 224))
     images = torch.randn(1, *size)
     subnets = (space.max(), space.sample(torch.Generator().manual_seed(0)))
     return _same(model(images), supernet(images)) and all(
@@ -98,17 +92,17 @@ def _same(a: Any, b: Any) -> bool:
     return all(_same(x, y) for x, y in values)
 
 
-def child(name: str, equal: float, gigabytes: int, pipe: Connection) -> None:
-    """Measure one model in this process, whose memory is bounded, and send the result."""
+def measure_and_send(name: str, equal: float, gigabytes: int, pipe: Connection) -> None:
+    """Measure one model in this process, whose memory is limited, and send the result."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (gigabytes << 30),) * 2)
     try:
         pipe.send(measure(name, equal))
-    except Exception as error:  # whatever happens to a model is a result
+    except Exception as error:  # an error of any kind is a result too
         pipe.send({"name": name, "error": f"{type(error).__name__}: {error}"[:400]})
 
 
-def sweep(todo: list[str], jobs: int, equal: float, gigabytes: int, seconds: float) -> Any:
+def run_processes(todo: list[str], jobs: int, equal: float, gigabytes: int, seconds: float) -> Any:
     """Yield the result of every model, `jobs` at a time."""
     context = multiprocessing.get_context("fork")
     running: dict[Any, tuple[str, Any, float]] = {}
@@ -116,11 +110,11 @@ def sweep(todo: list[str], jobs: int, equal: float, gigabytes: int, seconds: flo
     while waiting or running:
         while waiting and len(running) < jobs:
             name = waiting.pop()
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=child, args=(name, equal, gigabytes, theirs))
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=measure_and_send, args=(name, equal, gigabytes, sender))
             process.start()
-            theirs.close()
-            running[ours] = name, process, time.monotonic() + seconds
+            sender.close()
+            running[receiver] = name, process, time.monotonic() + seconds
         soonest = min(end for _, _, end in running.values()) - time.monotonic()
         ready = wait(list(running), timeout=max(0.0, soonest))
         for pipe, (name, process, end) in list(running.items()):
@@ -136,22 +130,8 @@ def sweep(todo: list[str], jobs: int, equal: float, gigabytes: int, seconds: flo
             del running[pipe]
 
 
-def names(smallest: bool) -> list[str]:
-    """Return the names of timm's models and of torchvision's classification models."""
-    found = timm.list_models(exclude_filters="autoslim")
-    found += [f"torchvision/{n}" for n in torchvision.models.list_models(module=torchvision.models)]
-    if not smallest:
-        return found
-    best: dict[str, tuple[int, str]] = {}
-    for name in tqdm(found, desc="smallest of each class"):
-        model = create_meta_base(name)
-        key = f"{type(model).__module__}.{type(model).__name__}"
-        best[key] = min(best.get(key, (1 << 60, "")), (sum(p.numel() for p in model.parameters()), name))
-    return sorted(name for _, name in best.values())
-
-
-def totals(results: list[dict[str, Any]]) -> list[str]:
-    """Return what holds over all models, as lines."""
+def summarize(results: list[dict[str, Any]]) -> list[str]:
+    """Return the totals over all models, as lines."""
     good = [r for r in results if "error" not in r]
     lines = [f"- {len(good)} of {len(results)} models convert."]
     if not good:
@@ -175,12 +155,12 @@ def totals(results: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def make_table(results: list[dict[str, Any]]) -> str:
     """Return the page: totals, then one line a model, the least slimmable first within each family."""
     families: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         families[result.get("family", "?")].append(result)
-    lines = ["# Coverage", "", "Made by `recipes/benchmarks/coverage.py` on one core.", "", *totals(results)]
+    lines = ["# Coverage", "", "Made by `recipes/benchmarks/coverage.py` on one core.", "", *summarize(results)]
     lines += [
         "",
         "## Families",
@@ -198,10 +178,10 @@ def table(results: list[dict[str, Any]]) -> str:
             )
     lines += [
         "", "## Models", "",
-        "Equal: run with weights, and bit for bit equal; proven: on the meta device only. What holds a model above "
-        "0.35 is given with its share of the model's MACs.", "",
+        "Equal: run with weights, and bit for bit equal; proven: on the meta device only. What keeps a model above "
+        "0.35 is listed with its share of the model's MACs.", "",
         "| family | model | params | groups | MACs at half | params at half | MACs at width 1 | params at width 1 | s "
-        "| checked | what holds it |",
+        "| checked | obstacles |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for family, members in sorted(families.items()):
@@ -209,8 +189,8 @@ def table(results: list[dict[str, Any]]) -> str:
             if "error" in r:
                 lines.append(f"| {family} | {r['name']} | | | | | | | | | {r['error'].replace('|', '/')} |")
                 continue
-            held = [f"{reason} ({share:.2f})" for reason, share in r["held"][:3] if share > 0.02]
-            why = "; ".join(held) if r["half_macs"] > 0.35 else ""
+            obstacles = [f"{reason} ({share:.2f})" for reason, share in r["obstacles"][:3] if share > 0.02]
+            why = "; ".join(obstacles) if r["half_macs"] > 0.35 else ""
             check = "proven" if "equal" not in r else "equal" if r["equal"] else "DIFFERS"
             lines.append(
                 f"| {family} | {r['name']} | {r['params'] / 1e6:.2f}M | {r['groups']} | {r['half_macs']:.3f} "
@@ -236,13 +216,13 @@ def main() -> None:
     torch.set_num_threads(1)
     results = Results(args.results)
     done = {r["name"] for r in results}
-    wanted = [] if args.only_table else args.models or names(args.smallest)
+    wanted = [] if args.only_table else args.models or list_names(args.smallest)
     todo = [n for n in wanted if n not in done]
-    found = sweep(todo, args.jobs, args.equal, args.gigabytes, args.seconds)
-    for result in tqdm(found, total=len(todo), unit="model"):
+    measurements = run_processes(todo, args.jobs, args.equal, args.gigabytes, args.seconds)
+    for result in tqdm(measurements, total=len(todo), unit="model"):
         results.add(result)
     if args.table:
-        write_text(args.table, table(results))
+        files.write_text(args.table, make_table(results))
     failed = [r["name"] for r in results if "error" in r]
     print(f"{len(results) - len(failed)} of {len(results)} convert" + (f"; not: {', '.join(failed)}" if failed else ""))
 

@@ -2,7 +2,7 @@
 
 Each base is narrowed to half its widths and exported. Then four things are timed in turn, `--rounds` times over: the
 base's construction with random weights, the folder's with random weights, the base's with weights from a file, and the
-folder's with its weights. The table has medians, in milliseconds of this process's own time on one thread. The folders
+folder's with its weights. The table has medians, in milliseconds of this process's CPU time on one thread. The folders
 and the finished rows stay in the output folder, so an interrupted run goes on.
 """
 
@@ -18,10 +18,12 @@ from pathlib import Path
 import timm
 import torch
 import torchvision
-from results import Results, export_half
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
+
+from timm_autoslim.recipes.benchmarks.lib.models import export_half
+from timm_autoslim.recipes.benchmarks.lib.results import Results
 
 MODELS = (
     *("resnet50", "mobilenetv3_small_050", "efficientnet_b0", "convnext_tiny", "vit_small_patch16_224"),
@@ -55,43 +57,44 @@ def main() -> None:
 
 
 def measure(name: str, folder: Path, rounds: int) -> dict[str, float]:
-    """Time one model; milliseconds by what was timed, and the number of its tensors."""
+    """Time one model; return milliseconds by what was timed, and the number of its tensors."""
     model = export_half(name, folder)
     weights = folder.with_suffix(".base.safetensors")
     save_file(model.state_dict(), weights)
 
     builder = name.partition("torchvision/")[2]
 
-    def base_alone() -> nn.Module:
-        made: nn.Module = torchvision.models.get_model(builder) if builder else timm.create_model(name)
-        return made
+    def create() -> nn.Module:
+        base: nn.Module = torchvision.models.get_model(builder) if builder else timm.create_model(name)
+        return base
 
-    def base_with_weights() -> nn.Module:
+    def create_with_weights() -> nn.Module:
         if not builder:
-            made: nn.Module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)})
-            return made
-        made = base_alone()
-        made.load_state_dict(load_file(weights))
-        return made
+            base: nn.Module = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(weights)})
+            return base
+        base = create()
+        base.load_state_dict(load_file(weights))
+        return base
 
-    timed: dict[str, Callable[[], object]] = {
-        "base": base_alone,
+    functions: dict[str, Callable[[], object]] = {
+        "base": create,
         "folder": lambda: timm.create_model(f"local-dir:{folder}"),
-        "base_weights": base_with_weights,
+        "base_weights": create_with_weights,
         "folder_weights": lambda: timm.create_model(f"local-dir:{folder}", pretrained=True),
     }
-    taken: dict[str, list[float]] = {key: [] for key in timed}
+    milliseconds: dict[str, list[float]] = {key: [] for key in functions}
     for turn in range(rounds + 1):
-        for key, function in timed.items():
-            gc.collect()  # else what earlier calls left is collected in whichever call the count runs full
+        for key, function in functions.items():
+            gc.collect()  # else the garbage of earlier calls is collected during one of the calls
             start = time.process_time()
-            made = function()
-            spent = time.process_time() - start
+            loaded = function()
+            seconds = time.process_time() - start
             if turn:  # the first turn fills caches
-                taken[key].append(spent * 1000)
-            del made
+                milliseconds[key].append(seconds * 1000)
+            del loaded
     weights.unlink()
-    return {**{key: statistics.median(times) for key, times in taken.items()}, "tensors": len(model.state_dict())}
+    medians = {key: statistics.median(times) for key, times in milliseconds.items()}
+    return {**medians, "tensors": len(model.state_dict())}
 
 
 if __name__ == "__main__":

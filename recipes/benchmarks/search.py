@@ -5,8 +5,8 @@
 DIR holds CIFAR-10 as train.tar and test.tar (or folders) of class folders. For each model a supernet is trained by the
 sandwich rule; every method then chooses one network for each budget, scored on the same held-out training images; every
 network is fine-tuned from the supernet's weights in the same way, with several seeds, and tested once. OUTPUT/MODEL
-holds all of it, each result in a file of its own: the same command goes on where it was stopped, and several processes
-may work on different --models, or on different --methods or --seeds of one whose supernet is trained. The table is
+holds all results, each in a file of its own: the same command goes on where it was stopped, and several processes may
+work on different --models, or on different --methods or --seeds of a model whose supernet is trained. The table is
 printed, and with --docs written between the markers of a page.
 """
 
@@ -17,7 +17,6 @@ import contextlib
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,18 +29,21 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-
-from common import command, make_supernet, parse_args, read_weights, write_json, write_weights
-from data import in_memory, open_images, read_split, split_training
-from loop import Backward, Trainer
-from processes import make_accelerator
-from progress import Progress
-from results import put_table
-from train import Sandwich
-
-import timm_autoslim
-from timm_autoslim import HeldOut, SearchResult, Supernet
+from timm_autoslim import Found, HeldOut, SearchResult, Supernet, baseline, calibrate, cost, search
+from timm_autoslim.recipes.benchmarks.lib.results import put_table
+from timm_autoslim.recipes.lib.configuration import parse_args
+from timm_autoslim.recipes.lib.images import open_images
+from timm_autoslim.recipes.lib.loaders import load_batches
+from timm_autoslim.recipes.lib.models import make_supernet
+from timm_autoslim.recipes.lib.processes import make_accelerator
+from timm_autoslim.recipes.lib.resume import find_start
+from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_weights, write_json, write_weights
+from timm_autoslim.recipes.lib.sandwich import Sandwich
+from timm_autoslim.recipes.lib.scores import SavedScores
+from timm_autoslim.recipes.lib.shell import run_command
+from timm_autoslim.recipes.lib.splits import split_training
+from timm_autoslim.recipes.lib.trainer import Backward, Trainer
+from timm_autoslim.recipes.lib.training import prepare
 
 BUDGETS = {"macs": ["60%", "40%", "25%"]}
 SHARED = {
@@ -60,37 +62,39 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SEARCHES: dict[str, dict[str, Any]] = {
     "searched": {"mode": "fast"},
-    "reference, error": {"mode": "reference", "rank": "error"},
+    "reference, loss": {"mode": "reference", "rank": "loss"},
     "reference, per cost": {"mode": "reference", "rank": "per_cost"},
 }
-REPEATED = (*SEARCHES, "uniform")  # fine-tuned with every seed, the others with seed 0
+REPEATED = (*SEARCHES, "uniform")  # fine-tuned with all seeds, the other methods with seed 0
 METHODS = (*REPEATED, "random", "evolutionary", "importance")
 PART = 250  # held-out images that are scored together
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run what is missing, then make the table."""
+    """Run what has no result yet, then make the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, metavar="DIR")
-    parser.add_argument("--output", required=True, metavar="DIR", help="what is done already is not done again")
+    parser.add_argument(
+        "--output", required=True, metavar="DIR", help="folder of results; what is there is not done again"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the fine-tuning")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--docs", metavar="FILE", help="write the table between the markers of this page")
     parser.add_argument("--only-table", action="store_true", help="run nothing, make the table of what there is")
-    given = parser.parse_args(argv)
-    output = Path(given.output)
-    if not given.only_table:
-        for name in given.models:
-            Bench(output / name, name, given).run()
+    args = parser.parse_args(argv)
+    output = Path(args.output)
+    if not args.only_table:
+        for name in args.models:
+            Comparison(output / name, name, args).run()
     table = make_table(output)
     print(table)
-    if given.docs:
-        put_table(Path(given.docs), "search", table)
+    if args.docs:
+        put_table(Path(args.docs), "search", table)
 
 
-class Augmented(Dataset):
+class Augmented(Dataset[tuple[Tensor, Tensor]]):
     """Images in memory, flipped and shifted by up to four pixels: at random by (seed, epoch, image)."""
 
     def __init__(self, inputs: Tensor, targets: Tensor, seed: int) -> None:
@@ -105,17 +109,17 @@ class Augmented(Dataset):
         generator = torch.Generator().manual_seed((self.seed * 1009 + self.epoch) * 1_000_003 + item)
         down, right, flip = torch.randint(0, 9, (3,), generator=generator).tolist()
         image = self.inputs[item, :, down : down + size, right : right + size]
-        return (image.flip(2) if flip % 2 else image), self.targets[item]
+        return (image.flip(2) if flip % 2 else image), self.targets[item]  # (3, H, W), ()
 
 
-class Bench:
-    """All runs of one model."""
+class Comparison:
+    """All methods on one model."""
 
-    def __init__(self, folder: Path, name: str, given: argparse.Namespace) -> None:
-        self.folder, self.methods, self.seeds = folder, given.methods, given.seeds
+    def __init__(self, folder: Path, name: str, args: argparse.Namespace) -> None:
+        self.folder, self.methods, self.seeds = folder, args.methods, args.seeds
         defaults = parse_args("train", None, [])
         self.args = argparse.Namespace(
-            **vars(defaults) | SHARED | MODELS[name] | {"data_dir": given.data_dir, "threads": given.threads, "seed": 0}
+            **vars(defaults) | SHARED | MODELS[name] | {"data_dir": args.data_dir, "threads": args.threads, "seed": 0}
         )
         self.accelerator = make_accelerator(self.args)
         set_seed(0)
@@ -123,67 +127,68 @@ class Bench:
         self.supernet.to(memory_format=torch.channels_last)
         folder.mkdir(parents=True, exist_ok=True)
         images = open_images(self.args)
-        split_training(self.args, len(images.train), folder)
-        training, held_out = read_split(folder, len(images.train))
+        training, held_out = split_training(self.args, len(images.train), folder)
         self.training, self.held_out = self._load(images.train, training), self._load(images.train, held_out)
         self.test = self._load(images.test, range(len(images.test)))
 
     def _load(self, source: Any, indices: Any) -> tuple[Tensor, Tensor]:
-        chunks = in_memory(self.args, source, indices, self.accelerator)
-        inputs, targets = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        batches = load_batches(self.args, source, indices, self.accelerator)
+        inputs, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
         return inputs.contiguous(memory_format=torch.channels_last), targets
 
     def run(self) -> None:
-        """Train, search, fine-tune: what is not done yet."""
+        """Train, search, fine-tune: all that has no result yet."""
         self._train()
-        found = {method: self._search(method)["networks"] for method in self.methods}
+        results = {method: self._search(method) for method in self.methods}
         tasks = itertools.product(self.seeds, range(len(BUDGETS["macs"])), self.methods)
         todo = [task for task in tasks if task[0] == 0 or task[2] in REPEATED]
         for seed, index, method in tqdm(todo, desc="fine-tuning"):
-            self._retrain(method, found[method][index], seed)
+            self._retrain(method, results[method].networks[index], seed)
 
     def _train(self) -> None:
-        path = self.folder / "supernet.safetensors"
+        path, model = self.folder / SUPERNET, self.supernet.model
         if not path.is_file():
             args = argparse.Namespace(**vars(self.args) | TRAINING)
-            sandwich = Sandwich(self.accelerator, args, self.supernet.space, None)
             loader = DataLoader(Augmented(*self.training, args.seed), args.batch_size, shuffle=True, drop_last=True)
-            trainer = Trainer(self.accelerator, args, self.folder, {"training_images": len(self.training[1])})
-            trainer.fit(
-                self.supernet, self.supernet.model, loader, sandwich, begin=sandwich.begin, describe=sandwich.describe
-            )
-            write_weights(path, self.supernet.model)
-        read_weights(path, self.supernet.model)
+            start = find_start(self.accelerator, args, self.folder, {"training_images": len(self.training[1])})
+            training = prepare(self.accelerator, args, start, self.supernet, model, loader)
+            sandwich = Sandwich(self.accelerator, args, self.supernet.space, updates=training.updates)
+            Trainer(training, sandwich, describe=sandwich.describe).fit()
+            write_weights(path, model)
+        read_weights(path, model)
 
-    def _search(self, method: str) -> dict[str, Any]:
-        path = self.folder / f"search-{slug(method)}.json"
+    def _search(self, method: str) -> SearchResult:
+        path = self.folder / f"search-{make_slug(method)}.json"
         if path.is_file():
-            return read(path)
+            return SearchResult.load(path)
         inputs, targets = self.held_out
-        batches = list(zip(inputs.split(PART), targets.split(PART), strict=True))
-        progress = Progress(self.folder / f"progress-{slug(method)}.json", {"part": PART}, self.accelerator)
-        spent = self.folder / f"seconds-{slug(method)}.json"
-        with progress, timed(spent), tqdm(desc=method, unit=" subnets") as bar:
+        batches = list(zip(torch.split(inputs, PART), torch.split(targets, PART), strict=True))
+        scores = SavedScores(self.folder / f"progress-{make_slug(method)}.json", {"part": PART}, self.accelerator)
+        with (
+            scores,
+            add_time(self.folder / f"seconds-{make_slug(method)}.json"),
+            tqdm(desc=method, unit=" subnets") as bar,
+        ):
 
             def score(subnet: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> float:
                 bar.update(1 / len(batches))
                 return F.cross_entropy(subnet(batch[0]), batch[1]).item()
 
-            result = search(self.supernet, method, HeldOut(batches, score), progress)
-        write_json(path, {"seconds": read(spent), **result.to_dict()})
-        progress.path.unlink(missing_ok=True)
-        return read(path)
+            result = choose_networks(self.supernet, method, HeldOut(batches, score), scores)
+        result.save(path)
+        scores.path.unlink(missing_ok=True)
+        return result
 
-    def _retrain(self, method: str, found: dict[str, Any], seed: int) -> None:
-        share = f"{100 * found['budget'] / timm_autoslim.cost(self.supernet).macs:.0f}pct"
-        folder = self.folder / "finetune" / f"{slug(method)}-{share}-{seed}"
+    def _retrain(self, method: str, network: Found, seed: int) -> None:
+        share = f"{100 * network.budget / cost(self.supernet).macs:.0f}pct"
+        folder = self.folder / "finetune" / f"{make_slug(method)}-{share}-{seed}"
         path = folder / "result.json"
         if path.is_file():
             return
         folder.mkdir(parents=True, exist_ok=True)
         args = argparse.Namespace(**vars(self.args) | RETRAINING | {"seed": seed})
         accelerator = make_accelerator(args)  # its seed orders the images
-        plain = self.supernet.extract(self.supernet.space.from_dict(found["widths"]))
+        model = self.supernet.extract(network.widths)
         inputs, targets = (torch.cat(parts) for parts in zip(self.training, self.held_out, strict=True))
         loader = DataLoader(Augmented(inputs, targets, args.seed), args.batch_size, shuffle=True, drop_last=True)
 
@@ -194,42 +199,43 @@ class Bench:
             backward(loss)
             return {"loss": loss}
 
-        Trainer(accelerator, args, folder, {"widths": found["widths"]}).fit(plain, plain, loader, step)
-        timm_autoslim.calibrate(plain, self.training[0][:2048].split(256))
-        write_json(path, {"method": method, "budget": share, "seed": seed, "top1": top1(plain, self.test)})
+        start = find_start(accelerator, args, folder, {"widths": network.widths.to_dict()})
+        Trainer(prepare(accelerator, args, start, model, model, loader), step).fit()
+        calibrate(model, torch.split(self.training[0][:2048], 256))
+        write_json(path, {"method": method, "budget": share, "seed": seed, "top1": measure_top1(model, self.test)})
 
 
-def search(supernet: Supernet, method: str, evaluate: HeldOut, scores: Progress) -> SearchResult:
+def choose_networks(supernet: Supernet, method: str, evaluate: HeldOut, scores: SavedScores) -> SearchResult:
     """Choose a network for every budget."""
     if method in SEARCHES:
-        return timm_autoslim.search(supernet, BUDGETS, evaluate, scores=scores, **SEARCHES[method])
-    return timm_autoslim.baseline(supernet, BUDGETS, evaluate, method, scores=scores)
+        return search(supernet, BUDGETS, evaluate, scores=scores, **SEARCHES[method])
+    return baseline(supernet, BUDGETS, evaluate, method, scores=scores)
 
 
 @contextlib.contextmanager
-def timed(path: Path) -> Iterator[None]:
+def add_time(path: Path) -> Iterator[None]:
     """Add the seconds that a block took to those in a file, however it ends."""
     begin = time.perf_counter()
     try:
         yield
     finally:
-        write_json(path, (read(path) if path.is_file() else 0.0) + time.perf_counter() - begin)
+        write_json(path, (read_json(path) if path.is_file() else 0.0) + time.perf_counter() - begin)
 
 
 @torch.no_grad()
-def top1(plain: nn.Module, images: tuple[Tensor, Tensor]) -> float:
-    """Accuracy in percent."""
-    plain.eval()
-    pairs = zip(images[0].split(500), images[1].split(500), strict=True)
-    return 100 * sum(int((plain(x).argmax(1) == y).sum()) for x, y in pairs) / len(images[1])
+def measure_top1(model: nn.Module, images: tuple[Tensor, Tensor]) -> float:
+    """Return the accuracy in percent on inputs (N, C, H, W) and targets (N,)."""
+    model.eval()
+    pairs = zip(torch.split(images[0], 500), torch.split(images[1], 500), strict=True)
+    return 100 * sum(int((model(inputs).argmax(1) == targets).sum()) for inputs, targets in pairs) / len(images[1])
 
 
-def slug(method: str) -> str:
-    """The name of a method as a part of file names."""
+def make_slug(method: str) -> str:
+    """Return the name of a method as a part of file names."""
     return method.replace(", ", "-").replace(" ", "-")
 
 
-def read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -238,40 +244,43 @@ def read(path: Path) -> Any:
 
 
 def make_table(output: Path) -> str:
-    """The table of all results that there are; a dash stands for what is missing."""
+    """Return the table of all results that there are; a dash stands for a missing one."""
     lines = []
     for name in MODELS:
-        found = {m: path for m in METHODS if (path := output / name / f"search-{slug(m)}.json").is_file()}
-        if not found:
+        folder = output / name
+        paths = {method: folder / f"search-{make_slug(method)}.json" for method in METHODS}
+        searches = {method: SearchResult.load(path) for method, path in paths.items() if path.is_file()}
+        if not searches:
             continue
-        searches = {method: read(path) for method, path in found.items()}
-        results = [read(path) for path in sorted((output / name / "finetune").glob("*/result.json"))]
-        lines += [f"### {name}", "", *_work_rows(searches), "", *_result_rows(searches, results), ""]
+        seconds = {method: read_json(folder / f"seconds-{make_slug(method)}.json") for method in searches}
+        tests = [read_json(path) for path in sorted((folder / "finetune").glob("*/result.json"))]
+        lines += [f"### {name}", "", *_make_work_rows(searches, seconds), "", *_make_network_rows(searches, tests), ""]
     return "\n".join(lines)
 
 
-def _work_rows(searches: dict[str, Any]) -> list[str]:
+def _make_work_rows(searches: dict[str, SearchResult], seconds: dict[str, float]) -> list[str]:
     rows = ["| method | subnets scored | forward work (images x MACs) | wall time |", "|---|---|---|---|"]
-    for method, search in searches.items():
-        work = f"{search['evaluated_macs'] / 1e12:.3f}T"
-        rows.append(f"| {method} | {search['evaluations']} | {work} | {search['seconds']:.0f} s |")
+    for method, result in searches.items():
+        work = f"{result.evaluated_macs / 1e12:.3f}T"
+        rows.append(f"| {method} | {result.evaluations} | {work} | {seconds[method]:.0f} s |")
     return rows
 
 
-def _result_rows(searches: dict[str, Any], results: list[dict[str, Any]]) -> list[str]:
+def _make_network_rows(searches: dict[str, SearchResult], tests: list[dict[str, Any]]) -> list[str]:
     rows = ["| budget | method | MACs | params | held-out loss | test top-1 | seeds |", "|---|---|---|---|---|---|---|"]
     for index, share in enumerate(BUDGETS["macs"]):
-        for method, search in searches.items():
-            network = search["networks"][index]
-            tested = [r["top1"] for r in results if r["method"] == method and r["budget"] == share.replace("%", "pct")]
-            spread = f" ± {statistics.stdev(tested):.2f}" if len(tested) > 1 else ""
-            accuracy = f"{statistics.mean(tested):.2f}{spread}" if tested else "-"
+        for method, result in searches.items():
+            network = result.networks[index]
+            budget = share.replace("%", "pct")
+            top1 = [test["top1"] for test in tests if test["method"] == method and test["budget"] == budget]
+            spread = f" ± {statistics.stdev(top1):.2f}" if len(top1) > 1 else ""
+            accuracy = f"{statistics.mean(top1):.2f}{spread}" if top1 else "-"
             rows.append(
-                f"| {share} | {method} | {network['macs'] / 1e6:.3f}M | {network['params'] / 1e6:.3f}M | "
-                f"{network['error']:.4f} | {accuracy} | {len(tested)} |"
+                f"| {share} | {method} | {network.cost.macs / 1e6:.3f}M | {network.cost.params / 1e6:.3f}M | "
+                f"{network.loss:.4f} | {accuracy} | {len(top1)} |"
             )
     return rows
 
 
 if __name__ == "__main__":
-    command(main)
+    run_command(main)

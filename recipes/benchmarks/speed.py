@@ -6,16 +6,16 @@
 Three questions, each answered by ratios that are taken in one run, ours and theirs by turns (median of the pairs):
 
 - half: forward and backward of the half-wide subnet in the supernet, over those of the same model extracted; with no
-  gradient there yet, and with gradients to add to, as all subnets but the widest find them in a step.
+  gradient there yet, and with gradients to add to, as for all subnets but the widest in a step.
 - step: one sandwich step (widest, narrowest, two random ones, new in every step), over the sum of the four extracted
   models' steps with the same losses.
-- memory: the peak of three sandwich steps with SGD and momentum, over that of the same steps of the plain model; each
-  in a process of its own: resident memory beyond the imports on a CPU (freed blocks of 64 KiB given back at once),
+- memory: the peak of three sandwich steps with SGD and momentum, over that of the same steps of the base alone; each
+  in a process of its own: resident memory beyond the imports on a CPU (freed blocks of 64 KiB are returned at once),
   CUDA's allocator on a GPU.
 
-On a CPU, times depend on what glibc's malloc does with freed memory: whoever grows the heap after it was given back
-pays for every page again. So "half" and "step" are timed in a process that keeps all it has (no page faults for
-either), and "defaults" is "half" again with malloc as it is, with the system's share of the time.
+On a CPU, times depend on what glibc's malloc does with freed memory: memory that was returned to the system costs page
+faults when it is needed again. So "half" and "step" are timed in a process that returns none (no page faults for
+either), and "defaults" is "half" again with malloc's defaults, with the system's share of the time.
 
 Results are one JSON line each; a run that is started again goes on with what it lacks.
 """
@@ -35,27 +35,35 @@ from typing import Any
 
 import timm
 import torch
-from results import Results, put_table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-import timm_autoslim
-import timm_autoslim.supernet.order  # not at its first use, which would count as memory of the training
-from timm_autoslim.training.distillation import soft_cross_entropy
+from timm_autoslim import (
+    Widths,
+    convert,
+    reorder_channels,  # noqa: F401  (an import at its first use would count as memory of the training)
+    sandwich_step,
+    soft_cross_entropy,
+)
+from timm_autoslim.recipes.benchmarks.lib.results import Results, put_table
 
 MODELS = ("resnet50", "mobilenetv2_100", "vit_tiny_patch16_224")
 QUESTIONS = ("half", "defaults", "step", "memory")
 SETTING = ("model", "batch", "size", "device", "threads", "amp", "channels_last", "torch")
-# glibc's malloc, fixed: keep every page that it ever had, or give freed blocks of 64 KiB back at once.
+# Settings of glibc's malloc: keep every page, or return freed blocks of 64 KiB at once.
 KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # else it keeps holes between activations of many sizes
 
 
-class Bench:
-    """One model in one setting, its supernet (channels in order of importance), and a batch."""
+class Bench(nn.Module):
+    """One model in one setting, its supernet (channels in order of importance), and a batch.
 
-    def __init__(self, setting: dict[str, Any], plain_only: bool = False) -> None:
+    As a module it is the supernet under autocast.
+    """
+
+    def __init__(self, setting: dict[str, Any], base_only: bool = False) -> None:
+        super().__init__()
         torch.set_num_threads(setting["threads"])
         torch.manual_seed(0)
         self.device, self.amp, size = torch.device(setting["device"]), setting["amp"], setting["size"]
@@ -69,109 +77,120 @@ class Bench:
         self.inputs = inputs.to(self.device, memory_format=layout)
         self.targets = torch.randint(0, 1000, (setting["batch"],)).to(self.device)
         self.model = model.to(self.device, memory_format=layout).train()
-        if not plain_only:
-            self.supernet = timm_autoslim.convert(self.model, torch.zeros(2, 3, size, size), order="l1").train()
+        if not base_only:
+            self.supernet = convert(self.model, torch.zeros(2, 3, size, size), order="l1").train()
 
-    def pairs(self, ours: Callable[[], Any], theirs: Callable[[], Any], reset: Callable[[], None], n: int) -> Any:
-        """Run both by turns, once to warm up and `n` times; returns the seconds of both, in all and in the system."""
-        found = []
+    def time_pairs(
+        self, ours: Callable[[int], Any], theirs: Callable[[int], Any], reset: Callable[[int], None], n: int
+    ) -> list[Any]:
+        """Run both by turns, once to warm up and `n` times; return the seconds of both, in all and in the system.
+
+        All three functions take the index of the pair; `reset` is called before each of the two others.
+        """
+        pairs = []
         for index in range(n + 1):
             times = []
             for run in (ours, theirs) if index % 2 else (theirs, ours):
-                reset()
+                reset(index)
                 self._wait()
-                start, system = self.clock(), system_time()
-                run()
+                start, system = self.clock(), read_system_time()
+                run(index)
                 self._wait()
-                times.append((self.clock() - start, system_time() - system))
-            found.append(tuple(times if index % 2 else reversed(times)))
-        return found[1:]
+                times.append((self.clock() - start, read_system_time() - system))
+            pairs.append(tuple(times if index % 2 else reversed(times)))
+        return pairs[1:]
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    def forward(self, inputs: Tensor, widths: Widths) -> Tensor:
+        """Run a subnet under autocast: logits (N, classes) of inputs (N, C, H, W)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            logits: Tensor = self.supernet(inputs, widths)
+        return logits
+
     def learn(self, network: Callable[..., Tensor], *widths: Any, teacher: Tensor | None = None) -> Tensor:
-        """Forward and backward of one network; returns its detached output (N, classes)."""
+        """Run forward and backward of one network; return its detached output (N, classes)."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             outputs = network(self.inputs, *widths)
         loss = F.cross_entropy(outputs, self.targets) if teacher is None else soft_cross_entropy(outputs, teacher)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return outputs.detach()
 
-    def sandwich(self, generator: torch.Generator) -> None:
-        """One sandwich step without the optimizer."""
-
-        def network(inputs: Tensor, widths: timm_autoslim.Widths) -> Tensor:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                return self.supernet(inputs, widths)
-
-        timm_autoslim.sandwich_step(
-            network, self.supernet.space, self.inputs, self.targets, F.cross_entropy, generator=generator
-        )
+    def run_sandwich(self, seed: int) -> None:
+        """Run one sandwich step without the optimizer."""
+        generator = torch.Generator().manual_seed(seed)
+        sandwich_step(self, self.supernet.space, self.inputs, self.targets, F.cross_entropy, generator=generator)
 
 
 def measure_half(setting: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """The half-wide subnet over its extracted model."""
+    """Time the half-wide subnet over its extracted model."""
     bench = Bench(setting)
     widths = bench.supernet.space.uniform(0.5)
-    plain = bench.supernet.extract(widths).train()
-    result = {}
+    extracted = bench.supernet.extract(widths).train()
+    result: dict[str, Any] = {}
     for name, empty in (("fresh", True), ("added", False)):
 
-        def reset(empty: bool = empty) -> None:
-            for network in (bench.supernet, plain):
+        def reset(_: int, empty: bool = empty) -> None:
+            for network in (bench.supernet, extracted):
                 for parameter in network.parameters():
                     parameter.grad = None if empty else torch.zeros_like(parameter)
 
-        found = bench.pairs(lambda: bench.learn(bench.supernet, widths), lambda: bench.learn(plain), reset, repeats)
-        result |= {f"{name}_{key}": value for key, value in summarise(found).items()}
+        pairs = bench.time_pairs(
+            lambda _: bench.learn(bench.supernet, widths), lambda _: bench.learn(extracted), reset, repeats
+        )
+        result |= {f"{name}_{key}": value for key, value in summarize(pairs).items()}
     return result
 
 
 def measure_step(setting: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """A sandwich step over the sum of its extracted models' steps."""
+    """Time a sandwich step over the sum of its extracted models' steps."""
     bench = Bench(setting)
-    space, draw = bench.supernet.space, torch.Generator().manual_seed(0)
-    subnets = [space.max(), space.min(), space.sample(draw), space.sample(draw)]
-    widest, *others = plains = [bench.supernet.extract(widths).train() for widths in subnets]
+    space = bench.supernet.space
+    widest, narrowest = (bench.supernet.extract(widths).train() for widths in (space.max(), space.min()))
+    models: dict[int, list[nn.Module]] = {}  # of the current pair: a training draws new widths in every step
 
-    def theirs() -> None:
+    def theirs(index: int) -> None:
         teacher = bench.learn(widest)
-        for plain in others:
-            bench.learn(plain, teacher=teacher)
+        for model in models[index][1:]:
+            bench.learn(model, teacher=teacher)
 
-    def reset() -> None:
-        bench.supernet._cache.clear()  # a training draws new widths in every step
-        for network in (bench.supernet, *plains):
+    def reset(index: int) -> None:
+        if index not in models:
+            generator = torch.Generator().manual_seed(index)  # as the sandwich step draws them
+            random = [bench.supernet.extract(space.sample(generator)).train() for _ in range(2)]
+            models.clear()
+            models[index] = [widest, narrowest, *random]
+        for network in (bench.supernet, *models[index]):
             network.zero_grad()
 
-    return summarise(bench.pairs(lambda: bench.sandwich(torch.Generator().manual_seed(0)), theirs, reset, repeats))
+    return summarize(bench.time_pairs(bench.run_sandwich, theirs, reset, repeats))
 
 
-def summarise(pairs: list[tuple[tuple[float, float], tuple[float, float]]]) -> dict[str, float]:
-    """Median of the ratios, the quartiles around it, and the medians in milliseconds, in all and in the system."""
+def summarize(pairs: list[tuple[tuple[float, float], tuple[float, float]]]) -> dict[str, float]:
+    """Return the median and the quartiles of the ratios, and median milliseconds, in all and in the system."""
     low, middle, high = statistics.quantiles([ours[0] / theirs[0] for ours, theirs in pairs], n=4, method="inclusive")
     result = {"ratio": middle, "low": low, "high": high}
     for name, times in zip(("ours", "theirs"), zip(*pairs, strict=True), strict=True):
-        whole, system = (statistics.median(part) * 1e3 for part in zip(*times, strict=True))
-        result |= {name: whole, f"{name}_system": system}
+        total, system = (statistics.median(part) * 1e3 for part in zip(*times, strict=True))
+        result |= {name: total, f"{name}_system": system}
     return result
 
 
-def system_time() -> float:
-    """Seconds that the system has worked for this process: on a CPU, for page faults above all."""
+def read_system_time() -> float:
+    """Return the seconds that the system has worked for this process: on a CPU, mostly for page faults."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_stime
 
 
 def measure_memory(setting: dict[str, Any]) -> dict[str, Any]:
-    """Peak memory of sandwich steps over that of plain steps, in MiB."""
-    ours, theirs = (in_process(steps, (setting, kind), GIVE_BACK) for kind in ("sandwich", "plain"))
+    """Measure the peak memory of sandwich steps over that of ordinary steps of the base, in MiB."""
+    ours, theirs = (run_in_process(run_steps, (setting, kind), GIVE_BACK) for kind in ("sandwich", "base"))
     return {"ratio": ours / theirs, "ours": ours, "theirs": theirs}
 
 
-def in_process(function: Callable[..., Any], arguments: tuple[Any, ...], malloc: dict[str, str]) -> Any:
-    """Call a function of this file in a fresh process, whose malloc is set so."""
+def run_in_process(function: Callable[..., Any], arguments: tuple[Any, ...], malloc: dict[str, str]) -> Any:
+    """Call a function of this file in a fresh process, with these settings of malloc."""
     os.environ.update(malloc)
     try:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -181,33 +200,34 @@ def in_process(function: Callable[..., Any], arguments: tuple[Any, ...], malloc:
             del os.environ[name]
 
 
-def steps(setting: dict[str, Any], kind: str) -> float:
-    """Three steps with SGD and momentum; returns the peak memory beyond the imports, in MiB."""
-    before = resident()
-    bench = Bench(setting, plain_only=kind == "plain")
-    network = bench.model if kind == "plain" else bench.supernet
+def run_steps(setting: dict[str, Any], kind: str) -> float:
+    """Run three steps with SGD and momentum; return the peak memory beyond the imports, in MiB."""
+    before = read_memory("VmRSS")
+    bench = Bench(setting, base_only=kind == "base")
+    network: nn.Module = bench.model if kind == "base" else bench.supernet
     if kind == "sandwich":
         del bench.model  # an order makes a copy
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
     for index in range(3):
-        if kind == "plain":
+        if kind == "base":
             bench.learn(network)
         else:
-            bench.sandwich(torch.Generator().manual_seed(index))
+            bench.run_sandwich(index)
         optimizer.step()
         optimizer.zero_grad()
     if bench.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resident("VmHWM") - before
+    return read_memory("VmHWM") - before
 
 
-def resident(kind: str = "VmRSS") -> float:
-    """Resident memory of this process in MiB: now (VmRSS), or its peak (VmHWM; getrusage's is also the parent's)."""
+def read_memory(kind: str) -> float:
+    """Return the resident memory of this process in MiB: now (VmRSS), or its peak (VmHWM)."""
+    # getrusage's peak may be that of the parent process
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition(f"{kind}:")[2].split()[0]) / 2**10
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def make_table(results: list[dict[str, Any]]) -> str:
     """Return the table, one line for each model and setting."""
     lines = [
         "| setting | model | batch | half, no gradient yet | half, added | half, added, malloc's defaults "
@@ -217,20 +237,20 @@ def table(results: list[dict[str, Any]]) -> str:
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for result in results:
         rows.setdefault(tuple(result["setting"][k] for k in SETTING), {})[result["question"]] = result
-    for key, found in sorted(rows.items(), key=lambda row: (row[0][3], row[0][4], *map(str, row[0]), row[0][1])):
+    for key, by_question in sorted(rows.items(), key=lambda row: (row[0][3], row[0][4], *map(str, row[0]), row[0][1])):
         setting = dict(zip(SETTING, key, strict=True))
         words = [setting["device"], f"{setting['threads']} thread(s)", f"{setting['size']} px"]
         words += [name for name, on in (("bf16", setting["amp"]), ("NHWC", setting["channels_last"])) if on]
         cells = [
-            _cell(found.get("half"), "fresh_"), _cell(found.get("half"), "added_"),
-            _cell(found.get("defaults"), "added_", system=True), _cell(found.get("step"), ""),
-            _memory(found.get("memory")),
+            _show_times(by_question.get("half"), "fresh_"), _show_times(by_question.get("half"), "added_"),
+            _show_times(by_question.get("defaults"), "added_", system=True), _show_times(by_question.get("step"), ""),
+            _show_memory(by_question.get("memory")),
         ]  # fmt: skip
         lines.append(f"| {', '.join(words)} | {setting['model']} | {setting['batch']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _cell(result: dict[str, Any] | None, prefix: str, system: bool = False) -> str:
+def _show_times(result: dict[str, Any] | None, prefix: str, system: bool = False) -> str:
     if result is None:
         return ""
     ratio, low, high, ours, theirs = (result[prefix + key] for key in ("ratio", "low", "high", "ours", "theirs"))
@@ -239,12 +259,12 @@ def _cell(result: dict[str, Any] | None, prefix: str, system: bool = False) -> s
     return f"{ratio:.2f} ({low:.2f} to {high:.2f}; {ours:.0f} / {theirs:.0f} ms{share})"
 
 
-def _memory(result: dict[str, Any] | None) -> str:
+def _show_memory(result: dict[str, Any] | None) -> str:
     return "" if result is None else "{ratio:.2f} ({ours:.0f} / {theirs:.0f} MiB)".format(**result)
 
 
 def main() -> None:
-    """Measure what is lacking, and write the table."""
+    """Measure what has no result yet, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("runs/speed.jsonl"))
     parser.add_argument("--table", type=Path, help="write the table into this page")
@@ -273,19 +293,19 @@ def main() -> None:
         if question != "defaults" or args.device == "cpu"
     ]
     todo = [] if args.only_table else [job for job in todo if job not in done]
-    timed = {"half": (measure_half, KEEP), "defaults": (measure_half, {}), "step": (measure_step, KEEP)}
+    functions = {"half": (measure_half, KEEP), "defaults": (measure_half, {}), "step": (measure_step, KEEP)}
     with contextlib.closing(tqdm(todo, unit="measurement")) as bar:
         for question, setting in bar:
             bar.set_postfix_str(f"{setting['model']}, batch {setting['batch']}: {question}")
             if question == "memory":
-                found = measure_memory(setting)
+                figures = measure_memory(setting)
             else:
-                measure, malloc = timed[question]
-                found = in_process(measure, (setting, args.repeats), malloc)
-            results.add({"question": question, "setting": setting, **found})
-    print(table(results))
+                measure, malloc = functions[question]
+                figures = run_in_process(measure, (setting, args.repeats), malloc)
+            results.add({"question": question, "setting": setting, **figures})
+    print(make_table(results))
     if args.table:
-        put_table(args.table, "speed", table(results))
+        put_table(args.table, "speed", make_table(results))
 
 
 if __name__ == "__main__":

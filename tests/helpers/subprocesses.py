@@ -1,4 +1,4 @@
-"""Processes apart from the tests' own: forked from a clean server, for a fork of a process that has trained may not."""
+"""Run functions in other processes, forked from a clean server: a process that has trained must not be forked."""
 
 import contextlib
 import importlib.util
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import torch
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["timm_autoslim", "train"])
+_SERVER.set_forkserver_preload(["timm_autoslim", "timm_autoslim.recipes.train"])
 
 
 def run_apart(function, *args, cwd):

@@ -1,4 +1,4 @@
-"""Run train.py several times and note what this process does; started by test_processes.py in two processes.
+"""Run train.py several times and note what this process does; test_two_processes.py starts it in two processes.
 
 accelerate launch --multi_gpu --num_processes 2 two_processes.py NOTES RUN ARGUMENTS -- RUN ARGUMENTS -- ...
 """
@@ -6,34 +6,34 @@ accelerate launch --multi_gpu --num_processes 2 two_processes.py NOTES RUN ARGUM
 import itertools
 import sys
 
-import loop
 import torch
-import validation
 from accelerate import Accelerator, PartialState
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tqdm import tqdm
 
-from helpers.recipes import train
+from timm_autoslim.recipes import train
+from timm_autoslim.recipes.lib import trainer, validation
+from timm_autoslim.recipes.lib.sandwich import Sandwich
 
 
-def watched(argv):
-    """Run train.py; returns the gradients that the optimizer got, exchanges by batch, and the random widths."""
+def watch_train(argv):
+    """Run train.py; return the gradients that the optimizer got, exchanges by batch, and the random widths."""
     gradients, exchanges, widths, hidden = [], [], [], []
-    plain, reduced = train.Sandwich.__call__, []
+    original, reduced = Sandwich.__call__, []
 
     def exchange(state, bucket):  # what the wrapper does with its gradients, counted
         reduced.append(bucket.index())
         return allreduce_hook(state, bucket)
 
-    def counted(self, network, inputs, targets, update, backward):
+    def count(self, network, inputs, targets, update, backward):
         if isinstance(network, DistributedDataParallel) and not widths:
             network.register_comm_hook(None, exchange)
-        losses = plain(self, network, inputs, targets, update, backward)
+        losses = original(self, network, inputs, targets, update, backward)
         exchanges.append(len(reduced))
         reduced.clear()
-        widths.append([subnet.to_dict() for subnet in self.random_widths(update)])
+        widths.append([subnet.to_dict() for subnet in self.draw_widths(update)])
         return losses
 
     def note(optimizer, *_):
@@ -46,11 +46,11 @@ def watched(argv):
             super().__init__(*args, **kwargs)
 
     hook = register_optimizer_step_pre_hook(note)
-    train.Sandwich.__call__, loop.tqdm, validation.tqdm = counted, Bar, Bar
+    Sandwich.__call__, trainer.tqdm, validation.tqdm = count, Bar, Bar
     try:
         train.main(argv)
     finally:
-        train.Sandwich.__call__, loop.tqdm, validation.tqdm = plain, tqdm, tqdm
+        Sandwich.__call__, trainer.tqdm, validation.tqdm = original, tqdm, tqdm
         hook.remove()
     return {"gradients": gradients, "exchanges": exchanges, "widths": widths, "hidden": hidden}
 
@@ -61,7 +61,7 @@ def main(notes, *argv):
     for split, part in itertools.groupby(argv, lambda text: text == "--"):
         if not split:
             name, *arguments = part
-            runs[name] = watched(arguments)
+            runs[name] = watch_train(arguments)
     state = PartialState()
     torch.save({"processes": state.num_processes, "runs": runs}, f"{notes}/{state.process_index}.pt")
 

@@ -3,51 +3,54 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
-import search
 from helpers.latencies import fake_times
-from helpers.recipes import RECIPES, launch_two, trained, write_config
+from helpers.recipes import RECIPES, launch_two, run_train, write_config
 
+from timm_autoslim import SearchResult
 from timm_autoslim.errors import LatencyError
+from timm_autoslim.recipes import search
+from timm_autoslim.recipes.lib.networks import read_networks
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("costs"), "run")
+    return run_train(tmp_path_factory.mktemp("costs"), "run")
 
 
-def searched(folder, *argv):
+def run_search(folder, *argv):
     search.main([str(folder), "-c", write_config(folder.parent), *argv])
-    return json.loads((folder / "search.json").read_text())
+    return SearchResult.load(folder / "search" / "searched.json")
 
 
 def test_budgets_of_memory_and_latency(folder, monkeypatch, capsys):
     measured = fake_times(monkeypatch)
     argv = ["--budgets", "peak_bytes=80%", "macs<=70% and latency_ms<=90%", "--cost-batch-size", "4", "--baselines"]
-    content = searched(folder, *argv)
-    memory, both = content["networks"]
-    assert memory["peak_bytes"] <= memory["limits"]["peak_bytes"]
-    assert both["latency_ms"] <= both["limits"]["latency_ms"]
-    assert both["macs"] <= both["limits"]["macs"]
-    assert both["name"] == "macs-70pct-latency_ms-90pct-searched"
+    memory, both = run_search(folder, *argv).networks
+    assert memory.cost.peak_bytes <= memory.limits["peak_bytes"]
+    assert both.cost.latency_ms <= both.limits["latency_ms"]
+    assert both.cost.macs <= both.limits["macs"]
+    assert list(read_networks(folder)) == ["peak_bytes-80pct-searched", "macs-70pct-latency_ms-90pct-searched"]
     printed = capsys.readouterr().out
-    assert re.search(r"^budget peak_bytes<=80%: at most \d\.\d{3}M peak_bytes; within reach$", printed, re.MULTILINE)
-    assert re.search(r"^macs-70pct-latency_ms-90pct-searched .* \d+\.\d{3} latency_ms  loss", printed, re.MULTILINE)
+    assert re.search(r"^budget peak_bytes<=80%: at most \d\.\d{3} megabytes; within reach$", printed, re.MULTILINE)
+    assert re.search(r"^macs-70pct-latency_ms-90pct-searched .* \d+\.\d{3} milliseconds  loss", printed, re.MULTILINE)
     assert len(json.loads((folder / "latency.json").read_text())["operators"]) == len(measured)
     with pytest.raises(LatencyError, match="cannot be used here"):
-        searched(folder, *argv, "--latency-device", "gpu")
+        run_search(folder, *argv, "--latency-device", "gpu")
 
 
 def test_two_processes_go_by_the_times_that_one_measures(folder, monkeypatch, tmp_path):
     fake_times(monkeypatch, python=0.0)
     argv = ["--budgets", "latency_ms=70%", "macs<=70% and latency_ms<=80%"]
-    one = searched(folder, *argv)  # measures what a search meets, so that the second can know it
+    one = run_search(folder, *argv)  # measures what a search meets, so that the second can know it
     two = shutil.copytree(folder, tmp_path / "two")
-    (two / "search.json").unlink()
+    shutil.rmtree(two / "search")
     done = launch_two(str(RECIPES / "search.py"), str(two), "-c", write_config(tmp_path), *argv)
     assert done.returncode == 0, done.stderr
     assert "2 process(es) on cpu" in done.stdout
     assert (two / "latency.json").read_bytes() == (folder / "latency.json").read_bytes()
-    found = json.loads((two / "search.json").read_text())
-    assert {**found, "seconds": 0} == {**one, "seconds": 0}
+    assert replace(SearchResult.load(two / "search" / "searched.json"), seconds=one.seconds) == one

@@ -33,6 +33,11 @@ def create_base(name: str, /, **kwargs: Any) -> nn.Module:
 
     Raises:
         ArtifactError: the name is unknown, or the constructor refuses the arguments.
+
+    Example:
+        >>> model = create_base("torchvision/squeezenet1_1", num_classes=10)
+        >>> model.num_classes, model.pretrained_cfg["input_size"]
+        (10, (3, 224, 224))
     """
     model = construct_base(name, **kwargs)
     if name.startswith(TORCHVISION):

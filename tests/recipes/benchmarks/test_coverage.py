@@ -1,19 +1,16 @@
-"""The sweep over models: one process each, resumable, and a page of what it found."""
+"""The sweep over models: one process each, resumable, and a page of results."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).parents[3] / "recipes" / "benchmarks" / "coverage.py"
+import pytest
+from helpers.recipes import RECIPES, launch
 
 
 def run(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return launch(str(RECIPES / "benchmarks" / "coverage.py"), *map(str, arguments))
 
 
+@pytest.mark.slow
 def test_a_sweep_measures_checks_resumes_and_writes_its_page(tmp_path):
     results, page = tmp_path / "results.jsonl", tmp_path / "page.md"
     results.write_text(json.dumps({"name": "test_vit", "family": "VisionTransformer", "error": "from before"}) + "\n")

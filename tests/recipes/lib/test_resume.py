@@ -2,20 +2,22 @@
 
 import csv
 import os
-import re
 import shutil
 import signal
 
-import checkpoints
-import loop
 import pytest
 import torch
-import validation
-from helpers.recipes import common, train, trained
+import yaml
+from helpers.recipes import run_train
 from helpers.subprocesses import run_apart
 from safetensors.torch import load_file, save_model
 
+from timm_autoslim import files
 from timm_autoslim.errors import ConfigError, OutputExistsError
+from timm_autoslim.recipes import train
+from timm_autoslim.recipes.lib import checkpoints, resume, run_folder, summary
+from timm_autoslim.recipes.lib.trainer import Trainer
+from timm_autoslim.recipes.lib.validation import Validation
 
 # Two epochs of four updates, the widest alone for the first three; a checkpoint after every update. Augmentation,
 # dropout, mixup, warmup, momentum, the moving average and a tracker are all on.
@@ -27,23 +29,23 @@ OPTIONS = [
 CHANGES = {"epochs": 2, "warmup_epochs": 1, "val_widths": []}
 
 
-def train_run(folder, name, *argv, **changes):
+def run_with_options(folder, name, *argv, **changes):
     settings = {**CHANGES, **changes}
     model = {"channels": [8, 8, 16, 16], "stem_width": 8, "drop_rate": 0.2, "drop_path_rate": 0.1}
-    return trained(folder, name, *OPTIONS, *argv, **settings, model_kwargs=model)
+    return run_train(folder, name, *OPTIONS, *argv, **settings, model_kwargs=model)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """A run that was left alone."""
-    return train_run(tmp_path_factory.mktemp("whole"), "run")
+    return run_with_options(tmp_path_factory.mktemp("uninterrupted"), "run")
 
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def nth(count, function, instead):
+def call_nth(count, function, instead):
     """Call `function`, but the `count`-th time `instead`."""
     left = [count]
 
@@ -54,7 +56,7 @@ def nth(count, function, instead):
     return call
 
 
-def half_saved(model, path):
+def save_half(model, path):
     """As a process that dies in the middle of writing."""
     save_model(model, path)
     with open(path, "r+b") as file:
@@ -62,18 +64,18 @@ def half_saved(model, path):
     die()
 
 
-def half_result(path, model):
-    common.save_model = half_saved  # of this process only
-    common.write_weights(path, model)
+def write_half_result(path, model):
+    run_folder.save_model = save_half  # of this process only
+    run_folder.write_weights(path, model)
 
 
-def half_row(*args, **kwargs):
+def write_half_row(*args, **kwargs):
     with args[3].open("a") as file:
         file.write("7,2.3,")
     die()
 
 
-def half_removed(path, **_):
+def remove_half(path, **_):
     next(path.iterdir()).unlink()
     die()
 
@@ -84,29 +86,29 @@ def die_before_rename(path):
     original_sync(path)
 
 
-original_sync = checkpoints.sync_to_disk
+original_sync = files.sync_to_disk
 # Where the process is killed, in turn; each time it goes on from what the one before left.
 KILLS = {
-    "in the first update": lambda: (loop.Trainer, "_update", nth(1, loop.Trainer._update, die)),
-    "before the first checkpoint": lambda: (loop.Trainer, "_settle", die),
-    "in the first checkpoint": lambda: (common, "save_model", half_saved),
-    "after an unfinished update": lambda: (loop.Trainer, "_update", nth(4, loop.Trainer._update, die)),
-    "in the moving average": lambda: (common, "save_model", nth(2, save_model, half_saved)),
-    "in the summary": lambda: (loop, "update_summary", half_row),
-    "in the validation": lambda: (validation.Validation, "__call__", die),
-    "before the rename": lambda: (checkpoints, "sync_to_disk", die_before_rename),
+    "in the first update": lambda: (Trainer, "_update", call_nth(1, Trainer._update, die)),
+    "before the first checkpoint": lambda: (Trainer, "_settle", die),
+    "in the first checkpoint": lambda: (run_folder, "save_model", save_half),
+    "after an unfinished update": lambda: (Trainer, "_update", call_nth(4, Trainer._update, die)),
+    "in the moving average": lambda: (run_folder, "save_model", call_nth(2, save_model, save_half)),
+    "in the summary": lambda: (summary, "update_summary", write_half_row),
+    "in the validation": lambda: (Validation, "__call__", die),
+    "before the rename": lambda: (files, "sync_to_disk", die_before_rename),
     "before the old one goes": lambda: (checkpoints.Checkpoints, "_drop", die),
-    "while the old one goes": lambda: (checkpoints.shutil, "rmtree", nth(3, shutil.rmtree, half_removed)),
-    "after the last epoch": lambda: (train, "write_weights", half_result),
+    "while the old one goes": lambda: (checkpoints.shutil, "rmtree", call_nth(3, shutil.rmtree, remove_half)),
+    "after the last epoch": lambda: (train, "write_weights", write_half_result),
 }
 
 
 def train_to_death(folder, point):
     setattr(*KILLS[point]())
-    train_run(folder, "run", "--resume")
+    run_with_options(folder, "run", "--resume")
 
 
-def same_summaries(first, second):
+def check_same_summaries(first, second):
     rows = [list(csv.DictReader((folder / "summary.csv").open())) for folder in (first, second)]
     for row in (*rows[0], *rows[1]):
         assert float(row.pop("train_images_per_s")) > 0
@@ -115,7 +117,7 @@ def same_summaries(first, second):
     return rows[0]
 
 
-def same_files(first, second):
+def check_same_files(first, second):
     """Weights, moving average, optimizer and progress of the checkpoints, and the result."""
     assert (first / "supernet.safetensors").read_bytes() == (second / "supernet.safetensors").read_bytes()
     for name in ("update-00000007", "update-00000008"):
@@ -129,7 +131,7 @@ def same_files(first, second):
             assert torch.equal(state["momentum_buffer"], states[1]["state"][key]["momentum_buffer"])
 
 
-def curves(folder):
+def read_curves(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard" / "timm-autoslim"))
@@ -138,29 +140,30 @@ def curves(folder):
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(whole, tmp_path):
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(uninterrupted, tmp_path):
     reached = []
     for point in KILLS:
         done = run_apart(train_to_death, tmp_path, point, cwd=tmp_path)
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert not (tmp_path / "run" / "supernet.safetensors").exists()
-        kept = checkpoints.Checkpoints(tmp_path / "run", 2)
-        reached.append(kept.newest()[1].total if kept.names() else 0)
+        saved = checkpoints.Checkpoints(tmp_path / "run", 2)
+        reached.append(saved.find_newest().progress.total if saved.list_paths() else 0)
     assert reached == [0, 0, 0, 3, 3, 3, 3, 3, 4, 5, 8]
-    run = train_run(tmp_path, "run", "--resume")
-    same_files(whole, run)
-    rows = same_summaries(whole, run)
+    run = run_with_options(tmp_path, "run", "--resume")
+    check_same_files(uninterrupted, run)
+    rows = check_same_summaries(uninterrupted, run)
     assert float(rows[0]["train_narrowest_loss"]) > 0
-    expected = curves(whole)
+    expected = read_curves(uninterrupted)
     assert [step for step, _ in expected["train/widest_loss"]] == list(range(1, 9))
-    assert curves(run) == expected
+    assert read_curves(run) == expected
     assert not list((run / "checkpoints").glob("old-*"))
     assert not (run / "checkpoints" / "part").exists()
 
 
-def test_nothing_is_resumed_without_being_asked_to(whole):
+def test_nothing_is_resumed_without_being_asked_to(uninterrupted):
     with pytest.raises(OutputExistsError, match=r"holds a training \(supernet.safetensors\): --resume it"):
-        train_run(whole.parent, "run")
+        run_with_options(uninterrupted.parent, "run")
 
 
 # --------------------------------------------------------------------------------------------------------- damage
@@ -170,61 +173,25 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-7])
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("name", "damage", "said"),
-    [
-        (checkpoints.OPTIMIZER, truncate, r"optimizer.pt has \d+ bytes, not \d+"),
-        (checkpoints.MODEL, flip, "model.safetensors has changed since it was written"),
-        (checkpoints.EMA, os.remove, "ema.safetensors is missing"),
-        (checkpoints.PROGRESS, truncate, r"progress.json cannot be read \(.*\)"),
-        (checkpoints.PROGRESS, os.remove, r"progress.json cannot be read \(.*No such file"),
-    ],
-)
-def test_a_damaged_checkpoint_is_named_and_put_aside(whole, tmp_path, capsys, name, damage, said):
+def test_a_run_goes_on_from_before_a_damaged_checkpoint_as_if_nothing_had_been(uninterrupted, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    damage(run / "checkpoints" / "update-00000008" / name)
-    path, progress = checkpoints.Checkpoints(run, 2).newest()
-    assert (path.name, progress.total, progress.updates) == ("update-00000007", 7, 3)
-    out = " ".join(capsys.readouterr().out.split())
-    assert re.search(rf"checkpoint \S*update-00000008 is damaged: {said}.* Going on from update-00000007\.", out)
-    names = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert names == ["damaged-update-00000008", "update-00000007"]
-
-
-def test_a_run_goes_on_from_before_a_damaged_checkpoint_as_if_nothing_had_been(whole, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(whole, run)
+    shutil.copytree(uninterrupted, run)
     (run / "supernet.safetensors").unlink()
     truncate(run / "checkpoints" / "update-00000008" / checkpoints.MODEL)
-    train_run(tmp_path, "run", "--resume")
-    same_files(whole, run)
-    same_summaries(whole, run)
+    run_with_options(tmp_path, "run", "--resume")
+    check_same_files(uninterrupted, run)
+    check_same_summaries(uninterrupted, run)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_says_so(whole, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_says_so(uninterrupted, tmp_path):
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    for path in checkpoints.Checkpoints(run, 2).names():
+    shutil.copytree(uninterrupted, run)
+    for path in checkpoints.Checkpoints(run, 2).list_paths():
         truncate(path / checkpoints.MODEL)
     message = r"update-00000008 is damaged: .*update-00000007 is damaged: .* No other checkpoint is left in .*: start"
     with pytest.raises(checkpoints.CheckpointError, match=message):
-        train_run(tmp_path, "run", "--resume")
-    assert len(checkpoints.Checkpoints(run, 2).names()) == 2  # nothing was put aside
-
-
-def test_no_checkpoint_holds_pickled_code(whole):
-    for path in checkpoints.Checkpoints(whole, 2).names():
-        assert sorted(file.name for file in path.iterdir()) == [
-            checkpoints.EMA, checkpoints.MODEL, checkpoints.OPTIMIZER, checkpoints.PROGRESS
-        ]  # fmt: skip
-        torch.load(path / checkpoints.OPTIMIZER, weights_only=True)
+        run_with_options(tmp_path, "run", "--resume")
+    assert len(checkpoints.Checkpoints(run, 2).list_paths()) == 2  # nothing was put aside
 
 
 # ------------------------------------------------------------------------------------------------ what may change
@@ -242,29 +209,29 @@ def test_no_checkpoint_holds_pickled_code(whole):
         ("--grad-accum-steps 2", r"images_per_update 32, and now it is 64: .* must stay 32"),
     ],
 )
-def test_what_cannot_change_in_the_middle_is_refused(whole, tmp_path, flags, message):
+def test_what_cannot_change_in_the_middle_is_refused(uninterrupted, tmp_path, flags, message):
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
+    shutil.copytree(uninterrupted, run)
     before = (run / "args.yaml").read_text()
     with pytest.raises(ConfigError, match=f"--resume: this run was begun with {message}"):
-        train_run(tmp_path, "run", "--resume", *flags.split())
+        run_with_options(tmp_path, "run", "--resume", *flags.split())
     assert (run / "args.yaml").read_text() == before
 
 
-def test_what_a_run_must_keep_is_in_its_checkpoints(whole):
-    fixed = checkpoints.Checkpoints(whole, 2).newest()[1].fixed
+def test_what_a_run_must_keep_is_in_its_checkpoints(uninterrupted):
+    identity = checkpoints.Checkpoints(uninterrupted, 2).find_newest().identity
     names = {"model", "num_classes", "in_chans", "opt", "model_ema", "limit_train", "held_out", "training_images"}
     names |= {"pretrained", "initial_checkpoint", "zero_init_last", "order", "order_images"}
-    assert names | {"widths", "seed", "images_per_update", "val_widths"} == set(fixed)
+    assert names | {"widths", "seed", "images_per_update", "val_widths"} == set(identity)
     for name in names:
         with pytest.raises(ConfigError, match=f"this run was begun with {name} .*, and now it is other: give the same"):
-            checkpoints.check_same(fixed, {**fixed, name: "other"})
-    checkpoints.check_same(fixed, fixed)
+            resume.check_same(identity, {**identity, name: "other"})
+    resume.check_same(identity, identity)
 
 
-def test_what_may_change_is_told(whole, tmp_path, capsys):
-    shutil.copytree(whole, tmp_path / "run")
-    train_run(
+def test_what_may_change_is_told(uninterrupted, tmp_path, capsys):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    run_with_options(
         tmp_path, "run", "--resume", "--lr", "0.01", "--log-interval", "3", "--subnet-sizes", "16", "12", epochs=3
     )
     out = capsys.readouterr().out
@@ -274,3 +241,12 @@ def test_what_may_change_is_told(whole, tmp_path, capsys):
         in out
     )
     assert "epoch 3/3" in out
+
+
+def test_other_images_an_update_are_refused(tmp_path):
+    run = run_train(tmp_path, "run")
+    before = yaml.safe_load((run / "args.yaml").read_text())
+    with pytest.raises(ConfigError, match=r"begun with images_per_update 32, .* 16: --batch-size x processes x --grad"):
+        run_train(tmp_path, "run", "--resume", "-b", "16")
+    assert yaml.safe_load((run / "args.yaml").read_text()) == before
+    run_train(tmp_path, "run", "--resume", "-b", "16", "--grad-accum-steps", "2")  # finished: nothing is left to do

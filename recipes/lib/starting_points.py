@@ -1,22 +1,19 @@
-"""What a training starts from: fresh, pretrained or local weights, silent branches, channels in order of importance."""
+"""What a training starts from: fresh, pretrained or local weights, zeroed branches, channels in order of importance."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
-from common import base_args, make_model, resolve_input
 from torch import Tensor, nn
 
-from timm_autoslim import Supernet
-from timm_autoslim.artifact import bases as registry
+from timm_autoslim import Supernet, create_base, reorder_channels, zero_last_norms
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.supernet.order import reorder_channels
-from timm_autoslim.training.residual import zero_last_norms
+from timm_autoslim.recipes.lib.models import choose_base_args, create_model, make_images, resolve_input
+from timm_autoslim.recipes.lib.training import LossFn
 
 
 def check_starting_flags(args: argparse.Namespace) -> None:
@@ -35,43 +32,41 @@ def check_starting_flags(args: argparse.Namespace) -> None:
         raise ConfigError(f"--order-images {args.order_images}: --order taylor needs the gradients of some images.")
 
 
-def starting_point(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags that say where a training started: it has one start, so a resumed run must have the same."""
+def describe_start(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags that say where a training started: a resumed run must have the same."""
     images = args.order_images if args.order == "taylor" else None
     return {**{name: getattr(args, name) for name in ("pretrained", "initial_checkpoint", "zero_init_last", "order")},
             "order_images": images}  # fmt: skip
 
 
-def start_model(args: argparse.Namespace) -> nn.Module:
-    """Create the model as the flags say; fills in the flags about the input that were not given.
+def create_starting_model(args: argparse.Namespace) -> nn.Module:
+    """Create the model as the flags say; fills in the flags about the images that were not given.
 
     Raises:
         ConfigError: the file cannot be read or does not fit, or no residual branch ends in a BatchNorm.
     """
-    model = _from_file(args) if args.initial_checkpoint else make_model(args, args.pretrained)
+    model = _load_checkpoint(args) if args.initial_checkpoint else create_model(args, args.pretrained)
     resolve_input(args, model)
-    if args.zero_init_last:
-        example = torch.zeros(2, args.in_chans, args.img_size, args.img_size)  # (N, C, H, W)
-        if not zero_last_norms(model, example):
-            raise ConfigError(
-                f"--zero-init-last: no residual branch of {args.model} ends in a BatchNorm; leave the flag out."
-            )
+    if args.zero_init_last and not zero_last_norms(model, make_images(args, 2)):
+        raise ConfigError(
+            f"--zero-init-last: no residual branch of {args.model} ends in a BatchNorm; leave the flag out."
+        )
     return model
 
 
-def _from_file(args: argparse.Namespace) -> nn.Module:
+def _load_checkpoint(args: argparse.Namespace) -> nn.Module:
     """Create the model with the weights of --initial-checkpoint, read without running any code of the file."""
     path = Path(args.initial_checkpoint)
-    model = make_model(args)
+    model = create_model(args)
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
         if args.model.startswith("torchvision/"):
             _load_torchvision(model, state)
             return model
-        donor = _donor(args, model, state)
-    except Exception as error:  # whatever a damaged or foreign file makes torch, safetensors or timm raise
+        donor = _create_donor(args, model, state)
+    except Exception as error:  # a damaged or foreign file makes torch, safetensors and timm raise anything
         raise ConfigError(
-            f"--initial-checkpoint {path} does not give weights of {args.model}: {error} Needed: a file of this very "
+            f"--initial-checkpoint {path} does not give weights of {args.model}: {error} Needed: a file of this "
             "model's weights, as timm saves them (.safetensors, or .pth that torch.load(weights_only=True) reads)."
         ) from error
     if donor.num_classes != args.num_classes:
@@ -80,36 +75,31 @@ def _from_file(args: argparse.Namespace) -> nn.Module:
     return model
 
 
-def _donor(args: argparse.Namespace, model: nn.Module, state: dict[str, Tensor]) -> Any:
-    """Load the file through timm, with its conversions, into a model of the file's own classes; nothing may lack."""
-    config = dict(model.pretrained_cfg)  # type: ignore[arg-type]
-    own: dict[str, Any] = {}
+def _create_donor(args: argparse.Namespace, model: nn.Module, state: dict[str, Tensor]) -> Any:
+    """Load the file through timm, with its conversions, into a model of the file's classes; no weight may lack."""
+    config: Any = model.pretrained_cfg
+    lengths: dict[str, Any] = {}
     for key, axis in (("classifier", 0), ("first_conv", 1)):
         names = config.get(key)
         weight = state.get(f"{names if isinstance(names, str) else (names or [''])[0]}.weight")
-        own[key] = None if weight is None else weight.shape[axis]
-    classes, chans = own["classifier"] or config["num_classes"], own["first_conv"] or config["input_size"][0]
+        lengths[key] = None if weight is None else weight.shape[axis]
+    classes, chans = lengths["classifier"] or config["num_classes"], lengths["first_conv"] or config["input_size"][0]
     overlay = {"file": args.initial_checkpoint, "custom_load": False, "num_classes": classes,
                "input_size": (chans, *config["input_size"][1:])}  # fmt: skip
-    return registry.create_base(
-        args.model, **base_args(args) | {"num_classes": classes}, pretrained=True, pretrained_cfg_overlay=overlay
-    )
+    base_args = choose_base_args(args) | {"num_classes": classes}
+    return create_base(args.model, **base_args, pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 def _load_torchvision(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Load strictly; a classifier of other classes is left fresh."""
-    name = model.pretrained_cfg["classifier"]  # type: ignore[index]
-    own = model.state_dict()
-    fresh = {key for key in (f"{name}.weight", f"{name}.bias") if key in state and state[key].shape != own[key].shape}
-    model.load_state_dict({**state, **{key: own[key] for key in fresh}})
+    config: Any = model.pretrained_cfg
+    fresh = model.state_dict()
+    keys = [f"{config['classifier']}.{leaf}" for leaf in ("weight", "bias")]
+    left = {key: fresh[key] for key in keys if key in state and state[key].shape != fresh[key].shape}
+    model.load_state_dict({**state, **left})
 
 
-def order_channels(
-    supernet: Supernet,
-    order: str,
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
-) -> None:
+def order_channels(supernet: Supernet, order: str, loss_fn: LossFn, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Sort the channels of every group by importance, the best first, in place; the widest's function stays the same.
 
     Source: Cai et al., "Once-for-All", arXiv 1908.09791, section 3.3, there by the L1 norm; "taylor": Molchanov et al.,
@@ -117,7 +107,7 @@ def order_channels(
 
     Args:
         supernet: on its device.
-        order: a name in `timm_autoslim.supernet.order.CRITERIA`.
+        order: a name in `timm_autoslim.CRITERIA`.
         loss_fn: whose gradients "taylor" takes, in evaluation mode.
         batches: inputs and targets on the device; only read for "taylor".
     """
@@ -126,7 +116,8 @@ def order_channels(
         if order == "taylor":
             model.eval()
             for inputs, targets in batches:
-                loss_fn(model(inputs), targets).backward()
+                loss = loss_fn(model(inputs), targets)
+                loss.backward()  # type: ignore[no-untyped-call]
         # channels that are in no checkpoint keep their order, so the state is all that moves
         model.load_state_dict(reorder_channels(model, supernet.graph, order).state_dict())
     finally:

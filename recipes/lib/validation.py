@@ -1,10 +1,11 @@
-"""What a network is worth: accuracies of a plain model, and of several subnets of a supernet during its training."""
+"""What a network is worth: the accuracies of a model, and of several subnets of a supernet during its training."""
 
 from __future__ import annotations
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,8 +20,8 @@ from timm_autoslim.errors import ConfigError
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader, name: str = "") -> dict[str, float]:
-    """Cross-entropy, top-1 and top-5 accuracy in percent over a prepared loader, from all processes together."""
+def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Any], name: str = "") -> dict[str, float]:
+    """Return cross-entropy, top-1 and top-5 accuracy in percent over a prepared loader, from all processes together."""
     model.eval()
     loss, total = 0.0, 0
     hits = torch.zeros(2, dtype=torch.long)  # top-1, top-5
@@ -37,43 +38,44 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader, nam
 
 
 class Validation:
-    """Accuracies of the widest, some uniform and the narrowest subnet, each with BatchNorm statistics of its own.
+    """Accuracies of the widest, some uniform and the narrowest subnet, each with its own BatchNorm statistics.
 
-    The widest keeps the running statistics of its training; the others are cut out of the supernet and calibrated, each
-    process on its share of the calibration images.
+    The widest has the running statistics of its training; the others are extracted from the supernet and calibrated,
+    each process on its share of the calibration images.
     """
 
     def __init__(
         self, accelerator: Accelerator, args: argparse.Namespace, supernet: Supernet, calibration: Sequence[Tensor],
-        loader: DataLoader,
+        loader: DataLoader[Any],
     ) -> None:  # fmt: skip
+        dataset: Any = loader.dataset
         self.accelerator, self.supernet, self.calibration = accelerator, supernet, calibration
         self.loader = accelerator.prepare(loader)
-        self.images = len(loader.dataset)
-        self.subnets = subnets(supernet.space, args.val_widths)
+        self.images = len(dataset)
+        self.subnets = choose_subnets(supernet.space, args.val_widths)
 
     @property
     def names(self) -> list[str]:
-        """The names of all figures, in order."""
+        """The names of all metrics, in order."""
         return [f"{name}_{key}" for name in self.subnets for key in ("loss", "top1", "top5")] + ["images_per_s"]
 
     def __call__(self) -> dict[str, float]:
         """Measure; to be called by every process."""
         begin = time.perf_counter()
-        results: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, widths in self.subnets.items():
-            subnet = self.supernet.model
+            model = self.supernet.model
             if name != "widest":
-                subnet = self.supernet.extract(widths)
-                calibrate(subnet, self.calibration, distributed=True)
-            figures = evaluate(self.accelerator, subnet, self.loader, name)
-            results |= {f"{name}_{key}": value for key, value in figures.items()}
+                model = self.supernet.extract(widths)
+                calibrate(model, self.calibration, distributed=True)
+            accuracies = evaluate(self.accelerator, model, self.loader, name)
+            metrics |= {f"{name}_{key}": value for key, value in accuracies.items()}
         speed = self.images * len(self.subnets) / (time.perf_counter() - begin)
-        return results | {"images_per_s": speed}
+        return metrics | {"images_per_s": speed}
 
 
-def subnets(space: SearchSpace, shares: Sequence[float]) -> dict[str, Widths]:
-    """The widest, the uniform subnets of some shares from wide to narrow, and the narrowest, by name.
+def choose_subnets(space: SearchSpace, shares: Sequence[float]) -> dict[str, Widths]:
+    """Return the widest, the uniform subnets of some shares from wide to narrow, and the narrowest, by name.
 
     Raises:
         ConfigError: a share is out of range.
@@ -85,19 +87,19 @@ def subnets(space: SearchSpace, shares: Sequence[float]) -> dict[str, Widths]:
     return {"widest": space.max(), **uniform, "narrowest": space.min()}
 
 
-def check_batch(plain: nn.Module, forward: Callable[[Tensor], object], images: Tensor, processes: int = 1) -> None:
-    """Make sure that every BatchNorm sees more than one value per channel in training, where a variance exists.
+def check_batch(model: nn.Module, forward: Callable[[Tensor], object], images: Tensor, processes: int = 1) -> None:
+    """Make sure that every BatchNorm gets more than one value per channel in training: one value has no variance.
 
     Args:
-        plain: the model with the BatchNorms; its statistics stay as they are.
+        model: the model with the BatchNorms; its statistics stay as they are.
         forward: runs the model, or a subnet of it, on `images`.
         images: (N, C, H, W), as many as a step has in one process.
         processes: over how many processes SyncBatchNorm joins its batches.
 
     Raises:
-        ConfigError: a BatchNorm would see a single value.
+        ConfigError: a BatchNorm would get a single value.
     """
-    paths = {module: path for path, module in plain.named_modules() if isinstance(module, _BatchNorm)}
+    paths: dict[nn.Module, str] = {m: path for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
     def look(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         values = inputs[0].numel() // inputs[0].shape[1]
@@ -110,7 +112,7 @@ def check_batch(plain: nn.Module, forward: Callable[[Tensor], object], images: T
 
     hooks = [norm.register_forward_pre_hook(look) for norm in paths]
     try:
-        with batch_statistics(plain), torch.no_grad():
+        with batch_statistics(model), torch.no_grad():
             forward(images)
     finally:
         for hook in hooks:

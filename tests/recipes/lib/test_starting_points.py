@@ -1,32 +1,21 @@
-from pathlib import Path
+"""What a training starts from: local weights, zeroed branches, channels in order of importance."""
 
-import common
 import pytest
-import starting
 import timm
 import torch
-import train
-import yaml
+from helpers.recipes import TINY, parse_train, run_train
 from safetensors.torch import save_file
 
+from timm_autoslim import CRITERIA
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.supernet.order import CRITERIA
+from timm_autoslim.recipes import train
+from timm_autoslim.recipes.lib.models import create_model, make_supernet
+from timm_autoslim.recipes.lib.starting_points import create_starting_model, order_channels
 
-MODEL = {"channels": [8, 8, 16, 16], "stem_width": 8}
-TINY = {
-    "model": "resnet10t", "model_kwargs": MODEL, "in_chans": 1, "img_size": 16, "mean": [0.5], "std": [0.5],
-    "limit_train": 96, "held_out": 32, "batch_size": 32, "calibration_images": 32, "threads": 1, "color_jitter": 0.0,
-    "warmup_epochs": 0, "lr": 0.05, "epochs": 1, "num_classes": 10,
-}  # fmt: skip
+MODEL = TINY["model_kwargs"]
 
 
-def parse(folder, *argv, **changes):
-    path = Path(folder) / "config.yaml"
-    path.write_text(yaml.safe_dump(TINY | changes))
-    return common.parse_args("train", None, [*argv, "-c", str(path)])
-
-
-def saved(path, num_classes=10, in_chans=1, wrapped=False):
+def save_model(path, num_classes=10, in_chans=1, wrapped=False):
     torch.manual_seed(7)
     model = timm.create_model("resnet10t", num_classes=num_classes, in_chans=in_chans, **MODEL)
     state = {name: value.contiguous() for name, value in model.state_dict().items()}
@@ -39,15 +28,15 @@ def saved(path, num_classes=10, in_chans=1, wrapped=False):
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
 def test_a_local_checkpoint_is_where_the_training_starts(tmp_path, name):
-    state = saved(tmp_path / name, wrapped=True)
-    model = starting.start_model(parse(tmp_path, "--initial-checkpoint", str(tmp_path / name)))
+    state = save_model(tmp_path / name, wrapped=True)
+    model = create_starting_model(parse_train(tmp_path, "--initial-checkpoint", str(tmp_path / name)))
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert "file" not in model.pretrained_cfg
 
 
 def test_of_other_classes_and_channels_all_but_the_classifier_is_taken(tmp_path):
-    state = saved(tmp_path / "weights.pth", num_classes=7, in_chans=3)
-    model = starting.start_model(parse(tmp_path, "--initial-checkpoint", str(tmp_path / "weights.pth")))
+    state = save_model(tmp_path / "weights.pth", num_classes=7, in_chans=3)
+    model = create_starting_model(parse_train(tmp_path, "--initial-checkpoint", str(tmp_path / "weights.pth")))
     stem = next(name for name in state if state[name].dim() == 4)
     for key, value in model.state_dict().items():
         if not key.startswith("fc.") and key != stem:
@@ -58,13 +47,13 @@ def test_of_other_classes_and_channels_all_but_the_classifier_is_taken(tmp_path)
 
 
 def test_torchvision_models_start_from_files_too(tmp_path):
-    donor = common.make_model(parse(tmp_path, model="torchvision/squeezenet1_1", model_kwargs={}, in_chans=3,
+    donor = create_model(parse_train(tmp_path, model="torchvision/squeezenet1_1", model_kwargs={}, in_chans=3,
                                     img_size=64, num_classes=5))  # fmt: skip
     torch.save(donor.state_dict(), tmp_path / "weights.pth")
     for classes in (5, 10):
-        args = parse(tmp_path, "--initial-checkpoint", str(tmp_path / "weights.pth"), in_chans=3, img_size=64,
+        args = parse_train(tmp_path, "--initial-checkpoint", str(tmp_path / "weights.pth"), in_chans=3, img_size=64,
                      model="torchvision/squeezenet1_1", model_kwargs={}, num_classes=classes)  # fmt: skip
-        for key, value in starting.start_model(args).state_dict().items():
+        for key, value in create_starting_model(args).state_dict().items():
             if classes == 5 or not key.startswith("classifier."):
                 assert torch.equal(value, donor.state_dict()[key]), key
 
@@ -77,17 +66,17 @@ class Code:
 def test_files_that_do_not_fit_are_refused_and_run_no_code(tmp_path, capsys):
     path = tmp_path / "weights.pth"
     torch.save({"conv1.weight": Code()}, path)
-    refused = "does not give weights of resnet10t: .*Needed: a file of this very model's weights"
+    refused = "does not give weights of resnet10t: .*Needed: a file of this model's weights"
     with pytest.raises(ConfigError, match=refused):
-        starting.start_model(parse(tmp_path, "--initial-checkpoint", str(path)))
+        create_starting_model(parse_train(tmp_path, "--initial-checkpoint", str(path)))
     assert "a pickle ran" not in capsys.readouterr().out
-    state = saved(path, num_classes=7)
+    state = save_model(path, num_classes=7)
     del state["layer2.0.conv1.weight"]
     torch.save(state, path)
     with pytest.raises(ConfigError, match=r"layer2.0.conv1.weight"):  # not silently left fresh, as the classifier is
-        starting.start_model(parse(tmp_path, "--initial-checkpoint", str(path)))
+        create_starting_model(parse_train(tmp_path, "--initial-checkpoint", str(path)))
     with pytest.raises(ConfigError, match=refused):
-        starting.start_model(parse(tmp_path, "--initial-checkpoint", str(tmp_path / "nowhere.pth")))
+        create_starting_model(parse_train(tmp_path, "--initial-checkpoint", str(tmp_path / "nowhere.pth")))
 
 
 @pytest.mark.parametrize(
@@ -101,54 +90,53 @@ def test_files_that_do_not_fit_are_refused_and_run_no_code(tmp_path, capsys):
 )
 def test_flags_that_contradict_are_refused(tmp_path, flags, message):
     with pytest.raises(ConfigError, match=message):
-        train.check_flags(parse(tmp_path, *flags))
+        train.check_flags(parse_train(tmp_path, *flags))
 
 
-def test_branches_may_start_silent(tmp_path):
-    args = parse(tmp_path, "--zero-init-last", model_kwargs={**MODEL, "zero_init_last": False})
-    model = starting.start_model(args)
+def test_branches_may_start_at_zero(tmp_path):
+    args = parse_train(tmp_path, "--zero-init-last", model_kwargs={**MODEL, "zero_init_last": False})
+    model = create_starting_model(args)
     assert not model.layer1[0].bn2.weight.any()
     assert model.layer1[0].bn1.weight.all()
     with pytest.raises(ConfigError, match="no residual branch of vgg11_bn ends in a BatchNorm"):
-        starting.start_model(parse(tmp_path, "--zero-init-last", model="vgg11_bn", model_kwargs={}, img_size=32))
+        create_starting_model(parse_train(tmp_path, "--zero-init-last", model="vgg11_bn", model_kwargs={}, img_size=32))
 
 
 @pytest.mark.parametrize("order", sorted(CRITERIA))
 def test_channels_are_ordered_in_place_and_the_widest_stays_the_same(tmp_path, order):
     torch.manual_seed(0)
-    supernet = common.make_supernet(parse(tmp_path)).eval()
+    supernet = make_supernet(parse_train(tmp_path)).eval()
     before = {name: value.clone() for name, value in supernet.model.state_dict().items()}
     images, targets = torch.randn(8, 1, 16, 16), torch.arange(8)
     expected = supernet(images)
-    starting.order_channels(supernet, order, torch.nn.functional.cross_entropy, [(images, targets)])
+    order_channels(supernet, order, torch.nn.functional.cross_entropy, [(images, targets)])
     torch.testing.assert_close(supernet(images), expected, atol=1e-5, rtol=1e-4)
     assert all(parameter.grad is None for parameter in supernet.parameters())
     if order != "bn_scale":  # all alike in a fresh model
         assert any(not torch.equal(value, before[name]) for name, value in supernet.model.state_dict().items())
 
 
-def run_of(folder, name, *argv, **changes):
-    path = Path(folder) / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in (TINY | changes).items() if key != "num_classes"}))
-    train.main(["-c", str(path), "--output", str(folder), "--experiment", name, *argv])
-    return (Path(folder) / name / "supernet.safetensors").read_bytes()
+def read_run(folder, name, *argv, **changes):
+    """Run train.py; return the bytes of its supernet."""
+    run = run_train(folder, name, *argv, limit_train=96, calibration_images=32, sched="none", **changes)
+    return (run / "supernet.safetensors").read_bytes()
 
 
 def test_an_ordered_start_resumes_to_the_same_weights(tmp_path):
     flags = ("--order", "taylor", "--subnet-sizes", "16", "12")
-    whole = run_of(tmp_path, "whole", *flags, epochs=2, sched="none")
-    run_of(tmp_path, "parts", *flags, epochs=1, sched="none")
+    uninterrupted = read_run(tmp_path, "uninterrupted", *flags, epochs=2)
+    read_run(tmp_path, "parts", *flags, epochs=1)
     (tmp_path / "parts" / "supernet.safetensors").unlink()
-    assert run_of(tmp_path, "parts", *flags, "--resume", epochs=2, sched="none") == whole
-    assert run_of(tmp_path, "plain", epochs=2, sched="none") != whole
+    assert read_run(tmp_path, "parts", *flags, "--resume", epochs=2) == uninterrupted
+    assert read_run(tmp_path, "unordered", epochs=2) != uninterrupted
 
 
 def test_a_start_that_is_gone_is_not_missed_by_a_resumed_run(tmp_path, monkeypatch):
-    saved(tmp_path / "start.pth")
+    save_model(tmp_path / "start.pth")
     flags = ("--initial-checkpoint", str(tmp_path / "start.pth"), "--order", "taylor")
-    whole = run_of(tmp_path, "whole", *flags, epochs=2, sched="none")
-    run_of(tmp_path, "parts", *flags, epochs=1, sched="none")
+    uninterrupted = read_run(tmp_path, "uninterrupted", *flags, epochs=2)
+    read_run(tmp_path, "parts", *flags, epochs=1)
     (tmp_path / "parts" / "supernet.safetensors").unlink()
     (tmp_path / "start.pth").unlink()
     monkeypatch.delattr(train, "order_channels")
-    assert run_of(tmp_path, "parts", *flags, "--resume", epochs=2, sched="none") == whole
+    assert read_run(tmp_path, "parts", *flags, "--resume", epochs=2) == uninterrupted

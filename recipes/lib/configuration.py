@@ -1,0 +1,133 @@
+"""The values of a recipe's flags: its defaults, then a YAML file, then the command line.
+
+One flat YAML file serves every recipe. A key goes to each recipe that has that flag; with the prefix `train_`,
+`search_` or `finetune_` it goes to that recipe alone, and wins over the key without it. The command line wins over the
+file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.utils import ParseKwargs
+
+from timm_autoslim.errors import ConfigError
+from timm_autoslim.recipes.lib.flags import FLAGS, ON_OFF
+
+
+def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the values of one recipe's flags: defaults, then the YAML file of -c, then the command line.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, or a value is of the wrong type.
+    """
+    parser = _make_parser(recipe, doc)
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("-c", "--config")
+    path = config_parser.parse_known_args(argv)[0].config
+    if path:
+        parser.set_defaults(**pick_values(recipe, read_config(path)))
+    return parser.parse_args(argv)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read one flat YAML file and check its keys and values; dashes and underscores mean the same.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, or a value is of the wrong type.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"The configuration {path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"The configuration {path} must be `key: value` lines, but holds a {type(content).__name__}.")
+    config = {str(key).replace("-", "_"): value for key, value in content.items()}
+    for recipe in FLAGS:  # all keys and values are checked, not only those of the recipe that reads the file
+        pick_values(recipe, config, where=str(path))
+    return config
+
+
+def pick_values(recipe: str, config: Mapping[str, Any], where: str = "the configuration") -> dict[str, Any]:
+    """Return the values for one recipe, of the types that its flags have.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is of the wrong type.
+    """
+    actions = {name: {action.dest: action for action in _list_actions(name)} for name in FLAGS}
+    spellings = {key for name in FLAGS for flag in actions[name] for key in (flag, f"{name}_{flag}")}
+    shared, prefixed = {}, {}
+    for key, value in config.items():
+        if key not in spellings:
+            raise ConfigError(
+                f"Unknown key {key!r} in {where}: no recipe has it. The nearest is {_nearest(key, spellings)!r}."
+            )
+        flag = key.removeprefix(f"{recipe}_")
+        if key != flag and flag in actions[recipe]:
+            prefixed[flag] = _convert(actions[recipe][flag], key, value, where)
+        elif key in actions[recipe]:
+            shared[key] = _convert(actions[recipe][key], key, value, where)
+    return shared | prefixed
+
+
+def _nearest(key: str, spellings: set[str]) -> str:
+    rest = key.partition("_")[2]  # of a flag with the prefix of a recipe that lacks it
+    return rest if rest in spellings else difflib.get_close_matches(key, sorted(spellings), n=1, cutoff=0.0)[0]
+
+
+def _make_parser(recipe: str, doc: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for add_flags in FLAGS[recipe]:
+        add_flags(parser)
+    return parser
+
+
+def _list_actions(recipe: str) -> list[argparse.Action]:
+    flags = (action for action in _make_parser(recipe)._actions if action.option_strings)
+    return [action for action in flags if action.dest not in ("help", "config")]
+
+
+def _convert(action: argparse.Action, key: str, value: object, where: str) -> object:
+    """Check one YAML value and convert it as the command line would; `null` means the flag's default."""
+    convert: Callable[[Any], Any] = action.type if callable(action.type) else str
+    kind = getattr(action.type, "__name__", "text")
+    if value is None:
+        return action.default
+    try:
+        if isinstance(action, ON_OFF):
+            needed = "true or false"
+            return _expect(value, bool)
+        if isinstance(action, ParseKwargs):
+            needed = "a mapping"
+            return _expect(value, dict)
+        if action.nargs is not None:
+            needed = f"a list of {kind}"
+            items = value if isinstance(value, list) else [value]
+            if isinstance(action.nargs, int) and len(items) != action.nargs:
+                raise ValueError
+            items = [convert(_expect(str(item) if not isinstance(item, (dict, list)) else item, str)) for item in items]
+            if action.choices and not set(items) <= set(action.choices):
+                needed = "a list of " + ", ".join(map(repr, action.choices))
+                raise ValueError
+            return items
+        needed = kind
+        item = convert(_expect(value if isinstance(value, (dict, list, bool)) else str(value), str))
+        if action.choices and item not in action.choices:
+            needed = "one of " + ", ".join(map(repr, action.choices))
+            raise ValueError
+        return item
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: {value!r} in {where} does not fit: it needs {needed}.") from error
+
+
+def _expect(value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError
+    return value

@@ -1,0 +1,178 @@
+"""The training and the test images that the flags name."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset
+from torch.utils.data import Dataset
+
+from timm_autoslim.errors import DataError
+
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("val", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Two sources of (PIL image, class index), and the number of classes."""
+
+    train: Any
+    test: Any
+    num_classes: int
+
+
+class Subset(Dataset[tuple[Any, int]]):
+    """Some images of a source; timm's create_loader sets `transform`.
+
+    With a seed, what the transform draws depends on (seed, epoch, image) alone: not on the number of processes and
+    workers, nor on the images before. So a resumed run sees the images that the uninterrupted one sees.
+    """
+
+    def __init__(self, source: Any, classes: int, indices: Sequence[int] | None = None, seed: int | None = None):
+        self.source, self.classes, self.seed = source, classes, seed
+        self.indices = range(len(source)) if indices is None else indices
+        self.transform: Callable[[Image.Image], Any] | None = None
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[Any, int]:
+        index = self.indices[item]
+        image, target = self.source[index]
+        if not 0 <= int(target) < self.classes:
+            raise DataError(
+                f"Image {index} has the class {int(target)}, but the model has {self.classes} classes (0 to "
+                f"{self.classes - 1}): give the --num-classes of the data."
+            )
+        if self.transform is None:
+            return image, int(target)
+        with seed_by(f"{self.seed} {self.epoch} {index}") if self.seed is not None else contextlib.nullcontext():
+            return self.transform(image), int(target)
+
+
+@contextlib.contextmanager
+def seed_by(key: str) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's random numbers by a text for the length of a block; restore on leaving."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
+    try:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+class Digits(Dataset[tuple[Image.Image, int]]):
+    """Scikit-learn's 1,797 digits of 8 x 8 pixels: of every class each fifth is a test image (1,437 and 360)."""
+
+    def __init__(self, train: bool, mode: str):
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise DataError("--dataset digits needs scikit-learn: pip install scikit-learn.") from error
+        pixels, targets = load_digits(return_X_y=True)  # (1797, 64) in 0..16, (1797,)
+        by_class = sorted(range(len(targets)), key=lambda index: targets[index])  # stable: file order within a class
+        self.indices = [index for rank, index in enumerate(by_class) if (rank % 5 != 0) == train]
+        self.pixels = (pixels * (255 / 16)).round().astype("uint8").reshape(-1, 8, 8)
+        self.targets, self.mode = targets, mode
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[Image.Image, int]:
+        index = self.indices[item]
+        return Image.fromarray(self.pixels[index]).convert(self.mode), int(self.targets[index])
+
+
+def open_images(args: argparse.Namespace) -> Images:
+    """Open the training and the test images that the flags name.
+
+    Raises:
+        DataError: they are missing or empty, or their classes contradict each other or --num-classes.
+    """
+    mode = "L" if args.in_chans == 1 else "RGB"
+    if args.dataset in (None, "digits") and not args.data_dir:
+        train, test, classes = Digits(True, mode), Digits(False, mode), 10
+    elif args.dataset == "digits":
+        raise DataError(f"--dataset digits has its own images: leave out --data-dir {args.data_dir}.")
+    elif args.dataset:
+        train, test = (_open_dataset(args, split, mode) for split in ("train", "validation"))
+        classes = len(getattr(train, "classes", ())) or args.num_classes or 0
+    else:
+        train, test, classes = _open_folders(args, mode)
+    if not classes:
+        raise DataError(f"--dataset {args.dataset} does not tell its classes: give --num-classes.")
+    if args.num_classes not in (None, classes):
+        raise DataError(
+            f"--num-classes {args.num_classes} contradicts the data, which have {classes} classes"
+            f" ({args.data_dir or args.dataset or 'digits'}): leave it out, or give another --data-dir."
+        )
+    return Images(train, test, classes)
+
+
+def _open_dataset(args: argparse.Namespace, split: str, mode: str) -> Any:
+    """Open one split of a dataset that timm's create_dataset has by name, such as torch/cifar10."""
+    try:
+        dataset = create_dataset(args.dataset, root=args.data_dir, split=split, input_img_mode=mode)
+        len(dataset)
+    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"--dataset {args.dataset} cannot be read from --data-dir {args.data_dir}: {error} It needs a dataset "
+            "that timm knows by name and that has a length."
+        ) from error
+    return dataset
+
+
+def _open_folders(args: argparse.Namespace, mode: str) -> tuple[Any, Any, int]:
+    """Open the training and test images of a folder; the test images are numbered by the training classes."""
+    train_path, test_path = _find_split(args.data_dir, TRAIN_NAMES), _find_split(args.data_dir, TEST_NAMES)
+    train = _open_split(train_path, args, mode)
+    classes = _read_classes(train)
+    unknown = sorted(set(_read_classes(_open_split(test_path, args, mode))) - set(classes))
+    if unknown:
+        raise DataError(f"{test_path} has classes that {train_path} does not have: {', '.join(unknown[:5])}.")
+    return train, _open_split(test_path, args, mode, class_map=classes), len(classes)
+
+
+def _find_split(data_dir: str, names: tuple[str, ...]) -> Path:
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise DataError(f"The data folder {data_dir} does not exist: give --data-dir a folder of images.")
+    for name in names:
+        for path in (folder / name, folder / f"{name}.tar"):
+            if path.exists():
+                return path
+    needed = " or ".join(f"{name}/ or {name}.tar" for name in names)
+    content = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise DataError(f"The data folder {data_dir} holds {content}, but needs {needed}: class folders of images.")
+
+
+def _open_split(path: Path, args: argparse.Namespace, mode: str, class_map: dict[str, int] | None = None) -> Any:
+    # A tar file that stays open would share its position among forked workers, and they would read each other's bytes.
+    tar = {"cache_tarfiles": args.workers == 0} if path.suffix == ".tar" else {}
+    try:
+        return create_dataset("", root=str(path), search_split=False, class_map=class_map, input_img_mode=mode, **tar)
+    except (RuntimeError, ValueError, AssertionError, OSError) as error:
+        raise DataError(f"{path} holds no images that timm can read in class folders ({error}).") from error
+
+
+def _read_classes(dataset: Any) -> dict[str, int]:
+    reader = dataset.reader
+    classes: dict[str, int] = reader.class_to_idx if hasattr(reader, "class_to_idx") else reader.class_name_to_idx
+    return classes

@@ -1,0 +1,84 @@
+"""Timm's loaders over images, and images loaded once into memory."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.data import create_loader
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from timm_autoslim.errors import DataError
+from timm_autoslim.recipes.lib.images import Subset
+
+
+def make_training_loader(args: argparse.Namespace, source: Any, indices: Sequence[int]) -> DataLoader[Any]:
+    """Make timm's training loader over some images of a source; Accelerate shuffles and shards it.
+
+    Raises:
+        DataError: the images do not fill a batch.
+    """
+    if len(indices) < args.batch_size:
+        raise DataError(f"{len(indices)} training images do not fill a batch of {args.batch_size}: lower --batch-size.")
+    loader: DataLoader[Any] = create_loader(
+        Subset(source, args.num_classes, indices, args.seed), is_training=True, scale=args.scale, ratio=args.ratio,
+        hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter, auto_augment=args.aa, re_prob=args.reprob,
+        re_mode=args.remode, re_count=args.recount, **_choose_options(args),
+    )  # fmt: skip
+    return loader
+
+
+def make_evaluation_loader(
+    args: argparse.Namespace, source: Any, indices: Sequence[int] | None = None
+) -> DataLoader[Any]:
+    """Make timm's evaluation loader, without augmentation, over some images of a source, or all of them."""
+    subset = Subset(source, args.num_classes, indices)
+    loader: DataLoader[Any] = create_loader(subset, is_training=False, crop_pct=args.crop_pct, **_choose_options(args))
+    return loader
+
+
+def _choose_options(args: argparse.Namespace) -> dict[str, Any]:
+    # Accelerate's prepare() shards and moves batches; timm's prefetcher would pass through it untouched.
+    # Workers start anew each epoch, so that their random numbers depend on the epoch alone.
+    return {
+        "input_size": (args.in_chans, args.img_size, args.img_size), "batch_size": args.batch_size,
+        "interpolation": args.interpolation, "mean": args.mean, "std": args.std, "num_workers": args.workers,
+        "distributed": False, "use_prefetcher": False, "persistent_workers": False,
+        "pin_memory": torch.cuda.is_available(),
+    }  # fmt: skip
+
+
+def load_batches(
+    args: argparse.Namespace, source: Any, indices: Sequence[int], accelerator: Accelerator
+) -> list[tuple[Tensor, Tensor]]:
+    """Load images once, onto the device, in batches of nearly equal size: inputs (N, C, H, W) and targets (N,)."""
+    loader = make_evaluation_loader(args, source, indices)
+    inputs, targets = (torch.cat(parts) for parts in zip(*loader, strict=True))
+    if args.channels_last:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    count = -(-len(inputs) // args.batch_size)
+    pairs = zip(inputs.tensor_split(count), targets.tensor_split(count), strict=True)
+    return [(images.to(accelerator.device), labels.to(accelerator.device)) for images, labels in pairs]
+
+
+def load_calibration_batches(
+    args: argparse.Namespace, source: Any, indices: Sequence[int], accelerator: Accelerator
+) -> list[Tensor]:
+    """Load this process's share of --calibration-images, without augmentation; all processes get as many batches.
+
+    Raises:
+        DataError: there are too few images for a batch of two in every process.
+    """
+    used, processes = list(indices[: args.calibration_images]), accelerator.num_processes
+    if args.calibration_images < 1 or len(used) < 2 * processes:
+        raise DataError(
+            f"--calibration-images {args.calibration_images}: {len(used)} images do not measure a BatchNorm in "
+            f"{processes} process(es), which needs two in each and should have hundreds."
+        )
+    count = len(used) // processes  # the rest is left out
+    share = used[accelerator.process_index * count :][:count]
+    return [inputs for inputs, _ in load_batches(args, source, share, accelerator)]

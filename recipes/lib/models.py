@@ -1,0 +1,72 @@
+"""The base model and its supernet, as the flags say."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from timm_autoslim import Supernet, convert, create_base
+from timm_autoslim.errors import ConfigError
+from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_weights
+
+
+def choose_base_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments that create the base model again; an exported folder keeps them."""
+    return {"num_classes": args.num_classes, "in_chans": args.in_chans, **args.model_kwargs}
+
+
+def create_model(args: argparse.Namespace, pretrained: bool = False) -> nn.Module:
+    """Create the base model, on the current default device."""
+    weights: dict[str, Any] = {}
+    if pretrained:
+        weights = {"weights": "DEFAULT"} if args.model.startswith("torchvision/") else {"pretrained": True}
+    return create_base(args.model, **choose_base_args(args), **weights)
+
+
+def resolve_input(args: argparse.Namespace, model: nn.Module) -> None:
+    """Fill in the flags about the images that were not given: as the model has them."""
+    data = resolve_data_config(vars(args), model=model)
+    args.img_size = data["input_size"][-1]
+    args.interpolation, args.crop_pct = data["interpolation"], data["crop_pct"]
+    for key in ("mean", "std"):
+        setattr(args, key, fit_channels(data[key], args.in_chans))
+
+
+def fit_channels(values: Sequence[float], channels: int) -> list[float]:
+    """Return one value for each channel: the values as they are, or their mean where the model has other channels."""
+    values = list(values)
+    return values if len(values) == channels else [sum(values) / len(values)] * channels
+
+
+def make_images(args: argparse.Namespace, count: int, device: torch.device | None = None) -> Tensor:
+    """Return black images (N, C, H, W) of the size that the flags say."""
+    return torch.zeros(count, args.in_chans, args.img_size, args.img_size, device=device)
+
+
+def make_supernet(args: argparse.Namespace, model: nn.Module | None = None) -> Supernet:
+    """Convert the base model; if none is given, create it with fresh weights."""
+    model = create_model(args) if model is None else model
+    resolve_input(args, model)
+    return convert(
+        model, make_images(args, 2), freeze=args.freeze, min=args.min_width, divisor=args.divisor, choices=args.choices,
+        base=args.model, base_args=choose_base_args(args),
+    )  # fmt: skip
+
+
+def load_supernet(run: Path, args: argparse.Namespace) -> Supernet:
+    """Make the run's supernet with its trained weights.
+
+    Raises:
+        ConfigError: the training has not finished.
+    """
+    if not (run / SUPERNET).is_file():
+        raise ConfigError(f"{run} holds no {SUPERNET}: finish its training first: recipes/train.py --resume.")
+    supernet = make_supernet(args)
+    read_weights(run / SUPERNET, supernet.model)
+    return supernet

@@ -1,0 +1,50 @@
+"""The files of a run folder that several recipes read or write: flags, weights, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import yaml
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from timm_autoslim import files
+from timm_autoslim.errors import ConfigError
+
+SUPERNET = "supernet.safetensors"  # only a training that is finished writes it
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file in full or not at all."""
+    files.write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_weights(path: Path, model: nn.Module) -> None:
+    """Write a model's parameters and buffers as safetensors, in full or not at all."""
+    with files.replace_file(path) as part:
+        save_model(model, str(part))
+
+
+def read_weights(path: Path, model: nn.Module) -> None:
+    """Load what `write_weights` wrote, strictly."""
+    load_model(model, str(path))
+
+
+def write_args(folder: Path, args: argparse.Namespace) -> None:
+    """Write the flags of a training to its args.yaml."""
+    files.write_text(folder / "args.yaml", yaml.safe_dump(vars(args), sort_keys=False))
+
+
+def read_args(run: Path, args: argparse.Namespace) -> argparse.Namespace:
+    """Return the flags of the run's train.py, overridden by those of another recipe.
+
+    Raises:
+        ConfigError: the folder holds no training.
+    """
+    path = run / "args.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run} is not a run folder: it holds no args.yaml. Train first: recipes/train.py.")
+    of_training = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return argparse.Namespace(**of_training | vars(args) | {"data_dir": args.data_dir or of_training["data_dir"]})

@@ -1,0 +1,66 @@
+"""Which training images train the supernet, and which are held out for the search."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from timm_autoslim.errors import DataError
+from timm_autoslim.recipes.lib.run_folder import write_json
+
+SPLIT = "held_out.json"
+
+
+def split_training(args: argparse.Namespace, total: int, run: Path) -> tuple[list[int], list[int]]:
+    """Split the training images into those that train the supernet and those held out for the search.
+
+    The split is drawn once and written to held_out.json of the run folder. Both lists are shuffled, so that any part of
+    them mixes the classes. The same --limit-train and --held-out give the same split, whatever the seed.
+
+    Returns:
+        (training indices, held-out indices)
+
+    Raises:
+        DataError: the flags ask for more images than there are, or leave none to train on.
+    """
+    if (run / SPLIT).is_file():
+        return read_split(run, total)
+    used = _count(args.limit_train, total, "--limit-train")
+    held_out = _count(args.held_out, used, "--held-out") if args.held_out else 0
+    if held_out >= used:
+        raise DataError(f"--held-out {args.held_out} leaves none of {used} training images to train on.")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()[:used]
+    write_json(run / SPLIT, {"total": total, "training": order[held_out:], "held_out": order[:held_out]})
+    return order[held_out:], order[:held_out]
+
+
+def read_split(run: Path, total: int) -> tuple[list[int], list[int]]:
+    """Read the split of a run folder: (training indices, held-out indices).
+
+    Raises:
+        DataError: it was drawn from another number of images.
+    """
+    split = json.loads((run / SPLIT).read_text(encoding="utf-8"))
+    if split["total"] != total:
+        raise DataError(
+            f"{run}/{SPLIT} was drawn from {split['total']} training images, but there are {total} now: "
+            "give the --data-dir of that run, or start another one."
+        )
+    return split["training"], split["held_out"]
+
+
+def read_all_training(run: Path, total: int) -> list[int]:
+    """Read which training images the run uses, the held-out ones too; the final networks are trained on them all."""
+    training, held_out = read_split(run, total)
+    return held_out + training
+
+
+def _count(amount: float, total: int, flag: str) -> int:
+    """Return how many images a share (up to 1) or a number (above 1) is."""
+    count = round(amount * total) if amount <= 1 else int(amount)
+    if not 0 < count <= total:
+        raise DataError(f"{flag} {amount:g} asks for {count} of {total} images: give a share up to 1, or a number.")
+    return count

@@ -1,0 +1,69 @@
+"""Another model as the teacher: --teacher."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from timm_autoslim import create_base
+from timm_autoslim.errors import ConfigError
+from timm_autoslim.recipes.lib.models import fit_channels, make_images
+
+
+class Teacher(nn.Module):
+    """A frozen model that takes the student's images, and normalises them as it was trained."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, model: nn.Module, args: argparse.Namespace) -> None:
+        super().__init__()
+        self.model = model
+        data = resolve_data_config({}, model=model)
+        normalisation = [fit_channels(data[key], args.in_chans) for key in ("mean", "std")]
+        self.same = normalisation == [list(args.mean), list(args.std)]
+        student_mean, student_std, mean, std = (
+            torch.tensor(values).view(-1, 1, 1) for values in (args.mean, args.std, *normalisation)
+        )  # (C, 1, 1)
+        self.register_buffer("scale", student_std / std)
+        self.register_buffer("shift", (student_mean - mean) / std)
+        self.eval().requires_grad_(False)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits (N, classes) of inputs (N, C, H, W) that are normalised for the student."""
+        logits: Tensor = self.model(inputs if self.same else inputs * self.scale + self.shift)
+        return logits
+
+
+def create_teacher(args: argparse.Namespace) -> Teacher:
+    """Create --teacher with its trained weights; `args` describe the student, whose input is resolved already.
+
+    Raises:
+        ConfigError: it cannot be created, has no weights, or does not take the images or have the classes.
+    """
+    name = f"local-dir:{args.teacher}" if Path(args.teacher).is_dir() else args.teacher
+    image = make_images(args, 1)  # (1, C, H, W)
+    try:
+        if name.startswith("torchvision/"):
+            model = create_base(name, weights="DEFAULT", **args.teacher_kwargs)
+        else:
+            model = timm.create_model(name, pretrained=True, **{"in_chans": args.in_chans, **args.teacher_kwargs})
+        teacher = Teacher(model, args)
+        with torch.no_grad():
+            logits = teacher(image)
+    except Exception as error:  # a model may raise anything, from its constructor, its download or its forward
+        raise ConfigError(
+            f"--teacher {args.teacher} gives no logits of images {tuple(image.shape[1:])}: {error}. Name a timm model "
+            "that has pretrained weights, or a folder that timm loads; --teacher-kwargs may help."
+        ) from error
+    if logits.shape != (1, args.num_classes):
+        raise ConfigError(
+            f"--teacher {args.teacher} has outputs {tuple(logits.shape[1:])}, but the data have {args.num_classes} "
+            "classes: fine-tune it on these data first."
+        )
+    return teacher

@@ -1,0 +1,21 @@
+"""The models that benchmarks run on."""
+
+import timm
+import torch
+
+from timm_autoslim.recipes.benchmarks.lib.models import create_on_meta, export_half
+
+
+def test_an_exported_half_is_kept(tmp_path):
+    base = export_half("test_vit", tmp_path / "half")
+    first = (tmp_path / "half" / "model.safetensors").read_bytes()
+    again = export_half("test_vit", tmp_path / "half")
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), again.parameters(), strict=True))
+    assert (tmp_path / "half" / "model.safetensors").read_bytes() == first
+    half = timm.create_model(f"local-dir:{tmp_path / 'half'}", pretrained=True)
+    assert half.pos_embed.shape[-1] == base.pos_embed.shape[-1] // 2
+
+
+def test_models_are_created_without_data_where_their_constructors_read_none():
+    assert all(parameter.is_meta for parameter in create_on_meta("resnet10t").parameters())
+    assert all(parameter.is_meta for parameter in create_on_meta("torchvision/squeezenet1_1").parameters())

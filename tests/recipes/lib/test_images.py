@@ -1,0 +1,73 @@
+"""Where the images come from, and what is refused."""
+
+import argparse
+import tarfile
+
+import pytest
+from PIL import Image
+
+from timm_autoslim.errors import DataError
+from timm_autoslim.recipes.lib.images import open_images
+
+
+def make_images(folder, classes, count=4):
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            Image.new("RGB", (16, 16), (index * 20, 0, 0)).save(folder / name / f"{index}.png")
+
+
+def make_args(**changes):
+    args = {"dataset": None, "data_dir": None, "in_chans": 3, "num_classes": None, "workers": 0, "seed": 0}
+    return argparse.Namespace(**args | changes)
+
+
+def test_digits_are_split_once_and_for_all():
+    images = open_images(make_args(in_chans=1))
+    assert (len(images.train), len(images.test), images.num_classes) == (1437, 360, 10)
+    assert not set(images.train.indices) & set(images.test.indices)
+    assert images.train[0][0].mode == "L"
+    counts = [sum(images.test[i][1] == digit for i in range(360)) for digit in range(10)]
+    assert min(counts) >= 34
+    assert max(counts) <= 37
+
+
+def test_folder_and_tar_are_read(tmp_path):
+    make_images(tmp_path / "train", ["cat", "dog", "emu"])
+    make_images(tmp_path / "unpacked", ["dog", "emu"], count=2)
+    with tarfile.open(tmp_path / "test.tar", "w") as tar:
+        tar.add(tmp_path / "unpacked", arcname="")
+    images = open_images(make_args(data_dir=str(tmp_path)))
+    assert (len(images.train), len(images.test), images.num_classes) == (12, 4, 3)
+    # numbered by the training classes, though the test images lack the first
+    assert {images.test[i][1] for i in range(4)} == {1, 2}
+
+
+def test_missing_or_empty_data_name_the_folder(tmp_path):
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        open_images(make_args(data_dir=str(tmp_path / "nowhere")))
+    with pytest.raises(DataError, match=r"holds nothing, but needs train/ or train.tar"):
+        open_images(make_args(data_dir=str(tmp_path)))
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match=r"holds train, but needs val/ or val.tar"):
+        open_images(make_args(data_dir=str(tmp_path)))
+    with tarfile.open(tmp_path / "val.tar", "w"):
+        pass
+    with pytest.raises(DataError, match="train holds no images that timm can read"):
+        open_images(make_args(data_dir=str(tmp_path)))
+    make_images(tmp_path / "train", ["cat", "dog"])
+    with pytest.raises(DataError, match=r"val.tar holds no images that timm can read"):
+        open_images(make_args(data_dir=str(tmp_path)))
+
+
+def test_classes_that_contradict_are_refused(tmp_path):
+    make_images(tmp_path / "train", ["cat", "dog"])
+    make_images(tmp_path / "val", ["cat", "yak"])
+    with pytest.raises(DataError, match=r"classes that .* does not have: yak"):
+        open_images(make_args(data_dir=str(tmp_path)))
+    with pytest.raises(DataError, match="--num-classes 1000 contradicts the data, which have 10 classes"):
+        open_images(make_args(num_classes=1000))
+    with pytest.raises(DataError, match="--dataset digits has its own images"):
+        open_images(make_args(dataset="digits", data_dir=str(tmp_path)))
+    with pytest.raises(DataError, match="--dataset torch/cifar10 cannot be read"):
+        open_images(make_args(dataset="torch/cifar10", data_dir=str(tmp_path)))

@@ -1,0 +1,33 @@
+"""The supernet that the flags ask for."""
+
+import pytest
+import torch
+from helpers.recipes import parse_train, run_train
+
+from timm_autoslim.errors import AutoSlimError, WidthError
+from timm_autoslim.recipes.lib.models import make_supernet
+
+
+def test_random_widths_are_choices_of_the_flags(tmp_path):
+    flags = ["--choices", "layer1*=[3,8]", "layer2*=[2,5]"]
+    args = parse_train(tmp_path, *flags, choices={"layer2*": [2, 5]}, min_width=0.5)
+    space = make_supernet(args).space
+    widths = {name: set() for name in space.names}
+    for update in range(60):
+        for name, width in space.sample(torch.Generator().manual_seed(update)).items():
+            widths[name].add(width)
+    assert widths["layer1.0.conv1"] == {3, 8}
+    assert widths["layer2.0.conv1"] == widths["layer2.0.conv2"] == {2, 5, 8}
+    assert widths["layer3.0.conv1"] == set(range(8, 17, 2))
+    args = parse_train(tmp_path, choices={"layer2*": [2, 5]}, min_width=0.5)
+    assert make_supernet(args).space["layer2.0.conv1"].choices == (2, 5, 8)
+    with pytest.raises(WidthError, match=r"choices=\{'stage2\*': ...\}: the glob matches no group"):
+        run_train(tmp_path, "other", "--choices", "stage2*=[8,16]")  # of another model
+
+
+def test_a_configuration_of_another_model_is_refused(tmp_path):
+    with pytest.raises(AutoSlimError, match=r"'resnet10t' cannot be created with .*'dims'"):
+        run_train(tmp_path, "a", model_kwargs={"dims": [8, 16]})
+    with pytest.raises(WidthError, match=r"freeze='stages.3': the glob matches no module"):
+        run_train(tmp_path, "b", "--freeze", "stages.3")
+    assert not (tmp_path / "a").exists()

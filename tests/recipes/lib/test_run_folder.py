@@ -1,0 +1,29 @@
+"""The files of a run folder."""
+
+import argparse
+
+import pytest
+import torch
+
+from timm_autoslim.errors import ConfigError
+from timm_autoslim.recipes.lib.run_folder import read_args, read_weights, write_args, write_weights
+
+
+def test_flags_of_a_recipe_win_over_those_of_the_training(tmp_path):
+    write_args(tmp_path, argparse.Namespace(model="resnet10t", batch_size=32, data_dir="images", mean=[0.5]))
+    args = read_args(tmp_path, argparse.Namespace(run=str(tmp_path), batch_size=8, data_dir=None))
+    assert vars(args) == {
+        "model": "resnet10t", "batch_size": 8, "data_dir": "images", "mean": [0.5], "run": str(tmp_path)
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=r"is not a run folder: it holds no args.yaml. Train first"):
+        read_args(tmp_path / "nowhere", argparse.Namespace())
+
+
+def test_weights_are_read_as_they_were_written(tmp_path):
+    first, second = (torch.nn.BatchNorm1d(3) for _ in range(2))
+    torch.nn.init.normal_(first.weight)
+    write_weights(tmp_path / "weights.safetensors", first)
+    read_weights(tmp_path / "weights.safetensors", second)
+    assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
+    with pytest.raises(RuntimeError, match="size mismatch for weight"):
+        read_weights(tmp_path / "weights.safetensors", torch.nn.Linear(3, 3))

@@ -1,0 +1,76 @@
+"""recipes/run.py: all stages with one command."""
+
+import csv
+import io
+import json
+
+import pytest
+import timm
+import yaml
+from helpers.recipes import RECIPES, launch, write_config
+
+from timm_autoslim.errors import BudgetError, ConfigError, DataError, OutputExistsError
+from timm_autoslim.recipes import finetune, run, search, train
+from timm_autoslim.recipes.lib.networks import read_networks
+
+
+def test_flags_of_run_are_configuration_values():
+    flags = ["--train-epochs", "3", "--budgets", "macs=40%", "params=1M", "--amp", "--scale", "0.5", "1", "--lr=1e-1"]
+    assert run.read_flags(flags) == {
+        "train_epochs": 3, "budgets": ["macs=40%", "params=1M"], "amp": True, "scale": [0.5, 1], "lr": "1e-1"
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match="'stray' is no flag"):
+        run.read_flags(["stray"])
+
+
+@pytest.mark.slow
+def test_all_stages_with_one_command(tmp_path, monkeypatch, capsys):
+    command = ["-c", write_config(tmp_path), "--output", str(tmp_path), "--experiment", "all", "--finetune-lr", "0.01"]
+    done = launch(str(RECIPES / "run.py"), *command)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "all"
+    names = ["macs-60pct-searched", "macs-60pct-uniform"]
+    assert list(read_networks(folder)) == names
+    results = json.loads((folder / "results.json").read_text())
+    assert list(results) == names
+    assert yaml.safe_load((folder / "args.yaml").read_text())["num_classes"] == 10
+    assert yaml.safe_load((folder / "finetune" / names[0] / "args.yaml").read_text())["lr"] == 0.01
+    for table in ("summary.csv", "search.csv", f"finetune/{names[0]}/summary.csv"):
+        assert len(list(csv.reader(io.StringIO((folder / table).read_text())))) > 1
+    assert (folder / "table.md").read_text() in done.stdout
+    for name in names:
+        model = timm.create_model(f"local-dir:{folder / 'exported' / name}", pretrained=True)
+        assert sum(parameter.numel() for parameter in model.parameters()) == results[name]["params"]
+        assert model.pretrained_cfg["input_size"] == (1, 16, 16)
+        assert f"loaded again: {name} {results[name]['top1']:.2f} %" in done.stdout
+        card = (folder / "exported" / name / "README.md").read_text()
+        expected = {"budget": "macs <= 60%", "found by": results[name]["method"], "MACs": f"{results[name]['macs']:,}"}
+        expected |= {"params": f"{results[name]['params']:,}", "test top-1, %": round(results[name]["top1"], 2)}
+        assert all(f"| {label} | {value} |" in card for label, value in expected.items())
+
+    monkeypatch.setattr(run, "launch", lambda *_: pytest.fail("a finished stage ran again"))
+    run.main(command)
+    assert "| macs 60% | searched |" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"was begun with other settings \(seed\)"):
+        run.main([*command, "--seed", "5"])
+    with pytest.raises(OutputExistsError, match=r"exists: this network is done"):
+        finetune.main([str(folder), "--network", names[0]])
+    with pytest.raises(OutputExistsError, match=r"holds a training \(supernet.safetensors\): --resume it"):
+        train.main(command[:-2])
+    with pytest.raises(ConfigError, match=r"Did you mean macs-60pct-uniform\?"):
+        finetune.main([str(folder), "--network", "uniform"])
+    with pytest.raises(DataError, match=r"--images 33: .* lists 32 only"):
+        search.main([str(folder), "--images", "33"])
+    with pytest.raises(BudgetError, match="out of reach"):
+        search.main([str(folder), "--budgets", "macs=0.1%"])
+
+
+@pytest.mark.parametrize("budgets", ["macs=60%", "latency_ms=60%"])
+def test_every_stage_runs_in_the_processes_asked_for(tmp_path, monkeypatch, budgets):
+    launched = []
+    monkeypatch.setattr(run, "launch", lambda count, recipe, *_: launched.append((recipe, count)))
+    with pytest.raises(ConfigError, match=r"holds no search/searched\.json"):
+        run.main(
+            ["-c", write_config(tmp_path), "--output", str(tmp_path), "--num-processes", "3", "--budgets", budgets]
+        )
+    assert launched == [("train.py", 3), ("search.py", 3)]
