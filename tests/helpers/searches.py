@@ -98,26 +98,26 @@ few = settings(max_examples=15, deadline=None, derandomize=True, suppress_health
 
 
 def draw_budgets(supernet, draw, metrics):
-    """Draw one reachable limit for each metric, anywhere from the narrowest to the whole."""
+    """Draw one reachable limit for each metric, anywhere from the narrowest to the widest."""
     low, high = cost(supernet, supernet.space.min()), cost(supernet)
     return " and ".join(
         f"{m}<={draw(st.integers(low.pick(m), high.pick(m)), label=m)}" for m in sorted(metrics)
     )  # fmt: skip
 
 
-def assert_filled(supernet, found):
+def assert_filled(supernet, network):
     """Within 1 % of a limit, or not one unit more of any group fits; and never above."""
-    budget = Budget(tuple(found.limits.items()))
-    assert found.cost == cost(supernet, found.widths)
-    assert all(found.cost.pick(metric) <= limit for metric, limit in found.limits.items())
-    assert found.limits[found.metric] == found.budget
-    shares = {metric: found.cost.pick(metric) / limit for metric, limit in found.limits.items()}
-    assert shares[found.metric] == max(shares.values())
-    if shares[found.metric] < 0.99:
+    budget = Budget(tuple(network.limits.items()))
+    assert network.cost == cost(supernet, network.widths)
+    assert all(network.cost.pick(metric) <= limit for metric, limit in network.limits.items())
+    assert network.limits[network.metric] == network.budget
+    shares = {metric: network.cost.pick(metric) / limit for metric, limit in network.limits.items()}
+    assert shares[network.metric] == max(shares.values())
+    if shares[network.metric] < 0.99:
         for group in supernet.space.groups:
-            width = found.widths[group.name]
+            width = network.widths[group.name]
             if width < group.size:
-                assert not budget.holds(cost(supernet, found.widths.replaced(group.name, width + 1))), group.name
+                assert not budget.holds(cost(supernet, network.widths.replaced(group.name, width + 1))), group.name
 
 
 # -- costs that may grow as groups narrow ---------------------------------------------------------------------------
