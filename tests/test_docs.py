@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.marks import slow_but
 from helpers.subprocesses import run_apart
 
 import timm_autoslim
@@ -59,10 +60,13 @@ def run_blocks(page):
         exec(compile(block, page.name, "exec"), names)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name_of)
-def test_python_blocks_run(page, tmp_path):
+QUICK = ["docs/quickstart.md", "docs/operators.md", "docs/howto/budgets.md", "docs/howto/freezing.md"]
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, [name_of(page) for page in PAGES if blocks(page, "python")]))
+def test_python_blocks_run(name, tmp_path):
     # apart: a page may register a rule, seed, or set threads
-    done = run_apart(run_blocks, page, cwd=tmp_path)
+    done = run_apart(run_blocks, ROOT / name, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
