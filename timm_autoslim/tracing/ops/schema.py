@@ -63,17 +63,29 @@ class OperatorCall:
 
 def bind(operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> OperatorCall:
     """Name the arguments of one call."""
-    name, defaults = _schema(operator)
-    arguments = defaults | dict(zip(defaults, args, strict=False)) | kwargs
-    return OperatorCall(name, arguments, tuple(tensors_in_lists(list(arguments.values()))), out)
+    schema = _schema(operator)
+    arguments = schema.defaults | dict(zip(schema.defaults, args, strict=False)) | kwargs
+    tensors = tensors_in_lists([arguments[name] for name in schema.tensors])
+    return OperatorCall(schema.operator, arguments, tuple(tensors), out)
+
+
+@dataclass(frozen=True)
+class _Schema:
+    """An operator's name, its arguments with their defaults (None where there is none), and those that are tensors."""
+
+    operator: str
+    defaults: dict[str, Any]
+    tensors: tuple[str, ...]
 
 
 @cache
-def _schema(operator: OpOverload) -> tuple[str, dict[str, Any]]:
-    """Return the name of an operator, and its arguments with their defaults (None where the schema has none)."""
-    defaults = {argument.name: argument.default_value for argument in operator._schema.arguments}
-    frozen = {name: tuple(v) if isinstance(v, list) else v for name, v in defaults.items()}
-    return operator._schema.name.replace("::", "."), frozen
+def _schema(operator: OpOverload) -> _Schema:
+    """Read the schema of an operator."""
+    arguments = operator._schema.arguments
+    values = {a.name: a.default_value for a in arguments}
+    defaults = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    tensors = tuple(a.name for a in arguments if "Tensor" in str(a.type))  # Tensor, Optional[Tensor], List[Tensor]
+    return _Schema(operator._schema.name.replace("::", "."), defaults, tensors)
 
 
 def tensors_in_lists(values: Any) -> list[Tensor]:
