@@ -6,7 +6,7 @@ import torch
 from helpers.comparisons import same, state
 from torch import nn
 
-from timm_autoslim.artifact.bases import base_settings, create_base, create_meta_base, find_weight_filter
+from timm_autoslim.artifact.bases import create_base, create_meta_base, find_weight_filter, get_base_settings
 from timm_autoslim.errors import ArgumentError, ArtifactError
 
 
@@ -48,10 +48,10 @@ def test_bases_on_the_meta_device_hold_no_data_where_that_works():
 
 
 def test_settings_of_a_base_name_no_weights():
-    settings = base_settings("resnet10t.c3_in1k").to_dict()
+    settings = get_base_settings("resnet10t.c3_in1k").to_dict()
     assert settings["first_conv"] == "conv1.0"
     assert not {"url", "hf_hub_id", "file", "source", "architecture"} & set(settings)
-    assert base_settings("torchvision/resnet18").num_classes == 1000
+    assert get_base_settings("torchvision/resnet18").num_classes == 1000
 
 
 def test_the_weight_filter_is_the_one_that_timm_passes_to_its_builder():

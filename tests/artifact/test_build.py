@@ -6,7 +6,7 @@ from helpers.specs import RESNET, RESNET_ATTRIBUTES, changed, make_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from timm_autoslim.artifact.build import build_slim, pool_type
+from timm_autoslim.artifact.build import build_slim, find_pool_type
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import ArtifactError
 
@@ -33,7 +33,7 @@ def test_heads_come_and_go_whatever_the_base_had(spec, native, wanted):
 
 def test_pooling_can_change(spec):
     model = build_slim(spec, global_pool="catavgmax").eval()
-    assert pool_type(model) == "catavgmax"
+    assert find_pool_type(model) == "catavgmax"
     assert model.fc.weight.shape == (1000, 96)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
 

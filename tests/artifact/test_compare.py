@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_autoslim.artifact.compare import difference, unused_modules
+from timm_autoslim.artifact.compare import find_difference, find_unused_modules
 
 
 class Fixed(nn.Module):
@@ -20,21 +20,23 @@ class Fixed(nn.Module):
 
 @pytest.mark.parametrize("size", [(3, 200, 200), (3, 256, 200)])
 def test_models_of_one_size_are_run_at_it(size):
-    assert difference(Fixed(), Fixed(), size) == ""
-    assert "outputs that differ by" in difference(Fixed(2.0), Fixed(), size)
-    assert "factor of the model: 2.0 in place of 1.0" in difference(Fixed(2.0), Fixed(), size)
+    assert find_difference(Fixed(), Fixed(), size) == ""
+    assert "outputs that differ by" in find_difference(Fixed(2.0), Fixed(), size)
+    assert "factor of the model: 2.0 in place of 1.0" in find_difference(Fixed(2.0), Fixed(), size)
 
 
 def test_models_of_another_size_than_they_say_are_run_at_a_usual_one():
-    assert difference(Fixed(side=192), Fixed(side=192), (3, 300, 300)) == ""
-    assert "of (192, 192) pixels" in difference(Fixed(2.0, side=192), Fixed(side=192), (3, 300, 300))
+    assert find_difference(Fixed(side=192), Fixed(side=192), (3, 300, 300)) == ""
+    assert "of (192, 192) pixels" in find_difference(Fixed(2.0, side=192), Fixed(side=192), (3, 300, 300))
 
 
 def test_models_that_take_no_image_are_compared_by_their_parts():
-    assert difference(Fixed(2.0), Fixed(), (3, 64, 64)) == ""
+    assert find_difference(Fixed(2.0), Fixed(), (3, 64, 64)) == ""
     other = Fixed()
     other.conv.dilation = (2, 2)
-    assert difference(other, Fixed(), (3, 64, 64)).startswith("first conv: Conv2d(3, 4, kernel_size=(3, 3), stride=")
+    assert find_difference(other, Fixed(), (3, 64, 64)).startswith(
+        "first conv: Conv2d(3, 4, kernel_size=(3, 3), stride="
+    )
 
 
 class Several(Fixed):
@@ -49,14 +51,14 @@ class Several(Fixed):
 
 def test_every_tensor_of_the_outputs_counts():
     size = (3, 200, 200)
-    assert difference(Several(), Several(), size) == ""
-    assert difference(Several(above=9.0), Several(above=-9.0), size).startswith("outputs that differ by 1 for")
-    message = difference(Several(dtype=torch.float32), Several(), size)
+    assert find_difference(Several(), Several(), size) == ""
+    assert find_difference(Several(above=9.0), Several(above=-9.0), size).startswith("outputs that differ by 1 for")
+    message = find_difference(Several(dtype=torch.float32), Several(), size)
     assert message.startswith("outputs () of torch.float64, (1, 4) of torch.bool instead of () of torch.float32, ")
 
 
 def test_a_lower_precision_is_no_difference():
-    assert difference(Fixed().half(), Fixed(), (3, 200, 200)) == ""
+    assert find_difference(Fixed().half(), Fixed(), (3, 200, 200)) == ""
 
 
 class Headed(Fixed):
@@ -73,9 +75,9 @@ class Headed(Fixed):
 
 def test_modules_that_run_in_training_alone_are_unused():
     model = Headed().train()
-    assert unused_modules(model, (3, 200, 200)) == {"head"}
+    assert find_unused_modules(model, (3, 200, 200)) == {"head"}
     assert model.training
-    assert unused_modules(model, (3, 64, 64)) == set()  # it takes no such image, so nothing is known of it
+    assert find_unused_modules(model, (3, 64, 64)) == set()  # it takes no such image, so nothing is known of it
 
 
 def test_weights_at_zero_hide_nothing():
@@ -83,5 +85,5 @@ def test_weights_at_zero_hide_nothing():
     for model in (one, other):
         nn.init.zeros_(model[0].weight)
         nn.init.zeros_(model[0].bias)
-    assert difference(one, other, (3, 64, 64)).endswith("first 1: ReLU() in place of GELU(approximate='none')")
+    assert find_difference(one, other, (3, 64, 64)).endswith("first 1: ReLU() in place of GELU(approximate='none')")
     assert one[0].weight.abs().max() == 0

@@ -12,19 +12,19 @@ from timm_autoslim import check_folder
 from timm_autoslim.artifact import drafts
 from timm_autoslim.artifact import export as exporting
 from timm_autoslim.artifact.build import build_slim
-from timm_autoslim.artifact.drafts import folder_at_once
+from timm_autoslim.artifact.drafts import create_folder
 from timm_autoslim.artifact.export import export
 from timm_autoslim.errors import OutputExistsError
 
 
 def test_a_folder_appears_when_its_block_ends(tmp_path):
-    with folder_at_once(tmp_path / "new" / "out") as draft:
+    with create_folder(tmp_path / "new" / "out") as draft:
         (draft / "file").touch()
         assert not (tmp_path / "new" / "out").exists()
     assert [path.name for path in tmp_path.rglob("*")] == ["new", "out", "file"]
-    with pytest.raises(OutputExistsError, match="exists already"), folder_at_once(tmp_path / "new" / "out"):
+    with pytest.raises(OutputExistsError, match="exists already"), create_folder(tmp_path / "new" / "out"):
         pass
-    with pytest.raises(KeyboardInterrupt), folder_at_once(tmp_path / "other" / "out"):
+    with pytest.raises(KeyboardInterrupt), create_folder(tmp_path / "other" / "out"):
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 

@@ -45,7 +45,7 @@ def test_arguments_that_timm_keeps_are_in_the_folder(base, args, tmp_path):
     timm_autoslim.export(model, tmp_path / "one")
     loaded = timm.create_model(f"local-dir:{tmp_path / 'one'}", pretrained=True).eval()
     expected = {key: list(value) if isinstance(value, tuple) else value for key, value in args.items()}
-    assert loaded.autoslim.arguments() == expected
+    assert loaded.autoslim.copy_arguments() == expected
     images = torch.randn(2, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(loaded(images), model(images))

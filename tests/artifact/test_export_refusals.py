@@ -95,7 +95,7 @@ def test_tuples_in_base_args_are_the_lists_of_json(tmp_path):
     model = slim("test_vit")
     loaded = load(export(model, tmp_path / "out", base_args={"img_size": (96, 96)}))
     assert loaded.autoslim == model.autoslim.replace(base_args={"img_size": [96, 96]})
-    assert loaded.autoslim.arguments() == {"img_size": [96, 96]}
+    assert loaded.autoslim.copy_arguments() == {"img_size": [96, 96]}
     assert same(state(model), state(loaded))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import timm_autoslim
 from timm_autoslim.artifact.export import export
-from timm_autoslim.artifact.features import feature_cfg
+from timm_autoslim.artifact.features import choose_feature_cfg
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import ArtifactError
 
@@ -87,7 +87,7 @@ def test_the_backbone_is_of_the_kind_that_the_base_makes(resnet, tmp_path):
 
 def test_features_need_feature_info():
     with pytest.raises(ArtifactError, match=r"features_only=True: got base 'resnet10t', which has no feature_info"):
-        feature_cfg(nn.Identity(), Spec(base="resnet10t"))
+        choose_feature_cfg(nn.Identity(), Spec(base="resnet10t"))
 
 
 def test_features_default_to_the_indices_of_the_base():

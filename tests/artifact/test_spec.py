@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from timm_autoslim.artifact.spec import Spec, freeze, spec_of, thaw
+from timm_autoslim.artifact.spec import Spec, derive_spec, freeze, thaw
 from timm_autoslim.errors import ArtifactError
 
 NESTED = [1, 2.5, None, True, "text", {"deep": [[1], {"x": "y"}]}]
@@ -41,7 +41,7 @@ def test_a_spec_goes_through_json_and_comes_back_equal(spec):
     assert list(full.to_dict()) == ["format", "base", "base_args", "sizes", "attributes", "widths"]
     assert full.sizes["table"] == (((0, 3), (8, 5)), None, 4)
     assert full.attributes["c"] == (3,)
-    assert full.arguments() == {"args": NESTED}
+    assert full.copy_arguments() == {"args": NESTED}
     assert Spec.parse(full) is full
 
 
@@ -59,10 +59,10 @@ def test_nothing_in_a_spec_can_be_changed(spec):
     for mapping in (value.base_args, value.sizes, value.attributes, value.widths, value.base_args["args"][5]):
         with pytest.raises(TypeError):
             mapping["x"] = 1
-    arguments = value.arguments()
+    arguments = value.copy_arguments()
     arguments["args"][5]["deep"].append(1)
     value.to_dict()["sizes"].clear()
-    assert value.arguments() == {"args": NESTED}
+    assert value.copy_arguments() == {"args": NESTED}
     assert value.sizes == spec.sizes
     data = spec.to_dict()
     parsed = Spec.parse(data)
@@ -94,29 +94,29 @@ def test_freeze_keeps_content_and_thaw_gives_it_back():
 
 def test_the_spec_of_a_model_knows_its_base():
     model = timm.create_model("resnet10t", num_classes=3)
-    assert spec_of(model).base == "resnet10t"
-    assert spec_of(model, base_args={"num_classes": 3, "drop_rate": 0.1}).base_args["drop_rate"] == 0.1
-    assert spec_of(nn.Linear(2, 2)) == Spec()
+    assert derive_spec(model).base == "resnet10t"
+    assert derive_spec(model, base_args={"num_classes": 3, "drop_rate": 0.1}).base_args["drop_rate"] == 0.1
+    assert derive_spec(nn.Linear(2, 2)) == Spec()
     slim = nn.Linear(2, 2)
     slim.autoslim = Spec(base="resnet18", base_args={"num_classes": 3}, sizes={"weight": [1, None]})
-    assert spec_of(slim) == slim.autoslim
-    assert spec_of(slim, base_args={"a": [1]}).base_args == {"num_classes": 3, "a": (1,)}
-    assert spec_of(slim, base="resnet34").base_args == {}
+    assert derive_spec(slim) == slim.autoslim
+    assert derive_spec(slim, base_args={"a": [1]}).base_args == {"num_classes": 3, "a": (1,)}
+    assert derive_spec(slim, base="resnet34").base_args == {}
     slim.autoslim = "something else"
-    assert spec_of(slim) == Spec()
+    assert derive_spec(slim) == Spec()
 
 
 def test_what_timm_says_of_its_arguments_is_taken_as_far_as_json_holds_it():
     model = nn.Linear(2, 2)
     model._model_args = {"num_classes": 3, "act_layer": nn.SiLU, "pretrained": True, "taps": [], "x": None, "y": (1, 2)}
-    assert spec_of(model, base="resnet10t").base_args == {"num_classes": 3, "y": (1, 2)}
+    assert derive_spec(model, base="resnet10t").base_args == {"num_classes": 3, "y": (1, 2)}
 
 
 def test_base_args_that_json_cannot_hold_are_refused_at_once():
     with pytest.raises(ArtifactError, match=r"spec 'base_args.act_layer': got <class .*SiLU.*; needed: JSON data"):
-        spec_of(nn.Linear(2, 2), "resnet10t", {"act_layer": nn.SiLU})
+        derive_spec(nn.Linear(2, 2), "resnet10t", {"act_layer": nn.SiLU})
     with pytest.raises(ArtifactError, match=r"base_args: got \[\]; needed: a mapping"):
-        spec_of(nn.Linear(2, 2), "resnet10t", [])
+        derive_spec(nn.Linear(2, 2), "resnet10t", [])
 
 
 # ---- what is refused

@@ -5,7 +5,7 @@ import torch
 from timm.models import FeatureInfo
 
 from timm_autoslim.artifact.bases import create_base
-from timm_autoslim.artifact.torchvision import describe_features, feature_taps
+from timm_autoslim.artifact.torchvision import describe_features, list_taps
 from timm_autoslim.errors import ArtifactError
 
 
@@ -49,7 +49,7 @@ def test_without_a_head_a_model_returns_features():
 
 def test_taps_describe_a_model_without_a_forward():
     model = create_base("torchvision/squeezenet1_1")
-    info, taps = model.feature_info, feature_taps(model)
+    info, taps = model.feature_info, list_taps(model)
     model.feature_info = None
     describe_features(model, taps)
     assert model.feature_info == info

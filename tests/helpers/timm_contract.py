@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from timm_autoslim.artifact.bases import create_base
-from timm_autoslim.artifact.build import pool_type
+from timm_autoslim.artifact.build import find_pool_type
 
 
 def channels(out, fmt):
@@ -238,9 +238,9 @@ def _kinds(make, images):
 
     def pooled():
         model = make(global_pool="max").eval()
-        before = pool_type(model)
+        before = find_pool_type(model)
         model.reset_classifier(5)
-        return before == pool_type(model)
+        return before == find_pool_type(model)
 
     def undecayed():
         model = make()

@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from timm_autoslim.artifact.spec import Size, Spec, Value, spec_error
+from timm_autoslim.artifact.spec import Size, Spec, Value, make_spec_error
 from timm_autoslim.slicing.slices import Slices, shrink_model
 from timm_autoslim.slicing.tensors import Axis
 from timm_autoslim.utils.arguments import is_int
@@ -44,11 +44,11 @@ def apply_common(model: nn.Module, base: nn.Module, spec: Spec) -> nn.Module:
         spec: the spec. What it says of modules that `model` lacks, or that differ there, is left out.
     """
     modules, base_modules = (dict(m.named_modules(remove_duplicate=False)) for m in (model, base))
-    sizes = {name: sizes for name, sizes in spec.sizes.items() if _tensor(modules, name) is not None}
+    sizes = {name: sizes for name, sizes in spec.sizes.items() if _find_tensor(modules, name) is not None}
     attributes = {
         path: value
         for path, value in spec.attributes.items()
-        if _attribute(model, modules, path) == _attribute(base, base_modules, path)
+        if _read_attribute(model, modules, path) == _read_attribute(base, base_modules, path)
     }
     apply_spec(base, spec)
     _apply(model, sizes, attributes)
@@ -61,11 +61,11 @@ def _apply(model: nn.Module, sizes: Mapping[str, tuple[Size, ...]], attributes: 
     slices: dict[str, tuple[Axis, ...]] = {}
     shared: dict[int, tuple[str, tuple[Axis, ...]]] = {}
     for name, axis_sizes in sizes.items():
-        tensor = _tensor(modules, name)
-        axes = slices[name] = _axes(model, name, tensor, axis_sizes)
+        tensor = _find_tensor(modules, name)
+        axes = slices[name] = _find_axes(model, name, tensor, axis_sizes)
         first, first_axes = shared.setdefault(id(tensor), (name, axes))
         if axes != first_axes:
-            raise spec_error(f"sizes.{name}", axis_sizes, f"the sizes of {first}, the same tensor")
+            raise make_spec_error(f"sizes.{name}", axis_sizes, f"the sizes of {first}, the same tensor")
     for path, module in modules.items():
         for leaf, parameter in module._parameters.items():
             if id(parameter) in shared:  # tied parameters stay tied, whichever of their names the spec lists
@@ -74,7 +74,7 @@ def _apply(model: nn.Module, sizes: Mapping[str, tuple[Size, ...]], attributes: 
     shrink_model(model, Slices(tensors=slices, attributes=values))
 
 
-def _tensor(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
+def _find_tensor(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
     """Return the tensor of this name; runs no property of a module."""
     path, _, leaf = name.rpartition(".")
     module = modules.get(path)
@@ -86,25 +86,25 @@ def _tensor(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
     return None
 
 
-def _axes(model: nn.Module, name: str, tensor: Tensor | None, sizes: tuple[Size, ...]) -> tuple[Axis, ...]:
+def _find_axes(model: nn.Module, name: str, tensor: Tensor | None, sizes: tuple[Size, ...]) -> tuple[Axis, ...]:
     """Return what is kept of each axis of a tensor."""
     where = f"sizes.{name}"
     if tensor is None:
-        raise spec_error(where, sizes, f"a tensor of {type(model).__name__}, which has none of this name")
+        raise make_spec_error(where, sizes, f"a tensor of {type(model).__name__}, which has none of this name")
     if len(sizes) != tensor.ndim:
-        raise spec_error(where, sizes, f"a list of {tensor.ndim} sizes for the shape {tuple(tensor.shape)}")
+        raise make_spec_error(where, sizes, f"a list of {tensor.ndim} sizes for the shape {tuple(tensor.shape)}")
     axes: list[Axis] = [((0, size),) if isinstance(size, int) else size for size in sizes]
     for runs, length in zip(axes, tensor.shape, strict=True):
         if runs is not None and sum(runs[-1]) > length:
             needed = f"for each axis None, an integer from 1 to the size in {tuple(tensor.shape)}, or runs within it"
-            raise spec_error(where, sizes, needed)
+            raise make_spec_error(where, sizes, needed)
     return tuple(axes)
 
 
 # ------------------------------------------------------------------------------------------------ attributes
 
 
-def _attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> object:
+def _read_attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> object:
     """Return what the base holds under an attribute's path, or None; follows `set_attributes`, no further."""
     above, _, leaf = path.rpartition(".")
     module, parts = modules.get(above, model), [leaf]
@@ -130,31 +130,33 @@ def _attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: str) ->
 def _check_attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: str, value: Value) -> Any:
     """Return a value of the type that the base has under this path; it may only be smaller."""
     where = f"attributes.{path}"
-    full = _attribute(model, modules, path)
+    full = _read_attribute(model, modules, path)
     if is_int(full):
         if not (is_int(value) and value <= full):
-            raise spec_error(where, value, f"an integer from 1 to {full}")
+            raise make_spec_error(where, value, f"an integer from 1 to {full}")
         return value
     if isinstance(full, float):
         if not _is_narrower_scale(value, full) or "drop" in path.rpartition(".")[2]:
             needed = f"n ** -0.5 of a head of n channels, where the base has such a scale of more, not {full}"
-            raise spec_error(where, value, needed)
+            raise make_spec_error(where, value, needed)
         return value
     if isinstance(full, Sequence) and not isinstance(full, str) and full and all(map(is_int, full)):
         values = value if isinstance(value, tuple) else ()
         if len(values) != len(full) or not all(v <= n for v, n in zip(values, full, strict=True)):
-            raise spec_error(where, value, f"{len(full)} positive integers, none above {tuple(full)}")
+            raise make_spec_error(where, value, f"{len(full)} positive integers, none above {tuple(full)}")
         return list(values) if isinstance(full, list) else values
-    raise spec_error(where, value, f"a number or integers of {type(model).__name__}, which has none under this path")
+    raise make_spec_error(
+        where, value, f"a number or integers of {type(model).__name__}, which has none under this path"
+    )
 
 
 def _is_narrower_scale(scale: object, full: float) -> bool:
     """Whether both scale attention scores by head_dim ** -0.5: no other floats follow widths."""
-    head_dim, full_head_dim = _head_dim(scale), _head_dim(full)
+    head_dim, full_head_dim = _find_head_dim(scale), _find_head_dim(full)
     return head_dim is not None and full_head_dim is not None and head_dim <= full_head_dim
 
 
-def _head_dim(scale: object) -> int | None:
+def _find_head_dim(scale: object) -> int | None:
     """Return the n of which a number is n ** -0.5."""
     if isinstance(scale, float) and MAX_HEAD_DIM**-0.5 <= scale <= 1:
         n = round(scale**-2)

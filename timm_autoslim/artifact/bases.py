@@ -47,7 +47,7 @@ def create_base(name: str, /, **kwargs: Any) -> nn.Module:
 
 def create_meta_base(name: str, /, **kwargs: Any) -> nn.Module:
     """As `create_base`, on the meta device where that works."""
-    return on_meta(create_base, name, **kwargs)
+    return build_on_meta(create_base, name, **kwargs)
 
 
 def construct_base(name: str, /, **kwargs: Any) -> nn.Module:
@@ -67,7 +67,7 @@ def construct_base(name: str, /, **kwargs: Any) -> nn.Module:
     return model
 
 
-def base_settings(base: str) -> PretrainedCfg:
+def get_base_settings(base: str) -> PretrainedCfg:
     """Return timm's data settings of a base, without a place to load weights from: these do not fit a slim model."""
     cfg = None if base.startswith(TORCHVISION) else call_base(base, get_pretrained_cfg, base)
     settings = (cfg or PretrainedCfg()).to_dict(remove_source=True)
@@ -92,7 +92,7 @@ def call_base(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: 
         ) from error
 
 
-def on_meta(function: Callable[..., nn.Module], /, *args: Any, **kwargs: Any) -> nn.Module:
+def build_on_meta(function: Callable[..., nn.Module], /, *args: Any, **kwargs: Any) -> nn.Module:
     """Build a model on the meta device, without data; or with data where its constructor reads values."""
     try:
         with torch.device("meta"):

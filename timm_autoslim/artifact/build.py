@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from timm_autoslim.artifact.apply import apply_common, apply_spec
-from timm_autoslim.artifact.bases import base_settings, call_base, construct_base, find_weight_filter, on_meta
+from timm_autoslim.artifact.bases import build_on_meta, call_base, construct_base, find_weight_filter, get_base_settings
 from timm_autoslim.artifact.config import refuse_forbidden
 from timm_autoslim.artifact.limits import MemoryLimit
-from timm_autoslim.artifact.spec import Spec, spec_error
+from timm_autoslim.artifact.spec import Spec, make_spec_error
 from timm_autoslim.artifact.torchvision import describe_features, remove_classifiers
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.utils.arguments import is_int
@@ -61,12 +61,12 @@ class SlimBuilder:
         args = dict(arguments)
         num_classes, global_pool = args.pop("num_classes", None), args.pop("global_pool", None)
         refuse_forbidden(args)
-        native = self._native_classes()
+        native = self._find_native_classes()
         wanted = native if num_classes is None else num_classes
         if not is_int(wanted) or wanted < 0:
             raise ArtifactError.at("num_classes", got=reprlib.repr(wanted), needed="an integer, 0 for no head")
         # The spec holds the head's tensors if its base had a head: such a base is built, and the head changed after.
-        args = {**self.spec.arguments(), **args, "num_classes": wanted if bool(wanted) == bool(native) else native}
+        args = {**self.spec.copy_arguments(), **args, "num_classes": wanted if bool(wanted) == bool(native) else native}
         base, call = self.limit.base, self.limit.call_unfilled if unfilled else self.limit.call
         model = call(construct_base, base, **args)
         if self.spec.from_torchvision:
@@ -75,10 +75,10 @@ class SlimBuilder:
             self._fit_torchvision_head(model, native, wanted, global_pool)
         elif hasattr(model, "reset_classifier"):
             apply_spec(model, self.spec)
-            if getattr(model, "num_classes", native) != wanted or global_pool not in (None, pool_type(model)):
+            if getattr(model, "num_classes", native) != wanted or global_pool not in (None, find_pool_type(model)):
                 head = (wanted,) if global_pool is None else (wanted, global_pool)
                 self.limit.call(call_base, base, model.reset_classifier, *head)
-        elif global_pool in (None, pool_type(model)):
+        elif global_pool in (None, find_pool_type(model)):
             apply_spec(model, self.spec)
         else:  # an encoder takes its pooling when it is built, and may then lack modules that the spec names
             pooled = self.limit.call(construct_base, base, **args, global_pool=global_pool)
@@ -89,11 +89,11 @@ class SlimBuilder:
         """Build the model as it was exported, with its image size, classes and pooling; on meta where that works."""
         changed = ("img_size", "num_classes", "global_pool")
         args = {key: value for key, value in arguments.items() if key not in changed}
-        return on_meta(self.build, {**args, "num_classes": num_classes, "global_pool": global_pool})
+        return build_on_meta(self.build, {**args, "num_classes": num_classes, "global_pool": global_pool})
 
     def resize(self, state: Mapping[str, Tensor], model: nn.Module, img_size: Any) -> Mapping[str, Tensor]:
         """Fit weights to a model for another image size by the base's own function, as timm does for the base."""
-        args = {**self.spec.arguments(), "img_size": img_size}
+        args = {**self.spec.copy_arguments(), "img_size": img_size}
         weight_filter = self.limit.call(find_weight_filter, self.limit.base, **args)
         if weight_filter is None:
             return state
@@ -112,12 +112,12 @@ class SlimBuilder:
             )
         return resized
 
-    def _native_classes(self) -> int:
+    def _find_native_classes(self) -> int:
         """The number of classes of the base that the spec describes."""
         args = self.spec.base_args
-        native = args["num_classes"] if "num_classes" in args else base_settings(self.limit.base).num_classes
+        native = args["num_classes"] if "num_classes" in args else get_base_settings(self.limit.base).num_classes
         if not is_int(native) or native < 0:
-            raise spec_error("base_args.num_classes", native, "an integer, 0 for no head")
+            raise make_spec_error("base_args.num_classes", native, "an integer, 0 for no head")
         return native
 
     def _fit_torchvision_head(self, model: nn.Module, native: int, wanted: int, global_pool: str | None) -> None:
@@ -133,7 +133,7 @@ class SlimBuilder:
             remove_classifiers(model)
 
 
-def pool_type(model: nn.Module) -> str | None:
+def find_pool_type(model: nn.Module) -> str | None:
     """Return the pooling of a timm model's head (`avg`, `catavgmax`, ...), None where the model does not say."""
     head = getattr(model, "head", None)
     for module, name in ((head, "global_pool"), (head, "pool_type"), (model, "global_pool")):

@@ -44,7 +44,7 @@ def check_figures(card: Mapping[str, object] | None) -> dict[str, str]:
 
 def create_comparable_base(config: Config) -> nn.Module:
     """Return the base of an exported model, with the model's head and input channels; on meta where that works."""
-    args = {**config.spec.arguments(), "num_classes": config.data.num_classes}
+    args = {**config.spec.copy_arguments(), "num_classes": config.data.num_classes}
     channels = config.data.input_size[0]
     if channels != 3 or "in_chans" in args:
         args["in_chans"] = channels

@@ -16,7 +16,7 @@ SMALL_WEIGHT = 1e-2  # parameters below it, such as a LayerScale of 1e-6, hide t
 
 
 @torch.no_grad()
-def difference(model: nn.Module, other: nn.Module, size: Sequence[int]) -> str:
+def find_difference(model: nn.Module, other: nn.Module, size: Sequence[int]) -> str:
     """Run two models with tensors of the same names and shapes, on the same weights and image, in evaluation mode.
 
     Both get the weights of `other`. Where these are nearly zero, such as a head or a branch that starts at zero, both
@@ -32,7 +32,7 @@ def difference(model: nn.Module, other: nn.Module, size: Sequence[int]) -> str:
         What differs, empty if nothing does. Where `model` takes no image of these sizes, only the modules' types and
         settings are compared.
     """
-    copied, other = _copy(model), other.to("cpu").eval()
+    copied, other = _copy_model(model), other.to("cpu").eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for parameter in other.parameters():
@@ -40,39 +40,39 @@ def difference(model: nn.Module, other: nn.Module, size: Sequence[int]) -> str:
                 parameter.normal_(0, 0.1)
         copied.load_state_dict(other.state_dict(), assign=True)
         _share_buffers(copied, other)
-        for image in _images(size):
-            outputs = _outputs(copied, image)
+        for image in _make_images(size):
+            outputs = _run_model(copied, image)
             if not isinstance(outputs, Exception):
-                gap = _gap(outputs, _outputs(other, image))
-                parts = (f"{gap} for an image of {tuple(image.shape[2:])} pixels", _first_module(copied, other))
+                gap = _describe_gap(outputs, _run_model(other, image))
+                parts = (f"{gap} for an image of {tuple(image.shape[2:])} pixels", _find_first_module(copied, other))
                 return gap and "; ".join(filter(None, parts))
-    return _first_module(copied, other, attributes=False)
+    return _find_first_module(copied, other, attributes=False)
 
 
 @torch.no_grad()
-def unused_modules(model: nn.Module, size: Sequence[int]) -> set[str]:
+def find_unused_modules(model: nn.Module, size: Sequence[int]) -> set[str]:
     """Return the paths of the modules that do not run in evaluation, such as an auxiliary head; `size` as above.
 
     There are none where `model` takes no image of these sizes.
     """
-    copied = _copy(model).float()
+    copied = _copy_model(model).float()
     paths = {path for path, _ in copied.named_modules()}
     used: set[str] = set()
     for path, module in copied.named_modules():
         module.register_forward_pre_hook(lambda *_, path=path: used.add(path))
     with torch.random.fork_rng(devices=[]):
-        if any(not isinstance(_outputs(copied, image), Exception) for image in _images(size)):
+        if any(not isinstance(_run_model(copied, image), Exception) for image in _make_images(size)):
             return paths - used
     return set()
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def _copy_model(model: nn.Module) -> nn.Module:
     copied = extract_model(model, Slices({}, {})).to("cpu").eval()
     clear_caches(copied.modules())  # what modules cached of other weights
     return copied
 
 
-def _images(size: Sequence[int]) -> Iterator[Tensor]:
+def _make_images(size: Sequence[int]) -> Iterator[Tensor]:
     """Yield images (1, C, H, W) to try."""
     channels, *sides = size
     small = tuple(min(side, SMALL_IMAGE) for side in sides)
@@ -90,7 +90,7 @@ def _share_buffers(model: nn.Module, other: nn.Module) -> None:
                 module._buffers[name] = exact if same else buffer.to(exact.dtype)
 
 
-def _outputs(model: nn.Module, image: Tensor) -> list[Tensor] | Exception:
+def _run_model(model: nn.Module, image: Tensor) -> list[Tensor] | Exception:
     torch.manual_seed(0)
     try:
         return [leaf for leaf in tree_leaves(model(image)) if isinstance(leaf, Tensor)]
@@ -98,7 +98,7 @@ def _outputs(model: nn.Module, image: Tensor) -> list[Tensor] | Exception:
         return error
 
 
-def _gap(outputs: list[Tensor], others: list[Tensor] | Exception) -> str:
+def _describe_gap(outputs: list[Tensor], others: list[Tensor] | Exception) -> str:
     """Say how outputs differ."""
     if isinstance(others, Exception):
         return f"{type(others).__name__}: {str(others)[:200]}"
@@ -112,7 +112,7 @@ def _gap(outputs: list[Tensor], others: list[Tensor] | Exception) -> str:
     return f"outputs that differ by {max(gaps):.2g}"
 
 
-def _first_module(model: nn.Module, other: nn.Module, attributes: bool = True) -> str:
+def _find_first_module(model: nn.Module, other: nn.Module, attributes: bool = True) -> str:
     """Name the first module that is of another kind or has other settings, or other attributes (some only describe)."""
     for (path, module), (other_path, other_module) in zip(model.named_modules(), other.named_modules(), strict=False):
         place = path or "the model"

@@ -92,11 +92,11 @@ class Config:
             "num_classes": self.data.num_classes,
             "num_features": num_features,
             **({"global_pool": global_pool} if global_pool else {}),
-            "model_args": self.model_args(),
+            "model_args": self.to_model_args(),
             "pretrained_cfg": self.data.to_dict(remove_source=True),
         }
 
-    def model_args(self) -> dict[str, Any]:
+    def to_model_args(self) -> dict[str, Any]:
         """Return the arguments of the loader as JSON data: the spec, and the settings beside it."""
         return {"spec": self.spec.to_dict(), **thaw(self.settings)}
 
@@ -105,7 +105,7 @@ def refuse_forbidden(arguments: Mapping[str, Any]) -> None:
     """Raise an ArtifactError if one of the keyword arguments of a loader would do more than shape the model."""
     refused = sorted(FORBIDDEN_SETTINGS & set(arguments))
     if refused:
-        raise _settings_error(refused[0], arguments[refused[0]], "only arguments that shape the model")
+        raise _make_settings_error(refused[0], arguments[refused[0]], "only arguments that shape the model")
 
 
 def parse_settings(args: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -119,17 +119,17 @@ def parse_settings(args: Mapping[str, Any]) -> Mapping[str, Any]:
         if key == "spec":
             continue
         if key in _RESERVED:
-            raise _settings_error(key, value, "only arguments that shape the model")
+            raise _make_settings_error(key, value, "only arguments that shape the model")
         settings[key] = freeze(f"model_args.{key}", value)
         size = value if isinstance(value, list | tuple) else [value]
         if key == "in_chans" and not _is_size(value):
-            raise _settings_error(key, value, "a positive integer")
+            raise _make_settings_error(key, value, "a positive integer")
         if key == "img_size" and not (len(size) <= 2 and all(map(_is_size, size)) and size):
-            raise _settings_error(key, value, "one or two positive integers")
+            raise _make_settings_error(key, value, "one or two positive integers")
     return MappingProxyType(settings)
 
 
-def _settings_error(key: str, value: object, needed: str) -> ArtifactError:
+def _make_settings_error(key: str, value: object, needed: str) -> ArtifactError:
     return ArtifactError.at(f"model_args.{key}", got=reprlib.repr(value), needed=needed, remedy=EXPORT_AGAIN)
 
 

@@ -27,7 +27,7 @@ def refuse_existing(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def folder_at_once(folder: Path) -> Iterator[Path]:
+def create_folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to write to. It gets its name when the block ends well, and leaves no trace when it does not.
 
     A process that is killed leaves a hidden draft, which the next call with the same name removes.

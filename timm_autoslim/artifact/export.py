@@ -15,16 +15,16 @@ from safetensors.torch import save_file
 from timm.models import FeatureInfo, PretrainedCfg
 from torch import Tensor, nn
 
-from timm_autoslim.artifact.bases import on_meta
-from timm_autoslim.artifact.build import build_slim, pool_type
+from timm_autoslim.artifact.bases import build_on_meta
+from timm_autoslim.artifact.build import build_slim, find_pool_type
 from timm_autoslim.artifact.card import check_figures, write_card
-from timm_autoslim.artifact.compare import difference, unused_modules
+from timm_autoslim.artifact.compare import find_difference, find_unused_modules
 from timm_autoslim.artifact.config import Config, parse_settings
-from timm_autoslim.artifact.drafts import folder_at_once, refuse_existing
+from timm_autoslim.artifact.drafts import create_folder, refuse_existing
 from timm_autoslim.artifact.folder import CONFIG, WEIGHTS
 from timm_autoslim.artifact.pruned import PRUNED, write_pruned
 from timm_autoslim.artifact.spec import Spec
-from timm_autoslim.artifact.torchvision import feature_taps
+from timm_autoslim.artifact.torchvision import list_taps
 from timm_autoslim.errors import ArtifactError, StaleStatisticsError
 from timm_autoslim.utils.files import replace_file
 
@@ -77,20 +77,20 @@ def export(
     folder = Path(out)
     refuse_existing(folder)
     figures = check_figures(card)
-    spec = _spec_of(model, base, base_args)
+    spec = _find_spec(model, base, base_args)
     _refuse_without_numbers(model)
     with torch.random.fork_rng(devices=[]):  # building draws random numbers
         rebuilt, changes = _rebuild(model, spec)
-        config = _config(model, rebuilt, spec, changes)
+        config = _make_config(model, rebuilt, spec, changes)
         size = config.data.input_size
         _refuse_stale(model, spec, size)
         # clones: safetensors refuses tensors that share memory, and tied parameters need both of their names
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-        with folder_at_once(folder) as draft:
+        with create_folder(folder) as draft:
             with replace_file(draft / WEIGHTS) as part:  # gives it the rights that any new file has
                 save_file(tensors, part, metadata={"format": "pt"})
             num_features: Any = getattr(model, "num_features", None) or getattr(rebuilt, "num_features", 0)
-            content = json.dumps(config.to_dict(num_features, pool_type(model)), indent=2, allow_nan=False)
+            content = json.dumps(config.to_dict(num_features, find_pool_type(model)), indent=2, allow_nan=False)
             (draft / CONFIG).write_text(f"{content}\n", encoding="utf-8")
             _prove_folder(draft, model, tensors, spec, size)
             timm_code = write_pruned(draft / PRUNED, model, spec, changes, size)
@@ -101,7 +101,7 @@ def export(
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
-def _spec_of(model: nn.Module, base: str | None, base_args: Mapping[str, object] | None) -> Spec:
+def _find_spec(model: nn.Module, base: str | None, base_args: Mapping[str, object] | None) -> Spec:
     """Return the model's spec, with its base."""
     kind = type(model).__name__
     if hasattr(model, "_orig_mod"):
@@ -153,7 +153,7 @@ def _refuse_stale(model: nn.Module, spec: Spec, size: Sequence[int]) -> None:
         return
     # What calibrate() does not reach does not run in evaluation either. It is the parent that counts: it may use the
     # tensors of its BatchNorm without calling it.
-    unused = unused_modules(model, size)
+    unused = find_unused_modules(model, size)
     for name, count in stale.items():
         if name.rpartition(".")[0] not in unused:
             raise StaleStatisticsError.at(
@@ -171,15 +171,15 @@ def _rebuild(model: nn.Module, spec: Spec) -> tuple[nn.Module, dict[str, Any]]:
     Returns:
         What was built, and what a user changed since the base was created, as arguments of `timm.create_model`.
     """
-    rebuilt = on_meta(build_slim, spec)
+    rebuilt = build_on_meta(build_slim, spec)
     changes = _find_changes(model, rebuilt)
     if changes:
-        rebuilt = on_meta(build_slim, spec, **changes)
-    advice = _advice(spec)
+        rebuilt = build_on_meta(build_slim, spec, **changes)
+    advice = _advise(spec)
     if type(rebuilt) is not type(model):
         kinds = type(model).__name__, type(rebuilt).__name__
         raise ArtifactError.at("model", got=f"a {kinds[0]}", needed=f"a {kinds[1]}", remedy=advice)
-    shapes, needed_shapes = _shapes(model), _shapes(rebuilt)
+    shapes, needed_shapes = _list_shapes(model), _list_shapes(rebuilt)
     for name in (*needed_shapes, *shapes):
         got, needed = shapes.get(name, "no such tensor"), needed_shapes.get(name, "no such tensor")
         if got != needed or got == "no tensor":
@@ -187,7 +187,7 @@ def _rebuild(model: nn.Module, spec: Spec) -> tuple[nn.Module, dict[str, Any]]:
     return rebuilt, changes
 
 
-def _shapes(model: nn.Module) -> dict[str, str]:
+def _list_shapes(model: nn.Module) -> dict[str, str]:
     state: Mapping[str, object] = model.state_dict()
     return {k: f"shape {tuple(v.shape)}" if isinstance(v, Tensor) else "no tensor" for k, v in state.items()}
 
@@ -199,17 +199,17 @@ def _prove_folder(
     loaded: nn.Module = timm.create_model(f"local-dir:{draft}", pretrained=True)
     state = loaded.state_dict()
     differing = next((n for n, t in tensors.items() if not torch.equal(state[n].cpu().to(t.dtype), t)), None)
-    gap = f"other numbers in {differing}" if differing else difference(model, loaded, size)
+    gap = f"other numbers in {differing}" if differing else find_difference(model, loaded, size)
     if gap:
         raise ArtifactError.at(
             type(model).__name__,
             got=f"{gap}, when the folder was loaded again",
             needed="the same model",
-            remedy=_advice(spec),
+            remedy=_advise(spec),
         )
 
 
-def _advice(spec: Spec) -> str:
+def _advise(spec: Spec) -> str:
     return (
         f"pass base_args= with the arguments that {spec.base!r} was created with, and base= if it was another. "
         "Changes by hand after extract() are in no folder: undo them before export, and make them on the loaded model"
@@ -224,43 +224,43 @@ def _find_changes(model: nn.Module, rebuilt: nn.Module) -> dict[str, Any]:
     cfg: Any = rebuilt.pretrained_cfg
     changes: dict[str, Any] = {}
     native = cfg.get("num_classes")
-    classes = _outputs(model, cfg.get("classifier"))
+    classes = _count_outputs(model, cfg.get("classifier"))
     if classes is None:
         classes = getattr(model, "num_classes", native)
     if classes != getattr(rebuilt, "num_classes", native):
         changes["num_classes"] = classes
-    inputs, rebuilt_inputs = _inputs(model, cfg.get("first_conv")), _inputs(rebuilt, cfg.get("first_conv"))
+    inputs, rebuilt_inputs = _count_inputs(model, cfg.get("first_conv")), _count_inputs(rebuilt, cfg.get("first_conv"))
     if inputs and rebuilt_inputs and inputs != rebuilt_inputs:
         # a ratio, because some stems fold pixels into channels before their first convolution
         channels = getattr(rebuilt, "in_chans", None) or cfg["input_size"][0]
         changes["in_chans"] = max(1, channels * inputs // rebuilt_inputs)
-    pool = pool_type(model)
-    if pool is not None and pool != pool_type(rebuilt):
+    pool = find_pool_type(model)
+    if pool is not None and pool != find_pool_type(rebuilt):
         changes["global_pool"] = pool
     return changes
 
 
-def _first(model: nn.Module, names: Any) -> nn.Module | None:
+def _find_module(model: nn.Module, names: Any) -> nn.Module | None:
     """Return the module under a name of timm's data settings, which may hold none, one or several."""
     name = names[0] if isinstance(names, list | tuple) and names else names
     return dict(model.named_modules()).get(name) if isinstance(name, str) else None
 
 
-def _outputs(model: nn.Module, names: Any) -> int | None:
-    layer = _first(model, names)
+def _count_outputs(model: nn.Module, names: Any) -> int | None:
+    layer = _find_module(model, names)
     if isinstance(layer, nn.Identity):
         return 0
     weight = getattr(layer, "weight", None)
     return int(weight.shape[0]) if isinstance(weight, Tensor) else None
 
 
-def _inputs(model: nn.Module, names: Any) -> int | None:
-    layer = _first(model, names)
+def _count_inputs(model: nn.Module, names: Any) -> int | None:
+    layer = _find_module(model, names)
     weight = getattr(layer, "weight", None)
     return int(weight.shape[1]) * int(getattr(layer, "groups", 1)) if isinstance(weight, Tensor) else None
 
 
-def _config(model: nn.Module, rebuilt: nn.Module, spec: Spec, changes: Mapping[str, Any]) -> Config:
+def _make_config(model: nn.Module, rebuilt: nn.Module, spec: Spec, changes: Mapping[str, Any]) -> Config:
     """Return the content of the folder's config.json."""
     rebuilt_cfg: Any = rebuilt.pretrained_cfg
     cfg: Any = getattr(model, "pretrained_cfg", None)
@@ -282,5 +282,5 @@ def _config(model: nn.Module, rebuilt: nn.Module, spec: Spec, changes: Mapping[s
     data = PretrainedCfg(**{key: value for key, value in merged.items() if key in names})
     settings = {key: value for key, value in changes.items() if key == "global_pool"}
     if spec.from_torchvision:  # measuring them at every loading would take a forward
-        settings["taps"] = feature_taps(rebuilt)
+        settings["taps"] = list_taps(rebuilt)
     return Config(spec, data, parse_settings(settings))

@@ -26,7 +26,7 @@ class _Getter(FeatureGetterNet):  # type: ignore[misc]  # timm is untyped here
         inner.set_grad_checkpointing(enable)
 
 
-def feature_cfg(model: nn.Module, spec: Spec) -> dict[str, Any]:
+def choose_feature_cfg(model: nn.Module, spec: Spec) -> dict[str, Any]:
     """Return how timm takes features from a model: by the base's default indices, and in its way where that works.
 
     Args:
@@ -53,7 +53,7 @@ def feature_cfg(model: nn.Module, spec: Spec) -> dict[str, Any]:
     for device in ("meta", "cpu"):  # some bases cannot be built on the meta device
         try:
             with torch.device(device):
-                backbone = timm.create_model(spec.require_base(), features_only=True, **spec.arguments())
+                backbone = timm.create_model(spec.require_base(), features_only=True, **spec.copy_arguments())
             break
         except Exception:  # some bases have no extractor of their own
             continue

@@ -28,7 +28,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
 
-def _fail(path: Path, got: str, needed: str) -> ArtifactError:
+def _make_error(path: Path, got: str, needed: str) -> ArtifactError:
     return ArtifactError.at(str(path), got=got, needed=needed, remedy=GET_AGAIN)
 
 
@@ -56,7 +56,7 @@ def check_folder(folder: str | Path) -> None:
     read_header(Path(folder) / WEIGHTS)
 
 
-def _file_size(path: Path) -> int:
+def _check_file(path: Path) -> int:
     """Return the size of a regular file in bytes, or of the one that a link leads to."""
     try:
         status = path.stat()
@@ -64,9 +64,9 @@ def _file_size(path: Path) -> int:
         needed = "a regular file"
         if path.name == WEIGHTS:  # timm's own save_for_hf writes a pickle unless it is told otherwise
             needed += " of safetensors, as export and save_for_hf(safe_serialization=True) write it"
-        raise _fail(path, f"a file that cannot be read ({error})", needed) from error
+        raise _make_error(path, f"a file that cannot be read ({error})", needed) from error
     if not stat.S_ISREG(status.st_mode):
-        raise _fail(path, "no regular file", "a regular file")
+        raise _make_error(path, "no regular file", "a regular file")
     return status.st_size
 
 
@@ -76,13 +76,15 @@ def read_json(path: Path) -> Any:
     Raises:
         ArtifactError: it cannot be read, is too large or no JSON.
     """
-    size = _file_size(path)
+    size = _check_file(path)
     if size > MAX_CONFIG:
-        raise _fail(path, f"{size:,} bytes", f"at most {MAX_CONFIG:,}")
+        raise _make_error(path, f"{size:,} bytes", f"at most {MAX_CONFIG:,}")
     try:
         return json.loads(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _fail(path, f"no JSON ({type(error).__name__}: {reprlib.repr(str(error))})", "JSON in UTF-8") from error
+        raise _make_error(
+            path, f"no JSON ({type(error).__name__}: {reprlib.repr(str(error))})", "JSON in UTF-8"
+        ) from error
 
 
 def read_config(path: Path) -> Config:
@@ -123,13 +125,13 @@ def read_header(path: Path) -> Header:
     Raises:
         ArtifactError: there is none, or it is malformed, or does not fit the length of the file.
     """
-    if _file_size(path) < 8:
-        raise _fail(path, "a truncated file", "a safetensors file")
+    if _check_file(path) < 8:
+        raise _make_error(path, "a truncated file", "a safetensors file")
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
-            raise _fail(path, f"a header of {length:,} bytes", f"a header of at most {MAX_HEADER:,}")
+            raise _make_error(path, f"a header of {length:,} bytes", f"a header of at most {MAX_HEADER:,}")
         with safe_open(path, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
@@ -137,7 +139,7 @@ def read_header(path: Path) -> Header:
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ArtifactError):
             raise
-        raise _fail(path, f"no weights ({reprlib.repr(str(error))})", "a complete safetensors file") from error
+        raise _make_error(path, f"no weights ({reprlib.repr(str(error))})", "a complete safetensors file") from error
     return Header(path, shapes, dtypes)
 
 
@@ -163,28 +165,30 @@ def check_weights(
     Raises:
         ArtifactError: a tensor is missing, unknown, or of another shape or kind.
     """
-    heads = {f"{name}.{leaf}" for name in _names(data.classifier) for leaf in ("weight", "bias")}
+    heads = {f"{name}.{leaf}" for name in _list_names(data.classifier) for leaf in ("weight", "bias")}
     heads = heads if skip_classifiers else set()
-    stems = {f"{name}.weight" for name in _names(data.first_conv)} if in_chans != data.input_size[0] else set()
+    stems = {f"{name}.weight" for name in _list_names(data.first_conv)} if in_chans != data.input_size[0] else set()
     state = {name: value for name, value in exported.state_dict().items() if isinstance(value, Tensor)}
     new = [] if model is exported else sorted(model.state_dict().keys() - state.keys())
     for name in (*new, *state, *(header.shapes.keys() - state.keys())):
         tensor, shape = state.get(name), header.shapes.get(name)
         if name in heads:
             if shape and math.prod(shape) > MAX_ELEMENTS:
-                raise _fail(header.path, f"{name!r} of shape {shape}", f"at most {MAX_ELEMENTS:,} numbers")
+                raise _make_error(header.path, f"{name!r} of shape {shape}", f"at most {MAX_ELEMENTS:,} numbers")
             continue
         if tensor is None or shape is None or not _fits(shape, tensor.shape, name in stems):
             got = "no such tensor" if shape is None else f"shape {shape}"
             needed = "no such tensor" if tensor is None else f"shape {tuple(tensor.shape)}"
             needed = "a tensor" if name in new else needed
-            raise _fail(header.path, f"{reprlib.repr(name)}: {got}", f"{needed}, as config.json describes the model")
+            raise _make_error(
+                header.path, f"{reprlib.repr(name)}: {got}", f"{needed}, as config.json describes the model"
+            )
         kind = header.dtypes[name]
         if kind not in (FLOATS if tensor.is_floating_point() else INTEGERS):
-            raise _fail(header.path, f"{name!r} of type {kind}", f"numbers like {tensor.dtype}")
+            raise _make_error(header.path, f"{name!r} of type {kind}", f"numbers like {tensor.dtype}")
 
 
-def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+def _list_names(value: str | Sequence[str] | None) -> tuple[str, ...]:
     """Return the names in one of timm's data settings, which holds none, one or several."""
     return (value,) if isinstance(value, str) else tuple(value or ())
 

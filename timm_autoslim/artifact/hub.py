@@ -69,7 +69,7 @@ def push(folder: str | Path, repo_id: str, *, card: Mapping[str, object] | None 
         model,
         repo_id,
         model_config={"architecture": ARCHITECTURE},
-        model_args=config.model_args(),
+        model_args=config.to_model_args(),
         model_card={
             "tags": ["image-classification", "timm", "timm-autoslim"],
             "license": model.pretrained_cfg.get("license") or "other",

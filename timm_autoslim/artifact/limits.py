@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from timm_autoslim.artifact.bases import construct_base
-from timm_autoslim.artifact.spec import spec_error
+from timm_autoslim.artifact.spec import make_spec_error
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.utils.arguments import is_int
 
@@ -70,7 +70,7 @@ class MemoryLimit:
             if larger <= limit:
                 beside = "" if self.file_elements is None else f" beside weights of {self.file_elements:,}"
                 needed = f"arguments that build at most {limit:,} numbers{beside} in {MAX_TENSORS:,} tensors"
-                raise spec_error("base_args", kwargs or args, needed) from error
+                raise make_spec_error("base_args", kwargs or args, needed) from error
         with AllocationGuard(larger):
             return function(*args, **kwargs)
 
@@ -104,10 +104,10 @@ class MemoryLimit:
     @property
     def _elements_of_large_bases(self) -> int:
         """The limit of a base that is large without arguments."""
-        return min(4 * _elements_without_arguments(self.base), self._elements_by_file)
+        return min(4 * _count_without_arguments(self.base), self._elements_by_file)
 
 
-def _elements_without_arguments(base: str) -> int:
+def _count_without_arguments(base: str) -> int:
     """How many elements a base creates without arguments; 0 if it needs some, or cannot be built without data."""
     meter = AllocationGuard(ENDLESS)
     try:
@@ -144,9 +144,9 @@ class AllocationGuard(TorchFunctionMode):
             if type(target) is nn.Parameter and self._skips(target, func.__name__):
                 return target
             return func(*args, **kwargs)
-        size, from_tensor = _most_elements([*args, *kwargs.values()])
+        size, from_tensor = _bound_elements([*args, *kwargs.values()])
         if size > SMALL:
-            self._refuse_beyond(_elements_on_meta(func, args, kwargs, size))
+            self._refuse_beyond(_count_on_meta(func, args, kwargs, size))
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
             self.tensors += not from_tensor
@@ -179,7 +179,7 @@ def _returns_no_tensor(func: Any) -> bool:
     return name in _QUIET or (name[-1:] == "_" and name[-2:] != "__" and not name.startswith("resize"))
 
 
-def _most_elements(values: list[Any]) -> tuple[int, bool]:
+def _bound_elements(values: list[Any]) -> tuple[int, bool]:
     """How many elements a function of these arguments can return at most, and whether one of them is a tensor."""
     size, has_tensor = 1, False
     for value in values:  # grows while it is read
@@ -199,7 +199,7 @@ def _most_elements(values: list[Any]) -> tuple[int, bool]:
     return size, has_tensor
 
 
-def _elements_on_meta(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], at_most: int) -> int:
+def _count_on_meta(func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], at_most: int) -> int:
     """How many elements a function will return: computed on the meta device, where they take no memory."""
 
     def meta_copy(tensor: Tensor) -> Tensor:
@@ -211,12 +211,12 @@ def _elements_on_meta(func: Callable[..., Any], args: Any, kwargs: Mapping[str, 
             out = func(*args, **kwargs)
     except Exception:  # it reads data, or is no function of tensors at all
         return at_most
-    return sum(tensor.numel() for tensor in _tensors(out))
+    return sum(tensor.numel() for tensor in _list_tensors(out))
 
 
-def _tensors(out: Any) -> Iterator[Tensor]:
+def _list_tensors(out: Any) -> Iterator[Tensor]:
     if isinstance(out, Tensor):
         yield out
     elif isinstance(out, list | tuple):
         for item in out:
-            yield from _tensors(item)
+            yield from _list_tensors(item)

@@ -14,10 +14,10 @@ from timm.models import PretrainedCfg, build_model_with_cfg, register_model
 from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
-from timm_autoslim.artifact.bases import base_settings
+from timm_autoslim.artifact.bases import get_base_settings
 from timm_autoslim.artifact.build import SlimBuilder
 from timm_autoslim.artifact.config import EXPORT_AGAIN, Config, parse_data_settings, parse_settings, refuse_forbidden
-from timm_autoslim.artifact.features import feature_cfg
+from timm_autoslim.artifact.features import choose_feature_cfg
 from timm_autoslim.artifact.folder import CONFIG, WEIGHTS, Header, check_weights, read_header, read_json
 from timm_autoslim.artifact.limits import MemoryLimit
 from timm_autoslim.artifact.spec import ARCHITECTURE, Spec
@@ -41,7 +41,7 @@ def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """
     data = kwargs.pop("spec", None)
     if data is None:
-        raise _missing_spec(kwargs)
+        raise _make_missing_spec_error(kwargs)
     source = _find_source(data, kwargs.pop("pretrained_cfg", None), pretrained, kwargs)
     refuse_forbidden(kwargs)
     try:
@@ -59,7 +59,7 @@ def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         ) from error
 
 
-def _missing_spec(kwargs: Mapping[str, Any]) -> ArtifactError:
+def _make_missing_spec_error(kwargs: Mapping[str, Any]) -> ArtifactError:
     where, needed = f"timm.create_model({ARCHITECTURE!r})", "the spec of an exported model"
     if "recipe" in kwargs:
         got = "a model in the format of before the first release ('recipe')"
@@ -104,12 +104,12 @@ def _find_source(data: Any, cfg: Any, pretrained: bool, kwargs: Mapping[str, Any
     kind = settings.get("source")
     if kind not in ("local-dir", "hf-hub"):
         spec = Spec.parse(data)
-        return Source("", spec, base_settings(spec.require_base()))
+        return Source("", spec, get_base_settings(spec.require_base()))
     place = str(settings["file" if kind == "local-dir" else "hf_hub_id"])
     if kind == "local-dir" and Path(place).is_file():
         # timm's scripts put a user's own weights in place of the folder (--pretrained-path), which is then not known
         parse_settings(kwargs.get("pretrained_model_args") or {})
-        return _users_weights(place, Spec.parse(data), settings, kwargs)
+        return _make_users_source(place, Spec.parse(data), settings, kwargs)
 
     def path(name: str) -> Path:
         if kind == "local-dir":
@@ -121,7 +121,7 @@ def _find_source(data: Any, cfg: Any, pretrained: bool, kwargs: Mapping[str, Any
     spec = config.spec if content["model_args"]["spec"] == data else Spec.parse(data)
     file = settings.get("file")
     if kind == "hf-hub" and file and file != content["pretrained_cfg"].get("file"):  # again a user's, no stranger's
-        return _users_weights(str(file), spec, settings, kwargs)
+        return _make_users_source(str(file), spec, settings, kwargs)
     header = read_header(path(WEIGHTS)) if pretrained or (kind == "local-dir" and path(WEIGHTS).exists()) else None
     # As a file, every version of timm reads safetensors; of a folder 1.0.16 reads pickles, and all do if it has others.
     file_settings = {"source": None, "file": str(header.path) if header else None}
@@ -129,7 +129,7 @@ def _find_source(data: Any, cfg: Any, pretrained: bool, kwargs: Mapping[str, Any
     return Source(place, spec, cfg, header, config.settings.get("global_pool"))
 
 
-def _users_weights(file: str, spec: Spec, settings: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Source:
+def _make_users_source(file: str, spec: Spec, settings: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Source:
     """Return the source of a user's own file, in place of the weights that a spec came with."""
     cfg = parse_data_settings({**settings, "num_classes": None})
     classes = settings.get("num_classes")  # timm's scripts ask for a new head by -1 classes
@@ -198,12 +198,12 @@ def _load(source: Source, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module
         from_file = pretrained and source.header is not None
         model = _build_for_file(builder, source, kwargs, args) if from_file else builder.build(args)
         if kwargs.get("features_only"):
-            features.update(_features_of(model, spec, {*kwargs, *users_features}))
+            features.update(_choose_features(model, spec, {*kwargs, *users_features}))
         return model
 
     def fill(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
         size = kwargs.get("img_size")
-        return _fit(builder.resize(state, model, size) if _is_resized(source, size) else state, model)
+        return _fit_state(builder.resize(state, model, size) if _is_resized(source, size) else state, model)
 
     channels = data.input_size[0]
     same_channels = channels != 3 and kwargs.get("in_chans", channels) == channels
@@ -249,15 +249,15 @@ def _build_for_file(
     return model
 
 
-def _features_of(model: nn.Module, spec: Spec, asked: set[str]) -> dict[str, Any]:
+def _choose_features(model: nn.Module, spec: Spec, asked: set[str]) -> dict[str, Any]:
     """Return how to take features from a model, but for what a user has set."""
-    features = feature_cfg(model, spec)
+    features = choose_feature_cfg(model, spec)
     if "feature_cls" in asked:  # the other settings belong to the base's own kind
         features = {"out_indices": features["out_indices"]}
     return {key: value for key, value in features.items() if key not in asked}
 
 
-def _fit(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
+def _fit_state(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:
     """Leave out weights of a head that the model lacks, and give the rest the version numbers of the model's.
 
     safetensors does not keep the version numbers of a state dict, which torchvision's MNASNet needs.

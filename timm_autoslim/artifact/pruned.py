@@ -11,7 +11,7 @@ import torch
 from timm.models._prune import adapt_model_from_string
 from torch import nn
 
-from timm_autoslim.artifact.compare import difference
+from timm_autoslim.artifact.compare import find_difference
 from timm_autoslim.artifact.spec import Spec
 
 PRUNED = "pruned.txt"
@@ -35,7 +35,7 @@ def write_pruned(path: Path, model: nn.Module, spec: Spec, settings: Mapping[str
     Returns:
         The lines of code that load it with timm alone, run in its folder; empty if there is no text.
     """
-    base, args = spec.require_base(), {**spec.arguments(), **settings}
+    base, args = spec.require_base(), {**spec.copy_arguments(), **settings}
     state = model.state_dict()
     floats = {(value.device.type, value.dtype) for value in state.values() if value.is_floating_point()}
     if spec.from_torchvision or floats != {("cpu", torch.float32)}:
@@ -49,8 +49,8 @@ def write_pruned(path: Path, model: nn.Module, spec: Spec, settings: Mapping[str
             return ""
         pruned = adapt_model_from_string(timm.create_model(base, **args), text)
         pruned.load_state_dict(state)
-        same = all(_description(model, name) == _description(pruned, name) for name in _DESCRIPTIONS)
-        if not same or difference(model, pruned, size):
+        same = all(_describe(model, name) == _describe(pruned, name) for name in _DESCRIPTIONS)
+        if not same or find_difference(model, pruned, size):
             return ""
     except Exception:  # timm's function may raise anything on models that its format cannot describe
         return ""
@@ -64,6 +64,6 @@ def write_pruned(path: Path, model: nn.Module, spec: Spec, settings: Mapping[str
     )
 
 
-def _description(model: nn.Module, name: str) -> object:
+def _describe(model: nn.Module, name: str) -> object:
     value = getattr(model, name, None)
     return getattr(value, "info", value)

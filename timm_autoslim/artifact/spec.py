@@ -46,7 +46,7 @@ class Spec:
 
     Attributes:
         base: the name that creates the base (`resnet50`, `torchvision/resnet18`), None if it is not known.
-        base_args: the arguments of its constructor; `arguments()` returns them as the constructor takes them.
+        base_args: the arguments of its constructor; `copy_arguments()` returns them as the constructor takes them.
         sizes: by name of a tensor, what is left of each of its axes: None for all channels, an integer for the first
             channels, runs of (start, length) for others.
         attributes: by path (`layer1.0.conv1.groups`), the value of a module's attribute.
@@ -75,17 +75,17 @@ class Spec:
             ArtifactError: an unknown format, a value of the wrong type, or base_args that would load something.
         """
         if not is_int(self.format) or self.format != FORMAT:
-            raise spec_error("format", self.format, f"{FORMAT} (a newer one needs a newer timm-autoslim)")
+            raise make_spec_error("format", self.format, f"{FORMAT} (a newer one needs a newer timm-autoslim)")
         if self.base is not None and not (isinstance(self.base, str) and len(self.base) <= MAX_ITEMS):
-            raise spec_error("base", self.base, "a name, or None")
+            raise make_spec_error("base", self.base, "a name, or None")
         for name in ("base_args", "sizes", "attributes", "widths"):
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-                raise spec_error(name, value, "a mapping from names")
+                raise make_spec_error(name, value, "a mapping from names")
         refused = sorted(FORBIDDEN_ARGS & set(self.base_args))
         if refused:
             where = f"base_args.{refused[0]}"
-            raise spec_error(where, self.base_args[refused[0]], "only arguments that shape the base")
+            raise make_spec_error(where, self.base_args[refused[0]], "only arguments that shape the base")
         object.__setattr__(self, "base_args", freeze("base_args", self.base_args))
         checked: dict[str, dict[str, Any]] = {
             "sizes": {name: _parse_sizes(name, value) for name, value in self.sizes.items()},
@@ -109,7 +109,7 @@ class Spec:
             return data
         if not isinstance(data, Mapping) or set(data) != set(_KEYS):
             got = sorted(map(str, data)) if isinstance(data, Mapping) else data
-            raise spec_error("keys", got, f"a mapping with exactly {', '.join(_KEYS)}")
+            raise make_spec_error("keys", got, f"a mapping with exactly {', '.join(_KEYS)}")
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
@@ -162,14 +162,14 @@ class Spec:
             )
         return self.base
 
-    def arguments(self) -> dict[str, Any]:
+    def copy_arguments(self) -> dict[str, Any]:
         """Return a copy of `base_args` as JSON returns them, with lists and dicts."""
         arguments: dict[str, Any] = thaw(self.base_args)
         return arguments
 
     def __repr__(self) -> str:
         widths = f"{len(self.sizes)} sizes, {len(self.attributes)} attributes, {len(self.widths)} widths"
-        return f"Spec(base={self.base!r}, base_args={self.arguments()}, {widths})"
+        return f"Spec(base={self.base!r}, base_args={self.copy_arguments()}, {widths})"
 
     def __deepcopy__(self, memo: object) -> Spec:
         return self
@@ -181,7 +181,7 @@ class Spec:
 _KEYS = ("format", "base", "base_args", "sizes", "attributes", "widths")
 
 
-def spec_error(where: str, got: object, needed: str) -> ArtifactError:
+def make_spec_error(where: str, got: object, needed: str) -> ArtifactError:
     """Return the error of a part of a spec; `where` is its path, such as `sizes.fc.weight`."""
     where = where if len(where) <= 200 else f"{where[:200]}..."
     return ArtifactError.at(
@@ -208,18 +208,18 @@ def freeze(where: str, value: Any, depth: int = MAX_DEPTH) -> Any:
     """
     if isinstance(value, int | float):
         if not abs(value) <= MAX_NUMBER:
-            raise spec_error(where, value, f"a number of at most {MAX_NUMBER}")
+            raise make_spec_error(where, value, f"a number of at most {MAX_NUMBER}")
         return value
     if value is None or (isinstance(value, str) and len(value) <= MAX_ITEMS):
         return value
     if depth and isinstance(value, Mapping) and len(value) <= MAX_ITEMS:
         for key in value:
             if not isinstance(key, str) or len(key) > MAX_ITEMS:
-                raise spec_error(where, key, f"a text key of at most {MAX_ITEMS} letters")
+                raise make_spec_error(where, key, f"a text key of at most {MAX_ITEMS} letters")
         return MappingProxyType({key: freeze(f"{where}.{key}", item, depth - 1) for key, item in value.items()})
     if depth and isinstance(value, list | tuple) and len(value) <= MAX_ITEMS:
         return tuple(freeze(f"{where}.{i}", item, depth - 1) for i, item in enumerate(value))
-    raise spec_error(where, value, f"JSON data of at most {MAX_ITEMS} items and {MAX_DEPTH} levels")
+    raise make_spec_error(where, value, f"JSON data of at most {MAX_ITEMS} items and {MAX_DEPTH} levels")
 
 
 def thaw(value: Any) -> Any:
@@ -231,7 +231,7 @@ def thaw(value: Any) -> Any:
 
 def _parse_sizes(name: str, sizes: object) -> tuple[Size, ...]:
     if not isinstance(sizes, list | tuple):
-        raise spec_error(f"sizes.{name}", sizes, "a list with a size for each axis")
+        raise make_spec_error(f"sizes.{name}", sizes, "a list with a size for each axis")
     return tuple(s if s is None or (type(s) is int and s > 0) else _parse_runs(name, s) for s in sizes)
 
 
@@ -246,7 +246,9 @@ def _parse_runs(name: str, runs: object) -> tuple[tuple[int, int], ...]:
     else:
         if end and isinstance(runs, list | tuple):
             return tuple((start, length) for start, length in runs)
-    raise spec_error(f"sizes.{name}", runs, "for each axis None, a positive integer, or ascending runs of its channels")
+    raise make_spec_error(
+        f"sizes.{name}", runs, "for each axis None, a positive integer, or ascending runs of its channels"
+    )
 
 
 def _parse_attribute(path: str, value: Any) -> Value:
@@ -254,19 +256,21 @@ def _parse_attribute(path: str, value: Any) -> Value:
         return value
     if isinstance(value, list | tuple) and value and all(is_int(item) and item > 0 for item in value):
         return tuple(value)
-    raise spec_error(f"attributes.{path}", value, "a positive integer, a finite number, or a list of positive integers")
+    raise make_spec_error(
+        f"attributes.{path}", value, "a positive integer, a finite number, or a list of positive integers"
+    )
 
 
 def _parse_width(name: str, width: object) -> int:
     if not is_int(width) or width < 1:
-        raise spec_error(f"widths.{name}", width, "a positive integer")
+        raise make_spec_error(f"widths.{name}", width, "a positive integer")
     return width
 
 
 # ------------------------------------------------------------------------------------------------ of a model
 
 
-def spec_of(model: nn.Module, base: str | None = None, base_args: Mapping[str, Any] | None = None) -> Spec:
+def derive_spec(model: nn.Module, base: str | None = None, base_args: Mapping[str, Any] | None = None) -> Spec:
     """Return the spec of a model as it stands: its own if it is a slim model, else that of a base.
 
     Args:
@@ -278,7 +282,7 @@ def spec_of(model: nn.Module, base: str | None = None, base_args: Mapping[str, A
         ArtifactError: the name or an argument is none that a spec may hold.
     """
     spec = getattr(model, "autoslim", None)
-    arguments = _timm_arguments(model)
+    arguments = _read_timm_arguments(model)
     if base is None and isinstance(spec, Spec):
         base, arguments = spec.base, {**spec.base_args, **arguments}
     elif base is None:
@@ -290,7 +294,7 @@ def spec_of(model: nn.Module, base: str | None = None, base_args: Mapping[str, A
     return spec.replace(base=base, base_args={**arguments, **(base_args or {})})
 
 
-def _timm_arguments(model: nn.Module) -> dict[str, Any]:
+def _read_timm_arguments(model: nn.Module) -> dict[str, Any]:
     """The arguments that timm says it built a model with (since 1.0.31), as far as a spec may hold them."""
     listed = getattr(model, "_model_args", None)
     arguments: dict[str, Any] = {}

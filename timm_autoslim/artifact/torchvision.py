@@ -43,8 +43,8 @@ def construct_torchvision(name: str, /, *, in_chans: Any = 3, num_classes: Any =
             needed="a name of torchvision.models.list_models(module=torchvision.models), or a model class of "
             "torchvision.models",
         )
-    stem, heads = _first_convolution(model), _classifiers(model)
-    cfg = _data_settings(name, model, stem)
+    stem, heads = _find_first_convolution(model), _find_classifiers(model)
+    cfg = _make_data_settings(name, model, stem)
     if in_chans != 3:
         _adapt_stem(model, name, stem, in_chans)
     model.pretrained_cfg = {
@@ -61,7 +61,7 @@ def construct_torchvision(name: str, /, *, in_chans: Any = 3, num_classes: Any =
     return model
 
 
-def _first_convolution(model: nn.Module) -> str | None:
+def _find_first_convolution(model: nn.Module) -> str | None:
     """Return the path of the first convolution, if it reads three-channel images."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -69,7 +69,7 @@ def _first_convolution(model: nn.Module) -> str | None:
     return None
 
 
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
+def _find_classifiers(model: nn.Module) -> tuple[str, ...]:
     """Return the paths of the layers that produce logits: the last of the model, and of each auxiliary classifier."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     last = {name.partition(".")[0]: name for name in layers}
@@ -92,7 +92,7 @@ def _adapt_stem(model: nn.Module, name: str, stem: str | None, in_chans: int) ->
     model.set_submodule(stem, new)
 
 
-def _data_settings(name: str, model: nn.Module, stem: str | None) -> dict[str, Any]:
+def _make_data_settings(name: str, model: nn.Module, stem: str | None) -> dict[str, Any]:
     """Return timm's data settings, from torchvision's default weights where there are some."""
     cfg: dict[str, Any] = PretrainedCfg(interpolation="bilinear", first_conv=stem).to_dict()
     cfg.pop("architecture", None)
@@ -112,12 +112,12 @@ def _data_settings(name: str, model: nn.Module, stem: str | None) -> dict[str, A
 
 def remove_classifiers(model: Any) -> None:
     """Replace the classifiers of a torchvision model by nothing, as `num_classes=0` means in timm."""
-    for name in _classifier_names(model):
+    for name in _list_classifiers(model):
         model.set_submodule(name, nn.Identity())
     model.num_classes = 0
 
 
-def _classifier_names(model: Any) -> tuple[str, ...]:
+def _list_classifiers(model: Any) -> tuple[str, ...]:
     names = model.pretrained_cfg["classifier"]
     return names if isinstance(names, tuple) else (names,)
 
@@ -133,21 +133,21 @@ def describe_features(model: Any, taps: Sequence[Sequence[Any]] | None = None) -
 
     Args:
         model: the model, with its `pretrained_cfg`.
-        taps: what `feature_taps` returned for a model like this one. Without them the taps are measured by one small
+        taps: what `list_taps` returned for a model like this one. Without them the taps are measured by one small
             forward.
 
     Raises:
         ArtifactError: the taps are malformed, or name modules that the model lacks.
     """
     taps = _measure_taps(model) if taps is None else _check_taps(model, taps)
-    head: Any = model.get_submodule(_classifier_names(model)[0])
+    head: Any = model.get_submodule(_list_classifiers(model)[0])
     hidden = getattr(head, "in_features", None) or getattr(head, "in_channels", None)
     model.feature_info = [{"num_chs": n, "reduction": step, "module": name} for name, n, step in taps]
     model.num_features = taps[-1][1] if taps else hidden or 0
     model.head_hidden_size = hidden or model.num_features
 
 
-def feature_taps(model: Any) -> list[list[Any]]:
+def list_taps(model: Any) -> list[list[Any]]:
     """Return the model's `feature_info` as JSON data: of each tap its module, channels and reduction of the image."""
     return [[info["module"], info["num_chs"], info["reduction"]] for info in model.feature_info]
 
@@ -171,7 +171,7 @@ def _check_taps(model: nn.Module, taps: Any) -> list[Any]:
 
 
 def _measure_taps(model: Any) -> list[tuple[str, int, int]]:
-    classifiers = {name.partition(".")[0] for name in _classifier_names(model)}
+    classifiers = {name.partition(".")[0] for name in _list_classifiers(model)}
     stages = dict(model.named_children())
     for child, module in model.named_children():
         if isinstance(module, nn.Sequential | nn.ModuleList):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_autoslim.artifact.spec import spec_of
+from timm_autoslim.artifact.spec import derive_spec
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.supernet.rules import build_space
 from timm_autoslim.supernet.supernet import Supernet
@@ -146,7 +146,7 @@ def convert(
     if keep_output is None:
         keep_output = getattr(model, "num_classes", None) != 0
     heads = [whole_heads] if isinstance(whole_heads, str) else list(whole_heads)
-    spec = spec_of(model, base, base_args)
+    spec = derive_spec(model, base, base_args)
     trace = _trace(model, example_input, keep_output, heads)
     trace = replace(trace, graph=_freeze(trace.graph, [freeze] if isinstance(freeze, str) else freeze))
     space = build_space(trace.graph, min, divisor, choices)
