@@ -41,7 +41,7 @@ RESNET50_2G = """40 120 16 16 120 24 24 120 16 24 120 440 48 72 440 32 48 440 40
 POOLED = 7 * 7  # the authors add one operation for each value that the last pool reads, and we do not
 
 
-WIDE = {  # with the number of convolutions in the whole network's last layer but one
+WIDE = {  # with the number of convolutions in the network's last layer but one
     "timm": lambda: _gen_mobilenet_v2("mobilenetv2_150", 1.5),
     "torchvision": lambda: torchvision.models.mobilenet_v2(width_mult=1.5),
 }
@@ -81,8 +81,8 @@ def assert_published(model, modules, channels, published):
     classifier = modules[-1]
     assert wanted.pop(classifier) == 1000
     widths = supernet.space.from_channels(wanted)
-    found = supernet.space.channels(widths)
-    assert {path: found[path] for path in modules} == {**wanted, classifier: 1000}
+    counts = supernet.space.channels(widths)
+    assert {path: counts[path] for path in modules} == {**wanted, classifier: 1000}
     assert cost(supernet, widths).macs == published - channels[-2] * POOLED
     assert sum(cost_by_module(supernet, widths).values()) == published - channels[-2] * POOLED
 

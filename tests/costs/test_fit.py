@@ -19,8 +19,8 @@ def test_factors_are_found_again_and_never_negative():
     rng = np.random.default_rng(0)
     rows = np.column_stack([np.ones(8), rng.uniform(1, 9, 8), rng.uniform(1, 9, 8)])
     assert fit_factors(rows, rows @ [0.5, 1.2, 0.8]) == pytest.approx([0.5, 1.2, 0.8])
-    found = fit_factors(rows, rows @ [0.0, 2.0, -0.1])
-    assert min(found) == 0 < found[1]
+    factors = fit_factors(rows, rows @ [0.0, 2.0, -0.1])
+    assert min(factors) == 0 < factors[1]
 
 
 def test_a_report_gives_errors_and_ranks():
@@ -32,5 +32,5 @@ def test_a_report_gives_errors_and_ranks():
 
 
 def test_anchors_are_different_subnets(supernet):
-    found = choose_anchors(supernet)
-    assert len(found) == len(set(found)) == ANCHORS
+    subnets = choose_anchors(supernet)
+    assert len(subnets) == len(set(subnets)) == ANCHORS

@@ -102,13 +102,13 @@ def test_two_spaces_of_one_model_keep_their_predictions_apart(monkeypatch):
     fake_times(monkeypatch)
     convs = nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1, stride=4)
     model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
-    table, found = LatencyTable(), {}
+    table, predictions = LatencyTable(), {}
     for frozen in ("0", "4"):
         supernet = convert(model, torch.zeros(1, 3, 16, 16), freeze=frozen)
         widths = supernet.space.uniform(0.25)
-        found[supernet.space.names, widths.values_] = table.predict(supernet, widths)
-        assert LatencyTable().predict(supernet, widths) == found[supernet.space.names, widths.values_]
-    assert len({values for _, values in found}) == 1 < len(set(found.values()))
+        predictions[supernet.space.names, widths.values_] = table.predict(supernet, widths)
+        assert LatencyTable().predict(supernet, widths) == predictions[supernet.space.names, widths.values_]
+    assert len({values for _, values in predictions}) == 1 < len(set(predictions.values()))
 
 
 def test_random_numbers_are_left_alone(supernet, tmp_path):
@@ -129,9 +129,9 @@ def test_a_table_of_another_device_is_refused(supernet, monkeypatch, tmp_path, k
     fake_times(monkeypatch)
     path = tmp_path / "table.json"
     LatencyTable(path).predict(supernet, supernet.space.max())
-    found = json.loads(path.read_text())
-    here = found[key]
-    path.write_text(json.dumps({**found, key: value}))
+    content = json.loads(path.read_text())
+    here = content[key]
+    path.write_text(json.dumps({**content, key: value}))
     message = f"got a latency table that was measured with {key} {value!r}; needed: {key} {here!r}; give another path"
     with pytest.raises(LatencyError, match=re.escape(message)):
         LatencyTable(path)
@@ -153,15 +153,15 @@ def test_a_table_of_impossible_times_is_refused(supernet, monkeypatch, tmp_path,
     fake_times(monkeypatch)
     path = tmp_path / "table.json"
     LatencyTable(path).predict(supernet, supernet.space.max())
-    found = json.loads(path.read_text())
-    key = next(iter(found[part]))
-    found[part][key] = value if part == "operators" else [*found[part][key][:-1], value]
-    path.write_text(json.dumps(found))
+    content = json.loads(path.read_text())
+    key = next(iter(content[part]))
+    content[part][key] = value if part == "operators" else [*content[part][key][:-1], value]
+    path.write_text(json.dumps(content))
     message = re.escape(f"{path}: is no latency table (ValueError: {part}: got {value!r}, needed are numbers")
     with pytest.raises(LatencyError, match=message):
         LatencyTable(path)
-    found[part][key] = [1.0, 2.0]
-    path.write_text(json.dumps(found))
+    content[part][key] = [1.0, 2.0]
+    path.write_text(json.dumps(content))
     with pytest.raises(LatencyError, match="is no latency table"):
         LatencyTable(path)
 

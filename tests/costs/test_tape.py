@@ -70,22 +70,22 @@ def profiled_peak(model, images):
     model(images)  # some modules keep what they make in their first run
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=True) as prof:
         model(images)
-    waiting, found = list(prof.profiler.kineto_results.experimental_event_tree()), []
+    waiting, events = list(prof.profiler.kineto_results.experimental_event_tree()), []
     while waiting:
         event = waiting.pop()
         waiting += event.children
         if event.tag == _EventType.Allocation:
-            found.append(event)
-    found.sort(key=lambda event: event.start_time_ns)
-    sizes, alive = [event.extra_fields.alloc_size for event in found], {}
-    for i, event in enumerate(found):
+            events.append(event)
+    events.sort(key=lambda event: event.start_time_ns)
+    sizes, alive = [event.extra_fields.alloc_size for event in events], {}
+    for i, event in enumerate(events):
         if sizes[i] > 0:
             alive[event.extra_fields.ptr] = i, owners(event)
         else:
             start, by = alive.pop(event.extra_fields.ptr, (i, set()))
             if by & owners(event):
                 sizes[start] = sizes[i] = 0
-    assert len(found) >= 10
+    assert len(events) >= 10
     return int(np.cumsum(sizes).max()) + weight_bytes(model) + images.nbytes
 
 
@@ -95,9 +95,9 @@ def test_the_peak_is_what_the_profiler_measures(member):
     supernet = convert(model, images[:1])
     generator = torch.Generator().manual_seed(0)
     for widths in (supernet.space.max(), supernet.space.sample(generator), arbitrary_widths(supernet.space, generator)):
-        plain = supernet.extract(widths)
+        model = supernet.extract(widths)
         assert cost(supernet, widths, batch_size=len(images)).peak_bytes == pytest.approx(
-            profiled_peak(plain, images), rel=WITHIN
+            profiled_peak(model, images), rel=WITHIN
         )
 
 
@@ -108,15 +108,15 @@ def test_the_peak_is_what_cuda_measures(member):
     images = member.images().repeat(8, 1, 1, 1)
     widths = supernet.space.sample(torch.Generator().manual_seed(0))
     before = torch.cuda.memory_allocated()
-    plain, images = supernet.extract(widths).cuda(), images.cuda()
+    model, images = supernet.extract(widths).cuda(), images.cuda()
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
-        plain(images)
+        model(images)
     measured = torch.cuda.max_memory_allocated() - before
     assert cost(supernet, widths, batch_size=len(images)).peak_bytes == pytest.approx(measured, rel=0.1)
 
 
-class Kept(nn.Module):
+class Holding(nn.Module):
     """A convolution whose output is viewed, changed in place and, if asked, kept by a name to the end."""
 
     def __init__(self, keep):
@@ -128,23 +128,23 @@ class Kept(nn.Module):
     def forward(self, x):
         x = self.first(x)  # (N, 8, 8, 8)
         x = x.view(x.shape).relu_().mul_(2)  # shares storage, and takes none
-        kept = x if self.keep else None
+        alias = x if self.keep else None
         x = self.second(x)
         x = self.second(x) if not self.keep else x + 1
-        del kept
+        del alias
         return self.head(x.mean((2, 3)))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("keep", [False, True])
 def test_lifetimes_by_hand(keep, batch):
-    supernet = convert(Kept(keep), torch.zeros(1, 3, 8, 8))
+    supernet = convert(Holding(keep), torch.zeros(1, 3, 8, 8))
     width = 5
     widths = supernet.space.from_dict(dict.fromkeys(supernet.space.names, width))
-    plain = supernet.extract(widths)
+    model = supernet.extract(widths)
     maps = batch * width * 64 * 4
     # two maps at once: input and output of a convolution; a third where the first is kept
-    want = weight_bytes(plain) + batch * 3 * 64 * 4 + (3 if keep else 2) * maps
+    want = weight_bytes(model) + batch * 3 * 64 * 4 + (3 if keep else 2) * maps
     assert cost(supernet, widths, batch_size=batch).peak_bytes == want
 
 

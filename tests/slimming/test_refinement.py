@@ -44,11 +44,11 @@ def test_where_wider_is_better_every_budget_is_filled(layers, data, mode):
     rough = search(supernet, texts, evaluate, refine="none", mode=mode)
     refined = search(supernet, texts, evaluate, mode=mode)
     assert path(refined) == path(rough)
-    for found, before in zip(refined.networks, rough.networks, strict=True):
-        assert_filled(supernet, found)
-        assert found.loss <= before.loss
+    for network, before in zip(refined.networks, rough.networks, strict=True):
+        assert_filled(supernet, network)
+        assert network.loss <= before.loss
         # only trades make a group narrower
-        narrower = [n for n in supernet.space.names if found.widths[n] < before.widths[n]]
+        narrower = [n for n in supernet.space.names if network.widths[n] < before.widths[n]]
         assert mode == "fast" or not narrower
     groups = len(supernet.space)
     trades = 6 * math.ceil(2 * groups / 6) if mode == "fast" else 0
@@ -67,9 +67,9 @@ def test_whatever_the_losses_refining_never_raises_them(layers, data, seed):
 
     rough, refined = (search(supernet, texts, evaluate, refine=refine) for refine in ("none", "units"))
     assert path(refined) == path(rough)
-    for found, before in zip(refined.networks, rough.networks, strict=True):
-        assert all(found.cost.pick(metric) <= limit for metric, limit in found.limits.items())
-        assert found.loss <= before.loss
+    for network, before in zip(refined.networks, rough.networks, strict=True):
+        assert all(network.cost.pick(metric) <= limit for metric, limit in network.limits.items())
+        assert network.loss <= before.loss
 
 
 @few
@@ -83,18 +83,18 @@ def test_refined_on_the_choices_no_width_leaves_them(layers, divisor, data, mode
         for r in ("none", "choices", "units")
     )
     assert path(aligned) == path(rough)
-    for before, found, filled in zip(rough.networks, aligned.networks, refined.networks, strict=True):
-        limits = Budget(tuple(found.limits.items()))
-        assert limits.holds(found.cost)
-        assert found.loss <= before.loss
-        assert all(found.widths[g.name] in g.choices for g in space.groups)
-        if limits.used(found.cost) >= 0.99:
+    for before, network, filled in zip(rough.networks, aligned.networks, refined.networks, strict=True):
+        limits = Budget(tuple(network.limits.items()))
+        assert limits.holds(network.cost)
+        assert network.loss <= before.loss
+        assert all(network.widths[g.name] in g.choices for g in space.groups)
+        if limits.used(network.cost) >= 0.99:
             # single units come only after the choices, but a trade may have needed some
-            assert mode == "fast" or filled == found
+            assert mode == "fast" or filled == network
             continue
         for group in space.groups:
-            for wider in [c for c in group.choices if c > found.widths[group.name]][:1]:
-                assert not limits.holds(cost(supernet, found.widths.replaced(group.name, wider))), group.name
+            for wider in [c for c in group.choices if c > network.widths[group.name]][:1]:
+                assert not limits.holds(cost(supernet, network.widths.replaced(group.name, wider))), group.name
 
 
 def test_where_wider_is_worse_the_descent_is_not_refined(supernet):
@@ -119,11 +119,11 @@ def test_trades_take_steps_back(supernet):
     goal = Goal(supernet, Budget((("macs", float(cost(supernet, descent.widths).macs)),)))
     passes = REFINEMENTS["units"]
     assert Descent.refine(descent, goal, passes) == descent.widths
-    found = descent.refine(goal, passes)
-    assert goal.holds(found)
-    assert found["a"] > 4
-    assert evaluate_at(supernet, found, evaluate) < evaluate_at(supernet, descent.widths, evaluate)
-    assert descent.refine(goal, passes) == found  # the same draws again
+    widths = descent.refine(goal, passes)
+    assert goal.holds(widths)
+    assert widths["a"] > 4
+    assert evaluate_at(supernet, widths, evaluate) < evaluate_at(supernet, descent.widths, evaluate)
+    assert descent.refine(goal, passes) == widths  # the same draws again
 
 
 def test_the_refinement_widens_the_group_that_helps_most(supernet):

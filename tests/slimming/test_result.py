@@ -1,4 +1,4 @@
-"""Results are values that a file gives back; a broken file is refused as a whole."""
+"""Results are values that a file gives back; a broken file is refused as a widest."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""ONNX Runtime: whole models in a session, and how long single operators take in it, by its profiler."""
+"""ONNX Runtime: models in a session, and how long single operators take in it, by its profiler."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def get_version() -> str:
     return f"onnxruntime-{onnxruntime.__version__}"
 
 
-# -- whole models ---------------------------------------------------------------------------------------------------
+# -- models ---------------------------------------------------------------------------------------------------------
 
 
 def start_session(model: nn.Module, inputs: Any, threads: int) -> Callable[[], Any]:

@@ -1,1 +1,1 @@
-"""Choose widths: budgets, scores, the greedy descent, the baselines, and what was found."""
+"""Choose widths: budgets, scores, the greedy descent, the baselines, and their results."""

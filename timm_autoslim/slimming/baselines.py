@@ -226,18 +226,18 @@ def _evolve(goal: Goal, options: Options) -> Widths:
     names = supernet.space.names
     alive = [_move(goal, find_uniform(goal), generator)]
     alive += _draw_within(goal, min(population, candidates) - 1, generator)
-    drawn = len(alive)
+    count = len(alive)
     while True:
         score.many(alive)  # together, so that the processes of a team can share them
         alive = sorted(dict.fromkeys(alive), key=score)[:population]
-        if drawn >= candidates:
+        if count >= candidates:
             return alive[0]
         parents = alive[: max(1, population // 2)]
-        for index in range(min(population, candidates - drawn)):
+        for index in range(min(population, candidates - count)):
             one, two = (parents[int(u * len(parents))] for u in draw(2, generator))
             chance = MUTATED if index % 2 else 0.5  # mutations and crossovers take turns
             other = _draw(supernet, generator) if index % 2 else two
             draws = dict(zip(names, draw(len(names), generator), strict=True))
             child = supernet.space.from_dict({n: other[n] if draws[n] < chance else one[n] for n in names})
             alive.append(_move(goal, child, generator))
-            drawn += 1
+            count += 1

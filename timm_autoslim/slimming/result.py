@@ -202,9 +202,9 @@ class SearchResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
-        plain = ("method", "evaluations", "evaluated_macs", "images", "base", "seconds")
+        keys = ("method", "evaluations", "evaluated_macs", "images", "base", "seconds")
         return {
-            **{key: getattr(self, key) for key in plain},
+            **{key: getattr(self, key) for key in keys},
             "settings": dict(self.settings),
             "widest": self.widest.to_dict(),
             "macs_by_module": dict(self.macs_by_module),

@@ -60,15 +60,15 @@ def search(
             the budget that they save.
         steps: the range of each group is walked in about this many steps; by default 10, as published (section 4), and
             5 in the fast mode, which looks at fewer images: larger steps stand out more from their noise.
-        refine: how to fill what the descent leaves of a budget. In steps of whole divisors it stops up to a step of
-            some group below its budget, so two networks "at" one budget may differ by several per cent in cost and
-            could not be compared. "units" widens groups to within 1 % of the budget where single units allow: on the
-            `choices` of the space as far as these go, then with as few groups as possible off them. "choices" stays on
-            the choices, for devices that want multiples of a divisor; "none" leaves the widths as they are. The descent
-            goes on from the unrefined widths, so one descent still serves every budget; a refined network is taken only
-            if its loss is no higher. This scores at most 3 subnets for each group, and one more, for each budget. In
-            the fast mode trades follow, about 3 for each group: a step or two less of one or two groups, chosen at
-            random by `seed`, and more of others; each is made if it lowers the loss.
+        refine: how to fill what the descent leaves of a budget. Its steps are multiples of the divisor, so it stops up
+            to a step of some group below its budget: two networks "at" one budget may differ by several per cent in
+            cost, and could not be compared. "units" widens groups to within 1 % of the budget where single units allow:
+            on the `choices` of the space as far as these go, then with as few groups as possible off them. "choices"
+            stays on the choices, for devices that want multiples of a divisor; "none" leaves the widths as they are.
+            The descent goes on from the unrefined widths, so one descent still serves every budget; a refined network
+            is taken only if its loss is no higher. This scores at most 3 subnets for each group, and one more, for each
+            budget. In the fast mode trades follow, about 3 for each group: a step or two less of one or two groups,
+            chosen at random by `seed`, and more of others; each is made if it lowers the loss.
         seed: decides between candidates that are exactly equal, and what is traded.
         scores: a dict that is read before a subnet is scored, and gets what was scored. Its values are JSON: with the
             same dict from a file, an interrupted search scores only what is missing, and comes to the same result.
