@@ -12,6 +12,7 @@ from timm_autoslim.errors import AutoSlimError as AutoSlimError
 
 if TYPE_CHECKING:
     from timm_autoslim.artifact.bases import create_base as create_base
+    from timm_autoslim.artifact.bases import create_meta_base as create_meta_base
     from timm_autoslim.artifact.export import export as export
     from timm_autoslim.artifact.folder import check_folder as check_folder
     from timm_autoslim.artifact.hub import push as push
@@ -99,6 +100,7 @@ _MODULES = {
     "cost": "costs.cost",
     "cost_by_module": "costs.cost",
     "create_base": "artifact.bases",
+    "create_meta_base": "artifact.bases",
     "export": "artifact.export",
     "measure_latency": "costs.measure",
     "parse_budgets": "slimming.goals",

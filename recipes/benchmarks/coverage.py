@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from timm_autoslim import Supernet, convert, create_base, files, reach
+from timm_autoslim import Supernet, convert, create_base, create_meta_base, files, reach
 from timm_autoslim.errors import AutoSlimError
-from timm_autoslim.recipes.benchmarks.lib.models import create_on_meta, list_names
+from timm_autoslim.recipes.benchmarks.lib.models import list_names
 from timm_autoslim.recipes.benchmarks.lib.results import Results
 
 MOST_PARAMS = 100_000_000  # a model with more is not built with weights
@@ -41,7 +41,7 @@ def measure_memory() -> float:
 def measure(name: str, equal: float) -> dict[str, Any]:
     """Convert one model; return groups, reach and time, what is fixed and why, and whether subnets are equal."""
     torch.set_num_threads(1)
-    model = create_on_meta(name)
+    model = create_meta_base(name)
     result: dict[str, Any] = {
         "name": name,
         "family": type(model).__name__,

@@ -28,9 +28,6 @@ BASELINES = ["uniform", "random", "importance", "evolutionary"]
 PARTS = ["--batch-size", "8"]  # 32 held-out images in four parts
 
 
-pytestmark = pytest.mark.slow
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return run_train(tmp_path_factory.mktemp("methods"), "run")
@@ -48,7 +45,7 @@ def read_files(folder):
     return (folder / "search.csv").read_text(), {n: replace(result, seconds=None) for n, result in results.items()}
 
 
-@pytest.mark.parametrize("mode", ["fast", "reference"])
+@pytest.mark.parametrize("mode", ["fast", pytest.param("reference", marks=pytest.mark.slow)])
 def test_search_and_baselines_meet_every_budget(folder, capsys, mode):
     argv = ["--budgets", "macs=60%", JOINT, "--baselines", *BASELINES, "--candidates", "4", "--mode", mode]
     searched = run_search(folder, *argv)
@@ -78,6 +75,7 @@ def test_results_of_an_earlier_search_do_not_stay(folder):
     assert sorted(path.name for path in (folder / "search").iterdir()) == ["searched.json", "uniform.json"]
 
 
+@pytest.mark.slow
 def test_the_report_shows_the_run(folder):
     run_search(folder, "--budgets", "macs=60%", "macs=40%", "--baselines", "uniform", "random", "--candidates", "2")
     assert run_command_line(["report", str(folder)]) == 0
@@ -86,6 +84,7 @@ def test_the_report_shows_the_run(folder):
     assert page.count('<tr class="random">') == 2
 
 
+@pytest.mark.slow
 def test_refining_can_be_turned_off(folder):
     rough, refined = (run_search(folder, flag) for flag in ("--refine=none", "--refine=units"))
     args = read_args(folder, parse("search", write_config(folder.parent), str(folder)))
@@ -158,6 +157,7 @@ def test_an_empty_split_is_refused(folder, tmp_path):
 # -- interruptions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_search_killed_at_any_moment_goes_on_to_the_same_result(folder, tmp_path, monkeypatch):
     uninterrupted = shutil.copytree(folder, tmp_path / "uninterrupted")
     argv = ["--budgets", "macs=60%", "macs=40%", "--baselines", "uniform", "random", "--candidates", "3"]
@@ -193,6 +193,7 @@ def test_a_search_killed_at_any_moment_goes_on_to_the_same_result(folder, tmp_pa
     assert not path.exists()
 
 
+@pytest.mark.slow
 def test_an_evaluate_that_fails_keeps_the_progress(folder, monkeypatch):
     calls, cross_entropy = [], search.F.cross_entropy
 
@@ -213,6 +214,7 @@ def test_an_evaluate_that_fails_keeps_the_progress(folder, monkeypatch):
 # -- several processes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(folder, tmp_path):
     argv = ["--budgets", "macs=60%", "macs=40%", "--baselines", "uniform", "evolutionary", "--candidates", "6"]
     run_search(folder, *argv)

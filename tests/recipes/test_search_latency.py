@@ -14,8 +14,6 @@ from timm_autoslim.errors import LatencyError
 from timm_autoslim.recipes import search
 from timm_autoslim.recipes.lib.networks import read_networks
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -43,6 +41,7 @@ def test_budgets_of_memory_and_latency(folder, monkeypatch, capsys):
         run_search(folder, *argv, "--latency-device", "gpu")
 
 
+@pytest.mark.slow
 def test_two_processes_go_by_the_times_that_one_measures(folder, monkeypatch, tmp_path):
     fake_times(monkeypatch, python=0.0)
     argv = ["--budgets", "latency_ms=70%", "macs<=70% and latency_ms<=80%"]

@@ -100,6 +100,7 @@ def test_the_moving_average_is_the_teacher_if_the_flags_say_so(tmp_path, monkeyp
     assert teachers == [None, averages[1]]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_run(tmp_path):
     runs = [run_train(tmp_path, name, "--seed", seed) for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))]
     first, again, other = ((folder / "supernet.safetensors").read_bytes() for folder in runs)

@@ -46,7 +46,18 @@ def create_base(name: str, /, **kwargs: Any) -> nn.Module:
 
 
 def create_meta_base(name: str, /, **kwargs: Any) -> nn.Module:
-    """As `create_base`, on the meta device where that works."""
+    """Create a base on the meta device, without data; its arguments are those of `create_base`.
+
+    A constructor that reads values cannot run there, and then the model has data.
+
+    Raises:
+        ArtifactError: as `create_base`.
+
+    Example:
+        >>> model = create_meta_base("resnet10t")
+        >>> model.conv1[0].weight.device
+        device(type='meta')
+    """
     return build_on_meta(create_base, name, **kwargs)
 
 

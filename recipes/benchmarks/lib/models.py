@@ -11,17 +11,7 @@ import torchvision
 from torch import nn
 from tqdm import tqdm
 
-from timm_autoslim import calibrate, convert, create_base, export
-from timm_autoslim.errors import ArtifactError
-
-
-def create_on_meta(name: str) -> nn.Module:
-    """Create a model of timm, or torchvision/NAME, on the meta device; with data where its constructor reads some."""
-    try:
-        with torch.device("meta"):
-            return create_base(name)
-    except ArtifactError:
-        return create_base(name)
+from timm_autoslim import calibrate, convert, create_base, create_meta_base, export
 
 
 def list_names(smallest: bool) -> list[str]:
@@ -32,7 +22,7 @@ def list_names(smallest: bool) -> list[str]:
         return names
     best: dict[str, tuple[int, str]] = {}
     for name in tqdm(names, desc="smallest of each class"):
-        model = create_on_meta(name)
+        model = create_meta_base(name)
         key = f"{type(model).__module__}.{type(model).__name__}"
         best[key] = min(best.get(key, (1 << 60, "")), (sum(p.numel() for p in model.parameters()), name))
     return sorted(name for _, name in best.values())

@@ -7,6 +7,7 @@ from helpers.recipes import run_train
 from timm_autoslim.recipes.lib.divergence import NotFiniteError, check_losses
 
 
+@pytest.mark.slow
 def test_a_diverged_training_stops_and_names_the_way_back(tmp_path):
     start = r"The loss is not finite at step 1 \(epoch 1 of 1\): widest_loss is nan of the widest subnet\."
     with pytest.raises(NotFiniteError, match=start + " There is no checkpoint yet: lower --lr"):

@@ -122,6 +122,7 @@ def read_run(folder, name, *argv, **changes):
     return (run / "supernet.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_an_ordered_start_resumes_to_the_same_weights(tmp_path):
     flags = ("--order", "taylor", "--subnet-sizes", "16", "12")
     uninterrupted = read_run(tmp_path, "uninterrupted", *flags, epochs=2)

@@ -23,6 +23,7 @@ def test_an_outside_teacher_sees_images_normalised_as_its_own(tmp_path):
             torch.testing.assert_close(teacher((images - 0.5) / 0.5), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_outside_teacher_teaches(tmp_path):
     save_teacher(tmp_path / "teacher")
     options = ["--distill-loss", "alpha", "--channels-last"]

@@ -3,7 +3,7 @@
 import timm
 import torch
 
-from timm_autoslim.recipes.benchmarks.lib.models import create_on_meta, export_half
+from timm_autoslim.recipes.benchmarks.lib.models import export_half
 
 
 def test_an_exported_half_is_kept(tmp_path):
@@ -14,8 +14,3 @@ def test_an_exported_half_is_kept(tmp_path):
     assert (tmp_path / "half" / "model.safetensors").read_bytes() == first
     half = timm.create_model(f"local-dir:{tmp_path / 'half'}", pretrained=True)
     assert half.pos_embed.shape[-1] == base.pos_embed.shape[-1] // 2
-
-
-def test_models_are_created_without_data_where_their_constructors_read_none():
-    assert all(parameter.is_meta for parameter in create_on_meta("resnet10t").parameters())
-    assert all(parameter.is_meta for parameter in create_on_meta("torchvision/squeezenet1_1").parameters())
