@@ -3,7 +3,10 @@
 import ast
 from pathlib import Path
 
+import timm_autoslim
+
 TESTS = Path(__file__).parent
+PACKAGE = Path(timm_autoslim.__file__).parent
 FILES = sorted(TESTS.rglob("test_*.py"))
 
 
@@ -29,3 +32,13 @@ def test_what_lies_beside_the_tests_holds_none():
             assert ast.get_docstring(tree), f"{path}: needed: a docstring that says what is in it"
             names = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
             assert not [name for name in names if name.startswith(("test_", "Test"))], path
+
+
+def test_every_file_of_the_package_has_its_tests_at_the_mirrored_place():
+    missing = []
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE).parts
+        mirrored = TESTS.joinpath(*parts[:-1], f"test_{path.stem.strip('_')}.py")
+        if path.name != "__init__.py" and parts[0] != "recipes" and not mirrored.exists():
+            missing.append(str(mirrored.relative_to(TESTS)))
+    assert not missing

@@ -1,4 +1,4 @@
-"""Slim models made by hand, and their folders: what the tests of exporting and loading share."""
+"""Slim models from specs that are written by hand, and ways to load what was exported of them."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""Specs written by hand, and ways to compare and change them."""
+"""Specs that are written by hand, and changes of their data."""
 
 import copy
 

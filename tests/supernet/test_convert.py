@@ -49,7 +49,7 @@ def test_without_an_example_the_models_configuration_or_a_usual_size_is_taken():
 
 
 def test_without_an_example_the_size_that_the_model_was_built_for_is_tried_first():
-    model = timm.create_model("test_vit", img_size=96).eval()
+    model = timm.create_model("test_vit", img_size=96, depth=1).eval()
     assert model.pretrained_cfg["input_size"] == (3, 160, 160)
     assert cost(convert(model)) == cost(convert(model, torch.zeros(1, 3, 96, 96)))
 
@@ -107,10 +107,10 @@ def test_freezing_by_glob_keeps_all_channels_of_a_module_and_says_why():
 
 def test_a_timm_model_names_its_base_and_any_other_gets_it_from_the_user():
     spec = convert(TwoGroups(), IMAGE, base="torchvision/x", base_args={"a": 1}).extract().autoslim
-    assert (spec["base"], spec["base_args"]) == ("torchvision/x", {"a": 1})
-    assert convert(TwoGroups(), IMAGE).extract().autoslim["base"] is None
+    assert (spec.base, spec.base_args) == ("torchvision/x", {"a": 1})
+    assert convert(TwoGroups(), IMAGE).extract().autoslim.base is None
     model = timm.create_model("resnet10t")
-    assert convert(model, torch.zeros(1, 3, 64, 64)).extract().autoslim["base"] == "resnet10t"
+    assert convert(model, torch.zeros(1, 3, 64, 64)).extract().autoslim.base == "resnet10t"
 
 
 def test_a_slim_model_is_converted_with_the_base_of_the_first():
@@ -118,8 +118,8 @@ def test_a_slim_model_is_converted_with_the_base_of_the_first():
     slim = supernet.extract(supernet.space.from_dict({"stem": 5, "inner": 7}))
     again = convert(slim, IMAGE, base_args={"b": 2})
     spec = again.extract(again.space.from_dict({"stem": 3, "inner": 7})).autoslim
-    assert (spec["base"], spec["base_args"]) == ("torchvision/x", {"a": 1, "b": 2})
-    assert spec["sizes"]["inner.weight"] == [7, 3, None, None]
+    assert (spec.base, spec.base_args) == ("torchvision/x", {"a": 1, "b": 2})
+    assert spec.sizes["inner.weight"] == (7, 3, None, None)
 
 
 class Wrong(nn.Module):

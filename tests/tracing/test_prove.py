@@ -75,6 +75,7 @@ def test_a_model_that_no_subnet_can_run_is_refused_with_the_reason():
         convert(model, IMAGE)
 
 
+@pytest.mark.slow
 def test_a_width_of_one_that_cannot_run_is_not_offered():
     model = randomise(timm.create_model("nf_regnet_b0", num_classes=10)).eval()
     image = torch.zeros(1, 3, 64, 64)
