@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from timm_autoslim.costs.infer import FormulaFinder
 from timm_autoslim.costs.recorder import Operator, Storage, TapeRecorder, numbers_in, replace_numbers
-from timm_autoslim.errors import TraceError, WidthError
-from timm_autoslim.slicing.slices import apply_slices, clear_caches
+from timm_autoslim.errors import TraceError
+from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.tracing.formulas import Numbers, Row, Terms
 from timm_autoslim.tracing.graph import ChannelGraph
+from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.utils.meta import copy_to_meta, make_meta_example
 from timm_autoslim.utils.tensors import collect_tensors, named_tensors
 
@@ -45,14 +46,10 @@ def get_tape(supernet: Supernet, batch_size: int = 1, dtype: torch.dtype | None 
 
     Raises:
         TraceError: narrower subnets run other operators than the widest.
-        WidthError: an `at` block is open, and there is no tape yet.
     """
     tapes = _TAPES.setdefault(supernet, {})
     key = batch_size, dtype, next((p.dtype for p in supernet.model.parameters() if p.is_floating_point()), None)
     if key not in tapes or tapes[key].graph is not supernet.graph:
-        if supernet.open_block is not None:
-            got, needed = "an open `with supernet.at(...)` block, in which the weights are sliced", "no open block"
-            raise WidthError.at("the supernet", got=got, needed=needed, remedy="leave it first")
         tapes[key] = Tape(supernet.model, supernet.example(), supernet.graph, batch_size, dtype)
     return tapes[key]
 
@@ -201,7 +198,7 @@ def _record_runs(meta_copy: nn.Module, example: Any, graph: ChannelGraph) -> lis
     """
     rng = np.random.default_rng(0)
     sizes = list(graph.group_sizes)
-    _record(meta_copy, example, graph, sizes)  # some modules keep what they make in their first run
+    _warm_up(meta_copy, example)
     runs = [(sizes, _record(meta_copy, example, graph, sizes))]
     form = runs[0][1].form()
     while len(runs) <= MAX_RUNS:
@@ -221,18 +218,22 @@ def _record_runs(meta_copy: nn.Module, example: Any, graph: ChannelGraph) -> lis
 def record(model: nn.Module, example: Any, graph: ChannelGraph, widths: Sequence[int]) -> Run:
     """Return what one forward of the subnet of these widths does, on inputs of the example's shapes."""
     meta_copy = copy_to_meta(model).eval()
-    _record(meta_copy, example, graph, graph.group_sizes)  # some modules keep what they make in their first run
+    _warm_up(meta_copy, example)
     return _record(meta_copy, example, graph, widths)
 
 
+def _warm_up(meta_copy: nn.Module, example: Any) -> None:
+    """Run the model once: some modules keep tensors that they make in their first run."""
+    recorder = Recorder(meta_copy)
+    try:
+        recorder.run(example)
+    finally:
+        recorder.stack.release()
+
+
 def _record(meta_copy: nn.Module, example: Any, graph: ChannelGraph, widths: Sequence[int]) -> Run:
-    clear_caches(meta_copy.modules())  # each run makes anew what modules cache, as the first one does
-    with apply_slices(meta_copy, graph.slices(widths)):
-        recorder = TapeRecorder(meta_copy, example)
-        try:
-            out = recorder.run(example)
-            recorder.finish()
-        finally:
-            recorder.stack.release()
+    recorder = TapeRecorder(replicate(meta_copy, graph.slices(widths)), example)
+    out = recorder.run(example)
+    recorder.finish()
     del out
     return Run(recorder.operators, recorder.storages)

@@ -1,19 +1,18 @@
-"""All slices of a model: applied for the length of a block, in a copy, or in place."""
+"""All slices of a model, and what they make of it for good: a copy, or the model itself, with weights of its own."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from timm_autoslim.slicing.attributes import Change, Value, restore_attributes, set_attributes
-from timm_autoslim.slicing.tensors import Axis, copy_slice, slice_for_call
+from timm_autoslim.slicing.attributes import Value, set_attributes
+from timm_autoslim.slicing.tensors import Axis, copy_slice
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -65,7 +64,7 @@ def compose_runs(
     return result[0][1] if len(result) == 1 and not result[0][0] else result
 
 
-class _Entry(NamedTuple):
+class Entry(NamedTuple):
     """A tensor to slice: its module, the dict of the module that holds it, its key there, itself, its slice."""
 
     module: nn.Module
@@ -75,9 +74,9 @@ class _Entry(NamedTuple):
     axes: tuple[Axis, ...]
 
 
-def _find_entries(model: nn.Module, slices: Slices) -> list[_Entry]:
+def find_entries(model: nn.Module, slices: Slices) -> list[Entry]:
     """Find the tensors that `slices` names; a name that leads nowhere is a KeyError."""
-    entries: list[_Entry] = []
+    entries: list[Entry] = []
     for parts, members in slices._by_module:
         module: nn.Module | None = model
         for part in parts:
@@ -88,59 +87,25 @@ def _find_entries(model: nn.Module, slices: Slices) -> list[_Entry]:
             stores: tuple[dict[str, Any], ...] = (module._parameters, module._buffers, module.__dict__)
             for store in stores:
                 if leaf in store:
-                    entries.append(_Entry(module, store, leaf, store[leaf], axes))
+                    entries.append(Entry(module, store, leaf, store[leaf], axes))
                     break
             else:
                 raise KeyError(".".join((*parts, leaf)))
     return entries
 
 
-def clear_caches(modules: Iterable[nn.Module]) -> list[Change]:
-    """Empty the dicts in which modules cache tensors from one call to the next, such as LeViT's attention biases.
+def is_cache(name: str, value: Any) -> bool:
+    """Whether an attribute of a module is a dict in which it caches tensors between calls, such as attention biases."""
+    return type(value) is dict and name[0] != "_" and any(isinstance(item, Tensor) for item in value.values())
 
-    Returns:
-        The caches, for `restore_attributes`.
-    """
-    caches: list[Change] = []
+
+def clear_caches(modules: Iterable[nn.Module]) -> None:
+    """Empty the dicts in which modules cache tensors from one call to the next, such as LeViT's attention biases."""
     for module in modules:
         if type(module).__module__.startswith("torch.nn.modules."):
             continue  # torch's own modules have no such caches, and are many
-        attributes = module.__dict__
-        for name, value in attributes.items():
-            if type(value) is dict and not name.startswith("_") and any(isinstance(v, Tensor) for v in value.values()):
-                caches.append((attributes, name, value))
-    for store, name, _ in caches:
-        store[name] = {}
-    return caches
-
-
-@contextlib.contextmanager
-def apply_slices(model: nn.Module, slices: Slices) -> Iterator[None]:
-    """Run `model` as a subnet inside the block: slices stand in the place of its tensors, which are put back after it.
-
-    Gradients of the slices reach the parameters. Buffers are copies, so that a narrower subnet never moves the running
-    statistics of the widest. What modules cache inside the block is dropped, and what they had cached before is not
-    read there.
-
-    Raises:
-        KeyError, IndexError: the model has no tensor or attribute of a name; then nothing is changed.
-    """
-    entries = _find_entries(model, slices)
-    modules = dict.fromkeys(entry.module for entry in entries)
-    tensors = slice_for_call((entry.tensor, entry.axes) for entry in entries)
-    changes: list[Change] = []
-    caches = clear_caches(modules)
-    try:
-        changes = set_attributes(model, slices.attributes)
-        for _, store, leaf, tensor, _ in entries:
-            store[leaf] = tensors[id(tensor)]
-        yield
-    finally:
-        clear_caches(modules)
-        restore_attributes(caches)
-        for _, store, leaf, tensor, _ in entries:
-            store[leaf] = tensor
-        restore_attributes(changes)
+        for name in [name for name, value in module.__dict__.items() if is_cache(name, value)]:
+            module.__dict__[name] = {}
 
 
 def extract_model(model: M, slices: Slices) -> M:
@@ -152,7 +117,7 @@ def extract_model(model: M, slices: Slices) -> M:
         KeyError, IndexError: the model has no tensor or attribute of a name.
     """
     memo: dict[int, object] = {}
-    for entry in _find_entries(model, slices):
+    for entry in find_entries(model, slices):
         if id(entry.tensor) not in memo:
             memo[id(entry.tensor)] = copy_slice(entry.tensor, entry.axes)
     for module in model.modules():  # activations that modules store: deepcopy refuses results of autograd
@@ -160,7 +125,7 @@ def extract_model(model: M, slices: Slices) -> M:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
     extracted = copy.deepcopy(model, memo)
-    clear_caches({entry.module for entry in _find_entries(extracted, slices)})
+    clear_caches({entry.module for entry in find_entries(extracted, slices)})
     set_attributes(extracted, slices.attributes)
     return extracted
 
@@ -171,7 +136,7 @@ def shrink_model(model: nn.Module, slices: Slices) -> None:
     Raises:
         KeyError, IndexError: the model has no tensor or attribute of a name.
     """
-    entries = _find_entries(model, slices)
+    entries = find_entries(model, slices)
     counts = Counter(id(entry.tensor) for entry in entries)
     recurrent = {entry.module for entry in entries if isinstance(entry.module, nn.RNNBase)}
     tied: dict[int, tuple[Tensor, Tensor]] = {}

@@ -122,18 +122,21 @@ def copy_slice(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
 def slice_for_call(tensors: Iterable[tuple[Tensor, tuple[Axis, ...]]]) -> dict[int, Tensor]:
     """Return the slices for one call of a model, by the ids of the tensors that they are of.
 
-    Slices of parameters lead their gradients back to the parameter; slices of buffers are copies.
+    Slices of whatever requires a gradient lead it back; slices of buffers are copies.
     """
     slices: dict[int, Tensor] = {}
     trained: dict[int, tuple[Tensor, tuple[Axis, ...]]] = {}
-    gradients = torch.is_grad_enabled()
+    gradients, transformed = torch.is_grad_enabled(), torch._C._functorch.peek_interpreter_stack() is not None
     for tensor, axes in tensors:
         if id(tensor) in slices or id(tensor) in trained:
             continue
-        if not isinstance(tensor, nn.Parameter):
+        if not isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
             slices[id(tensor)] = _copy_detached(tensor, axes)
         elif gradients and tensor.requires_grad and any(axes):
-            trained[id(tensor)] = tensor, axes
+            if isinstance(tensor, nn.Parameter) and not transformed:
+                trained[id(tensor)] = tensor, axes
+            else:  # computed from parameters: by functional_call, DataParallel, or a transform of torch.func
+                slices[id(tensor)] = take_slice(tensor, axes)
         else:
             slices[id(tensor)] = slice_ = take_slice(tensor, axes)
             if slice_.requires_grad != tensor.requires_grad:

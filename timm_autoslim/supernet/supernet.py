@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
+import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from timm_autoslim.artifact.spec import Spec
-from timm_autoslim.errors import TraceError, WidthError
-from timm_autoslim.slicing.slices import Slices, apply_slices, extract_model
-from timm_autoslim.slicing.tensors import Axis
+from timm_autoslim.slicing.replica import replicate
+from timm_autoslim.slicing.slices import Slices, extract_model
 from timm_autoslim.supernet.space import SearchSpace, Widths
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.utils.meta import make_meta_example
-from timm_autoslim.utils.tensors import collect_tensors
 
 _CACHED_SLICES = 64
 
@@ -50,17 +48,12 @@ class Supernet(nn.Module):
         self._trace = trace
         self._spec = spec  # of the model as it stands
         self._cache: OrderedDict[tuple[int, ...], Slices] = OrderedDict()
-        self._held: Widths | None = None  # the widths of the `at` block that is open
+        self._blocks = _OpenBlocks()
 
     @property
     def base(self) -> str | None:
         """The name that builds the model again, such as "resnet18" or "torchvision/resnet18"; None if it is unknown."""
         return self._spec.base
-
-    @property
-    def open_block(self) -> Widths | None:
-        """The widths of the `at` block that is open; None if there is none."""
-        return self._held
 
     @property
     def repairs(self) -> tuple[str, ...]:
@@ -73,75 +66,76 @@ class Supernet(nn.Module):
         return tuple(sorted(self._trace.unruled))
 
     def forward(self, *inputs: Any, widths: Widths | None = None, **named: Any) -> Any:
-        """Run the subnet of these widths; without widths the widest, or that of an open `at` block.
+        """Run the subnet of these widths; without widths that of the open `at` block, or the widest.
+
+        A narrower subnet runs as a replica with slices of the weights (`subnet`), and leaves no trace in the model: an
+        exception or an interrupt finds it as it was, and threads can run different subnets at the same time. Gradients
+        reach the shared weights. State that a forward writes, such as BatchNorm's running statistics, follows the
+        widest alone.
 
         Args:
             inputs, named: what the model's own forward takes, such as images (N, C, H, W).
             widths: by name, or after the last input: `supernet(images, widths)`.
 
         Raises:
-            WidthError: the widths are of another model, or differ from those of the open block.
-            TraceError: the model uses reentrant gradient checkpointing, which would run the whole model in backward.
+            WidthError: the widths are of another model.
         """
         if widths is None and inputs:
             last, further = inputs[-1], len(inputs) > self._trace.positional
             if isinstance(last, Widths) or (last is None and further):  # supernet(images, None) is the widest
                 inputs, widths = inputs[:-1], last
-        if self._held is not None:
-            if widths is not None and widths != self._held:
-                raise WidthError(
-                    "other widths than those of the open `with supernet.at(...)` block; leave the block first"
-                )
-            return self.model(*inputs, **named)
         if widths is None:
+            widths = self._blocks.widths
+        if widths is None or self.space.check(widths) == self.space.max():
             return self.model(*inputs, **named)
-        with self.at(widths):
-            out = self.model(*inputs, **named)
-        if widths != self.space.max():
-            _refuse_reentrant_checkpoints(out)
-        return out
+        return self.subnet(widths)(*inputs, **named)
 
-    @contextlib.contextmanager
-    def at(self, widths: Widths) -> Iterator[Supernet]:
-        """Hold the subnet of these widths for the length of the block, around forward and backward.
+    def subnet(self, widths: Widths) -> nn.Module:
+        """Return the subnet of these widths as a model that shares the weights, as they are now.
 
-        Gradients reach the shared weights. Only at the widest do BatchNorm's running statistics move.
+        It is for a few calls: after an optimizer step, or a change of the model, ask for another one.
 
         Raises:
-            WidthError: the widths are of another model, or a block is open already.
+            WidthError: the widths are of another model.
 
         Example:
             >>> import timm, torch
             >>> from timm_autoslim import convert
             >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
-            >>> with supernet.at(supernet.space.min()) as subnet:
-            ...     subnet(torch.randn(2, 3, 32, 32)).sum().backward()
+            >>> subnet = supernet.subnet(supernet.space.min())
+            >>> subnet.layer1[0].conv1.weight.shape, supernet.model.layer1[0].conv1.weight.shape
+            (torch.Size([16, 16, 3, 3]), torch.Size([64, 64, 3, 3]))
+        """
+        return replicate(self.model, self._slices(self.space.check(widths)))
+
+    def at(self, widths: Widths) -> Block:
+        """Return a block in which `supernet(images)` is the subnet of these widths, in the thread that opens it.
+
+        Every call in the block takes the weights as they are then. Blocks can be nested, and widths that a call names
+        win over those of the block.
+
+        Raises:
+            WidthError: the widths are of another model.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+            >>> with supernet.at(supernet.space.min()):
+            ...     supernet(torch.randn(2, 3, 32, 32)).sum().backward()
             >>> all(parameter.grad is not None for parameter in supernet.parameters())
             True
         """
-        self.space.check(widths)
-        if self._held is not None:
-            raise WidthError("a `with supernet.at(...)` block is open already; leave it first")
-        self._held = widths
-        try:
-            if widths == self.space.max():
-                yield self
-            else:
-                with apply_slices(self.model, self._slices(widths)):
-                    yield self
-        finally:
-            self._held = None
+        return Block(self, self._blocks, self.space.check(widths))
 
     def _slices(self, widths: Widths) -> Slices:
         key = widths.values_
-        if key not in self._cache:
-            found = self.graph.slices(key)
-            tensors = {**_statistics(self.model), **found.tensors}
-            self._cache[key] = Slices(tensors, found.attributes)
-            if len(self._cache) > _CACHED_SLICES:
+        slices = self._cache.get(key)
+        if slices is None:
+            slices = self._cache[key] = self.graph.slices(key)
+            while len(self._cache) > _CACHED_SLICES:
                 self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        return self._cache[key]
+        return slices
 
     def example(self, batch_size: int = 1) -> Any:
         """Return inputs of the shapes that the model was traced with, of this batch size, on the meta device."""
@@ -156,7 +150,7 @@ class Supernet(nn.Module):
         refuses them until then.
 
         Raises:
-            WidthError: the widths are of another model, or an `at` block is open.
+            WidthError: the widths are of another model.
 
         Example:
             >>> import timm, torch
@@ -172,50 +166,63 @@ class Supernet(nn.Module):
             True
         """
         widths = self.space.check(widths if widths is not None else self.space.max())
-        if self._held is not None:
-            raise WidthError(
-                "a `with supernet.at(...)` block is open, and its weights are sliced; leave it before extract()"
-            )
-        whole = widths == self.space.max()
-        found = self.graph.slices(widths.values_)
-        tensors = {} if whole else {**_statistics(self.model), **found.tensors}
-        plain = extract_model(self.model, Slices(tensors, found.attributes))
-        if not whole:
-            for module in plain.modules():
+        slices = self.graph.slices(widths.values_)
+        model = extract_model(self.model, slices)
+        if widths != self.space.max():
+            for module in model.modules():
                 tracked = getattr(module, "num_batches_tracked", None)
                 if isinstance(tracked, Tensor):
                     tracked.fill_(1 - _batches_to_own(getattr(module, "momentum", None)))
-        spec = self._spec.narrow(found, saved=set(self.model.state_dict()), widths=widths.to_dict())
-        plain.autoslim = spec  # type: ignore[assignment]
-        return plain
+        spec = self._spec.narrow(slices, saved=set(self.model.state_dict()), widths=widths.to_dict())
+        model.autoslim = spec  # type: ignore[assignment]
+        return model
 
 
-def _refuse_reentrant_checkpoints(out: Any) -> None:
-    """Raise if backward would run parts of the model again: by then the slices are gone, and nothing would notice."""
-    waiting = [t.grad_fn for t in collect_tensors(out) if t.grad_fn is not None]
-    seen = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node.name() == "CheckpointFunctionBackward":
-            raise TraceError(
-                "the model: got reentrant gradient checkpointing, which runs the forward again in backward, without "
-                "the slices of this call; needed: `with supernet.at(widths):` around forward and backward"
-            )
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
+class _OpenBlocks(threading.local):
+    """The `at` blocks that a thread has open, the innermost last."""
+
+    def __init__(self) -> None:
+        # weak: a block that an interrupt kept from closing is gone with the frame that opened it
+        self.blocks: list[weakref.ref[Block]] = []
+
+    @property
+    def widths(self) -> Widths | None:
+        """The widths of the innermost block; None if there is none."""
+        while self.blocks:
+            block = self.blocks[-1]()
+            if block is not None:
+                return block.widths
+            self.blocks.pop()
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OpenBlocks:
+        return _OpenBlocks()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _OpenBlocks, ()
 
 
-def _statistics(model: nn.Module) -> dict[str, tuple[Axis, ...]]:
-    """Name every running statistic, so that a narrower subnet gets copies even of those that are not narrowed."""
-    names: dict[str, tuple[Axis, ...]] = {}
-    for path, module in model.named_modules():
-        for leaf in ("running_mean", "running_var", "num_batches_tracked"):
-            buffer = module._buffers.get(leaf)
-            if buffer is not None:
-                names[f"{path}.{leaf}" if path else leaf] = (None,) * buffer.dim()
-    return names
+class Block:
+    """A `with supernet.at(widths):` block.
+
+    Attributes:
+        widths: those of the subnet that `supernet(images)` is inside the block.
+    """
+
+    def __init__(self, supernet: Supernet, blocks: _OpenBlocks, widths: Widths) -> None:
+        self.widths = widths
+        self._supernet, self._blocks = supernet, blocks
+
+    def __enter__(self) -> Supernet:
+        try:
+            self._blocks.blocks.append(weakref.ref(self))
+            return self._supernet
+        except BaseException:  # an interrupt
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._blocks.blocks[:] = [block for block in self._blocks.blocks if block() not in (self, None)]
 
 
 def _batches_to_own(momentum: float | None) -> int:

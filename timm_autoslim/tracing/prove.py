@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from timm_autoslim.slicing.slices import apply_slices
+from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import Label
-from timm_autoslim.tracing.record import Exit, Record, Recorder
+from timm_autoslim.tracing.record import Record, Recorder
 from timm_autoslim.utils.meta import make_meta_example
 from timm_autoslim.utils.tensors import collect_tensors
 
@@ -33,14 +33,9 @@ class _Lockstep(Recorder):
     Modules are compared and not operators, because torch inserts and leaves out operators as strides allow.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.exits: tuple[Exit, ...] = ()
-        self.active: NDArray[np.bool_] = np.zeros(0, bool)
-        self.position = 0
-
-    def start(self, record: Record, active: NDArray[np.bool_]) -> None:
-        """Compare the next run with this record."""
+    def __init__(self, subnet: nn.Module, record: Record, active: NDArray[np.bool_]) -> None:
+        """Compare the next run of `subnet` with a record; `active` says which atoms it has."""
+        super().__init__(subnet)
         self.exits, self.active, self.position = record.exits, active, 0
 
     def leave(self, path: str, module: nn.Module, out: Any) -> None:
@@ -82,7 +77,6 @@ class Prover:
 
     def __init__(self, model: nn.Module, example: Any, records: Sequence[Record]) -> None:
         self.model, self.example, self.records = model, example, records
-        self.lockstep = _Lockstep(model)
 
     def faults(self, graph: ChannelGraph) -> Iterator[Disagreement]:
         """Yield what disagrees at half, at the narrowest and at random widths, in both modes."""
@@ -101,12 +95,11 @@ class Prover:
     def _try(self, graph: ChannelGraph, widths: Sequence[int], record: Record) -> None:
         self.model.train(record.training)
         example = make_meta_example(self.example, 2 if record.training else 1)
-        self.lockstep.start(record, graph.active(widths))
+        lockstep = _Lockstep(replicate(self.model, graph.slices(widths)), record, graph.active(widths))
         try:
-            with apply_slices(self.model, graph.slices(widths)):
-                self.lockstep.run(example)
+            lockstep.run(example)
         except Disagreement:
             raise
         except Exception as error:
-            path = self.lockstep.stack.interrupted or ""
+            path = lockstep.stack.interrupted or ""
             raise Disagreement(f"raises {type(error).__name__}: {error}", path) from error

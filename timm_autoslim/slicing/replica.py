@@ -1,0 +1,169 @@
+"""Replicas: a subnet as new modules over the model's own tensors, which leaves no trace in the model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections import OrderedDict, defaultdict
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from timm_autoslim.slicing.attributes import set_attributes
+from timm_autoslim.slicing.slices import Slices, find_entries, is_cache
+from timm_autoslim.slicing.tensors import slice_for_call
+
+M = TypeVar("M", bound=nn.Module)
+
+# Values of these types never change, and hold neither a module nor a tensor.
+_CONSTANTS = {int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size}
+_DICTS = {dict, OrderedDict, defaultdict}
+_STORES = ("_parameters", "_buffers", "_modules")
+_MODULE = nn.Module().__dict__  # what every module has
+_MODULE_NAMES = frozenset(_MODULE)
+_HOOKS = tuple(name for name, value in _MODULE.items() if type(value) in _DICTS and name not in _STORES)
+_CALLABLES = {types.MethodType, functools.partial, types.FunctionType}
+
+
+def replicate(model: M, slices: Slices) -> M:
+    """Return a subnet of `model` for one call: new modules, with slices where the subnet is narrower.
+
+    Nothing in the model changes, whatever the replica does. Its parameters are those of the model or slices of them, so
+    that gradients reach the model's. What a forward may write is copied: buffers, tensor attributes, lists and dicts.
+    Where a module of the model is referred to (in lists, tuples and dicts of modules, bound methods, partials and
+    closures, hooks among them), the replica refers to its own module. Caches of tensors start empty, since they are of
+    another width.
+
+    A replica is as the model is now: make another one when weights, attributes or hooks have changed.
+
+    Raises:
+        KeyError, IndexError: the model has no tensor or attribute of a name in `slices`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+        >>> half = ((0, 4),)  # the first four channels
+        >>> tensors = {"0.weight": (half, None), "0.bias": (half,), "1.weight": (None, half)}
+        >>> subnet = replicate(model, Slices(tensors, {}))
+        >>> subnet(torch.ones(1, 4)).sum().backward()
+        >>> model[0].weight.shape, model[0].weight.grad[4:].abs().sum()
+        (torch.Size([8, 4]), tensor(0.))
+    """
+    return _Replication(model, slices).replica  # type: ignore[no-any-return]
+
+
+class _Replication:
+    """Makes one replica.
+
+    Attributes:
+        memo: by id of a module, tensor, list or dict of the model, what stands for it in the replica.
+    """
+
+    def __init__(self, model: nn.Module, slices: Slices) -> None:
+        modules = list(model.modules())
+        self.memo: dict[int, Any] = {id(module): object.__new__(type(module)) for module in modules}
+        self.memo |= slice_for_call((entry.tensor, entry.axes) for entry in find_entries(model, slices))
+        for module in modules:
+            self._copy_state(module)
+        for module in modules:
+            object.__setattr__(self.memo[id(module)], "__dict__", self._copy_namespace(module.__dict__))
+        self.replica = self.memo[id(model)]
+        set_attributes(self.replica, slices.attributes)
+
+    def _copy_state(self, module: nn.Module) -> None:
+        """Copy the tensors that a forward may write; what has a gradient is a weight, and shared."""
+        for store in (module._buffers, module.__dict__):
+            for value in store.values():
+                if isinstance(value, Tensor) and id(value) not in self.memo and not value.requires_grad:
+                    self.memo[id(value)] = value.clone()
+
+    def _copy_namespace(self, attributes: dict[str, Any]) -> dict[str, Any]:
+        """Return the `__dict__` of a module's replica."""
+        namespace, memo = attributes.copy(), self.memo
+        for name in _STORES:  # most of the work, so without a call for each entry
+            namespace[name] = {key: memo.get(id(item), item) for key, item in attributes[name].items()}
+        for name in _HOOKS:
+            hooks = attributes.get(name)
+            namespace[name] = self._copy(hooks) if hooks else OrderedDict()
+        for name in attributes.keys() - _MODULE_NAMES:
+            value = attributes[name]
+            if type(value) not in _CONSTANTS:
+                namespace[name] = {} if is_cache(name, value) else self._copy(value)
+        return namespace
+
+    def _copy(self, value: Any) -> Any:
+        """Return what stands for an attribute's value in the replica."""
+        kind = type(value)
+        if kind in _CONSTANTS:
+            return value
+        if id(value) in self.memo:
+            return self.memo[id(value)]
+        if kind in _DICTS:
+            items = self.memo[id(value)] = copy.copy(value)
+            for key, item in value.items():
+                items[key] = self._copy(item)
+            return items
+        if kind is list:
+            members: list[Any] = []
+            self.memo[id(value)] = members
+            members.extend(map(self._copy, value))
+            return members
+        if kind is tuple:
+            return tuple(map(self._copy, value))
+        return self._redirect(value)
+
+    def _redirect(self, value: Any) -> Any:
+        """Return a callable, or what it holds, over the replica's modules where it is over the model's.
+
+        Unlike attributes, lists and dicts in it are copied only if they hold modules: a hook that appends to a list of
+        the user's goes on appending to it.
+        """
+        kind = type(value)
+        if kind in _CONSTANTS:
+            return value
+        if id(value) in self.memo:
+            return self.memo[id(value)]
+        if kind in _CALLABLES:
+            return self._redirect_callable(value)
+        if kind in _DICTS:
+            redirected = {key: self._redirect(item) for key, item in value.items()}
+            if all(redirected[key] is item for key, item in value.items()):
+                return value
+            items = copy.copy(value)
+            items.update(redirected)
+            return items
+        if kind in (list, tuple):
+            members = [self._redirect(item) for item in value]
+            return value if all(a is b for a, b in zip(members, value, strict=True)) else kind(members)
+        return value
+
+    def _redirect_callable(self, function: Any) -> Any:
+        if type(function) is types.MethodType:
+            owner = self._redirect(function.__self__)
+            return function if owner is function.__self__ else types.MethodType(function.__func__, owner)
+        if type(function) is functools.partial:
+            args, keywords = tuple(map(self._redirect, function.args)), self._redirect(function.keywords)
+            return functools.partial(self._redirect(function.func), *args, **keywords)
+        cells = [_contents(cell) for cell in function.__closure__ or ()]
+        contents = [self._redirect(content) for content in cells]
+        if all(a is b for a, b in zip(cells, contents, strict=True)):
+            return function
+        closure = tuple(
+            cell if a is b else types.CellType(b)
+            for cell, a, b in zip(function.__closure__, cells, contents, strict=True)
+        )
+        code, scope, name = function.__code__, function.__globals__, function.__name__
+        redirected = types.FunctionType(code, scope, name, function.__defaults__, closure)
+        redirected.__kwdefaults__ = function.__kwdefaults__
+        redirected.__dict__.update(function.__dict__)
+        return redirected
+
+
+def _contents(cell: types.CellType) -> Any:
+    """Return what a closure's cell holds; None if it is empty yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
