@@ -1,120 +1,21 @@
-"""All slices of a model: applied for the length of a block, in a copy, or in place."""
+"""All slices of a model, in a copy or in place."""
 
 import copy
 
 import pytest
 import torch
-from helpers.comparisons import assert_same, snapshot
 from helpers.models import TwoGroups, randomise
 from helpers.tied import HALF, SLICED_ATTRIBUTES, TIED_SLICES, Tied
 from torch import nn
 
+from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import (
     Slices,
-    apply_slices,
     clear_caches,
     compose_runs,
     extract_model,
     shrink_model,
 )
-
-# -- for the length of a block ----------------------------------------------------------------------------------------
-
-
-def test_a_block_slices_and_puts_everything_back():
-    model = Tied()
-    before = snapshot(model)
-    x = torch.rand(2, 3)
-    with apply_slices(model, TIED_SLICES):
-        assert model.first.weight.shape == (3, 3)
-        assert model.second.weight is model.first.weight
-        assert {name: vars(model)[name] for name in SLICED_ATTRIBUTES} == SLICED_ATTRIBUTES
-        inside = model(x)
-    assert_same(before, snapshot(model))
-    assert torch.equal(inside, extract_model(model, TIED_SLICES)(x))
-
-
-def test_a_block_puts_everything_back_when_its_body_raises():
-    model = Tied()
-    before = snapshot(model)
-    with pytest.raises(ZeroDivisionError), apply_slices(model, TIED_SLICES):
-        raise ZeroDivisionError
-    assert_same(before, snapshot(model))
-
-
-@pytest.mark.parametrize(
-    ("slices", "error"),
-    [
-        (Slices({**TIED_SLICES.tensors, "third.weight": (HALF,)}, {}), KeyError),
-        (Slices({**TIED_SLICES.tensors, "first.gain": (HALF,)}, {}), KeyError),
-        (Slices({**TIED_SLICES.tensors, "scale": (((0, 7),),)}, {}), RuntimeError),
-        (Slices(TIED_SLICES.tensors, {"width": 3, "height": 3}), KeyError),
-    ],
-)
-def test_slices_that_do_not_fit_change_nothing(slices, error):
-    model = Tied()
-    before = snapshot(model)
-    with pytest.raises(error), apply_slices(model, slices):
-        pytest.fail("the block must not be entered")
-    assert_same(before, snapshot(model))
-    with pytest.raises(error):
-        extract_model(model, slices)
-    assert_same(before, snapshot(model))
-
-
-def test_gradients_of_a_block_reach_the_full_parameters():
-    model = Tied()
-    with apply_slices(model, TIED_SLICES):
-        model(torch.rand(2, 3)).sum().backward()
-    assert model.first.weight.grad.shape == (6, 6)
-    assert model.first.weight.grad[:3, :3].count_nonzero() == 9
-    assert model.first.weight.grad.count_nonzero() == 9
-    assert model.first.bias.grad[3:].tolist() == [0, 0, 0]
-
-
-def test_buffers_of_a_block_are_copies():
-    model = randomise(TwoGroups()).train()
-    slices = Slices({"bn.running_mean": (None,), "bn.running_var": (None,), "bn.num_batches_tracked": ()}, {})
-    before = snapshot(model)
-    with apply_slices(model, slices):
-        model.bn(torch.rand(2, 8, 4, 4))
-        assert not torch.equal(model.bn.running_mean, before[0]["bn.running_mean"])
-        assert model.bn.num_batches_tracked == 8
-    assert_same(before, snapshot(model))
-
-
-class Caching(nn.Module):
-    """Caches a tensor of its width by the device, as LeViT's attention does."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(6))
-        self.cache, self.names = {}, {"a": 1}
-
-    def forward(self):
-        if "cpu" not in self.cache:
-            self.cache["cpu"] = 2 * self.weight.detach()
-        return self.cache["cpu"]
-
-
-def test_caches_of_one_width_are_not_read_at_another():
-    model, slices = Caching(), Slices({"weight": (HALF,)}, {})
-    widest, cache = model(), model.cache
-    with apply_slices(model, slices):
-        assert model().shape == (3,)
-    assert model.cache is cache
-    assert model() is widest
-    assert extract_model(model, slices)().shape == (3,)
-
-
-def test_cleared_caches_are_returned():
-    model = Caching()
-    model()
-    cache = model.cache
-    assert clear_caches([model, nn.ReLU()]) == [(vars(model), "cache", cache)]
-    assert model.cache == {}
-    assert model.names == {"a": 1}
-
 
 # -- in a copy, and in place ------------------------------------------------------------------------------------------
 
@@ -141,7 +42,7 @@ def test_the_result_has_weights_of_its_own_and_keeps_ties_and_types(cut):
     assert {name: vars(slim)[name] for name in SLICED_ATTRIBUTES} == SLICED_ATTRIBUTES
 
 
-def test_a_block_a_copy_and_a_model_cut_in_place_agree():
+def test_a_replica_a_copy_and_a_model_cut_in_place_agree():
     model = randomise(TwoGroups()).eval()
     slices = Slices(
         {"inner.weight": (((0, 5),), None, None, None), "outer.weight": (None, ((0, 5),), None, None)}
@@ -154,8 +55,7 @@ def test_a_block_a_copy_and_a_model_cut_in_place_agree():
     assert torch.equal(extracted(x), shrunk(x))
     assert str(extracted) == str(shrunk)
     assert extracted.state_dict().keys() == shrunk.state_dict().keys() == model.state_dict().keys()
-    with apply_slices(model, slices):
-        assert torch.equal(model(x), extracted(x))
+    assert torch.equal(replicate(model, slices)(x), extracted(x))
 
 
 def test_recurrent_layers_hold_their_sliced_weights_only():
@@ -180,6 +80,37 @@ def test_extracting_makes_no_full_copy_of_a_tensor_that_is_sliced(monkeypatch):
     monkeypatch.setattr(nn.Parameter, "__deepcopy__", lambda self, memo: copies.append(self.shape) or self)
     extract_model(model, TIED_SLICES)
     assert copies == []
+
+
+class Caching(nn.Module):
+    """Caches a tensor of its width by the device, as LeViT's attention does."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(6))
+        self.cache, self.names = {}, {"a": 1}
+
+    def forward(self):
+        if "cpu" not in self.cache:
+            self.cache["cpu"] = 2 * self.weight.detach()
+        return self.cache["cpu"]
+
+
+def test_caches_of_one_width_are_not_read_at_another():
+    model, slices = Caching(), Slices({"weight": (HALF,)}, {})
+    widest, cache = model(), model.cache
+    assert replicate(model, slices)().shape == (3,)
+    assert model.cache is cache
+    assert model() is widest
+    assert extract_model(model, slices)().shape == (3,)
+
+
+def test_only_caches_of_tensors_are_cleared():
+    model = Caching()
+    model()
+    clear_caches([model, nn.ReLU()])
+    assert model.cache == {}
+    assert model.names == {"a": 1}
 
 
 # -- one slice after another ------------------------------------------------------------------------------------------

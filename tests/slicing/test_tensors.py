@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from timm_autoslim.slicing.slices import Slices, apply_slices, extract_model
+from timm_autoslim.slicing.replica import replicate
+from timm_autoslim.slicing.slices import Slices, extract_model
 from timm_autoslim.slicing.tensors import (
     MAX_BLOCKS,
     NODE_TENSORS,
@@ -125,10 +126,9 @@ def test_backward_adds_to_the_entries_of_the_slice_and_to_no_other(first, second
     with torch.no_grad():
         layer.weight.grad = torch.rand(60, 60)
     before, slices = layer.weight.grad.clone(), Slices({"weight": (first, second)}, {})
-    with apply_slices(layer, slices):
-        factor = torch.rand_like(layer.weight)
-        (layer.weight * factor).sum().backward(retain_graph=True)
-        slice_ = layer.weight
+    slice_ = replicate(layer, slices).weight
+    factor = torch.rand_like(slice_)
+    (slice_ * factor).sum().backward(retain_graph=True)
     expected = torch.zeros(60, 60)
     add_slice(expected, factor, (first, second))
     assert torch.equal(take_slice(expected, (first, second)), factor)
@@ -173,8 +173,7 @@ def test_parameters_that_share_a_node_have_separate_gradients(skip):
     row.layers[5].bias.grad = torch.ones(4)
     extracted, inputs = extract_model(row, ROW), torch.rand(2, 3)
     extracted(inputs, skip).square().sum().backward()
-    with apply_slices(row, ROW):
-        row(inputs, skip).square().sum().backward()
+    replicate(row, ROW)(inputs, skip).square().sum().backward()
     assert shapes == [(4, 4)]
     for (name, parameter), slice_ in zip(row.named_parameters(), extracted.parameters(), strict=True):
         if slice_.grad is None:
@@ -188,8 +187,7 @@ def test_parameters_that_share_a_node_have_separate_gradients(skip):
 def test_a_few_of_the_parameters_that_share_a_node_may_be_asked_for():
     row = Row()
     weight = row.layers[3].weight
-    with apply_slices(row, ROW):
-        row(torch.rand(2, 3)).square().sum().backward(inputs=[weight])
+    replicate(row, ROW)(torch.rand(2, 3)).square().sum().backward(inputs=[weight])
     assert [name for name, parameter in row.named_parameters() if parameter.grad is not None] == ["layers.3.weight"]
     assert weight.grad.count_nonzero() == weight.grad[:3, :3].count_nonzero() > 0
 
@@ -198,16 +196,14 @@ def test_a_few_of_the_parameters_that_share_a_node_may_be_asked_for():
 def test_hooks_of_a_parameter_get_the_full_gradient(register):
     layer, shapes = nn.Linear(4, 4, bias=False), []
     getattr(layer.weight, register)(lambda value: shapes.append(value.shape))
-    with apply_slices(layer, Slices({"weight": (HALF, HALF)}, {})):
-        layer.weight.sum().backward()
+    replicate(layer, Slices({"weight": (HALF, HALF)}, {})).weight.sum().backward()
     assert shapes == [(4, 4)]
     assert layer.weight.grad.sum() == 9
 
 
 def test_gradients_of_gradients_reach_the_full_parameters():
     layer = nn.Linear(4, 4, bias=False).double()
-    with apply_slices(layer, Slices({"weight": (HALF, HALF)}, {})):
-        out = (layer.weight**3).sum()
+    out = (replicate(layer, Slices({"weight": (HALF, HALF)}, {})).weight ** 3).sum()
     (first,) = torch.autograd.grad(out, layer.weight, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), layer.weight)
     expected = torch.zeros(4, 4, dtype=torch.double)
@@ -217,7 +213,6 @@ def test_gradients_of_gradients_reach_the_full_parameters():
 
 def test_backward_to_other_inputs_leaves_the_parameter_alone():
     layer, inputs = nn.Linear(4, 4, bias=False), torch.rand(2, 3, requires_grad=True)
-    with apply_slices(layer, Slices({"weight": (HALF, HALF)}, {})):
-        layer(inputs).sum().backward(inputs=[inputs])
+    replicate(layer, Slices({"weight": (HALF, HALF)}, {}))(inputs).sum().backward(inputs=[inputs])
     assert inputs.grad.any()
     assert layer.weight.grad is None
