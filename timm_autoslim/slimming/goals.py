@@ -71,7 +71,7 @@ def parse_budgets(supernet: Supernet, budgets: Budgets, *, conditions: Condition
     """
     check_supernet(supernet)
     limits = list_limits(budgets)
-    metrics = [metric for of_one in limits for metric, _ in of_one]
+    metrics = dict.fromkeys(metric for of_one in limits for metric, _ in of_one)
     widest = count_cost(supernet, supernet.space.max(), metrics, conditions)
     parsed = [make_budget(of_one, widest) for of_one in limits]
     for budget in parsed:

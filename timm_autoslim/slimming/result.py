@@ -173,7 +173,7 @@ class SearchResult:
         settings: Mapping[str, Any],
     ) -> SearchResult:
         """Return the result of a method, after all was scored."""
-        supernet, metrics = score.supernet, [metric for goal in goals for metric in goal.budget.metrics]
+        supernet, metrics = score.supernet, dict.fromkeys(m for goal in goals for m in goal.budget.metrics)
         widest = count_cost(supernet, supernet.space.max(), metrics, goals[0].conditions)
         return cls(
             method,
