@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if accelerator.is_main_process:
         card = {
-            "budget": network.budget.replace("<=", " <= "), "found by": network.method, "MACs": cost.macs,
+            "budget": network.budget.replace("<=", " <= "), "method": network.method, "MACs": cost.macs,
             "params": cost.params, "test top-1, %": round(test["top1"], 2),
         }  # fmt: skip
         describe_input(model, args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -99,18 +100,19 @@ def check_batch(model: nn.Module, forward: Callable[[Tensor], object], images: T
     Raises:
         ConfigError: a BatchNorm would get a single value.
     """
-    paths: dict[nn.Module, str] = {m: path for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
-    def look(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def look(path: str, norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         values = inputs[0].numel() // inputs[0].shape[1]
         if values * (processes if isinstance(norm, nn.SyncBatchNorm) else 1) < 2:
             raise ConfigError(
-                f"--batch-size {len(images)} is too small: {paths[norm]} is a BatchNorm over one value per channel "
+                f"--batch-size {len(images)} is too small: {path} is a BatchNorm over one value per channel "
                 f"(its input is {tuple(inputs[0].shape)}), which has no variance. Give --batch-size 2 or more"
                 + (", or --sync-bn." if processes > 1 else ".")
             )
 
-    hooks = [norm.register_forward_pre_hook(look) for norm in paths]
+    norms = {path: module for path, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    # by path, because a subnet runs on copies of the modules
+    hooks = [norm.register_forward_pre_hook(functools.partial(look, path)) for path, norm in norms.items()]
     try:
         with batch_statistics(model), torch.no_grad():
             forward(images)

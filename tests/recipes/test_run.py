@@ -44,7 +44,7 @@ def test_all_stages_with_one_command(tmp_path, monkeypatch, capsys):
         assert model.pretrained_cfg["input_size"] == (1, 16, 16)
         assert f"loaded again: {name} {results[name]['top1']:.2f} %" in done.stdout
         card = (folder / "exported" / name / "README.md").read_text()
-        expected = {"budget": "macs <= 60%", "found by": results[name]["method"], "MACs": f"{results[name]['macs']:,}"}
+        expected = {"budget": "macs <= 60%", "method": results[name]["method"], "MACs": f"{results[name]['macs']:,}"}
         expected |= {"params": f"{results[name]['params']:,}", "test top-1, %": round(results[name]["top1"], 2)}
         assert all(f"| {label} | {value} |" in card for label, value in expected.items())
 

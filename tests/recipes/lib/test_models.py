@@ -26,7 +26,7 @@ def test_random_widths_are_choices_of_the_flags(tmp_path):
 
 
 def test_a_configuration_of_another_model_is_refused(tmp_path):
-    with pytest.raises(AutoSlimError, match=r"'resnet10t' cannot be created with .*'dims'"):
+    with pytest.raises(AutoSlimError, match=r"base 'resnet10t': cannot be created with .*'dims'"):
         run_train(tmp_path, "a", model_kwargs={"dims": [8, 16]})
     with pytest.raises(WidthError, match=r"freeze='stages.3': the glob matches no module"):
         run_train(tmp_path, "b", "--freeze", "stages.3")
