@@ -68,7 +68,7 @@ def test_a_table_measures_nothing_twice(supernet, monkeypatch, tmp_path):
     assert len(again) == len(table) == len(set(map(str, measured)))
     assert again.predict(supernet, widths) == first
     assert len(measured) == done
-    again.predict(supernet, widths.replaced("stem", widths["stem"] + 1))  # only what the stem touches is new
+    again.predict(supernet, widths.replace("stem", widths["stem"] + 1))  # only what the stem touches is new
     assert 0 < len(measured) - done < len(get_tape(supernet).operators)
     assert [p.name for p in path.parent.iterdir()] == ["table.json"]
 
@@ -177,7 +177,7 @@ def test_a_table_refuses_what_is_no_subnet(supernet, monkeypatch):
     table = LatencyTable()
     with pytest.raises(WidthError, match="got widths of another model"):
         table.predict(supernet, convert(TwoGroups(16), torch.zeros(1, 3, 8, 8)).space.max())
-    with pytest.raises(WidthError, match="got widths of type dict"):
+    with pytest.raises(WidthError, match="widths: got a dict"):
         table.predict(supernet, supernet.space.max().to_dict())
     with pytest.raises(ConfigError, match="got a TwoGroups; needed: a Supernet, as convert"):
         table.predict(supernet.model, supernet.space.max())

@@ -179,7 +179,7 @@ def test_attention_that_no_fused_kernel_takes_makes_the_scores(masked):
     assert sorted(supernet.space.names) == ["q", "v"]
     tokens, peaks = torch.randn(2, 64, 16), []
     for width in (16, 8):
-        widths = supernet.space.max().replaced("v", width)
+        widths = supernet.space.max().replace("v", width)
         peaks.append(cost(supernet, widths, batch_size=2).peak_bytes)
         assert peaks[-1] == pytest.approx(profiled_peak(supernet.extract(widths), tokens), rel=WITHIN)
     assert peaks[1] > 2 * peaks[0]

@@ -3,8 +3,9 @@
 import torch
 
 from timm_autoslim.tracing import ops
-from timm_autoslim.tracing.flow import Call, Flow
+from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.ops import tensors_in_lists
+from timm_autoslim.tracing.sizes import FunctionCall
 
 aten = torch.ops.aten
 
@@ -49,28 +50,28 @@ def run_rule(operator, *values, passing=by_position, function="a_function"):
     flow.count_macs = True
     inputs = tensors_in_lists(values)
     for value in inputs:
-        flow.fresh_labels(value)
+        flow.create_labels(value)
     args, kwargs = passing(operator, *values)
-    flow.call = Call(function, args, kwargs)
+    flow.call = FunctionCall(function, args, kwargs)
     out = ops.execute(operator, args, kwargs)
     ops.run(flow, operator, args, kwargs, out)
-    return observe(flow, inputs, tensors_in_lists(out))
+    return read_outcome(flow, inputs, tensors_in_lists(out))
 
 
-def observe(flow, inputs, outputs):
-    """Return what a flow knows of these tensors, and of everything else."""
-    roots = flow.atoms.roots()
+def read_outcome(flow, inputs, outputs):
+    """Return what a flow holds about these tensors, and everything else in it."""
+    roots = flow.atoms.find_all()
 
     def read(vector):
         return None if vector is None else roots[vector].tolist()
 
     constraints = flow.constraints
     return {
-        "inputs": [[read(v) for v in flow.labels(t)] for t in inputs],
-        "outputs": [[read(v) for v in flow.labels(t)] for t in outputs],
-        "frozen": [(read(v), reason) for v, reason in constraints.frozen],
-        "proportional": [[read(v) for v in vectors] for vectors in constraints.proportional],
-        "ordered": [read(v) for v in constraints.ordered],
+        "inputs": [[read(v) for v in flow.get_labels(t)] for t in inputs],
+        "outputs": [[read(v) for v in flow.get_labels(t)] for t in outputs],
+        "frozen_vectors": [(read(v), reason) for v, reason in constraints.frozen_vectors],
+        "count_ties": [[read(v) for v in vectors] for vectors in constraints.count_ties],
+        "ordered_vectors": [read(v) for v in constraints.ordered_vectors],
         "producers": [(path, read(v)) for path, v in constraints.producers],
         "contractions": [(c.constant, [read(v) for v in c.vectors]) for c in flow.contractions],
     }
@@ -78,4 +79,4 @@ def observe(flow, inputs, outputs):
 
 def reasons(outcome):
     """Return why channels were frozen, without the module."""
-    return {reason.removeprefix("layer: ") for _, reason in outcome["frozen"]}
+    return {reason.removeprefix("layer: ") for _, reason in outcome["frozen_vectors"]}

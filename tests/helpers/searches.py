@@ -117,7 +117,7 @@ def assert_filled(supernet, network):
         for group in supernet.space.groups:
             width = network.widths[group.name]
             if width < group.size:
-                assert not budget.holds(cost(supernet, network.widths.replaced(group.name, width + 1))), group.name
+                assert not budget.holds(cost(supernet, network.widths.replace(group.name, width + 1))), group.name
 
 
 # -- costs that may grow as groups narrow ---------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from timm_autoslim.slicing.tensors import (
 )
 
 
-def runs_of(mask):
+def find_runs(mask):
     """Return the runs of an axis's True entries."""
     groups = itertools.groupby(range(len(mask)), key=lambda i: mask[i])
     blocks = [list(indexes) for value, indexes in groups if value]
@@ -35,7 +35,7 @@ def runs_of(mask):
 @given(st.lists(st.booleans(), min_size=1, max_size=40).filter(any), st.lists(st.booleans(), min_size=5, max_size=5))
 def test_a_slice_holds_what_a_mask_selects_in_any_number_of_runs(rows, columns):
     tensor = torch.rand(len(rows), 5)
-    axes = (runs_of(rows), runs_of(columns) if any(columns) else None)
+    axes = (find_runs(rows), find_runs(columns) if any(columns) else None)
     expected = tensor[torch.tensor(rows)]
     if any(columns):
         expected = expected[:, torch.tensor(columns)]

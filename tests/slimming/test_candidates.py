@@ -40,7 +40,7 @@ def test_the_last_step_cuts_no_more_than_the_budget_asks_for(supernet):
         group = supernet.space[candidate.name]
         wider = min(c for c in group.choices if c > candidate.widths[candidate.name])
         assert goal.holds(candidate.widths)
-        assert not goal.holds(candidate.widths.replaced(candidate.name, wider))
+        assert not goal.holds(candidate.widths.replace(candidate.name, wider))
 
 
 def test_savings_of_several_limits_are_added_up_in_the_first_metric(supernet):

@@ -72,9 +72,9 @@ def test_the_reference_scores_every_group_at_every_step_on_all_images():
     widths, scored = supernet.space.max(), {supernet.space.max()}
     for step in result.steps:
         groups = supernet.space.groups
-        now = {widths.replaced(g.name, max(c for c in g.choices if c < widths[g.name])) for g in groups}
+        now = {widths.replace(g.name, max(c for c in g.choices if c < widths[g.name])) for g in groups}
         scored |= now
-        widths = widths.replaced(step.group, step.width)
+        widths = widths.replace(step.group, step.width)
         assert widths in now
     assert {supernet.space.from_dict(w) for w in seen} == scored
     assert len(seen) == 2 * len(scored) == 2 * result.evaluations

@@ -86,10 +86,10 @@ def test_the_widest_width_within_a_budget(supernet, share):
     goal = Goal(supernet, budget)
     start = supernet.space.from_dict({"stem": 7, "inner": 6})
     for name, size in {"stem": 32, "inner": 64}.items():
-        fitting = [w for w in range(start[name], size + 1) if budget.holds(cost(supernet, start.replaced(name, w)))]
-        assert widen(goal, start, name) == start.replaced(name, fitting[-1])
+        fitting = [w for w in range(start[name], size + 1) if budget.holds(cost(supernet, start.replace(name, w)))]
+        assert widen(goal, start, name) == start.replace(name, fitting[-1])
         chosen = [w for w in fitting if w in supernet.space[name].choices]
-        aligned = start.replaced(name, chosen[-1]) if chosen else start
+        aligned = start.replace(name, chosen[-1]) if chosen else start
         assert widen(goal, start, name, exact=False) == aligned
     # no group is narrowed, not even where nothing fits
     widest = supernet.space.max()
@@ -104,7 +104,7 @@ def test_groups_are_filled_in_turn_until_the_budget_is_used_up(supernet):
     assert by_inner["inner"] == 64
     for widths, name in ((by_stem, "inner"), (by_inner, "stem")):
         assert goal.holds(widths)
-        assert not goal.holds(widths.replaced(name, widths[name] + 1))
+        assert not goal.holds(widths.replace(name, widths[name] + 1))
         assert fill(goal, widths, ["stem", "inner"]) == widths
 
 
@@ -161,7 +161,7 @@ def test_a_search_keeps_a_budget_of_memory_that_a_narrower_group_can_exceed(mode
     widest, space = cost(supernet, batch_size=1).peak_bytes, supernet.space
     assert {"q", "v"} <= set(space.names)
     for name in ("q", "v"):  # a step of one alone takes more memory
-        narrower = space.max().replaced(name, space[name].choices[-2])
+        narrower = space.max().replace(name, space[name].choices[-2])
         assert cost(supernet, narrower, batch_size=1).peak_bytes > widest
     for budget in ("peak_bytes<=90%", "peak_bytes<=45%", "macs<=50% and peak_bytes<=80%"):
         found = search(

@@ -94,7 +94,7 @@ def test_refined_on_the_choices_no_width_leaves_them(layers, divisor, data, mode
             continue
         for group in space.groups:
             for wider in [c for c in group.choices if c > network.widths[group.name]][:1]:
-                assert not limits.holds(cost(supernet, network.widths.replaced(group.name, wider))), group.name
+                assert not limits.holds(cost(supernet, network.widths.replace(group.name, wider))), group.name
 
 
 def test_where_wider_is_worse_the_descent_is_not_refined(supernet):

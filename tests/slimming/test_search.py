@@ -69,7 +69,7 @@ def test_a_real_network_leaves_little_of_its_budgets_unused(divisor, metric, ran
         # and of the group that was cut last, one step less would have been too little
         last = [step.group for step in result.steps if step.budget == found.budget][-1]
         wider = min(c for c in supernet.space[last].choices if c > found.widths[last])
-        assert cost(supernet, found.widths.replaced(last, wider)).pick(metric) > found.budget
+        assert cost(supernet, found.widths.replace(last, wider)).pick(metric) > found.budget
     refined = search(supernet, {metric: ["70%", "40%", "15%"]}, evaluate, rank=rank, steps=4)
     assert path(refined) == path(result)
     for rough, found in zip(result.networks, refined.networks, strict=True):
@@ -86,7 +86,7 @@ def test_the_steps_tell_the_way_from_the_widest_to_the_last_network(supernet):
     widths = supernet.space.max()
     for before, step in zip([None, *seen], seen, strict=False):
         assert step.width < widths[step.group]
-        widths = widths.replaced(step.group, step.width)
+        widths = widths.replace(step.group, step.width)
         assert (step.macs, step.params) == (cost(supernet, widths).macs, cost(supernet, widths).params)
         assert before is None or step.evaluations > before.evaluations
         assert (step.metric, step.limits) == ("macs", {"macs": step.budget})

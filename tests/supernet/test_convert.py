@@ -96,12 +96,20 @@ def test_freezing_by_glob_keeps_all_channels_of_a_module_and_says_why():
     assert supernet.space.names == ("stem",)
     assert supernet.graph.fixed["inner.weight", 0] == "frozen by the user (bn_inn*)"
     assert supernet.graph.slices((3,)).tensors["inner.weight"] == (None, ((0, 3),), None, None)
-    with pytest.raises(WidthError, match=r"inner: its 16 channels are fixed: frozen by the user \(bn_inn\*\)"):
+    with pytest.raises(
+        WidthError, match=r"inner: got a module whose 16 channels are fixed \(frozen by the user \(bn_inn\*\)\)"
+    ):
         supernet.space.from_channels({"inner": 3})
-    with pytest.raises(WidthError, match="freeze='layer': the glob matches no module with weights; globs are matched"):
+    with pytest.raises(
+        WidthError,
+        match=r"freeze: got a glob \('layer'\) that matches no module with weights; needed: globs of module paths",
+    ):
         convert(TwoGroups(), IMAGE, freeze="layer")
     # of a convolution, those that enter as well as those that leave it
-    with pytest.raises(NothingToSlimError, match=r"freeze=\['inner'\] leaves no channel that can be removed"):
+    with pytest.raises(
+        NothingToSlimError,
+        match=r"freeze: got \['inner'\], which freezes all channels; needed: channels that can be removed; freeze",
+    ):
         convert(TwoGroups(), IMAGE, freeze="inner")
 
 
@@ -179,7 +187,7 @@ def scripted():
         (
             lambda: convert(TwoGroups(), IMAGE),
             TraceError,
-            r"^the model: got a Supernet; needed: the plain model; convert supernet\.",
+            r"^the model: got a Supernet; needed: the original model; convert supernet\.",
         ),
     ],
     ids=["wrong", "reads", "halfway", "scripted", "part scripted", "lazy", "nothing", "no weights", "supernet"],

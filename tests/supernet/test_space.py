@@ -71,13 +71,13 @@ def test_uniform_takes_the_nearest_choice_the_wider_of_two_or_the_exact_number(s
 
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.01, float("nan"), None, "0.5", True])
 def test_a_uniform_ratio_out_of_range_is_refused(space, ratio):
-    with pytest.raises(WidthError, match=rf"got the ratio {ratio!r}; needed: a number above 0 and at most 1"):
+    with pytest.raises(WidthError, match=rf"ratio: got {ratio!r}; needed: a number above 0 and at most 1"):
         space.uniform(ratio)
 
 
 def test_a_seed_is_no_generator(space):
     for draw in (space.sample, space.sample_multiplier):
-        with pytest.raises(WidthError, match=r"got the generator 5; needed: a torch\.Generator, such as"):
+        with pytest.raises(WidthError, match=r"generator: got 5; needed: a torch\.Generator, such as"):
             draw(5)
 
 
@@ -147,7 +147,7 @@ def test_widths_are_a_frozen_hashable_mapping(space):
         widths.values_ = (1, 1)
     same = space.from_dict({"inner": 7, "stem": 5})
     assert {widths: 1}[same] == 1
-    narrower = widths.replaced("inner", 6)
+    narrower = widths.replace("inner", 6)
     assert narrower.to_dict() == {"stem": 5, "inner": 6}
     assert narrower != widths
     assert widths != {"stem": 5, "inner": 7}
@@ -162,7 +162,7 @@ NO_WIDTHS = [0, -3, 10**6, 2.5, 4.0, True, "4", None, np.float64(4)]
 def test_widths_hold_nothing_but_widths_however_they_are_made(space, width):
     message = re.escape(f"inner: got the width {width!r}; needed: an integer from 1 to 64")
     makers = (
-        lambda: space.max().replaced("inner", width),
+        lambda: space.max().replace("inner", width),
         lambda: space.from_dict({"stem": 8, "inner": width}),
         lambda: Widths((8, width), space.groups, space.id),
     )
@@ -174,8 +174,10 @@ def test_widths_hold_nothing_but_widths_however_they_are_made(space, width):
 
 
 def test_an_unknown_group_is_not_replaced(space):
-    with pytest.raises(WidthError, match=r"'innr' is no group of this search space of 2 groups; the closest are \['in"):
-        space.max().replaced("innr", 4)
+    with pytest.raises(
+        WidthError, match=r"the search space: got 'innr'; needed: one of the 2 groups; the closest are \['in"
+    ):
+        space.max().replace("innr", 4)
 
 
 def test_numpys_integers_become_pythons_own(supernet):
@@ -185,7 +187,7 @@ def test_numpys_integers_become_pythons_own(supernet):
     for widths in (
         space.from_dict({"stem": np.int32(32), "inner": four}),
         space.from_channels({"inner": four}),
-        space.max().replaced("inner", four),
+        space.max().replace("inner", four),
     ):
         assert widths == expected
         assert [type(width) for width in widths.values()] == [int, int]
@@ -201,19 +203,22 @@ def test_the_floor_of_a_group_holds_for_every_way_to_widths():
     with pytest.raises(WidthError, match=r"0: got 1 channels; needed: an integer from 2 to 8"):
         space.from_channels({"0": 1})
     with pytest.raises(WidthError, match=r"0: got the width 1; needed: an integer from 2 to 8"):
-        space.max().replaced("0", 1)
+        space.max().replace("0", 1)
 
 
 @pytest.mark.parametrize(
     ("widths", "message"),
     [
-        ({"stem": 8}, r"inner: no width is given for it \(1 of 2 are missing\); name all"),
-        ({"stem": 8, "innr": 8}, r"'innr' is no group of this search space of 2 groups; the closest are \['inner'\]"),
-        ({"xyz": 8}, r"'xyz' is no group of this search space of 2 groups; the groups are \['stem', 'inner'\]"),
+        ({"stem": 8}, r"inner: got no width \(1 of 2 are missing\); needed: a width for every group"),
+        (
+            {"stem": 8, "innr": 8},
+            r"the search space: got 'innr'; needed: one of the 2 groups; the closest are \['inner'\]",
+        ),
+        ({"xyz": 8}, r"the search space: got 'xyz'; needed: one of the 2 groups; the groups are \['stem', 'inner'\]"),
         ({"stem": 0, "inner": 8}, r"stem: got the width 0; needed: an integer from 1 to 32"),
         ({"stem": 8, "inner": 65}, r"inner: got the width 65; needed: an integer from 1 to 64"),
-        (None, r"got widths of type NoneType; needed: a dict \{group: width\}"),
-        (["stem", "inner"], r"got widths of type list; needed: a dict \{group: width\}"),
+        (None, r"widths: got a NoneType; needed: a dict \{group: width\}"),
+        (["stem", "inner"], r"widths: got a list; needed: a dict \{group: width\}"),
     ],
 )
 def test_from_dict_names_what_is_wrong(space, widths, message):
@@ -232,12 +237,12 @@ def test_from_channels_takes_any_producer_and_leaves_other_groups_at_their_size(
     [
         (
             {"stem": 8, "outer": 9},
-            r"outer: 9 channels contradict the 8 of stem: both are the group 'stem'; give them nu",
+            r"outer: got 9 channels, where stem has 8; needed: numbers that agree: both are the group 'stem'",
         ),
-        ({"bn": 8}, r"bn: this module produces no channels; modules that do: \[.*'stem'"),
-        ({"head": 8}, r"head: its 10 channels are fixed: .*an output of the model"),
+        ({"bn": 8}, r"bn: got a module that produces no channels; needed: a module that produces channels: \[.*'stem'"),
+        ({"head": 8}, r"head: got a module whose 10 channels are fixed \(.*an output of the model\); needed"),
         ({"inner": 65}, r"inner: got 65 channels; needed: an integer from 1 to 64"),
-        (None, r"got channels of type NoneType; needed: a dict \{module: channels\}"),
+        (None, r"channels: got a NoneType; needed: a dict \{module: channels\}"),
     ],
 )
 def test_from_channels_names_what_is_wrong(space, channels, message):
@@ -261,9 +266,7 @@ def test_widths_of_another_model_are_refused(space):
         WidthError, match=r"got widths of another model \(2 groups, space \w+\); needed: widths of this space"
     ):
         space.check(other.max())
-    with pytest.raises(
-        WidthError, match=r"got widths of type dict; needed: Widths, as made by supernet\.space\.from_dict"
-    ):
+    with pytest.raises(WidthError, match=r"widths: got a dict; needed: Widths, from supernet\.space\.from_dict"):
         space.check({"stem": 8, "inner": 8})
     assert (
         space.check(convert(TwoGroups(32), IMAGE).space.min()) == space.min()
@@ -272,7 +275,7 @@ def test_widths_of_another_model_are_refused(space):
 
 def test_an_unknown_group_is_named(space):
     with pytest.raises(
-        WidthError, match=r"'stam' is no group of this search space of 2 groups; the closest are \['stem'\]"
+        WidthError, match=r"the search space: got 'stam'; needed: one of the 2 groups; the closest are \['stem'\]"
     ):
         space["stam"]
 

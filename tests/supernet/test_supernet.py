@@ -190,7 +190,7 @@ def test_an_extracted_model_shares_nothing_with_the_supernet(supernet, images, n
 
 
 def test_the_statistics_of_a_narrower_subnet_are_marked_as_not_its_own(supernet, narrow):
-    for widths in (narrow, supernet.space.max().replaced("inner", 15)):
+    for widths in (narrow, supernet.space.max().replace("inner", 15)):
         slim = supernet.extract(widths)
         assert [m.num_batches_tracked.item() for m in slim.modules() if isinstance(m, nn.BatchNorm2d)] == [-43] * 3
     widest = supernet.extract()

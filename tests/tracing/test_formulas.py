@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from timm_autoslim.tracing.formulas import Area, AttributeFormula, Count, Terms, size_terms
+from timm_autoslim.tracing.formulas import AttributeFormula, Count, KernelLength, Terms, make_size_terms
 
 GROUPS = 3
 widths = st.tuples(*[st.integers(1, 9)] * GROUPS)
@@ -21,9 +21,9 @@ def test_a_count_is_affine_in_the_widths():
     assert Count(6, ())((1, 1, 1)) == 6
 
 
-def test_an_area_is_a_product_of_counts():
-    assert Area(9, (Count(0, ((0, 1),)), Count(2, ((1, 1),))))((4, 3)) == 9 * 4 * 5
-    assert Area(9, ())((4, 3)) == 9
+def test_the_length_of_a_kernel_is_a_product_of_counts():
+    assert KernelLength(9, (Count(0, ((0, 1),)), Count(2, ((1, 1),))))((4, 3)) == 9 * 4 * 5
+    assert KernelLength(9, ())((4, 3)) == 9
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_terms_in_bulk_are_what_they_are_one_by_one(rows, lengths, values):
 
 @given(counts, counts, widths)
 def test_the_sizes_of_tensors_are_products_of_their_lengths(rows, columns, values):
-    lengths = {("a", 0): rows, ("a", 1): columns, ("b", 1): Area(4, (rows, columns)), ("other", 0): columns}
+    lengths = {("a", 0): rows, ("a", 1): columns, ("b", 1): KernelLength(4, (rows, columns)), ("other", 0): columns}
     tensors = {"a": (2, 7, 7, 3), "b": (1, 5, 49), "c": (4, 6, 6)}
-    terms = size_terms(lengths, GROUPS, tensors)
+    terms = make_size_terms(lengths, GROUPS, tensors)
     a, b = rows(values), columns(values)
     assert terms(values).tolist() == [2 * a * b * 3, 5 * 4 * a * b, 4 * 36]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_autoslim import convert, cost
-from timm_autoslim.tracing.trace import trace
+from timm_autoslim.tracing.trace import trace_model
 
 # -- a value ----------------------------------------------------------------------------------------------------------
 
@@ -56,8 +56,8 @@ def test_what_is_frozen_is_fixed_with_its_reason_and_nothing_else_is(supernet):
     new = frozen.fixed.keys() - supernet.graph.fixed.keys()
     assert {name.partition(".")[0] for name, _ in new} == {"inner", "bn_inner", "outer"}
     assert {frozen.fixed[place] for place in new} == {"a reason"}
-    assert frozen.reason("inner") == "a reason"
-    assert supernet.graph.reason("inner") == "it is not fixed"
+    assert frozen.find_reason("inner") == "a reason"
+    assert supernet.graph.find_reason("inner") == "it is not fixed"
     everything = frozen.freeze_tensors(["stem.weight"], "another reason")
     assert list(everything.names) == []
     assert everything.fixed["inner.weight", 0] == "a reason"
@@ -78,14 +78,14 @@ def test_a_graph_cannot_be_changed(supernet, name):
 
 def test_equal_models_give_equal_graphs_and_others_do_not(supernet):
     graph = supernet.graph
-    again = trace(TwoGroups(), IMAGE).graph
+    again = trace_model(TwoGroups(), IMAGE).graph
     assert again == graph
     assert hash(again) == hash(graph)
     assert graph.freeze_tensors(["inner.weight"], "a reason") == again.freeze_tensors(["inner.weight"], "a reason")
     others = [
         graph.freeze_tensors(["inner.weight"], "a reason"),
-        trace(TwoGroups(), torch.zeros(1, 3, 16, 16)).graph,  # other MACs
-        trace(TwoGroups(16), IMAGE).graph,
+        trace_model(TwoGroups(), torch.zeros(1, 3, 16, 16)).graph,  # other MACs
+        trace_model(TwoGroups(16), IMAGE).graph,
     ]
     assert all(other != graph for other in others)
     assert graph != "a graph"

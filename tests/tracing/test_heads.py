@@ -34,7 +34,10 @@ def test_whole_heads_go_where_the_user_wants_it():
     assert (first.num_heads, first.head_dim) == (before.num_heads, before.head_dim // 2)
     assert (second.num_heads, second.head_dim) == (before.num_heads // 2, before.head_dim)
     assert second.scale == before.scale
-    with pytest.raises(WidthError, match=r"no_such.*matches no module that splits channels into heads"):
+    with pytest.raises(
+        WidthError,
+        match=r"whole_heads: got a glob .*no_such.* that matches no such module; needed: globs of modules that split",
+    ):
         timm_autoslim.convert(small(depth=2), whole_heads=["blocks.*.attn", "no_such"])
 
 

@@ -29,14 +29,14 @@ class Naive:
 @given(batches)
 def test_atoms_merge_as_sets_do(batches):
     atoms, naive = Atoms(), Naive(ATOMS)
-    everything = atoms.fresh(ATOMS)
+    everything = atoms.create(ATOMS)
     for batch in batches:
         left, right = (np.array(side, np.int64) for side in zip(*batch, strict=True))
         atoms.join(left, right)
         for a, b in batch:
             naive.join(a, b)
         assert atoms.find(everything).tolist() == naive.smallest()
-    assert atoms.roots().tolist() == naive.smallest()
+    assert atoms.find_all().tolist() == naive.smallest()
 
 
 @settings(max_examples=50, deadline=None)
@@ -46,30 +46,30 @@ def test_the_order_of_merges_does_not_matter(pairs, random):
     roots = []
     for order in (pairs, shuffled):
         atoms = Atoms()
-        atoms.fresh(ATOMS)
+        atoms.create(ATOMS)
         for a, b in order:
             atoms.join(np.array([a]), np.array([b]))
-        roots.append(atoms.roots().tolist())
+        roots.append(atoms.find_all().tolist())
     assert roots[0] == roots[1]
 
 
 def test_fresh_atoms_are_alone_even_after_merges():
     atoms = Atoms()
-    a, b = atoms.fresh(3), atoms.fresh(3)
+    a, b = atoms.create(3), atoms.create(3)
     atoms.join(a, b)
     assert atoms.find(b).tolist() == [0, 1, 2]
-    c = atoms.fresh(2)
+    c = atoms.create(2)
     assert c.tolist() == [6, 7]
     assert atoms.find(c).tolist() == [6, 7]
     atoms.join(c, b[1:])
-    assert atoms.roots().tolist() == [0, 1, 2, 0, 1, 2, 1, 2]
+    assert atoms.find_all().tolist() == [0, 1, 2, 0, 1, 2, 1, 2]
 
 
 def test_a_join_of_grids_is_element_by_element_and_of_a_vector_with_itself_nothing():
     atoms = Atoms()
-    grid = atoms.fresh(6).reshape(2, 3)
+    grid = atoms.create(6).reshape(2, 3)
     atoms.join(grid, grid)
-    assert atoms.roots().tolist() == list(range(6))
+    assert atoms.find_all().tolist() == list(range(6))
     atoms.join(grid[0], grid[1])
     assert atoms.find(grid).tolist() == [[0, 1, 2], [0, 1, 2]]
 
@@ -79,9 +79,9 @@ def test_constraints_take_no_empty_labels_and_no_tie_of_one():
     vector = np.arange(4)
     constraints.freeze(None, "nothing")
     constraints.tie_counts([vector])
-    assert constraints.frozen == []
-    assert constraints.proportional == []
+    assert constraints.frozen_vectors == []
+    assert constraints.count_ties == []
     constraints.freeze(vector, "a reason")
     constraints.tie_counts([vector[:2], vector[2:]])
-    assert [reason for _, reason in constraints.frozen] == ["a reason"]
-    assert [[v.tolist() for v in tie] for tie in constraints.proportional] == [[[0, 1], [2, 3]]]
+    assert [reason for _, reason in constraints.frozen_vectors] == ["a reason"]
+    assert [[v.tolist() for v in tie] for tie in constraints.count_ties] == [[[0, 1], [2, 3]]]

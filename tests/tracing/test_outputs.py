@@ -102,7 +102,7 @@ def test_an_output_that_holds_itself_ends():
 def test_a_forward_that_returns_no_tensor_is_refused(form, kind):
     model = with_output(form)
     before = read_state(model)
-    with pytest.raises(TraceError, match=f"^the model: its forward returned a {kind} without a tensor in eval.*needed"):
+    with pytest.raises(TraceError, match=f"^the model: got a {kind} without a tensor from its forward in eval.*needed"):
         convert(model, IMAGE)
     assert_untouched(before, model)
 

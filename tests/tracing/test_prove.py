@@ -19,7 +19,7 @@ def forgetful(flow, op):
 def test_a_wrong_rule_is_found_where_an_operator_fails(monkeypatch):
     monkeypatch.setattr(ops, "RULES", {**ops.RULES, "cat": forgetful})
     supernet = convert_around(lambda s, x: s.b(s.a(torch.cat([x, x], 1)).relu()), 8, a=conv(16, 8), b=conv(8, 8))
-    assert supernet.repairs[0].startswith("a: as a subnet it aten.convolution.default fails")
+    assert supernet.repairs[0].startswith("a: in a subnet, aten.convolution.default fails")
     assert "stem" not in supernet.space.names
     assert "b" in supernet.space.names
 
@@ -27,7 +27,7 @@ def test_a_wrong_rule_is_found_where_an_operator_fails(monkeypatch):
 def test_a_wrong_rule_is_found_where_a_module_gives_another_shape(monkeypatch):
     monkeypatch.setattr(ops, "RULES", {**ops.RULES, "relu": forgetful})
     supernet = convert_around(lambda s, x: s.act(s.a(x)), 8, a=conv(8, 8), act=nn.ReLU())
-    assert supernet.repairs == ("act: as a subnet it gives the shape (2, 4, 8, 8) where (2, 8, 8, 8) was due",)
+    assert supernet.repairs == ("act: in a subnet, an output has the shape (2, 4, 8, 8) instead of (2, 8, 8, 8)",)
     assert supernet.graph.fixed["a.weight", 0] == supernet.repairs[0]
     assert supernet.space["stem"].size == 8
 
@@ -47,8 +47,8 @@ class Switch(nn.Module):
 @pytest.mark.parametrize(
     ("wide", "narrow", "message"),
     [
-        (nn.ReLU(), nn.Sigmoid(), "switch.narrow: as a subnet it runs this module where"),
-        (conv(8, 8), conv(8, 8), "switch.narrow: as a subnet it aten.convolution.default fails: "),
+        (nn.ReLU(), nn.Sigmoid(), "switch.narrow: in a subnet, this module runs where"),
+        (conv(8, 8), conv(8, 8), "switch.narrow: in a subnet, aten.convolution.default fails: "),
     ],
     ids=["another module", "a module that fails"],
 )
@@ -70,7 +70,7 @@ def test_a_model_that_no_subnet_can_run_is_refused_with_the_reason():
     model = Complete(lambda s, x: s.a(x), 8, a=conv(8, 8))
     model.shapes = [p.shape for p in model.parameters()]
     with pytest.raises(
-        NothingToSlimError, match=r"in the way: .*the model: as a subnet it raises RuntimeError: never na"
+        NothingToSlimError, match=r"in the way: .*the model: in a subnet, its forward raises RuntimeError: never na"
     ):
         convert(model, IMAGE)
 

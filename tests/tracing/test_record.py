@@ -31,13 +31,13 @@ class Notes(Recorder):
     def leave(self, path, module, out):
         self.notes.append((path, "leave", type(module).__name__))
 
-    def function(self, func, args, kwargs):
+    def run_function(self, func, args, kwargs):
         self.note("function", func.__name__)
-        return super().function(func, args, kwargs)
+        return super().run_function(func, args, kwargs)
 
-    def operator(self, func, args, kwargs):
+    def run_operator(self, func, args, kwargs):
         self.note("operator", str(func))
-        return super().operator(func, args, kwargs)
+        return super().run_operator(func, args, kwargs)
 
 
 def test_every_module_function_and_operator_of_a_run_is_seen_in_its_order():
@@ -103,7 +103,7 @@ def recorder():
     model, flow = Block().to("meta"), Flow()
     wrap_attributes(model)
     for parameter in model.parameters():
-        flow.fresh_labels(parameter)
+        flow.create_labels(parameter)
     recorder = LabelRecorder(model, flow, frozenset(), Describer(flow, model))
     recorder.start()
     recorder.run(meta(2, 3, 8, 8))
@@ -112,7 +112,7 @@ def recorder():
 
 def test_sizes_know_the_dimension_that_they_are_of(recorder):
     channels, same, number, shape = recorder.model.sizes
-    label = recorder.flow.labels(recorder.model.conv.weight)[0]
+    label = recorder.flow.get_labels(recorder.model.conv.weight)[0]
     for size in (channels, same, shape[1]):
         assert (int(size), type(size.origin)) == (6, FromDimension)
         assert recorder.flow.atoms.find(size.origin.vector).tolist() == recorder.flow.atoms.find(label).tolist()
@@ -121,26 +121,26 @@ def test_sizes_know_the_dimension_that_they_are_of(recorder):
 
 
 def test_the_record_holds_operators_and_what_left_the_modules(recorder):
-    record = recorder.record()
+    record = recorder.get_record()
     assert record.training
-    assert (record.operations[0].path, record.operations[0].name) == ("conv", "aten.convolution.default")
+    assert (record.operators[0].path, record.operators[0].name) == ("conv", "aten.convolution.default")
     assert [(leaving.path, leaving.shapes) for leaving in record.exits] == [("conv", ((2, 6, 8, 8),)), ("", ((2, 6),))]
-    label = recorder.flow.labels(recorder.model.conv.weight)[0]
+    label = recorder.flow.get_labels(recorder.model.conv.weight)[0]
     (_, channels, _, _) = record.exits[0].labels[0]
     assert recorder.flow.atoms.find(channels).tolist() == recorder.flow.atoms.find(label).tolist()
-    assert {id(recorder.model.conv.weight), id(recorder.model.conv.bias)} <= recorder.used
+    assert {id(recorder.model.conv.weight), id(recorder.model.conv.bias)} <= recorder.used_ids
     assert (recorder.last_path, recorder.last_shapes) == ("conv", [(2, 3, 8, 8)])
 
 
 def test_another_run_starts_a_record_of_its_own(recorder):
-    first = recorder.record()
+    first = recorder.get_record()
     recorder.start()
-    assert recorder.record().operations == ()
+    assert recorder.get_record().operators == ()
     recorder.model.eval()
     recorder.run(meta(1, 3, 8, 8))
-    second = recorder.record()
+    second = recorder.get_record()
     assert not second.training
-    assert [o.name for o in second.operations] == [o.name for o in first.operations]
+    assert [o.name for o in second.operators] == [o.name for o in first.operators]
 
 
 def test_the_shape_of_a_norm_binds_the_attribute_that_gives_it(recorder):

@@ -274,7 +274,7 @@ def test_a_forward_that_is_bound_to_the_model_itself_is_refused(training):
     model.forward = lambda x: 2 * inner(x)
     check_refusal(
         model,
-        r"^the model: its forward runs on the weights of this very model.*needed: .* types.MethodType\(function, mod",
+        r"^the model: got a forward that.* reads the weights of the model itself.*needed: .*MethodType\(",
     )
 
 

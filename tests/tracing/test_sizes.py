@@ -16,10 +16,10 @@ from timm_autoslim.tracing.sizes import (
     FromDimension,
     FromExpression,
     Size,
-    factors,
+    find_factors,
+    find_leaves,
+    find_quotient,
     is_proportional,
-    leaves,
-    quotient,
     wrap_attributes,
 )
 
@@ -39,17 +39,17 @@ def test_arithmetic_gives_the_same_result_and_remembers_its_operands(compute, a,
         assert type(result) is Size
         assert int(result) == compute(a, b)
         assert isinstance(result.origin, FromExpression)
-        assert [leaf.origin.path for leaf in leaves(result)] == paths
+        assert [leaf.origin.path for leaf in find_leaves(result)] == paths
 
 
 def test_expressions_nest_down_to_attributes_and_dimensions():
     vector = np.arange(6)
     dimension = Size(6, FromDimension(vector))
-    one, other = leaves((attribute(8) // 2 + dimension) * 3)
+    one, other = find_leaves((attribute(8) // 2 + dimension) * 3)
     assert (int(one), int(other)) == (8, 6)
     assert one.origin == FromAttribute("layer.width")
     assert other.origin.vector is vector
-    assert list(leaves(dimension)) == [dimension]
+    assert list(find_leaves(dimension)) == [dimension]
 
 
 HEADS, CHANNELS = attribute(4, "heads"), attribute(8, "channels")
@@ -84,13 +84,13 @@ def test_a_size_is_proportional_if_it_doubles_with_all_that_it_comes_from(size, 
     ],
 )
 def test_the_factors_of_a_size_are_those_of_which_one_alone_makes_it_scale(size, paths):
-    assert [leaf.origin.path for leaf in factors(size)] == paths
+    assert [leaf.origin.path for leaf in find_factors(size)] == paths
 
 
 def test_only_a_quotient_of_two_that_scale_has_both_as_operands():
-    assert [leaf.origin.path for leaf in quotient(CHANNELS // HEADS)] == ["channels", "heads"]
+    assert [leaf.origin.path for leaf in find_quotient(CHANNELS // HEADS)] == ["channels", "heads"]
     for size in (CHANNELS, CHANNELS // 2, 32 // HEADS, CHANNELS * HEADS, CHANNELS // (HEADS + 1)):
-        assert quotient(size) is None
+        assert find_quotient(size) is None
 
 
 def test_what_is_not_integer_arithmetic_gives_ordinary_numbers():

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from timm_autoslim import convert, cost
 from timm_autoslim.errors import NothingToSlimError
 from timm_autoslim.tracing import ops
-from timm_autoslim.tracing.trace import trace
+from timm_autoslim.tracing.trace import trace_model
 
 
 def shuffled(self, x):
@@ -152,19 +152,19 @@ def test_width_groups_of_an_operator(name):
 FROZEN = {
     "literal split": (
         lambda s, x: torch.cat(s.a(x).split([4, 2], 1)[::-1], 1), 6, {"a": conv(8, 6)}, ("a.weight", 0),
-        "the model: split is given the literal size 4",
+        "the model: the code passes the constant 4 to split",
     ),
     "literal slice": (
         lambda s, x: s.a(x)[:, :4], 4, {"a": conv(8, 6)}, ("head.weight", 1),
-        "the model: __getitem__ is given the literal size 4",
+        "the model: the code passes the constant 4 to __getitem__",
     ),
     "literal view": (
         lambda s, x: s.a(x).view(-1, 2, 3, 8, 8).transpose(1, 2).flatten(1, 2), 6, {"a": conv(8, 6)}, ("a.weight", 0),
-        "the model: view splits it into literal sizes [2, 3]",
+        "the model: view splits these channels into the constant sizes [2, 3]",
     ),
     "an attribute that is also a size of something else": (
         lambda s, x: s.a(x).view(-1, s.a.out_channels, s.a.out_channels, s.a.out_channels), 8, {"a": conv(8, 8)},
-        ("a.weight", 0), "the attribute a.out_channels also gives a fixed size",
+        ("a.weight", 0), "the attribute a.out_channels is also the size of a dimension that cannot shrink",
     ),
     "an operator without a rule": (
         lambda s, x: torch.fft.fft(s.a(x), dim=2).real, 6, {"a": conv(8, 6)}, ("a.weight", 0),
@@ -172,13 +172,13 @@ FROZEN = {
     ),
     "an index of channels": (
         lambda s, x: x * s.a(x).argmax(1, keepdim=True), 8, {"a": conv(8, 6)}, ("a.weight", 0),
-        "the model: an index of channels leaves it",
+        "the model: it returns indices of these channels",
     ),
     "a layer that does not run": (lambda s, x: x, 8, {"a": conv(8, 6)}, ("a.weight", 0), "not used in forward"),
     "columns of a table": (
         lambda s, x: x + s.read(s.grid.table).mean(0)[:, None, None], 8,
         {"grid": Coordinates(), "read": nn.Linear(4, 8)}, ("read.weight", 1),
-        "the columns of a table that no module makes",
+        "the columns of a table that no module computes",
     ),
     "the input": (lambda s, x: x, 8, {}, ("stem.weight", 1), "the model: a channel of the model's input"),
     "the output": (lambda s, x: x, 8, {}, ("head.bias", 0), "an output of the model"),
@@ -204,7 +204,7 @@ def test_an_operator_that_is_taught_is_followed():
     body, last, layers, place, _ = FROZEN["an operator without a rule"]
 
     def extend(flow, op):
-        flow.set_labels(op.out, flow.labels(op["self"]) + [None] * (op.out.dim() - op["self"].dim()))
+        flow.set_labels(op.out, flow.get_labels(op["self"]) + [None] * (op.out.dim() - op["self"].dim()))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "RULES", {**ops.RULES, "_fft_r2c": extend, "view_as_real": extend})
@@ -235,9 +235,9 @@ def test_a_part_that_runs_only_in_training_is_traced_too():
 
 
 def test_a_trace_lists_the_operators_that_have_no_rule():
-    assert trace(Around(lambda s, x: x.relu()), IMAGE).unruled == frozenset()
+    assert trace_model(Around(lambda s, x: x.relu()), IMAGE).unruled == frozenset()
     turned = Around(lambda s, x: torch.rot90(s.b(s.a(x)), 1, (2, 3)), 6, a=conv(8, 8), b=conv(8, 6))
-    assert trace(turned, IMAGE).unruled == {"aten.rot90"}
+    assert trace_model(turned, IMAGE).unruled == {"aten.rot90"}
     supernet = convert(turned, IMAGE)
     assert supernet.unruled == ("aten.rot90",)
     assert supernet.repairs == ()
@@ -265,4 +265,4 @@ def test_channels_are_followed_through(name):
 
 def test_a_running_sum_over_channels_keeps_their_order():
     supernet = convert_around(lambda s, x: s.a(x).cumsum(1), 8, a=conv(8, 8))
-    assert "depends on the order of its channels" in supernet.graph.fixed["a.weight", 0]
+    assert "depends on the order of these channels" in supernet.graph.fixed["a.weight", 0]

@@ -174,5 +174,5 @@ def test_a_bias_of_another_length_is_found_by_the_proof(monkeypatch):
     monkeypatch.setattr(ops, "RULES", {**ops.RULES, "convolution": forgetful})
     for layer in (make_conv(), nn.ConvTranspose2d(8, 6, 1), nn.Conv2d(8, 6, 1, groups=2)):
         supernet = check_conversion(make_net(layer))
-        assert any(reason.startswith("a: as a subnet it") for reason in supernet.repairs)
+        assert any(reason.startswith("a: in a subnet, ") for reason in supernet.repairs)
         assert ("a.bias", 0) in supernet.graph.fixed

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from math import gcd
 from typing import Any
 
-from timm_autoslim.tracing.formulas import Area, Count, Length, Row
+from timm_autoslim.tracing.formulas import Count, KernelLength, Length, Row
 from timm_autoslim.tracing.graph import ChannelGraph
 
 
@@ -94,7 +94,7 @@ def _list_lengths(graph: ChannelGraph) -> Iterator[Count]:
         *(attribute.count for attribute in graph.attributes.values()),
     ]
     for length in lengths:
-        yield from [c for c in (length.counts if isinstance(length, Area) else (length,)) if c.terms]
+        yield from [c for c in (length.counts if isinstance(length, KernelLength) else (length,)) if c.terms]
 
 
 def _proportions(count: Count) -> tuple[Any, ...]:

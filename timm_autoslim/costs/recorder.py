@@ -76,15 +76,15 @@ class TapeRecorder(Recorder):
         for storage in self.storages:
             storage.last = len(self.operators) - 1 if storage.last < 0 else storage.last
 
-    def function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function; note fused attention and recurrent layers as one operator."""
         name = getattr(func, "__name__", "")
         attention = name == ATTENTION and all(t.dim() == 4 for t in args[:3]) and len(args) >= 3
         if not attention and name not in recurrent.LAYERS:
-            return super().function(func, args, kwargs)
+            return super().run_function(func, args, kwargs)
         self._fused += 1
         try:
-            out = _attend(*args[:3]) if attention else super().function(func, args, kwargs)
+            out = _attend(*args[:3]) if attention else super().run_function(func, args, kwargs)
         finally:
             self._fused -= 1
         self._note(name, args, kwargs, out)
@@ -92,9 +92,9 @@ class TapeRecorder(Recorder):
             self._note_scores(args[0], args[1], out)
         return out
 
-    def operator(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_operator(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator, and note it."""
-        out = super().operator(func, args, kwargs)
+        out = super().run_operator(func, args, kwargs)
         if not self._fused:
             self._note(str(func), args, kwargs, out)
         return out

@@ -114,7 +114,9 @@ class Tape:
         self._inputs = sum(t.untyped_storage().nbytes() for t in collect_tensors(example))
         runs = _record_runs(meta_copy, example, graph)
         # after the runs: some modules keep tensors from then on
-        self._weights = graph.size_terms({n: (t.element_size(), *t.shape) for n, t in named_tensors(meta_copy).items()})
+        self._weights = graph.make_size_terms(
+            {n: (t.element_size(), *t.shape) for n, t in named_tensors(meta_copy).items()}
+        )
         self.operators = runs[0][1].operators
         self._storages = runs[0][1].storages
         finder = FormulaFinder(graph, [widths for widths, _ in runs])

@@ -16,7 +16,7 @@ from timm_autoslim.slimming.goals import Goal, fill, find_subnet, find_uniform, 
 from timm_autoslim.slimming.result import Found, SearchResult
 from timm_autoslim.slimming.scoring import Evaluate, Scorer, Scores
 from timm_autoslim.slimming.team import Team, check_conditions
-from timm_autoslim.supernet.space import Widths, draw
+from timm_autoslim.supernet.space import Widths, draw_numbers
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.utils.arguments import check_integer, make_generator
 from timm_autoslim.utils.tables import Table
@@ -137,7 +137,7 @@ def _draw_within(goal: Goal, count: int, generator: torch.Generator) -> Iterator
 
 def _draw(supernet: Supernet, generator: torch.Generator) -> Widths:
     groups = supernet.space.groups
-    draws = draw(len(groups), generator)
+    draws = draw_numbers(len(groups), generator)
     return supernet.space.from_dict(
         {g.name: g.choices[0] + int(u * (g.size - g.choices[0] + 1)) for u, g in zip(draws, groups, strict=True)}
     )
@@ -234,10 +234,10 @@ def _evolve(goal: Goal, options: Options) -> Widths:
             return alive[0]
         parents = alive[: max(1, population // 2)]
         for index in range(min(population, candidates - count)):
-            one, two = (parents[int(u * len(parents))] for u in draw(2, generator))
+            one, two = (parents[int(u * len(parents))] for u in draw_numbers(2, generator))
             chance = MUTATED if index % 2 else 0.5  # mutations and crossovers take turns
             other = _draw(supernet, generator) if index % 2 else two
-            draws = dict(zip(names, draw(len(names), generator), strict=True))
+            draws = dict(zip(names, draw_numbers(len(names), generator), strict=True))
             child = supernet.space.from_dict({n: other[n] if draws[n] < chance else one[n] for n in names})
             alive.append(_move(goal, child, generator))
             count += 1

@@ -66,7 +66,7 @@ def list_candidates(goal: Goal, widths: Widths, steps: int) -> list[Candidate]:
         width = narrow(group, widths[group.name], steps)
         if width is None:
             continue
-        narrower = widths.replaced(group.name, width)
+        narrower = widths.replace(group.name, width)
         if goal.holds(narrower):
             narrower = _cut_least(goal, widths, narrower, group)
         candidates.append(Candidate(group.name, narrower, _save(before, goal.cost(narrower), exceeded)))
@@ -80,7 +80,7 @@ def _cut_least(goal: Goal, widths: Widths, narrower: Widths, group: ChannelGroup
     """Return the widest width of this group that holds the budget; that of `narrower` does."""
     between = [c for c in group.choices if narrower[group.name] <= c < widths[group.name]]
     for choice in reversed(between):
-        wider = narrower.replaced(group.name, choice)
+        wider = narrower.replace(group.name, choice)
         if goal.holds(wider):
             return wider
     return narrower

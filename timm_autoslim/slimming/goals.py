@@ -169,8 +169,8 @@ def widen(goal: Goal, widths: Widths, name: str, *, exact: bool = True) -> Width
     group, now = goal.supernet.space[name], widths[name]
     wider = range(now + 1, group.size + 1) if exact else [c for c in group.choices if c > now]
     # memory and latency may fall as the width grows: then this is a width that holds, if not the widest
-    fitting = bisect.bisect(wider, False, key=lambda w: not goal.holds(widths.replaced(name, w)))
-    return widths.replaced(name, wider[fitting - 1]) if fitting else widths
+    fitting = bisect.bisect(wider, False, key=lambda w: not goal.holds(widths.replace(name, w)))
+    return widths.replace(name, wider[fitting - 1]) if fitting else widths
 
 
 def fill(goal: Goal, widths: Widths, names: Sequence[str], *, exact: bool = True) -> Widths:

@@ -68,7 +68,7 @@ def trade(goal: Goal, widths: Widths, passes: Sequence[bool], steps: int, draws:
     for name in names[:count]:
         for _ in range(draws.choice((1, 2))):
             width = narrow(space[name], widths[name], steps)
-            widths = widths if width is None else widths.replaced(name, width)
+            widths = widths if width is None else widths.replace(name, width)
     for exact in passes:
         widths = fill(goal, widths, names[count:] + names[:count], exact=exact)
     return widths

@@ -1,4 +1,4 @@
-"""The search space: one width for each channel group, and the widths that a subnet has."""
+"""The search space of a supernet: its channel groups, and the widths of a subnet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ChannelGroup:
         name: path of the module that produces the channels first.
         size: the widest width; a width counts units, and a unit is nearly always one channel of that module (of a
             grouped convolution it is one of the convolution's groups).
-        min, divisor: shape what is sampled and searched.
+        min, divisor: the least width and the divisor that `choices` were made with.
         choices: the widths that are sampled and searched, ascending; the last is `size`.
         floor: the narrowest width that the model can run with; 1 for nearly every model.
         channels: channels that one unit has in the module that names the group.
@@ -49,7 +49,7 @@ class ChannelGroup:
     producers: tuple[str, ...]
     floor: int = 1
 
-    def checked(self, width: object) -> int:
+    def check_width(self, width: object) -> int:
         """Return a width of this group as an int.
 
         Raises:
@@ -57,9 +57,8 @@ class ChannelGroup:
         """
         number = as_integer(width)
         if number is None or not self.floor <= number <= self.size:
-            raise WidthError(
-                f"{self.name}: got the width {width!r}; needed: an integer from {self.floor} to {self.size}"
-            )
+            got, needed = f"the width {width!r}", f"an integer from {self.floor} to {self.size}"
+            raise WidthError.at(self.name, got=got, needed=needed)
         return number
 
 
@@ -77,7 +76,7 @@ class Widths(Mapping[str, int]):
         >>> widths = supernet.space.uniform(0.5)
         >>> widths["layer1.0.conv1"]
         32
-        >>> narrower = widths.replaced("layer1.0.conv1", 16)
+        >>> narrower = widths.replace("layer1.0.conv1", 16)
         >>> narrower["layer1.0.conv1"], narrower == widths
         (16, False)
     """
@@ -88,20 +87,23 @@ class Widths(Mapping[str, int]):
 
     def __post_init__(self) -> None:
         if len(self.values_) != len(self.groups):
-            raise WidthError(f"got {len(self.values_)} widths; needed: one for each of {len(self.groups)} groups")
+            got, needed = f"{len(self.values_)} widths", f"one for each of {len(self.groups)} groups"
+            raise WidthError.at("Widths", got=got, needed=needed)
         for group, value in zip(self.groups, self.values_, strict=True):
-            if type(value) is not int or not group.floor <= value <= group.size:  # a search makes many: quick if right
-                object.__setattr__(self, "values_", tuple(map(ChannelGroup.checked, self.groups, self.values_)))
+            if (
+                type(value) is not int or not group.floor <= value <= group.size
+            ):  # a search makes many: the common case is fast
+                object.__setattr__(self, "values_", tuple(map(ChannelGroup.check_width, self.groups, self.values_)))
                 break
 
-    def _index(self, name: str) -> int:
+    def _find_index(self, name: str) -> int:
         for index, group in enumerate(self.groups):
             if group.name == name:
                 return index
         raise KeyError(name)
 
     def __getitem__(self, name: str) -> int:
-        return self.values_[self._index(name)]
+        return self.values_[self._find_index(name)]
 
     def __iter__(self) -> Any:
         return iter([group.name for group in self.groups])
@@ -122,44 +124,43 @@ class Widths(Mapping[str, int]):
         """Return the widths as a dict, for JSON; `SearchSpace.from_dict` reads it back."""
         return dict(zip(self, self.values_, strict=True))
 
-    def replaced(self, name: str, width: int) -> Widths:
+    def replace(self, name: str, width: int) -> Widths:
         """Return these widths with another width for one group.
 
         Raises:
             WidthError: there is no such group, or the width is no integer from its floor to its size.
         """
         try:
-            index = self._index(name)
+            index = self._find_index(name)
         except KeyError:
-            raise WidthError(_no_group(name, list(self))) from None
+            raise _make_group_error(name, list(self)) from None
         return Widths((*self.values_[:index], width, *self.values_[index + 1 :]), self.groups, self.space_id)
 
 
-def _no_group(name: object, names: Sequence[str]) -> str:
+def _make_group_error(name: object, names: Sequence[str]) -> WidthError:
+    """Return the error for a name that is no group, with the groups of similar names."""
     close = difflib.get_close_matches(str(name), names, 3)
-    hint = f"the closest are {close}" if close else f"the groups are {list(names[:8])}..."
-    return f"{name!r} is no group of this search space of {len(names)} groups; {hint}"
+    remedy = f"the closest are {close}" if close else f"the groups are {list(names[:8])}..."
+    return WidthError.at("the search space", got=repr(name), needed=f"one of the {len(names)} groups", remedy=remedy)
 
 
-def check_mapping(what: str, given: object, form: str) -> None:
-    """Raise WidthError if an argument is no mapping."""
-    if not isinstance(given, Mapping):
-        raise WidthError(f"got {what} of type {type(given).__name__}; needed: a dict {form}")
+def check_mapping(name: str, value: object, form: str) -> None:
+    """Raise WidthError if the argument of this name is no mapping; `form` says what is in one."""
+    if not isinstance(value, Mapping):
+        raise WidthError.at(name, got=f"a {type(value).__name__}", needed=f"a dict {form}")
 
 
-def draw(n: int, generator: torch.Generator | None) -> list[float]:
+def draw_numbers(n: int, generator: torch.Generator | None) -> list[float]:
     """Return n random numbers, from 0 to below 1.
 
     Raises:
         WidthError: the generator is no `torch.Generator`.
     """
     if not isinstance(generator, (torch.Generator, type(None))):
-        raise WidthError(
-            f"got the generator {generator!r}; needed: a torch.Generator, such as torch.Generator().manual_seed(5), or "
-            "None for torch's own"
-        )
-    draws: list[float] = torch.rand(n, generator=generator).tolist()
-    return draws
+        needed = "a torch.Generator, such as torch.Generator().manual_seed(5), or None for torch's default"
+        raise WidthError.at("generator", got=repr(generator), needed=needed)
+    numbers: list[float] = torch.rand(n, generator=generator).tolist()
+    return numbers
 
 
 def hash_groups(groups: Iterable[ChannelGroup]) -> str:
@@ -201,7 +202,7 @@ class SearchSpace:
         try:
             return self.groups[self._index[name]]
         except KeyError:
-            raise WidthError(_no_group(name, self.names)) from None
+            raise _make_group_error(name, self.names) from None
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -209,33 +210,33 @@ class SearchSpace:
     def __str__(self) -> str:
         return self.table()
 
-    def _make(self, values: Iterable[int]) -> Widths:
+    def _make_widths(self, values: Iterable[int]) -> Widths:
         return Widths(tuple(values), self.groups, self.id)
 
     def check(self, widths: Widths) -> Widths:
         """Return `widths`, or raise WidthError if they are of another search space."""
         if not isinstance(widths, Widths):
-            raise WidthError(
-                f"got widths of type {type(widths).__name__}; needed: Widths, as made by "
-                "supernet.space.from_dict({name: width}), .uniform(ratio), .max() and so on"
-            )
+            needed = "Widths, from supernet.space.from_dict({name: width}), .uniform(ratio), .max() and so on"
+            raise WidthError.at("widths", got=f"a {type(widths).__name__}", needed=needed)
         if widths.space_id != self.id:
-            raise WidthError(
-                f"got widths of another model ({len(widths)} groups, space {widths.space_id}); "
-                f"needed: widths of this space ({len(self)} groups, {self.id}), made by its own methods"
+            raise WidthError.at(
+                "widths",
+                got=f"widths of another model ({len(widths)} groups, space {widths.space_id})",
+                needed=f"widths of this space ({len(self)} groups, {self.id})",
+                remedy="make them with the methods of this space",
             )
         return widths
 
     def max(self) -> Widths:
         """Return the widths of the widest subnet."""
-        return self._make(g.size for g in self.groups)
+        return self._make_widths(g.size for g in self.groups)
 
     def min(self) -> Widths:
         """Return the narrowest widths that are sampled and searched."""
-        return self._make(g.choices[0] for g in self.groups)
+        return self._make_widths(g.choices[0] for g in self.groups)
 
     def uniform(self, ratio: float, exact: bool = False) -> Widths:
-        """Return one multiplier for all groups, each rounded to the nearest of its choices (or, if exact, to a unit).
+        """Return the widths of one multiplier for all groups, rounded to the nearest choice (or, if exact, to a unit).
 
         Raises:
             WidthError: the ratio is not above 0 and at most 1.
@@ -248,13 +249,13 @@ class SearchSpace:
             (16, 19)
         """
         if not isinstance(ratio, numbers.Real) or isinstance(ratio, bool) or not 0 < ratio <= 1:
-            raise WidthError(f"got the ratio {ratio!r}; needed: a number above 0 and at most 1")
+            raise WidthError.at("ratio", got=repr(ratio), needed="a number above 0 and at most 1")
         if exact:
-            return self._make(max(g.choices[0], round(ratio * g.size)) for g in self.groups)
-        return self._make(min(g.choices, key=lambda c: (abs(c - ratio * g.size), -c)) for g in self.groups)
+            return self._make_widths(max(g.choices[0], round(ratio * g.size)) for g in self.groups)
+        return self._make_widths(min(g.choices, key=lambda c: (abs(c - ratio * g.size), -c)) for g in self.groups)
 
     def sample(self, generator: torch.Generator | None = None) -> Widths:
-        """Return random widths, drawn for every group by itself (AutoSlim's non-uniform sampling, arXiv 1903.11728).
+        """Return random widths, drawn for each group independently (AutoSlim's non-uniform sampling, arXiv 1903.11728).
 
         Raises:
             WidthError: the generator is no `torch.Generator`.
@@ -267,23 +268,23 @@ class SearchSpace:
             >>> all(width in group.choices for group, width in zip(space.groups, widths.values()))
             True
         """
-        draws = draw(len(self.groups), generator)
-        return self._make(g.choices[int(u * len(g.choices))] for u, g in zip(draws, self.groups, strict=True))
+        numbers = draw_numbers(len(self.groups), generator)
+        return self._make_widths(g.choices[int(u * len(g.choices))] for u, g in zip(numbers, self.groups, strict=True))
 
     def sample_multiplier(self, generator: torch.Generator | None = None) -> Widths:
-        """Return one random multiplier for all groups, as `uniform` applies it (US-Nets, arXiv 1903.05134).
+        """Return the widths of one random multiplier for all groups, as `uniform` does (US-Nets, arXiv 1903.05134).
 
-        It is drawn evenly between 1 and the least share that any group can have; a group that cannot be as narrow has
-        its narrowest choice.
+        The multiplier is uniform between 1 and the least share that any group can have. A group that cannot be as
+        narrow has its narrowest choice.
 
         Raises:
             WidthError: the generator is no `torch.Generator`.
         """
         least = min((g.choices[0] / g.size for g in self.groups), default=1.0)
-        return self.uniform(min(1.0, least + (1 - least) * draw(1, generator)[0]))
+        return self.uniform(min(1.0, least + (1 - least) * draw_numbers(1, generator)[0]))
 
     def from_dict(self, widths: Mapping[str, int]) -> Widths:
-        """Return the widths that a plain dict names: for every group an integer from its floor to its size.
+        """Return the widths in a dict: for every group an integer from its floor to its size.
 
         Raises:
             WidthError: a group is missing or unknown, or a width is no integer or out of range.
@@ -299,23 +300,22 @@ class SearchSpace:
         check_mapping("widths", widths, "{group: width}")
         for name in widths:
             if name not in self._index:
-                raise WidthError(_no_group(name, self.names))
+                raise _make_group_error(name, self.names)
         missing = [n for n in self.names if n not in widths]
         if missing:
-            raise WidthError(
-                f"{missing[0]}: no width is given for it ({len(missing)} of {len(self)} are missing); name all"
-            )
-        return self._make(widths[g.name] for g in self.groups)
+            got = f"no width ({len(missing)} of {len(self)} are missing)"
+            raise WidthError.at(missing[0], got=got, needed="a width for every group")
+        return self._make_widths(widths[g.name] for g in self.groups)
 
     def from_channels(self, channels: Mapping[str, int]) -> Widths:
         """Return widths from the number of channels of some modules; all other groups are at their widest.
 
         Args:
-            channels: by the path of a module that produces channels, how many it shall have.
+            channels: by the path of a module that produces channels, the number of its channels.
 
         Raises:
-            WidthError: a module produces no channels that can change, a number is no integer or out of reach, or two
-                modules that share a group are given numbers that contradict each other.
+            WidthError: a module produces no channels that can be removed, a number is no integer or out of range, or
+                the numbers of two modules of one group contradict each other.
 
         Example:
             >>> import timm, torch
@@ -327,42 +327,40 @@ class SearchSpace:
         """
         check_mapping("channels", channels, "{module: channels}")
         values: dict[int, tuple[int, str]] = {}
-        for path, wanted in channels.items():
-            group, width = self._solve(path, wanted)
+        for path, number in channels.items():
+            group, width = self._find_width(path, number)
             if values.get(group, (width, ""))[0] != width:
                 other = values[group][1]
-                raise WidthError(
-                    f"{path}: {wanted} channels contradict the {channels[other]} of {other}: both are the group "
-                    f"{self.names[group]!r}; give them numbers that agree"
+                got = f"{number} channels, where {other} has {channels[other]}"
+                raise WidthError.at(
+                    path, got=got, needed=f"numbers that agree: both are the group {self.names[group]!r}"
                 )
             values[group] = (width, path)
-        return self._make(values[i][0] if i in values else g.size for i, g in enumerate(self.groups))
+        return self._make_widths(values[i][0] if i in values else g.size for i, g in enumerate(self.groups))
 
-    def _solve(self, path: str, wanted: int) -> tuple[int, int]:
+    def _find_width(self, path: str, channels: int) -> tuple[int, int]:
+        """Return the group of a module's channels, and the width at which it has this number of them."""
         count = self._graph.producers.get(path)
         if count is None:
-            raise WidthError(
-                f"{path}: this module produces no channels; modules that do: {list(self._graph.producers)[:8]}..."
-            )
+            needed = f"a module that produces channels: {list(self._graph.producers)[:8]}..."
+            raise WidthError.at(path, got="a module that produces no channels", needed=needed)
         if not count.terms:
-            raise WidthError(f"{path}: its {count.fixed} channels are fixed: {self._graph.reason(path)}")
+            got = f"a module whose {count.fixed} channels are fixed ({self._graph.find_reason(path)})"
+            raise WidthError.at(path, got=got, needed="a module whose channels can be removed")
         if len(count.terms) > 1:
-            raise WidthError(
-                f"{path}: its channels belong to the groups {[self.names[g] for g, _ in count.terms]}; use from_dict"
-            )
+            got = f"a module whose channels belong to the groups {[self.names[g] for g, _ in count.terms]}"
+            raise WidthError.at(path, got=got, needed="a module whose channels are one group", remedy="use from_dict")
         (index, factor), fixed = count.terms[0], count.fixed
-        group, number = self.groups[index], as_integer(wanted)
+        group, number = self.groups[index], as_integer(channels)
         width, rest = divmod(-1 if number is None else number - fixed, factor)
         if number is None or rest or not group.floor <= width <= group.size:
-            step = f" in steps of {factor}" if factor > 1 else ""
-            raise WidthError(
-                f"{path}: got {wanted!r} channels; needed: an integer from {fixed + factor * group.floor} to "
-                f"{fixed + factor * group.size}{step}"
-            )
+            needed = f"an integer from {fixed + factor * group.floor} to {fixed + factor * group.size}"
+            needed += f" in steps of {factor}" if factor > 1 else ""
+            raise WidthError.at(path, got=f"{channels!r} channels", needed=needed)
         return index, width
 
     def channels(self, widths: Widths) -> dict[str, int]:
-        """Return the number of channels of every module that produces some, at these widths.
+        """Return the number of channels of every module that produces channels, at these widths.
 
         Example:
             >>> import timm, torch
@@ -381,9 +379,9 @@ class SearchSpace:
             rows.append(
                 (g.name, str(g.size), str(g.choices[0]), str(g.divisor), str(len(g.choices)), str(len(g.producers)))
             )
-        wide = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        columns = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
-            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, wide, strict=True)))
+            "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, columns, strict=True)))
             for row in rows
         ]
         lines.insert(1, "-" * len(lines[0]))

@@ -1,76 +1,59 @@
-"""The state of a trace: which labels each tensor carries, and the few moves that operator rules are made of."""
+"""The state of a trace: the labels of every tensor, and the steps that operator rules are made of."""
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from timm_autoslim.tracing.labels import Atoms, AttributeUse, Constraints, Kernel, Label, Vector
+from timm_autoslim.tracing.labels import Atoms, AttributeUse, Constraints, Contraction, Kernel, Label, Vector
 from timm_autoslim.tracing.sizes import (
     FromAttribute,
     FromDimension,
     FromExpression,
+    FunctionCall,
     Size,
-    factors,
+    find_factors,
+    find_leaves,
+    find_quotient,
     is_proportional,
-    leaves,
-    quotient,
 )
 from timm_autoslim.utils.running import ModuleStack
 
 Labels = list[Label]
 
 
-@dataclass(frozen=True)
-class Contraction:
-    """One matrix product or convolution: its MACs are `constant` times the active count of every vector."""
-
-    path: str
-    constant: float
-    vectors: tuple[Vector, ...]
-
-
-@dataclass
-class Call:
-    """The torch function that is running, with the arguments as the model's code wrote them."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def sequences(self) -> list[list[int]]:
-        """Return every list of integers among the arguments, and the run of bare integers."""
-        found: list[list[int]] = []
-        bare: list[int] = []
-        for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, (tuple, list)) and value and all(isinstance(v, int) for v in value):
-                found.append(list(value))
-            elif isinstance(value, int) and not isinstance(value, bool):
-                bare.append(value)
-        return [*found, bare]
-
-
 class Flow:
-    """Labels by tensor, the constraints so far, and where in the model the trace is."""
+    """The labels by tensor, the constraints so far, and the module that is running.
+
+    Attributes:
+        whole_heads: globs of the modules that lose whole heads.
+        matching_globs: those globs that matched a module which splits channels into heads.
+        contracted_vectors: by module, the vectors that its products of two activations sum over.
+        atoms: the union-find of all channels.
+        matrix_columns: the last axis of every matrix among the weights, by its first atom.
+        kernels: those of them that are laid out as kernels, by their first atom.
+        constraints: what else the trace learned about the channels.
+        contractions: matrix products and convolutions, while `count_macs` is set.
+        call: the torch function that is running.
+        stack: the modules that are running.
+    """
 
     def __init__(self, whole_heads: Sequence[str] = ()) -> None:
-        self.whole_heads = tuple(whole_heads)  # globs of modules that lose whole heads
-        self.heads_found: set[str] = set()  # those of them that split channels into heads
-        self.contracted: dict[str, list[Vector]] = {}  # by module, what its products of two activations run along
+        self.whole_heads = tuple(whole_heads)
+        self.matching_globs: set[str] = set()
+        self.contracted_vectors: dict[str, list[Vector]] = {}
         self.atoms = Atoms()
-        self.flat: dict[int, Vector] = {}  # last axes of matrices among the weights, by their first atom
-        self.kernels: dict[int, Kernel] = {}  # those of them that are laid out as kernels
+        self.matrix_columns: dict[int, Vector] = {}
+        self.kernels: dict[int, Kernel] = {}
         self.constraints = Constraints()
         self.contractions: list[Contraction] = []
-        self.call = Call("", (), {})
+        self.call = FunctionCall("", (), {})
         self.stack = ModuleStack()
         self.count_macs = False
-        self._frozen_seen = 0
+        self._frozen_count = 0  # how many entries of the constraints `_frozen_atoms` covers
         self._frozen_atoms: Vector = np.zeros(0, np.int64)
         self._labels: dict[int, tuple[Tensor, Labels]] = {}  # the tensor is kept alive: ids are reused otherwise
         self._indices: dict[int, tuple[Tensor, Labels]] = {}  # tensors that hold indices of channels
@@ -82,67 +65,72 @@ class Flow:
 
     # -- labels -------------------------------------------------------------------------------------------------
 
-    def labels(self, tensor: Tensor) -> Labels:
+    def get_labels(self, tensor: Tensor) -> Labels:
         """Return one label for each dimension of `tensor`."""
         if self.stack.idle:  # it is an output of the model
-            self.use(tensor)
-        known = self._labels.get(id(tensor))
-        return list(known[1]) if known else [None] * tensor.dim()
+            self.mark_read(tensor)
+        entry = self._labels.get(id(tensor))
+        return list(entry[1]) if entry else [None] * tensor.dim()
 
     def set_labels(self, tensor: Tensor, labels: Sequence[Label]) -> None:
-        """Record the labels of `tensor`; a dimension of length 1 never carries channels."""
+        """Set the labels of `tensor`; a dimension of length 1 never carries channels."""
         shape = tensor.shape
         assert len(labels) == len(shape), (self.call.name, len(labels), tuple(shape))
-        clean: Labels = []
+        entry: Labels = []
         for label, size in zip(labels, shape, strict=True):
             assert label is None or len(label) == size, (self.call.name, len(label), size)
-            clean.append(None if size == 1 else label)
-        self._labels[id(tensor)] = (tensor, clean)
+            entry.append(None if size == 1 else label)
+        self._labels[id(tensor)] = (tensor, entry)
 
-    def fresh_labels(self, tensor: Tensor) -> Labels:
-        """Give every axis of a weight atoms of its own."""
-        labels: Labels = [self.atoms.fresh(n) if n > 1 else None for n in tensor.shape]
+    def create_labels(self, tensor: Tensor) -> Labels:
+        """Label every dimension of `tensor` with new atoms, and return the labels."""
+        labels: Labels = [self.atoms.create(n) if n > 1 else None for n in tensor.shape]
         self.set_labels(tensor, labels)
-        return self.labels(tensor)
+        return self.get_labels(tensor)
 
-    def index(self, tensor: Tensor, labels: Labels) -> None:
-        """Record that `tensor` holds indices of the channels of `labels`, which must stay if anything reads it."""
+    def mark_indices(self, tensor: Tensor, labels: Labels) -> None:
+        """Note that `tensor` holds indices of the channels of `labels`; they are frozen if anything reads it."""
         self._indices[id(tensor)] = (tensor, labels)
 
-    def use(self, tensor: Tensor) -> None:
+    def mark_read(self, tensor: Tensor) -> None:
         """Note that the model reads `tensor`."""
         if id(tensor) in self._indices:
-            self.freeze_all(self._indices[id(tensor)][1], "an index of channels leaves it")
+            self.freeze_labels(self._indices[id(tensor)][1], "it returns indices of these channels")
 
-    # -- moves --------------------------------------------------------------------------------------------------
+    # -- steps --------------------------------------------------------------------------------------------------
 
-    def freeze(self, label: Label, reason: str) -> None:
-        """Keep these channels, and say why; the running module is named in front."""
+    def freeze_label(self, label: Label, reason: str) -> None:
+        """Freeze the channels of `label`; the reason starts with the path of the running module."""
         self.constraints.freeze(label, f"{self.path or 'the model'}: {reason}")
 
-    def stays(self, label: Vector) -> bool:
-        """Whether all channels of `label` are known by now to stay."""
-        frozen = self.constraints.frozen
-        if len(frozen) != self._frozen_seen:
-            self._frozen_seen = len(frozen)
-            self._frozen_atoms = np.unique(np.concatenate([v for v, _ in frozen]))
+    def freeze_labels(self, labels: Sequence[Label], reason: str) -> None:
+        """Freeze the channels of each of `labels`."""
+        for label in labels:
+            self.freeze_label(label, reason)
+
+    def is_frozen(self, label: Vector) -> bool:
+        """Whether all channels of `label` are frozen so far."""
+        vectors = self.constraints.frozen_vectors
+        if len(vectors) != self._frozen_count:
+            self._frozen_count = len(vectors)
+            self._frozen_atoms = np.unique(np.concatenate([v for v, _ in vectors]))
         if not len(self._frozen_atoms):
             return False
-        staying = np.zeros(len(self.atoms), bool)
-        staying[self.atoms.find(self._frozen_atoms)] = True
-        return bool(staying[self.atoms.find(label)].all())
-
-    def freeze_all(self, labels: Sequence[Label], reason: str) -> None:
-        """Keep the channels of all of `labels`."""
-        for label in labels:
-            self.freeze(label, reason)
+        frozen = np.zeros(len(self.atoms), bool)
+        frozen[self.atoms.find(self._frozen_atoms)] = True
+        return bool(frozen[self.atoms.find(label)].all())
 
     def join(self, a: Label, b: Label, what: str) -> Label:
-        """Make two dimensions of equal length live and die together (a unit tie)."""
+        """Make one unit of the channels at each index of two dimensions, and return their label.
+
+        Args:
+            a, b: labels of two dimensions of equal length; one without channels freezes the other.
+            what: the function or operator that combines them, for the reason.
+        """
         if a is None or b is None:
-            known = a if b is None else b
-            self.freeze(known, f"{what} meets a dimension of fixed length")
-            return known
+            label = a if b is None else b
+            self.freeze_label(label, f"{what} combines these channels with a dimension that cannot shrink")
+            return label
         self.atoms.join(a, b)
         return a
 
@@ -151,7 +139,7 @@ class Flow:
         out: Labels = []
         for position in range(-len(out_shape), 0):
             wide = [t for t in tensors if t.dim() >= -position and t.shape[position] != 1]
-            dims = [self.labels(t)[position] for t in wide]
+            dims = [self.get_labels(t)[position] for t in wide]
             label = dims[0] if dims else None
             for other in dims[1:]:
                 if label is not None or other is not None:
@@ -159,12 +147,12 @@ class Flow:
             out.append(label)
         return out
 
-    def produce(self, label: Label) -> None:
-        """Record that the running module produces these channels."""
+    def add_producer(self, label: Label) -> None:
+        """Note that the running module produces these channels."""
         if label is not None:
             self.constraints.producers.append((self.path, label))
 
-    def contract(self, constant: float, sizes: Sequence[tuple[int, Label]]) -> None:
+    def add_contraction(self, constant: float, sizes: Sequence[tuple[int, Label]]) -> None:
         """Count the MACs of a product over dimensions of these lengths."""
         if not self.count_macs:
             return
@@ -178,150 +166,141 @@ class Flow:
 
     # -- sizes --------------------------------------------------------------------------------------------------
 
-    def sizes(self, tensor: Tensor) -> list[int]:
-        """Return the shape of `tensor` as sizes that remember their dimensions."""
-        labels = self.labels(tensor)
+    def get_sizes(self, tensor: Tensor) -> list[int]:
+        """Return the shape of `tensor`; the length of every dimension of channels is a `Size` with this origin."""
+        labels = self.get_labels(tensor)
         return [n if v is None else Size(n, FromDimension(v)) for n, v in zip(tensor.shape, labels, strict=True)]
 
-    def written(self, sizes: Sequence[int]) -> Sequence[int] | None:
-        """Find the argument of the running torch function that these sizes came from (-1 matches anything)."""
-        for candidate in self.call.sequences():
-            if len(candidate) == len(sizes) and all(
-                a == b or a == -1 or b == -1 for a, b in zip(candidate, sizes, strict=True)
-            ):
-                return candidate
-        return None
-
-    def written_one(self, value: int) -> int:
-        """Find the single integer argument that equals `value`, with its origin if it has one."""
-        for candidate in self.call.sequences():
-            for size in candidate:
-                if size == value and isinstance(size, Size):
-                    return size
-        return value
-
     def constrain(self, label: Label, size: int) -> None:
-        """Tie the active count of a dimension to the integer that the model's code gave for its length."""
+        """Tie the active count of a dimension to the integer that the model's code passed as its length."""
         if size == -1:
             return
         if not isinstance(size, Size):
-            self.freeze(label, f"{self.call.name} is given the literal size {int(size)}")
+            self.freeze_label(label, f"the code passes the constant {int(size)} to {self.call.name}")
             return
-        if label is None and self._quotient(size):
+        if label is None and self._tie_quotient(size):
             return
-        found = list(leaves(size))
-        dims = [leaf.origin.vector for leaf in found if isinstance(leaf.origin, FromDimension)]
+        leaves = list(find_leaves(size))
+        dims = [leaf.origin.vector for leaf in leaves if isinstance(leaf.origin, FromDimension)]
         if label is not None and dims:
             self.constraints.tie_counts([label, *dims])
-        elif not dims and self._difference(size, label):
+        elif not dims and self._bind_difference(size, label):
             pass
         elif not dims and is_proportional(size):
-            for leaf in found:
-                self._bind(leaf, label)
-        elif not dims and factors(size):  # one factor shrinks: the one that does elsewhere, or the largest
-            shrinks = max(factors(size), key=self._preference)
-            for leaf in found:
-                self._bind(leaf, label if leaf is shrinks else None)
+            for leaf in leaves:
+                self._bind_attribute(leaf, label)
+        elif not dims and find_factors(size):  # only one factor can shrink; all others keep their value
+            factor = max(find_factors(size), key=self._rank_factor)
+            for leaf in leaves:
+                self._bind_attribute(leaf, label if leaf is factor else None)
 
-    def _preference(self, leaf: Size) -> tuple[bool, bool, int]:
-        """Rank an attribute that may shrink: channels that do shrink first, then those that nothing has fixed."""
+    def _rank_factor(self, leaf: Size) -> tuple[bool, bool, int]:
+        """Rank a factor for shrinking: first one that shrinks elsewhere, then one that is not fixed, then by size."""
         assert isinstance(leaf.origin, FromAttribute)
         path = leaf.origin.path
         vectors = [use.vector for use in self.constraints.attributes if use.path == path]
-        return any(v is not None and not self.stays(v) for v in vectors), not self._fixed(path), int(leaf)
+        shrinks = any(v is not None and not self.is_frozen(v) for v in vectors)
+        return shrinks, not self._is_fixed_attribute(path), int(leaf)
 
-    def _quotient(self, size: Size) -> bool:
-        """Make a and b of `a // b` change in step where the quotient must stay (channels by heads, if heads go)."""
-        operands = quotient(size)
+    def _tie_quotient(self, size: Size) -> bool:
+        """Tie a and b where `a // b` cannot shrink, such as channels and heads; return whether `size` is a quotient."""
+        operands = find_quotient(size)
         if operands is None:
             return False
-        step = self.atoms.fresh(int(operands[1]))
+        step = self.atoms.create(int(operands[1]))
         for operand in operands:
-            for leaf in leaves(operand):
+            for leaf in find_leaves(operand):
                 if isinstance(leaf.origin, FromDimension):
                     self.constraints.tie_counts([step, leaf.origin.vector])
                 else:
-                    self._bind(leaf, step)
+                    self._bind_attribute(leaf, step)
         return True
 
-    def _difference(self, size: Size, label: Label) -> bool:
-        """Bind a in `a - b` to the channels that b counts and these (as in a split into b and the rest)."""
-        if not (isinstance(size.origin, FromExpression) and size.origin.difference) or label is None:
+    def _bind_difference(self, size: Size, label: Label) -> bool:
+        """Bind a of `a - b` to the channels of b and `label`, as in a split into b and the rest; return whether."""
+        if not (isinstance(size.origin, FromExpression) and size.origin.is_difference) or label is None:
             return False
-        whole, part = (s.origin for s in size.origin.operands)
-        if not isinstance(whole, FromAttribute) or not isinstance(part, FromAttribute):
+        total, part = (s.origin for s in size.origin.operands)
+        if not isinstance(total, FromAttribute) or not isinstance(part, FromAttribute):
             return False
         for use in self.constraints.attributes:
             if use.path == part.path and use.vector is not None:
-                self._bind(size.origin.operands[0], np.concatenate([use.vector, label]))
+                self._bind_attribute(size.origin.operands[0], np.concatenate([use.vector, label]))
                 return True
         return False
 
-    def _bind(self, leaf: Size, label: Label) -> None:
+    def _bind_attribute(self, leaf: Size, label: Label) -> None:
         assert isinstance(leaf.origin, FromAttribute)
         self.constraints.attributes.append(AttributeUse(leaf.origin.path, int(leaf), label))
 
-    def _fixed(self, path: str) -> bool:
-        """Whether this attribute has given the length of a dimension without channels, and so keeps its value."""
+    def _is_fixed_attribute(self, path: str) -> bool:
+        """Whether this attribute was the length of a dimension without channels, and so keeps its value."""
         return any(use.path == path and use.vector is None for use in self.constraints.attributes)
 
-    def sized(self, size: int, given: int) -> Label:
-        """Return the label of a new dimension whose length the model's code gave as `given`."""
-        if size == 1 or not isinstance(given, Size):
+    def label_new_dimension(self, length: int, size: int) -> Label:
+        """Return the label of a new dimension of this length; `size` is the length as the model's code passed it."""
+        if length == 1 or not isinstance(size, Size):
             return None
-        if isinstance(given.origin, FromDimension):
-            return given.origin.vector
-        if isinstance(given.origin, FromAttribute) and self._fixed(given.origin.path):
+        if isinstance(size.origin, FromDimension):
+            return size.origin.vector
+        if isinstance(size.origin, FromAttribute) and self._is_fixed_attribute(size.origin.path):
             return None
-        label = self.atoms.fresh(size)
-        self.constrain(label, given)
+        label = self.atoms.create(length)
+        self.constrain(label, size)
         return label
 
-    def kernel(self, label: Label, shape: tuple[int, ...]) -> Kernel | None:
-        """Lay the last axis of a weight matrix out as a kernel (O, I, kh, kw), unless something else has touched it."""
-        if label is None or (whole := self.flat.get(int(label[0]))) is None or not np.array_equal(whole, label):
+    def lay_out_kernel(self, label: Label, shape: tuple[int, ...]) -> Kernel | None:
+        """Lay out the columns of a weight matrix as a kernel (O, I, kh, kw), unless they are joined to anything."""
+        columns = None if label is None else self.matrix_columns.get(int(label[0]))
+        if label is None or columns is None or not np.array_equal(columns, label):
             return None
-        known = self.kernels.get(int(label[0]))
-        if known is None and np.array_equal(self.atoms.find(label), label):
-            parts = tuple(self.atoms.fresh(n) if n > 1 else None for n in shape)
-            self.constraints.ordered.extend(p for p in parts if p is not None)
-            known = self.kernels[int(label[0])] = Kernel(label, shape, parts)
-        return known if known is not None and known.shape == shape else None
+        kernel = self.kernels.get(int(label[0]))
+        if kernel is None and np.array_equal(self.atoms.find(label), label):
+            parts = tuple(self.atoms.create(n) if n > 1 else None for n in shape)
+            self.constraints.ordered_vectors.extend(p for p in parts if p is not None)
+            kernel = self.kernels[int(label[0])] = Kernel(label, shape, parts)
+        return kernel if kernel is not None and kernel.shape == shape else None
 
     # -- splitting one dimension into several -------------------------------------------------------------------
 
-    def split(self, vector: Vector, sizes: Sequence[int], given: Sequence[int] | None) -> Labels:
-        """Label the dimensions that one labelled dimension is split into; only one of them can shrink.
+    def split(self, vector: Vector, sizes: Sequence[int], sizes_in_code: Sequence[int] | None) -> Labels:
+        """Label the dimensions that one dimension of channels is split into; only one of them can shrink.
 
-        The channels at equal indices of that dimension live and die together, so that what is left stays rectangular.
+        The channels at equal indices of that dimension become one unit, so that what a subnet keeps is rectangular.
+
+        Args:
+            vector: the label of the dimension.
+            sizes: the lengths that it is split into.
+            sizes_in_code: these lengths as the model's code passed them; None if it did not.
         """
         grid = vector.reshape([int(s) for s in sizes])
         roots = self.atoms.find(grid)
-        separable = self._separable(roots)
+        separable = self._find_separable_axis(roots)
         axis = separable
         if separable is None:
-            globs = self.loses_heads()
-            self.heads_found.update(globs)
-            axis = self._shrinking_axis(roots, given, bool(globs))
+            globs = self.find_head_globs()
+            self.matching_globs.update(globs)
+            axis = self._choose_shrinking_axis(roots, sizes_in_code, bool(globs))
         out: Labels = [None] * len(sizes)
         if axis is None:
-            self.freeze(vector, f"{self.call.name} splits it into literal sizes {[int(s) for s in sizes]}")
+            lengths = [int(s) for s in sizes]
+            self.freeze_label(vector, f"{self.call.name} splits these channels into the constant sizes {lengths}")
             return out
         rows = np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis])
-        if separable is None and self.collapses(rows):
-            out[axis] = self.by_position(rows)
+        if separable is None and self.would_merge(rows):
+            out[axis] = self.tie_by_position(rows)
         else:
             for row in rows[1:]:
                 self.atoms.join(rows[0], row)
             out[axis] = rows[0]
         return out
 
-    def loses_heads(self) -> list[str]:
-        """Return the user's globs by which the running module loses whole heads, not channels of every head."""
+    def find_head_globs(self) -> list[str]:
+        """Return the globs of `whole_heads` that match the running module."""
         return [glob for glob in self.whole_heads if fnmatch.fnmatchcase(self.path, glob)]
 
     @staticmethod
-    def _separable(roots: Vector) -> int | None:
+    def _find_separable_axis(roots: Vector) -> int | None:
         """Return the only axis along which the grid varies, if there is one."""
         for axis in range(roots.ndim):
             lines = np.moveaxis(roots, axis, -1).reshape(-1, roots.shape[axis])
@@ -330,32 +309,36 @@ class Flow:
         return None
 
     @staticmethod
-    def _shrinking_axis(roots: Vector, given: Sequence[int] | None, heads: bool) -> int | None:
-        """Prefer the last dimension (head_dim), unless its size is a literal or no more than a pair; or the first."""
-        sizes = roots.shape
-        free = [i for i, s in enumerate(sizes) if given is None or isinstance(given[i], Size) or given[i] == -1]
-        free = [i for i in free if (roots != roots.take([0], i)).any()]  # along others a channel only repeats
-        if not free:
+    def _choose_shrinking_axis(roots: Vector, sizes_in_code: Sequence[int] | None, heads: bool) -> int | None:
+        """Choose the axis that can shrink, or None if the code passes constants for all.
+
+        It is the first axis if heads are lost. Otherwise it is the last (the channels of a head), or the longest if the
+        last has at most two.
+        """
+        sizes, code = roots.shape, sizes_in_code
+        axes = [i for i in range(len(sizes)) if code is None or isinstance(code[i], Size) or code[i] == -1]
+        axes = [i for i in axes if (roots != roots.take([0], i)).any()]  # along others a channel only repeats
+        if not axes:
             return None
         if heads:
-            return free[0]
-        return free[-1] if sizes[free[-1]] > 2 else max(free, key=lambda i: sizes[i])
+            return axes[0]
+        return axes[-1] if sizes[axes[-1]] > 2 else max(axes, key=lambda i: sizes[i])
 
-    def collapses(self, rows: Vector) -> bool:
-        """Whether tying the rows would merge different channels of one row (a repeated channel shuffle does)."""
+    def would_merge(self, rows: Vector) -> bool:
+        """Whether joining the rows would merge different channels of one row, as after a second channel shuffle."""
         if len(rows) < 2:
             return False
         counts = [len(np.unique(self.atoms.find(row))) for row in rows]
         trial = Atoms()
         codes = np.unique(self.atoms.find(rows), return_inverse=True)[1].reshape(rows.shape)
-        trial.fresh(int(codes.max()) + 1)
+        trial.create(int(codes.max()) + 1)
         for row in codes[1:]:
             trial.join(codes[0], row)
         return len(np.unique(trial.find(codes[0]))) < max(counts)
 
-    def by_position(self, rows: Vector) -> Vector:
-        """Start fresh channels that are tied to the rows by count and position only."""
-        label = self.atoms.fresh(rows.shape[1])
+    def tie_by_position(self, rows: Vector) -> Vector:
+        """Return new channels that are tied to the rows by count and position only."""
+        label = self.atoms.create(rows.shape[1])
         self.constraints.tie_counts([label, rows.ravel()])
-        self.constraints.ordered.extend([rows.ravel(), label])
+        self.constraints.ordered_vectors.extend([rows.ravel(), label])
         return label

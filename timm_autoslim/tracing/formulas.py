@@ -1,4 +1,4 @@
-"""Numbers as functions of the widths: lengths, attributes and products, one at a time or many in bulk."""
+"""Numbers as functions of the widths: lengths, attributes and products, one by one or as arrays."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.int64]
-Row = tuple[int, int, tuple[int, ...]]  # scale, divisor, and the lengths that are multiplied
+Row = tuple[int, int, tuple[int, ...]]  # scale, divisor, and the indices of the lengths that are multiplied
 Place = tuple[str, int]  # a tensor's name and one of its axes
 
 
@@ -19,8 +19,8 @@ class Count:
     """The active length of a dimension: `fixed + sum(factor * width[group])`.
 
     Attributes:
-        fixed: how many of its channels always stay.
-        terms: (group, factor): for each step of the group's width so many channels are active.
+        fixed: how many of its channels are fixed.
+        terms: (group, factor): `factor` channels are active for each step of the group's width.
     """
 
     fixed: int
@@ -32,7 +32,7 @@ class Count:
 
 
 @dataclass(frozen=True)
-class Area:
+class KernelLength:
     """The active length of an axis that is laid out as a kernel: `constant` times the product of the counts."""
 
     constant: int
@@ -43,17 +43,17 @@ class Area:
         return self.constant * prod(count(widths) for count in self.counts)
 
 
-Length = Count | Area
+Length = Count | KernelLength
 
 
 @dataclass(frozen=True)
 class AttributeFormula:
-    """A module's attribute that follows the active share of some channels.
+    """A module's attribute that changes with the number of some channels.
 
     Attributes:
         value: what it is at the widest.
-        length: how many channels there are at the widest.
-        count: how many are active.
+        length: the number of these channels at the widest.
+        count: the number of these channels that are active.
         power: 1 for a size, -0.5 for the scale of attention scores.
     """
 
@@ -78,7 +78,7 @@ class Product:
 
     Attributes:
         path: the module that runs it.
-        constant, counts: the factors.
+        constant, counts: what is multiplied.
         reason: why channels of it are fixed; None if none are.
     """
 
@@ -89,9 +89,9 @@ class Product:
 
 
 class Terms:
-    """Many numbers as functions of the widths: number i is `scale[i] * prod(lengths[factors[i]]) / divisor[i]`.
+    """Many numbers as functions of the widths, computed with arrays.
 
-    The lengths are affine in the widths: `fixed + weights @ widths`.
+    The lengths are `fixed + weights @ widths`. Number i is `scale[i] * prod(lengths[factors[i]]) // divisor[i]`.
     """
 
     def __init__(self, lengths: Sequence[Count], groups: int, rows: Sequence[Row]) -> None:
@@ -113,7 +113,7 @@ class Terms:
         return numbers
 
 
-def size_terms(lengths: Mapping[Place, Length], groups: int, tensors: Mapping[str, tuple[int, ...]]) -> Terms:
+def make_size_terms(lengths: Mapping[Place, Length], groups: int, tensors: Mapping[str, tuple[int, ...]]) -> Terms:
     """Return the sizes of tensors as functions of the widths.
 
     Args:
@@ -133,7 +133,7 @@ def size_terms(lengths: Mapping[Place, Length], groups: int, tensors: Mapping[st
             if active is None:
                 scale *= n
                 continue
-            area = active if isinstance(active, Area) else Area(1, (active,))
+            area = active if isinstance(active, KernelLength) else KernelLength(1, (active,))
             scale *= area.constant
             factors += [columns.setdefault(count, len(columns)) for count in area.counts]
         rows.append((scale, 1, tuple(factors)))

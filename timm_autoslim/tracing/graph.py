@@ -1,4 +1,4 @@
-"""The channel graph of a model: a value that says what every tensor keeps, and what it costs, at any widths."""
+"""The channel graph of a model: a value with the slices and the cost of the model at any widths."""
 
 from __future__ import annotations
 
@@ -14,9 +14,17 @@ from numpy.typing import NDArray
 from timm_autoslim.slicing.attributes import Value
 from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.slicing.tensors import Axis
-from timm_autoslim.tracing.flow import Contraction
-from timm_autoslim.tracing.formulas import Area, AttributeFormula, Count, Length, Place, Product, Terms, size_terms
-from timm_autoslim.tracing.labels import AttributeUse, Kernel, Vector
+from timm_autoslim.tracing.formulas import (
+    AttributeFormula,
+    Count,
+    KernelLength,
+    Length,
+    Place,
+    Product,
+    Terms,
+    make_size_terms,
+)
+from timm_autoslim.tracing.labels import AttributeUse, Contraction, Kernel, Vector
 from timm_autoslim.tracing.solve import UNUSED, Observations, Solution, Strand, solve
 
 
@@ -27,7 +35,8 @@ class AxisUnits:
     Attributes:
         strand: the strand at every index, -1 if it is fixed.
         rank: the rank in its strand at every index.
-        prefix: the strand, where the whole axis is one strand in order and once; a subnet then keeps the first indices.
+        prefix: the strand, if the axis is one strand in the order of ranks, so that a subnet keeps the first indices;
+            else None.
     """
 
     strand: Vector
@@ -52,17 +61,19 @@ class ChannelGraph:
     floor: int = 1
 
     @classmethod
-    def of(cls, observations: Observations, floor: int = 1) -> ChannelGraph:
-        """Return the graph that follows from what a trace observed."""
+    def from_observations(cls, observations: Observations, floor: int = 1) -> ChannelGraph:
+        """Return the graph of the observations of a trace."""
         return cls(observations, solve(observations), floor)
 
     def freeze(self, vectors: Sequence[Vector | None], reason: str) -> ChannelGraph:
-        """Return a graph in which these channels stay as well; None stands for a dimension without channels."""
-        more = tuple((vector, reason) for vector in vectors if vector is not None)
-        return ChannelGraph.of(replace(self.observations, frozen=self.observations.frozen + more), self.floor)
+        """Return a graph in which these channels are fixed as well; None stands for a dimension without channels."""
+        frozen_vectors = list(self.observations.frozen_vectors)
+        frozen_vectors += [(vector, reason) for vector in vectors if vector is not None]
+        observations = replace(self.observations, frozen_vectors=tuple(frozen_vectors))
+        return ChannelGraph.from_observations(observations, self.floor)
 
     def freeze_tensors(self, names: Sequence[str], reason: str) -> ChannelGraph:
-        """Return a graph in which all channels of these tensors stay as well."""
+        """Return a graph in which all channels of these tensors are fixed as well."""
         places = [(name, axis) for name in names for axis in range(len(self.shapes[name]))]
         return self.freeze([self.observations.vectors.get(place) for place in places], reason)
 
@@ -70,8 +81,8 @@ class ChannelGraph:
         if not isinstance(other, ChannelGraph) or self._facts != other._facts:
             return False
         return all(
-            np.array_equal(mine.strand, theirs.strand) and np.array_equal(mine.rank, theirs.rank)
-            for mine, theirs in zip(self.places.values(), other.places.values(), strict=True)
+            np.array_equal(a.strand, b.strand) and np.array_equal(a.rank, b.rank)
+            for a, b in zip(self.places.values(), other.places.values(), strict=True)
         )
 
     def __hash__(self) -> int:
@@ -79,9 +90,9 @@ class ChannelGraph:
 
     @cached_property
     def _facts(self) -> tuple[object, ...]:
-        """All that the graph says, but for the units of every axis."""
+        """Everything that equal graphs have in common, except the units of every axis."""
         return (
-            *(self.names, self.group_sizes, self.floor, self.strands, self.shapes, self.parameters, self.tied),
+            *(self.names, self.group_sizes, self.floor, self.strands, self.shapes, self.parameters, self.tied_names),
             *(self.fixed, self.lengths, self.producers, self.attributes, self.products, list(self.places)),
         )
 
@@ -98,9 +109,9 @@ class ChannelGraph:
         return self.observations.parameters
 
     @property
-    def tied(self) -> Mapping[str, str]:
+    def tied_names(self) -> Mapping[str, str]:
         """For every further name of a tied tensor, the name that it has in `shapes`."""
-        return self.observations.tied
+        return self.observations.tied_names
 
     @property
     def strands(self) -> tuple[Strand, ...]:
@@ -123,48 +134,48 @@ class ChannelGraph:
         return self.solution.names
 
     @property
-    def torn(self) -> frozenset[str]:
-        """Attributes that give the size of channels at one place and a fixed size at another."""
-        return self.solution.torn
+    def conflicting_attributes(self) -> frozenset[str]:
+        """Attributes that are the size of channels at one place and a fixed size at another."""
+        return self.solution.conflicting_attributes
 
     @cached_property
     def places(self) -> dict[Place, AxisUnits]:
         """The units of every axis that carries channels."""
-        return {place: self._axis_units(vector) for place, vector in self.observations.vectors.items()}
+        return {place: self._find_units(vector) for place, vector in self.observations.vectors.items()}
 
-    def _axis_units(self, vector: Vector) -> AxisUnits:
+    def _find_units(self, vector: Vector) -> AxisUnits:
         strand, rank = self.solution.strand[vector], self.solution.rank[vector]
         in_order = strand[0] >= 0 and (strand == strand[0]).all() and np.array_equal(rank, np.arange(len(rank)))
         return AxisUnits(strand, rank, int(strand[0]) if in_order else None)
 
-    # -- what is fixed ----------------------------------------------------------------------------------------------
+    # -- fixed channels ----------------------------------------------------------------------------------------------
 
     @cached_property
     def fixed(self) -> dict[Place, str]:
         """For every axis of which no channel can be removed, the reason."""
         solution, vectors = self.solution, self.observations.vectors
-        laid_out = {id(kernel.vector) for kernel in solution.kernels}
+        of_kernels = {id(kernel.vector) for kernel in solution.kernels}
         fixed = {
             place: solution.reasons.get(int(solution.unit[vector[0]]), UNUSED)
             for place, vector in vectors.items()
-            if (solution.strand[vector] < 0).all() and id(vector) not in laid_out
+            if (solution.strand[vector] < 0).all() and id(vector) not in of_kernels
         }
         names = {name for name, _ in vectors}
         return fixed | {(n, 0): "none of its axes carries channels" for n in self.parameters if n not in names}
 
-    def reason(self, path: str) -> str:
-        """Say why the channels that a module produces are fixed."""
+    def find_reason(self, path: str) -> str:
+        """Return why the channels that a module produces are fixed."""
         vector = next(v for p, v in self.observations.producers if p == path)
-        return self._reason(vector) or "it is not fixed"
+        return self._find_reason(vector) or "it is not fixed"
 
-    def _reason(self, vector: Vector) -> str | None:
-        """Say why channels of `vector` are fixed, or None if none is."""
+    def _find_reason(self, vector: Vector) -> str | None:
+        """Return why channels of `vector` are fixed, or None if none is."""
         fixed = self.solution.unit[vector[self.solution.strand[vector] < 0]]
         return self.solution.reasons.get(int(fixed[0]), UNUSED) if len(fixed) else None
 
     # -- numbers as functions of the widths -------------------------------------------------------------------------
 
-    def count(self, vector: Vector) -> Count:
+    def make_count(self, vector: Vector) -> Count:
         """Return the active length of `vector` as a function of the widths."""
         strands = self.solution.strand[vector]
         terms: dict[int, int] = defaultdict(int)
@@ -173,9 +184,9 @@ class ChannelGraph:
             terms[strand.group] += int(times) // strand.size * strand.ratio
         return Count(int((strands < 0).sum()), tuple(sorted(terms.items())))
 
-    def _area(self, kernel: Kernel) -> Area:
+    def _make_kernel_length(self, kernel: Kernel) -> KernelLength:
         fixed = prod(n for n, part in zip(kernel.shape, kernel.parts, strict=True) if part is None)
-        return Area(fixed, tuple(self.count(part) for part in kernel.parts if part is not None))
+        return KernelLength(fixed, tuple(self.make_count(part) for part in kernel.parts if part is not None))
 
     @cached_property
     def _kernels(self) -> dict[int, Kernel]:
@@ -188,9 +199,9 @@ class ChannelGraph:
         lengths: dict[Place, Length] = {}
         for place, vector in self.observations.vectors.items():
             if int(vector[0]) in self._kernels:
-                lengths[place] = self._area(self._kernels[int(vector[0])])
+                lengths[place] = self._make_kernel_length(self._kernels[int(vector[0])])
             elif (self.solution.strand[vector] >= 0).any():
-                lengths[place] = self.count(vector)
+                lengths[place] = self.make_count(vector)
         return lengths
 
     @cached_property
@@ -198,36 +209,39 @@ class ChannelGraph:
         """The number of channels that each module produces."""
         counts: dict[str, Count] = {}
         for path, vector in self.observations.producers:
-            counts.setdefault(path, self.count(vector))
+            counts.setdefault(path, self.make_count(vector))
         return counts
 
     @cached_property
     def attributes(self) -> dict[str, AttributeFormula]:
-        """Attributes that change with the widths, by path: those that only describe a module, and those it reads."""
-        return {**self._formulas(self.observations.descriptions), **self._formulas(self.observations.attributes)}
+        """Attributes that change with the widths, by path: those that describe modules, and those of forward."""
+        return {
+            **self._make_formulas(self.observations.descriptions),
+            **self._make_formulas(self.observations.attributes),
+        }
 
-    def _formulas(self, uses: Sequence[AttributeUse]) -> dict[str, AttributeFormula]:
-        """Return those attributes that change with the widths; the first use of a path counts."""
+    def _make_formulas(self, uses: Sequence[AttributeUse]) -> dict[str, AttributeFormula]:
+        """Return the formulas of those attributes that change with the widths; the first use of a path counts."""
         formulas: dict[str, AttributeFormula] = {}
         for use in uses:
             if use.vector is not None and (self.solution.strand[use.vector] >= 0).any():
-                formula = AttributeFormula(use.value, len(use.vector), self.count(use.vector), use.power)
+                formula = AttributeFormula(use.value, len(use.vector), self.make_count(use.vector), use.power)
                 formulas.setdefault(use.path, formula)
         return formulas
 
     @cached_property
     def products(self) -> tuple[Product, ...]:
         """The MACs of every matrix product and convolution for one image, in the order of execution."""
-        return tuple(map(self._product, self.observations.contractions))
+        return tuple(map(self._make_product, self.observations.contractions))
 
-    def _product(self, contraction: Contraction) -> Product:
+    def _make_product(self, contraction: Contraction) -> Product:
         constant, counts, reasons = contraction.constant, [], []
         for vector in contraction.vectors:
             kernel = self._kernels.get(int(vector[0]))
             parts = [vector] if kernel is None else [v for v in kernel.parts if v is not None]
-            constant *= 1 if kernel is None else self._area(kernel).constant
-            counts += [self.count(part) for part in parts]
-            reasons += [reason for part in parts if (reason := self._reason(part))]
+            constant *= 1 if kernel is None else self._make_kernel_length(kernel).constant
+            counts += [self.make_count(part) for part in parts]
+            reasons += [reason for part in parts if (reason := self._find_reason(part))]
         return Product(contraction.path, constant, tuple(counts), reasons[-1] if reasons else None)
 
     @cached_property
@@ -246,25 +260,25 @@ class ChannelGraph:
 
     @cached_property
     def _parameter_terms(self) -> Terms:
-        return self.size_terms({name: (1, *self.shapes[name]) for name in self.parameters})
+        return self.make_size_terms({name: (1, *self.shapes[name]) for name in self.parameters})
 
     def params(self, widths: Sequence[int]) -> int:
         """Return the number of parameters at these widths, one for each group."""
         return int(self._parameter_terms(widths).sum())
 
-    def size_terms(self, tensors: Mapping[str, tuple[int, ...]]) -> Terms:
+    def make_size_terms(self, tensors: Mapping[str, tuple[int, ...]]) -> Terms:
         """Return the sizes of tensors (by name, a factor and the shape) as functions of the widths."""
-        return size_terms(self.lengths, len(self.group_sizes), tensors)
+        return make_size_terms(self.lengths, len(self.group_sizes), tensors)
 
-    def half(self) -> float:
-        """Return the share of the MACs that half of every width leaves, without rounding."""
+    def compute_share_at_half(self) -> float:
+        """Return the share of the MACs that is left at half of every width, without rounding."""
         widest = self.group_sizes
-        left = sum(p.constant * prod((c.fixed + c(widest)) / 2 for c in p.counts) for p in self.products)
-        return left / max(1, self.macs(widest))
+        macs = sum(p.constant * prod((c.fixed + c(widest)) / 2 for c in p.counts) for p in self.products)
+        return macs / max(1, self.macs(widest))
 
     # -- slices -----------------------------------------------------------------------------------------------------
 
-    def active(self, widths: Sequence[int]) -> NDArray[np.bool_]:
+    def find_active(self, widths: Sequence[int]) -> NDArray[np.bool_]:
         """Return for every atom whether it is active at these widths."""
         strand, rank = self.solution.strand, self.solution.rank
         limits = np.array([s.ratio * widths[s.group] for s in self.strands] + [0], np.int64)  # strand -1 is fixed
@@ -278,7 +292,7 @@ class ChannelGraph:
         return active
 
     def slices(self, widths: Sequence[int]) -> Slices:
-        """Return what every tensor keeps and every attribute is at these widths, one for each group."""
+        """Return the slices of the tensors and the values of the attributes at these widths, one for each group."""
         active = None
         tensors: dict[str, tuple[Axis, ...]] = {}
         for (name, axis), length in self.lengths.items():
@@ -293,12 +307,12 @@ class ChannelGraph:
                 if length(widths) == size:
                     continue
                 if active is None:
-                    active = self.active(widths)
-                runs = runs_of(active[self.observations.vectors[name, axis]])
+                    active = self.find_active(widths)
+                runs = find_runs(active[self.observations.vectors[name, axis]])
             axes = list(tensors.get(name, (None,) * len(self.shapes[name])))
             axes[axis] = runs
             tensors[name] = tuple(axes)
-        tensors |= {name: tensors[first] for name, first in self.tied.items() if first in tensors}
+        tensors |= {name: tensors[first] for name, first in self.tied_names.items() if first in tensors}
         attributes: dict[str, Value] = {}
         for path, formula in self.attributes.items():
             value = formula(widths)
@@ -307,7 +321,7 @@ class ChannelGraph:
         return Slices(tensors, attributes)
 
 
-def runs_of(mask: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+def find_runs(mask: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
     """Return the runs (start, length) of true entries."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
     return tuple((int(a), int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True))

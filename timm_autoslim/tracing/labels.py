@@ -1,4 +1,4 @@
-"""Channel atoms, their union-find, and the constraints that a trace collects about them."""
+"""Channel atoms, their union-find, and what a trace collects about them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Label = Vector | None
 class Atoms:
     """A union-find over integers that merges whole arrays at once.
 
-    An atom is one channel of one axis of one tensor. Merges are queued and settled in bulk, since a trace makes
-    hundreds of thousands of them and looks at the result only now and then.
+    An atom is one channel of one axis of one tensor. Atoms of one class are one unit. A trace joins hundreds of
+    thousands of atoms and reads the classes rarely. So joins are queued, and merged in bulk before the next read.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Atoms:
     def __len__(self) -> int:
         return self._count
 
-    def fresh(self, n: int) -> Vector:
+    def create(self, n: int) -> Vector:
         """Return `n` new atoms, each alone in its class."""
         first, self._count = self._count, self._count + n
         return np.arange(first, self._count, dtype=np.int64)
@@ -40,16 +40,16 @@ class Atoms:
 
     def find(self, a: Vector) -> Vector:
         """Return the representative (the smallest atom) of every atom's class."""
-        self._settle()
-        return self._root(a)
+        self._merge_pending()
+        return self._find_roots(a)
 
-    def roots(self) -> Vector:
-        """Return the representative of every atom there is."""
-        self._settle()
-        return self._root(np.arange(self._count))
+    def find_all(self) -> Vector:
+        """Return the representative of every atom, in order."""
+        self._merge_pending()
+        return self._find_roots(np.arange(self._count))
 
-    def _root(self, a: Vector) -> Vector:
-        """Follow these atoms up to their representatives, and point them straight at those."""
+    def _find_roots(self, a: Vector) -> Vector:
+        """Follow parents up to the representatives, and make these the parents (path compression)."""
         root = self._parent[a]
         while True:
             above = self._parent[root]
@@ -58,7 +58,8 @@ class Atoms:
                 return root
             root = above
 
-    def _settle(self) -> None:
+    def _merge_pending(self) -> None:
+        """Carry out all joins that are queued."""
         if len(self._parent) < self._count:
             new = np.arange(len(self._parent), self._count, dtype=np.int64)
             self._parent = np.concatenate([self._parent, new])
@@ -68,7 +69,7 @@ class Atoms:
         right = np.concatenate([b for _, b in self._pending])
         self._pending.clear()
         while True:
-            a, b = self._root(left), self._root(right)
+            a, b = self._find_roots(left), self._find_roots(right)
             apart = a != b
             if not apart.any():
                 return
@@ -78,11 +79,13 @@ class Atoms:
 
 @dataclass(frozen=True)
 class AttributeUse:
-    """A module attribute that gave the size of a dimension, or was derived from it.
+    """A module attribute that was the length of a dimension, or was computed from one.
 
-    `value` is what it was in the trace. In a subnet it must be `value * (active(vector) / len(vector)) ** power`; where
-    `vector` is None, the dimension carries no channels and the attribute must keep its value. The power is 1 for a
-    size, and -0.5 for the scale of attention scores.
+    Attributes:
+        path: the attribute, such as `layer1.0.conv1.out_channels`.
+        value: what it is at the widest. In a subnet it is `value * (active(vector) / len(vector)) ** power`.
+        vector: the channels that it counts; None if the dimension has no channels, and the attribute keeps its value.
+        power: 1 for a size, -0.5 for the scale of attention scores.
     """
 
     path: str
@@ -93,7 +96,7 @@ class AttributeUse:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A weight's last axis that is laid out as a convolution's kernel (O, I, kh, kw), as in CondConv.
+    """The last axis of a weight matrix that is laid out as a convolution's kernel (O, I, kh, kw), as in CondConv.
 
     The channel at index (o, i, y, x) of `vector` is active where those of all `parts` are. A part is None where the
     kernel has length 1.
@@ -104,26 +107,39 @@ class Kernel:
     parts: tuple[Label, ...]
 
 
+@dataclass(frozen=True)
+class Contraction:
+    """One matrix product or convolution: its MACs are `constant` times the active count of every vector."""
+
+    path: str
+    constant: float
+    vectors: tuple[Vector, ...]
+
+
 @dataclass
 class Constraints:
-    """Everything a trace learned about its atoms, besides the merges themselves."""
+    """What a trace learned about its atoms, besides the joins.
 
-    # (atoms, reason): these channels must stay.
-    frozen: list[tuple[Vector, str]] = field(default_factory=list)
-    # Vectors whose active counts must keep the proportion of their lengths (count ties).
-    proportional: list[tuple[Vector, ...]] = field(default_factory=list)
-    # Vectors whose channels are matched by position only, so they must keep their order.
-    ordered: list[Vector] = field(default_factory=list)
+    Attributes:
+        frozen_vectors: (vector, reason): no channel of the vector can be removed.
+        count_ties: vectors whose active counts keep the proportion of their lengths.
+        ordered_vectors: vectors whose channels are matched by position, so that they keep their order.
+        attributes: the attributes that were lengths of dimensions.
+        producers: (module path, vector): the module produces these channels, in the order of execution.
+    """
+
+    frozen_vectors: list[tuple[Vector, str]] = field(default_factory=list)
+    count_ties: list[tuple[Vector, ...]] = field(default_factory=list)
+    ordered_vectors: list[Vector] = field(default_factory=list)
     attributes: list[AttributeUse] = field(default_factory=list)
-    # (module path, vector): this module produces these channels, in the order of execution.
     producers: list[tuple[str, Vector]] = field(default_factory=list)
 
     def freeze(self, label: Label, reason: str) -> None:
-        """Record that the channels of `label` must stay, and why."""
+        """Freeze the channels of `label`."""
         if label is not None:
-            self.frozen.append((label, reason))
+            self.frozen_vectors.append((label, reason))
 
     def tie_counts(self, vectors: Sequence[Vector]) -> None:
-        """Record that the active counts of `vectors` stay in proportion to their lengths."""
+        """Keep the active counts of `vectors` in proportion to their lengths."""
         if len(vectors) > 1:
-            self.proportional.append(tuple(vectors))
+            self.count_ties.append(tuple(vectors))

@@ -1,4 +1,4 @@
-"""Prove a channel graph: run subnets beside the record of the widest, and find what disagrees."""
+"""Prove a channel graph: run subnets, and compare their shapes with those that the graph predicts."""
 
 from __future__ import annotations
 
@@ -13,28 +13,35 @@ from torch import nn
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import Label
-from timm_autoslim.tracing.record import Record, Recorder
+from timm_autoslim.tracing.record import Recorder, RunRecord
 from timm_autoslim.utils.meta import make_meta_example
 from timm_autoslim.utils.tensors import collect_tensors
 
 
 class Disagreement(Exception):
-    """A subnet did not do what the graph says: the module, the operator if one failed, and whether half width did."""
+    """A subnet did not run as the graph predicts.
+
+    Attributes:
+        path: the module that differs.
+        operator: the operator that failed; None if none did.
+        labels: the labels of the tensor whose shape differs.
+        half_runs: whether the subnet of half width ran as predicted.
+    """
 
     def __init__(self, message: str, path: str, operator: str | None = None, labels: Sequence[Label] = ()) -> None:
         super().__init__(message)
         self.path, self.operator, self.labels = path, operator, labels
-        self.narrow = False
+        self.half_runs = False
 
 
 class _Lockstep(Recorder):
-    """Runs a subnet beside the record: the same modules, and every output as long as the graph says.
+    """Runs a subnet, and compares its modules with the record, and their outputs with the shapes of the graph.
 
-    Modules are compared and not operators, because torch inserts and leaves out operators as strides allow.
+    Operators are not compared: which ones torch runs also depends on the strides of tensors.
     """
 
-    def __init__(self, subnet: nn.Module, record: Record, active: NDArray[np.bool_]) -> None:
-        """Compare the next run of `subnet` with a record; `active` says which atoms it has."""
+    def __init__(self, subnet: nn.Module, record: RunRecord, active: NDArray[np.bool_]) -> None:
+        """Compare the next run of `subnet` with a record; `active` is true for the atoms that it has."""
         super().__init__(subnet)
         self.exits, self.active, self.position = record.exits, active, 0
 
@@ -43,30 +50,31 @@ class _Lockstep(Recorder):
         expected = self.exits[min(self.position, len(self.exits) - 1)]
         self.position += 1
         if expected.path != path:
-            raise Disagreement(f"runs this module where the widest runs {expected.path}", path)
+            raise Disagreement(f"this module runs where the widest subnet runs {expected.path}", path)
         for tensor, labels, shape in zip(collect_tensors(out), expected.labels, expected.shapes, strict=True):
-            length = tuple(n if v is None else int(self.active[v].sum()) for n, v in zip(shape, labels, strict=True))
-            if tuple(tensor.shape) != length:
-                raise Disagreement(f"gives the shape {tuple(tensor.shape)} where {length} was due", path, None, labels)
+            lengths = tuple(n if v is None else int(self.active[v].sum()) for n, v in zip(shape, labels, strict=True))
+            if tuple(tensor.shape) != lengths:
+                message = f"an output has the shape {tuple(tensor.shape)} instead of {lengths}"
+                raise Disagreement(message, path, None, labels)
 
-    def operator(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operator; if it cannot run on these shapes, the subnet disagrees."""
+    def run_operator(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operator; if it raises, the subnet disagrees."""
         try:
-            return super().operator(func, args, kwargs)
+            return super().run_operator(func, args, kwargs)
         except Exception as error:
             raise Disagreement(f"{func} fails: {error}", self.stack.path, str(func)) from error
 
 
-def suspects(records: Sequence[Record], fault: Disagreement) -> Iterator[list[Label]]:
-    """Yield ever wider sets of labels that may be at fault: the operator's, the module's, its parents'."""
-    seen = [o for run in records for o in run.operations]
-    yield [v for o in seen if o.path == fault.path and o.name == fault.operator for v in o.labels]
+def list_suspects(records: Sequence[RunRecord], fault: Disagreement) -> Iterator[list[Label]]:
+    """Yield larger and larger sets of labels that may be at fault: of the operator, of the module, of its parents."""
+    operators = [o for run in records for o in run.operators]
+    yield [v for o in operators if o.path == fault.path and o.name == fault.operator for v in o.labels]
     yield list(fault.labels)
     path = fault.path
     while True:
-        yield [v for o in seen if o.path == path for v in o.labels]
-        inside = [v for o in seen if o.path == path or o.path.startswith(path + ".") or not path for v in o.labels]
-        yield inside
+        yield [v for o in operators if o.path == path for v in o.labels]
+        inside = [o for o in operators if o.path == path or o.path.startswith(path + ".") or not path]
+        yield [v for o in inside for v in o.labels]
         if not path:
             return
         path = path.rpartition(".")[0]
@@ -75,31 +83,31 @@ def suspects(records: Sequence[Record], fault: Disagreement) -> Iterator[list[La
 class Prover:
     """Runs a meta copy of a model as any subnet, and compares it with the records of the widest."""
 
-    def __init__(self, model: nn.Module, example: Any, records: Sequence[Record]) -> None:
+    def __init__(self, model: nn.Module, example: Any, records: Sequence[RunRecord]) -> None:
         self.model, self.example, self.records = model, example, records
 
-    def faults(self, graph: ChannelGraph) -> Iterator[Disagreement]:
-        """Yield what disagrees at half, at the narrowest and at random widths, in both modes."""
+    def find_faults(self, graph: ChannelGraph) -> Iterator[Disagreement]:
+        """Yield the disagreements at half, narrowest and random widths, in both modes."""
         rng = np.random.default_rng(0)
         sizes, floors = graph.group_sizes, graph.floors
         half = [max(1, n // 2) for n in sizes]
-        mixed = [[int(rng.integers(low, n + 1)) for low, n in zip(floors, sizes, strict=True)] for _ in range(2)]
-        for widths in (half, floors, *mixed):
+        random = [[int(rng.integers(low, n + 1)) for low, n in zip(floors, sizes, strict=True)] for _ in range(2)]
+        for widths in (half, floors, *random):
             for record in self.records:
                 try:
-                    self._try(graph, widths, record)
+                    self._compare(graph, widths, record)
                 except Disagreement as fault:
-                    fault.narrow = widths is not half
+                    fault.half_runs = widths is not half
                     yield fault
 
-    def _try(self, graph: ChannelGraph, widths: Sequence[int], record: Record) -> None:
+    def _compare(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord) -> None:
         self.model.train(record.training)
         example = make_meta_example(self.example, 2 if record.training else 1)
-        lockstep = _Lockstep(replicate(self.model, graph.slices(widths)), record, graph.active(widths))
+        lockstep = _Lockstep(replicate(self.model, graph.slices(widths)), record, graph.find_active(widths))
         try:
             lockstep.run(example)
         except Disagreement:
             raise
         except Exception as error:
             path = lockstep.stack.interrupted or ""
-            raise Disagreement(f"raises {type(error).__name__}: {error}", path) from error
+            raise Disagreement(f"its forward raises {type(error).__name__}: {error}", path) from error

@@ -1,4 +1,4 @@
-"""Solve what a trace observed: which channels form one unit, which units one strand, which strands one width."""
+"""Solve the observations of a trace: which channels form a unit, which units a strand, which strands a group."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from math import gcd
 import numpy as np
 from numpy.typing import NDArray
 
-from timm_autoslim.tracing.flow import Contraction, Flow
+from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.formulas import Place
-from timm_autoslim.tracing.labels import AttributeUse, Kernel, Label, Vector
+from timm_autoslim.tracing.labels import AttributeUse, Contraction, Kernel, Label, Vector
 
 UNUSED = "not used in forward"
 
 
 @dataclass(frozen=True)
 class Observations:
-    """What a trace observed of a model.
+    """What a trace observed of a model, as a value.
 
     Attributes:
         roots: for every atom the representative of its unit.
-        frozen: (atoms, reason): these channels must stay.
-        proportional: vectors whose active counts must keep the proportion of their lengths.
-        ordered: vectors whose channels are matched by position, so that they must keep their order.
+        frozen_vectors: (vector, reason): no channel of the vector can be removed.
+        count_ties: vectors whose active counts keep the proportion of their lengths.
+        ordered_vectors: vectors whose channels are matched by position, so that they keep their order.
         attributes: attributes that the forward takes sizes from.
         descriptions: attributes that only describe a module; users and timm read them.
         producers: (module path, vector): the module produces these channels, in the order of execution.
         contractions: the matrix products and convolutions.
-        kernels: last axes of weight matrices that are laid out as kernels.
+        kernels: columns of weight matrices that are laid out as kernels.
         vectors: the atoms of every axis that carries channels.
         shapes: shape by name of every parameter, buffer and tensor attribute.
         parameters: names of the parameters among them.
-        tied: for every further name of a tied tensor, the name that it has in `shapes`.
+        tied_names: for every further name of a tied tensor, the name that it has in `shapes`.
     """
 
     roots: Vector
-    frozen: tuple[tuple[Vector, str], ...]
-    proportional: tuple[tuple[Vector, ...], ...]
-    ordered: tuple[Vector, ...]
+    frozen_vectors: tuple[tuple[Vector, str], ...]
+    count_ties: tuple[tuple[Vector, ...], ...]
+    ordered_vectors: tuple[Vector, ...]
     attributes: tuple[AttributeUse, ...]
     descriptions: tuple[AttributeUse, ...]
     producers: tuple[tuple[str, Vector], ...]
@@ -49,7 +49,7 @@ class Observations:
     vectors: Mapping[Place, Vector]
     shapes: Mapping[str, tuple[int, ...]]
     parameters: tuple[str, ...]
-    tied: Mapping[str, str]
+    tied_names: Mapping[str, str]
 
 
 def observe(
@@ -58,21 +58,21 @@ def observe(
     shapes: Mapping[str, tuple[int, ...]],
     parameters: Sequence[str],
     descriptions: Sequence[AttributeUse] = (),
-    tied: Mapping[str, str] | None = None,
+    tied_names: Mapping[str, str] | None = None,
 ) -> Observations:
-    """Return what a trace observed so far, as a value.
+    """Return the observations of a trace so far.
 
     Args:
         flow: the trace.
         labels: by tensor name, one label for each axis.
-        shapes, parameters, descriptions, tied: as in `Observations`.
+        shapes, parameters, descriptions, tied_names: as in `Observations`.
     """
     constraints = flow.constraints
     return Observations(
-        roots=flow.atoms.roots(),
-        frozen=tuple(constraints.frozen),
-        proportional=tuple(constraints.proportional),
-        ordered=tuple(constraints.ordered),
+        roots=flow.atoms.find_all(),
+        frozen_vectors=tuple(constraints.frozen_vectors),
+        count_ties=tuple(constraints.count_ties),
+        ordered_vectors=tuple(constraints.ordered_vectors),
         attributes=tuple(constraints.attributes),
         descriptions=tuple(descriptions),
         producers=tuple(constraints.producers),
@@ -81,7 +81,7 @@ def observe(
         vectors={(name, axis): v for name, axes in labels.items() for axis, v in enumerate(axes) if v is not None},
         shapes=dict(shapes),
         parameters=tuple(parameters),
-        tied=dict(tied or {}),
+        tied_names=dict(tied_names or {}),
     )
 
 
@@ -91,9 +91,9 @@ class Strand:
 
     Attributes:
         size: number of units.
-        group: index of the group whose width decides how many units are active.
-        ratio: active units for each step of the group's width.
-        ordered: channels are also matched by position (a channel shuffle), so their order must stand.
+        group: index of the group that it belongs to.
+        ratio: how many of its units are active for each step of the group's width.
+        ordered: its channels are also matched by position (a channel shuffle), so that their order cannot change.
         producers: paths of the modules that produce these channels, in the order of execution.
     """
 
@@ -111,13 +111,13 @@ class Solution:
     Attributes:
         unit: the unit of every atom.
         strand: the strand of every atom, -1 if it is fixed.
-        rank: the place of every atom's unit in its strand; the first ones stay longest.
+        rank: the rank of every atom's unit in its strand; a subnet keeps the lowest ranks.
         strands: all strands.
         sizes: for each group the number of steps of its width.
         names: for each group the module that produces its channels first.
         reasons: by unit, why it is fixed; a fixed unit without a reason is not used in forward.
-        kernels: the kernels whose parts are channels.
-        torn: attributes that give the size of channels at one place and a fixed size at another.
+        kernels: the kernels whose parts can shrink.
+        conflicting_attributes: attributes that are the size of channels at one place and a fixed size at another.
     """
 
     unit: Vector
@@ -128,11 +128,11 @@ class Solution:
     names: tuple[str, ...]
     reasons: Mapping[int, str]
     kernels: tuple[Kernel, ...]
-    torn: frozenset[str]
+    conflicting_attributes: frozenset[str]
 
 
 def solve(observations: Observations) -> Solution:
-    """Return the finest units, strands and groups that keep to all observations."""
+    """Return the units, strands and groups that all observations allow, as small as possible."""
     return _Solver(observations).solve()
 
 
@@ -145,83 +145,101 @@ class _Partition:
         sizes: number of units of each strand.
         members: by group (the index of one of its strands), the strands of the group.
         steps: by group, the number of steps of its width.
-        stuck: units whose number cannot change.
+        rigid: units whose number cannot change.
     """
 
     strand_of: Vector
     sizes: NDArray[np.int64]
     members: Mapping[int, list[int]]
     steps: Mapping[int, int]
-    stuck: Vector
+    rigid: Vector
 
 
 class _Solver:
+    """Solves one set of observations.
+
+    Attributes:
+        unit_of: the unit of every atom.
+        count: how many units there are.
+        frozen: for every unit whether it is frozen.
+        reasons: by frozen unit, the first reason.
+        kernels, conflicting_attributes: as in `Solution`, filled on the way.
+    """
+
     def __init__(self, observations: Observations) -> None:
         self.observations = observations
-        units, self.unit_of = np.unique(observations.roots, return_inverse=True)  # unit by atom
+        units, self.unit_of = np.unique(observations.roots, return_inverse=True)
         self.count = len(units)
         self.frozen: NDArray[np.bool_] = np.zeros(self.count, bool)
         self.reasons: dict[int, str] = {}
         self.kernels: list[Kernel] = []
-        self.torn: set[str] = set()
+        self.conflicting_attributes: set[str] = set()
 
     def solve(self) -> Solution:
-        for vector, reason in self.observations.frozen:
-            self._freeze(np.unique(self.unit_of[vector]), reason)
+        """Freeze, tie and classify units, until every group can shrink."""
+        for vector, reason in self.observations.frozen_vectors:
+            self._freeze_units(np.unique(self.unit_of[vector]), reason)
         self._freeze_kernels()
-        vectors = [*self.observations.proportional, *self._attribute_ties()]
+        vectors = [*self.observations.count_ties, *self._tie_attributes()]
         ties = [tuple(self.unit_of[v] for v in tie) for tie in vectors]
-        placed = self._placed()
+        in_tensors = self._find_units_in_tensors()
         while True:
-            self._spread(ties)
-            partition = self._classify(ties, placed)
-            if not len(partition.stuck):
-                return self._describe(partition)
-            self._freeze(partition.stuck, "its number of channels cannot change in step with what it is tied to")
+            self._spread_freezes(ties)
+            partition = self._partition(ties, in_tensors)
+            if not len(partition.rigid):
+                return self._build_solution(partition)
+            self._freeze_units(
+                partition.rigid, "their number cannot shrink in step with the channels that they are tied to"
+            )
 
-    def _freeze(self, units: Vector, reason: str) -> None:
+    def _freeze_units(self, units: Vector, reason: str) -> None:
         for unit in units[~self.frozen[units]]:
             self.reasons[int(unit)] = reason
         self.frozen[units] = True
 
     def _freeze_kernels(self) -> None:
-        """The atoms of a weight that is laid out as a kernel are no channels of their own: its parts are."""
+        """Freeze the columns of matrices that are laid out as kernels: the parts of the kernel shrink instead.
+
+        A kernel whose columns are frozen, or joined to anything else, cannot shrink: its parts are frozen too.
+        """
         alone = np.bincount(self.unit_of, minlength=self.count) == 1
         for kernel in self.observations.kernels:
             units = self.unit_of[kernel.vector]
             parts = [v for v in kernel.parts if v is not None]
             if self.frozen[units].any() or not alone[units].all():
                 for part in parts:
-                    self._freeze(self.unit_of[part], "a flat kernel that is also used otherwise")
+                    self._freeze_units(self.unit_of[part], "the weights of a kernel are also used as something else")
             else:
                 self.kernels.append(kernel)
-            self._freeze(units, "a flat kernel")
+            self._freeze_units(units, "the columns of this matrix are the weights of a kernel")
 
-    def _attribute_ties(self) -> list[tuple[Vector, ...]]:
-        """All sizes that one attribute gives must change in proportion; with a fixed one among them, none can."""
+    def _tie_attributes(self) -> list[tuple[Vector, ...]]:
+        """Return a count tie for all vectors whose size is one attribute; freeze them if it is also a fixed size."""
         uses: dict[str, list[AttributeUse]] = defaultdict(list)
         for use in self.observations.attributes:
             uses[use.path].append(use)
         ties = []
-        for path, of_path in uses.items():
-            vectors = [u.vector for u in of_path if u.vector is not None]
-            if len(vectors) < len(of_path):
-                self.torn |= {path} if vectors else set()
+        for path, uses_of_path in uses.items():
+            vectors = [u.vector for u in uses_of_path if u.vector is not None]
+            if len(vectors) < len(uses_of_path):
+                self.conflicting_attributes |= {path} if vectors else set()
                 for vector in vectors:
-                    self._freeze(self.unit_of[vector], f"the attribute {path} also gives a fixed size")
+                    self._freeze_units(
+                        self.unit_of[vector], f"the attribute {path} is also the size of a dimension that cannot shrink"
+                    )
             elif len(vectors) > 1:
                 ties.append(tuple(vectors))
         return ties
 
-    def _placed(self) -> NDArray[np.bool_]:
-        """Units that occur in a tensor of the model; the others only tie some of them together."""
-        placed = np.zeros(self.count, bool)
+    def _find_units_in_tensors(self) -> NDArray[np.bool_]:
+        """Return for every unit whether it occurs in a tensor of the model; others only tie units together."""
+        in_tensors = np.zeros(self.count, bool)
         for vector in self.observations.vectors.values():
-            placed[self.unit_of[vector]] = True
-        return placed
+            in_tensors[self.unit_of[vector]] = True
+        return in_tensors
 
-    def _spread(self, ties: Sequence[tuple[Vector, ...]]) -> None:
-        """Where one side of a count tie holds fixed channels, no side can change."""
+    def _spread_freezes(self, ties: Sequence[tuple[Vector, ...]]) -> None:
+        """Freeze all sides of a count tie of which one has frozen channels."""
         changed = True
         while changed:
             changed = False
@@ -234,40 +252,43 @@ class _Solver:
                     continue  # the same channels on both sides: their counts agree by themselves
                 reason = next(self.reasons[int(u)] for v in tie for u in v if self.frozen[u])
                 for v in tie:
-                    self._freeze(v, f"tied by count to fixed channels ({reason})")
+                    self._freeze_units(v, f"their number is tied to the number of fixed channels ({reason})")
                 changed = True
 
     # -- strands and groups -----------------------------------------------------------------------------------------
 
-    def _classify(self, ties: Sequence[tuple[Vector, ...]], placed: NDArray[np.bool_]) -> _Partition:
+    def _partition(self, ties: Sequence[tuple[Vector, ...]], in_tensors: NDArray[np.bool_]) -> _Partition:
         """Form strands (units that occur at the same places) and groups (strands that are tied by count)."""
         ties = [tie for tie in ties if not self.frozen[tie[0]].any()]
         strand_of = np.full(self.count, -1, np.int64)
         free = np.flatnonzero(~self.frozen)
-        _, strand_of[free] = np.unique(self._signatures(ties)[free], return_inverse=True)
+        _, strand_of[free] = np.unique(self._compute_signatures(ties)[free], return_inverse=True)
         sizes = np.bincount(strand_of[free], minlength=0)
-        members = self._groups(ties, strand_of, sizes)
+        members = self._join_strands(ties, strand_of, sizes)
         steps = {root: gcd(*(int(sizes[s]) for s in strands)) for root, strands in members.items()}
-        real = np.bincount(strand_of[free], placed[free], minlength=len(sizes)) > 0
-        stuck = [s for root, strands in members.items() if steps[root] < 2 or not real[strands].any() for s in strands]
-        return _Partition(strand_of, sizes, members, steps, np.flatnonzero(np.isin(strand_of, stuck)))
+        real = np.bincount(strand_of[free], in_tensors[free], minlength=len(sizes)) > 0
+        rigid = [s for root, strands in members.items() if steps[root] < 2 or not real[strands].any() for s in strands]
+        return _Partition(strand_of, sizes, members, steps, np.flatnonzero(np.isin(strand_of, rigid)))
 
-    def _signatures(self, ties: Sequence[tuple[Vector, ...]]) -> NDArray[np.uint64]:
-        """A random number for every place, added up over the places of each unit: equal sums are equal places."""
+    def _compute_signatures(self, ties: Sequence[tuple[Vector, ...]]) -> NDArray[np.uint64]:
+        """Return a number for every unit; units with equal numbers occur at the same places.
+
+        Every place has a random number. The number of a unit is the sum over its places.
+        """
         rng = np.random.default_rng(0)
         signatures = np.zeros(self.count, np.uint64)
-        seen = self.observations
-        places = [*seen.vectors.values(), *(v for c in seen.contractions for v in c.vectors)]
-        places += [use.vector for use in seen.attributes if use.vector is not None]
+        observed = self.observations
+        places = [*observed.vectors.values(), *(v for c in observed.contractions for v in c.vectors)]
+        places += [use.vector for use in observed.attributes if use.vector is not None]
         for units in [*(self.unit_of[v] for v in places), *(v for tie in ties for v in tie)]:
             np.add.at(signatures, units, rng.integers(1, 2**63, dtype=np.uint64))
         return signatures
 
     @staticmethod
-    def _groups(
+    def _join_strands(
         ties: Sequence[tuple[Vector, ...]], strand_of: Vector, sizes: NDArray[np.int64]
     ) -> Mapping[int, list[int]]:
-        """Join strands that are tied by count."""
+        """Join strands that are tied by count to groups; return the strands by group, whose key is one of them."""
         parent = list(range(len(sizes)))
 
         def find(i: int) -> int:
@@ -279,9 +300,9 @@ class _Solver:
             counts = [np.bincount(strand_of[v], minlength=len(sizes)) for v in tie]
             if all(np.array_equal(counts[0], c) for c in counts[1:]):
                 continue
-            touched = np.flatnonzero(sum(counts))
-            for other in touched[1:]:
-                parent[find(int(other))] = find(int(touched[0]))
+            strands = np.flatnonzero(sum(counts))
+            for other in strands[1:]:
+                parent[find(int(other))] = find(int(strands[0]))
         members: dict[int, list[int]] = defaultdict(list)
         for strand in range(len(sizes)):
             members[find(strand)].append(strand)
@@ -289,36 +310,32 @@ class _Solver:
 
     # -- names and ranks --------------------------------------------------------------------------------------------
 
-    def _describe(self, partition: _Partition) -> Solution:
+    def _build_solution(self, partition: _Partition) -> Solution:
         """Name the groups in the order of execution, and rank the units of each strand."""
         strand_of, producers = partition.strand_of, self.observations.producers
         rank_of = np.full(self.count, -1, np.int64)
         for strand in range(len(partition.sizes)):
             units = np.flatnonzero(strand_of == strand)  # in order of their smallest atom
             rank_of[units] = np.arange(len(units))
-        makers: dict[int, list[str]] = defaultdict(list)
-        for path, vector in producers:
-            for strand in np.unique(strand_of[self.unit_of[vector]]):
-                if strand >= 0 and path not in makers[int(strand)]:
-                    makers[int(strand)].append(path)
+        paths = self._list_producers(strand_of)
         first = {path: i for i, (path, _) in reversed(list(enumerate(producers)))}
         last = len(first) + len(producers)
 
         def start(root: int) -> tuple[int, int]:
-            return min((first.get((makers[s] or [""])[0], last), s) for s in partition.members[root])
+            return min((first.get((paths[s] or [""])[0], last), s) for s in partition.members[root])
 
         ordered = np.zeros(self.count, bool)
-        for vector in self.observations.ordered:
+        for vector in self.observations.ordered_vectors:
             ordered[self.unit_of[vector]] = True
         order = sorted(partition.members, key=start)
         strands: dict[int, Strand] = {}
         names: list[str] = []
         for group, root in enumerate(order):
-            names.append(self._name(partition, root, makers, first, names))
+            names.append(self._choose_name(partition, root, paths, first, names))
             for s in partition.members[root]:
                 size = int(partition.sizes[s])
-                keeps_order = bool(ordered[strand_of == s].any())
-                strands[s] = Strand(size, group, size // partition.steps[root], keeps_order, tuple(makers[s]))
+                in_order = bool(ordered[strand_of == s].any())
+                strands[s] = Strand(size, group, size // partition.steps[root], in_order, tuple(paths[s]))
         return Solution(
             unit=self.unit_of,
             strand=strand_of[self.unit_of],
@@ -328,20 +345,29 @@ class _Solver:
             names=tuple(names),
             reasons=self.reasons,
             kernels=tuple(self.kernels),
-            torn=frozenset(self.torn),
+            conflicting_attributes=frozenset(self.conflicting_attributes),
         )
 
-    def _name(
+    def _list_producers(self, strand_of: Vector) -> dict[int, list[str]]:
+        """Return by strand the modules that produce its channels, in the order of execution."""
+        paths: dict[int, list[str]] = defaultdict(list)
+        for path, vector in self.observations.producers:
+            for strand in np.unique(strand_of[self.unit_of[vector]]):
+                if strand >= 0 and path not in paths[int(strand)]:
+                    paths[int(strand)].append(path)
+        return paths
+
+    def _choose_name(
         self,
         partition: _Partition,
         root: int,
-        makers: Mapping[int, list[str]],
+        producers: Mapping[int, list[str]],
         first: Mapping[str, int],
         names: Sequence[str],
     ) -> str:
         """Name a group after the module that produces its channels first and names no other group."""
         strands = partition.members[root]
-        paths = sorted({path for s in strands for path in makers[s]}, key=lambda path: first[path])
+        paths = sorted({path for s in strands for path in producers[s]}, key=lambda path: first[path])
         if not paths:
             paths = [
                 next(

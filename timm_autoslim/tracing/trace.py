@@ -15,8 +15,8 @@ from timm_autoslim.tracing.describe import DESCRIBES_HEAD, Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label
-from timm_autoslim.tracing.prove import Disagreement, Prover, suspects
-from timm_autoslim.tracing.record import LabelRecorder, Record
+from timm_autoslim.tracing.prove import Disagreement, Prover, list_suspects
+from timm_autoslim.tracing.record import LabelRecorder, RunRecord
 from timm_autoslim.tracing.refusals import check_example, check_model, explain_failure
 from timm_autoslim.tracing.sizes import wrap_attributes
 from timm_autoslim.tracing.solve import observe
@@ -24,18 +24,18 @@ from timm_autoslim.utils.meta import copy_to_meta, make_meta_example, run_model
 from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, named_tensors
 
 MAX_REPAIRS = 40
-NARROW = 0.35  # of the MACs at half width, where a quarter is ideal
+GOOD_SHARE = 0.35  # of the MACs at half width; the ideal is a quarter
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a trace found out about a model.
+    """The result of a trace.
 
     Attributes:
         graph: the proven channel graph.
         unruled: operators that the forward uses and that have no rule; what enters them is fixed.
-        repairs: what the proof had to freeze, each with its reason.
-        positional: how many inputs the example gave by position.
+        repairs: the reasons for which the proof had to freeze more.
+        positional: the number of inputs that the example passes by position.
         example: the example on the meta device.
     """
 
@@ -47,7 +47,17 @@ class Trace:
 
 
 class Tracer:
-    """One trace of one model."""
+    """One trace of one model.
+
+    Attributes:
+        flow: the state of the trace.
+        copy: the meta copy that runs.
+        tensors: its parameters, buffers and tensor attributes by name.
+        labels: by the name of a floating point tensor, one label for each axis.
+        describer: it collects the attributes that only describe modules.
+        recorder: it runs the copy.
+        records: the runs so far.
+    """
 
     def __init__(
         self, model: nn.Module, example: Any, keep_output: bool = True, whole_heads: Sequence[str] = ()
@@ -57,73 +67,84 @@ class Tracer:
         self.copy = copy_to_meta(model)
         wrap_attributes(self.copy)
         self.tensors = named_tensors(self.copy)
-        self.labels = {n: self._fresh_labels(n, t) for n, t in self.tensors.items() if t.is_floating_point()}
+        self.labels = {n: self._label_tensor(n, t) for n, t in self.tensors.items() if t.is_floating_point()}
         self.describer = Describer(self.flow, self.copy)
-        foreign = frozenset(map(id, named_tensors(model).values()))
-        self.recorder = LabelRecorder(self.copy, self.flow, foreign, self.describer)
-        self.records: list[Record] = []
+        foreign_ids = frozenset(map(id, named_tensors(model).values()))
+        self.recorder = LabelRecorder(self.copy, self.flow, foreign_ids, self.describer)
+        self.records: list[RunRecord] = []
 
-    def _fresh_labels(self, name: str, tensor: Tensor) -> list[Label]:
-        """Give every axis of a weight atoms of its own; the axes of a kernel are no channels."""
-        labels = self.flow.fresh_labels(tensor)
+    def _label_tensor(self, name: str, tensor: Tensor) -> list[Label]:
+        """Label every axis of a weight with new atoms, except height and width of a convolution's kernel."""
+        labels = self.flow.create_labels(tensor)
         if tensor.dim() == 2 and labels[1] is not None:
-            self.flow.flat[int(labels[1][0])] = labels[1]
+            self.flow.matrix_columns[int(labels[1][0])] = labels[1]
         if isinstance(self.copy.get_submodule(name.rpartition(".")[0]), nn.modules.conv._ConvNd):
             labels = [v if axis < 2 else None for axis, v in enumerate(labels)]
             self.flow.set_labels(tensor, labels)
         return labels
 
     def run(self) -> Trace:
-        """Trace in both modes, solve, prove, repair."""
-        self.describer.listen()
+        """Trace in both modes, solve, prove, repair.
+
+        Raises:
+            TraceError: the forward raises, or no subnet can run.
+            NothingToSlimError: no channel can be removed.
+            WidthError: a glob of `whole_heads` matches no module that splits channels into heads.
+        """
+        self.describer.watch_features()
         self._record(training=True)
         self._record(training=False)
-        for glob in set(self.flow.whole_heads) - self.flow.heads_found:
-            raise WidthError(f"whole_heads={glob!r}: the glob matches no module that splits channels into heads")
-        self._scales()
-        for name, tensor in self.tensors.items():
-            if id(tensor) not in self.recorder.used:
-                for label in self.labels.get(name, []):
-                    self.flow.constraints.freeze(label, "not used in forward")
-        self._hold_unsaved(self.labels.keys() - set(self.copy.state_dict()))
-        shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
-        parameters = [n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)]
-        graph = ChannelGraph.of(
-            observe(self.flow, self.labels, shapes, parameters, self.describer.uses, find_tied_names(self.copy))
-        )
-        met = {o.name for record in self.records for o in record.operations}
-        unruled = frozenset(name.rpartition(".")[0] for name in met if not ops.has_rule(name))
-        given = self.example
-        positional = len(given) if isinstance(given, tuple) else 0 if isinstance(given, Mapping) else 1
-        graph, repairs = self._prove(self._hold_tables(graph))
+        for glob in set(self.flow.whole_heads) - self.flow.matching_globs:
+            got, needed = (
+                f"a glob ({glob!r}) that matches no such module",
+                "globs of modules that split channels into heads",
+            )
+            raise WidthError.at("whole_heads", got=got, needed=needed)
+        self._bind_attention_scales()
+        self._freeze_unused_tensors()
+        self._constrain_unsaved_tensors(self.labels.keys() - set(self.copy.state_dict()))
+        graph, repairs = self._prove(self._freeze_tables(self._solve()))
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):
                 return Tracer(self.model, self.example, self.keep_output, ["*"]).run()
         if not graph.group_sizes:
             reasons = sorted(set(graph.fixed.values()))[:8] or ["it has no weights, and so no channels"]
             raise NothingToSlimError(
-                "no channel of the model can be removed; what is in the way: " + "; ".join(reasons)
+                f"no channel of the model can be removed; what is in the way: {'; '.join(reasons)}"
             )
-        return Trace(graph, unruled, tuple(repairs), positional, make_meta_example(self.example, 1))
+        names = {o.name for record in self.records for o in record.operators}
+        unruled = frozenset(name.rpartition(".")[0] for name in names if not ops.has_rule(name))
+        example = self.example
+        positional = len(example) if isinstance(example, tuple) else 0 if isinstance(example, Mapping) else 1
+        return Trace(graph, unruled, tuple(repairs), positional, make_meta_example(example, 1))
+
+    def _solve(self) -> ChannelGraph:
+        """Return the channel graph of all observations so far."""
+        shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
+        parameters = [n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)]
+        uses, tied_names = self.describer.uses, find_tied_names(self.copy)
+        return ChannelGraph.from_observations(observe(self.flow, self.labels, shapes, parameters, uses, tied_names))
 
     def _record(self, training: bool) -> None:
-        """Run the model once, with labels on everything."""
+        """Run the model once, with labels on all tensors, and record the run."""
         self.copy.train(training)
         self.recorder.start()
         self.flow.count_macs = not training
         example = make_meta_example(self.example, 2 if training else 1)
         for tensor in collect_tensors(example):
-            labels = self.flow.fresh_labels(tensor)
-            self.flow.freeze(labels[1] if len(labels) > 1 else None, "a channel of the model's input")
+            labels = self.flow.create_labels(tensor)
+            self.flow.freeze_label(labels[1] if len(labels) > 1 else None, "a channel of the model's input")
             self.flow.set_labels(tensor, [v if d == 1 else None for d, v in enumerate(labels)])
         recorder = self.recorder
         try:
             with recorder.recording():
                 out = run_model(self.copy, example)
                 self.flow.count_macs = False
-                self.records.append(recorder.record())
+                self.records.append(recorder.get_record())
                 if not training:
-                    with contextlib.suppress(Exception):  # a model that breaks timm's contract can still be traced
+                    with contextlib.suppress(
+                        Exception
+                    ):  # a model that lacks methods of timm's models can still be traced
                         self.describer.describe_model(example)
         except TraceError:
             raise
@@ -134,52 +155,61 @@ class Tracer:
     def _freeze_outputs(self, out: Any, training: bool) -> None:
         tensors = collect_tensors(out)
         if not tensors and not training:
-            raise TraceError(
-                f"the model: its forward returned a {type(out).__name__} without a tensor in eval() mode; needed: a "
-                "tensor, or a tuple, list, dict or object that holds one"
+            raise TraceError.at(
+                "the model",
+                got=f"a {type(out).__name__} without a tensor from its forward in eval() mode",
+                needed="a tensor, or a tuple, list, dict or object that holds one",
             )
         for tensor in tensors if self.keep_output else []:
-            for label in self.flow.labels(tensor):
+            for label in self.flow.get_labels(tensor):
                 self.flow.constraints.freeze(label, "an output of the model")
 
-    def _hold_unsaved(self, names: Iterable[str]) -> None:
-        """Keep tensors that are in no checkpoint whole where their module may compute them anew, else their order.
+    def _freeze_unused_tensors(self) -> None:
+        """Freeze tensors that no operator reads."""
+        for name, tensor in self.tensors.items():
+            if id(tensor) not in self.recorder.used_ids:
+                for label in self.labels.get(name, []):
+                    self.flow.constraints.freeze(label, "not used in forward")
 
-        A module that overrides `_apply` does so when it is cast or moved (rotary tables).
+    def _constrain_unsaved_tensors(self, names: Iterable[str]) -> None:
+        """Freeze tensors that no checkpoint holds if their module may compute them again; else keep their order.
+
+        A module that overrides `_apply` computes them again when it is cast or moved (rotary tables).
         """
         for name in names:
             module = self.copy.get_submodule(name.rpartition(".")[0])
-            renewed = type(module)._apply is not nn.Module._apply
+            recomputes = type(module)._apply is not nn.Module._apply
             for label in self.labels[name]:
-                if renewed:
-                    self.flow.constraints.freeze(label, f"{name} is in no checkpoint, and its module may renew it")
+                if recomputes:
+                    reason = f"no checkpoint holds {name}, and its module may compute it again"
+                    self.flow.constraints.freeze(label, reason)
                 elif label is not None:
-                    self.flow.constraints.ordered.append(label)
+                    self.flow.constraints.ordered_vectors.append(label)
 
-    def _hold_tables(self, graph: ChannelGraph) -> ChannelGraph:
-        """Keep the columns of tables that no module makes (coordinates): like an input's channels, they are data."""
-        made = {strand.group for strand in graph.strands if strand.producers}
-        unmade = {index for index, strand in enumerate(graph.strands) if strand.group not in made}
+    def _freeze_tables(self, graph: ChannelGraph) -> ChannelGraph:
+        """Freeze the columns of tables that no module computes, such as coordinates: they are data, as inputs are."""
+        produced_groups = {strand.group for strand in graph.strands if strand.producers}
+        strands = {index for index, strand in enumerate(graph.strands) if strand.group not in produced_groups}
         columns = [
             label
             for name in self.labels.keys() - set(graph.parameters)
             for axis, label in enumerate(self.labels[name])
-            if label is not None and not unmade.isdisjoint(graph.places[name, axis].strand.tolist())
+            if label is not None and not strands.isdisjoint(graph.places[name, axis].strand.tolist())
         ]
-        return graph.freeze(columns, "the columns of a table that no module makes") if columns else graph
+        return graph.freeze(columns, "the columns of a table that no module computes") if columns else graph
 
-    def _scales(self) -> None:
-        """Let the scale of attention scores, and the size it comes from, follow what the scores run along.
+    def _bind_attention_scales(self) -> None:
+        """Bind the scale of attention scores, and the size that it comes from, to the channels that scores sum over.
 
         A scale is computed when the model is built (`self.scale = head_dim ** -0.5`), and fused attention does not
-        read it: it is recognised by its value.
+        read it. So it is recognised by its value.
         """
-        for path, vectors in self.flow.contracted.items():
+        for path, vectors in self.flow.contracted_vectors.items():
             for name, value in self.copy.get_submodule(path).__dict__.items():
                 for vector in vectors:
                     scale = isinstance(value, float) and "drop" not in name and value == len(vector) ** -0.5
                     size = isinstance(value, int) and name in DESCRIBES_HEAD and value == len(vector)
-                    if not (scale or size) or self.flow.stays(vector):  # tokens may be as many as channels
+                    if not (scale or size) or self.flow.is_frozen(vector):  # tokens may be as many as channels
                         continue
                     use = AttributeUse(f"{path}.{name}" if path else name, value, vector, -0.5)
                     if scale:
@@ -190,45 +220,57 @@ class Tracer:
     # -- proving ----------------------------------------------------------------------------------------------------
 
     def _prove(self, graph: ChannelGraph) -> tuple[ChannelGraph, list[str]]:
-        """Run subnets beside the record; where one disagrees, freeze what enters that operator and start again.
+        """Run subnets; where one disagrees with the graph, freeze more channels and start again.
 
-        What half the widths can do and one unit cannot (statistics over a single value) is first tried with two.
+        If half width runs and a width of 1 fails (statistics over a single value), a floor of 2 is tried first.
 
         Returns:
-            The proven graph, and what had to be frozen, each with its reason.
+            The proven graph, and the reasons for which more was frozen.
         """
         prover = Prover(copy_to_meta(self.model), self.example, self.records)  # a copy without labels and hooks
         repairs: list[str] = []
-        raised = ""  # where a width of 1 failed, after which the least width became 2
+        failure = ""  # of a width of 1, after which the floor became 2
         for _ in range(MAX_REPAIRS):
-            fault = next(prover.faults(graph), None) if graph.group_sizes else None
+            fault = next(prover.find_faults(graph), None) if graph.group_sizes else None
             if fault is None:
                 return graph, repairs
-            reason = f"{fault.path or 'the model'}: as a subnet it {fault}"
-            if fault.narrow and not raised:
-                raised, graph = reason, replace(graph, floor=2)
+            reason = f"{fault.path or 'the model'}: in a subnet, {fault}"
+            if fault.half_runs and not failure:
+                failure, graph = reason, replace(graph, floor=2)
                 continue
-            if fault.narrow and reason.partition(":")[0] == raised.partition(":")[0]:
-                graph = replace(graph, floor=1)  # it was not the width of 1
+            if fault.half_runs and reason.partition(":")[0] == failure.partition(":")[0]:
+                graph = replace(graph, floor=1)  # the width of 1 was not the cause
             repairs.append(reason)
             graph = self._repair(graph, fault, reason)
-        raise TraceError(f"the model cannot be proven sliceable after {MAX_REPAIRS} repairs; the last: {repairs[-1]}")
+        raise TraceError.at(
+            "the model",
+            got=f"subnets that still fail after {MAX_REPAIRS} repairs (the last: {repairs[-1]})",
+            needed="a model whose subnets run as the channel graph predicts",
+        )
 
     def _repair(self, graph: ChannelGraph, fault: Disagreement, reason: str) -> ChannelGraph:
-        """Freeze what may be at fault, ever more of it until that makes a difference."""
-        for labels in suspects(self.records, fault):
+        """Freeze larger and larger sets of suspects, until a group has become smaller."""
+        for labels in list_suspects(self.records, fault):
             graph, before = graph.freeze(labels, reason), graph
             if sum(graph.group_sizes) < sum(before.group_sizes):
                 return graph
-        raise TraceError(f"a subnet of the model cannot run, whatever stays: {reason}")
+        raise TraceError.at(
+            "the model",
+            got=f"a subnet that fails whatever is frozen ({reason})",
+            needed="a model whose subnets run as the channel graph predicts",
+        )
 
 
-def trace(model: nn.Module, example: Any, keep_output: bool = True, whole_heads: Sequence[str] = ()) -> Trace:
+def trace_model(model: nn.Module, example: Any, keep_output: bool = True, whole_heads: Sequence[str] = ()) -> Trace:
     """Trace `model` on `example` (a tensor, a tuple or a dict of inputs) into a proven channel graph.
 
-    The model is not touched: the trace runs a copy without data on the meta device. Unless `keep_output`, the channels
-    of its outputs can shrink too. Modules that a glob of `whole_heads` matches lose whole heads of attention, all
-    others channels of every head.
+    The model stays as it is: the trace runs a meta copy.
+
+    Args:
+        model: any model.
+        example: inputs of its forward; only shapes and types are read.
+        keep_output: freeze the channels of the model's outputs.
+        whole_heads: globs of attention modules that lose whole heads; all others lose channels of every head.
 
     Raises:
         TraceError: the forward raises on the meta device, or a module cannot be traced.
@@ -237,11 +279,12 @@ def trace(model: nn.Module, example: Any, keep_output: bool = True, whole_heads:
     """
     check_model(model)
     check_example(example)
-    found = Tracer(model, example, keep_output, whole_heads).run()
-    others = [sorted({path.rpartition(".")[0] for path in found.graph.torn}), ["*"]]
-    for other in others:  # where a split took its last axis and much stays whole, try the other one
-        if other and found.graph.half() > NARROW:
+    best = Tracer(model, example, keep_output, whole_heads).run()
+    modules = sorted({path.rpartition(".")[0] for path in best.graph.conflicting_attributes})
+    for globs in (modules, ["*"]):  # where much is fixed, try to remove whole heads
+        share = best.graph.compute_share_at_half()
+        if globs and share > GOOD_SHARE:
             with contextlib.suppress(TraceError, WidthError):
-                again = Tracer(model, example, keep_output, [*whole_heads, *other]).run()
-                found = again if again.graph.half() < found.graph.half() - 0.01 else found
-    return found
+                other = Tracer(model, example, keep_output, [*whole_heads, *globs]).run()
+                best = other if other.graph.compute_share_at_half() < share - 0.01 else best
+    return best

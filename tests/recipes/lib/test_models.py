@@ -21,13 +21,13 @@ def test_random_widths_are_choices_of_the_flags(tmp_path):
     assert widths["layer3.0.conv1"] == set(range(8, 17, 2))
     args = parse_train(tmp_path, choices={"layer2*": [2, 5]}, min_width=0.5)
     assert make_supernet(args).space["layer2.0.conv1"].choices == (2, 5, 8)
-    with pytest.raises(WidthError, match=r"choices=\{'stage2\*': ...\}: the glob matches no group"):
+    with pytest.raises(WidthError, match=r"choices: got a glob \('stage2\*'\) that matches no group"):
         run_train(tmp_path, "other", "--choices", "stage2*=[8,16]")  # of another model
 
 
 def test_a_configuration_of_another_model_is_refused(tmp_path):
     with pytest.raises(AutoSlimError, match=r"base 'resnet10t': cannot be created with .*'dims'"):
         run_train(tmp_path, "a", model_kwargs={"dims": [8, 16]})
-    with pytest.raises(WidthError, match=r"freeze='stages.3': the glob matches no module"):
+    with pytest.raises(WidthError, match=r"freeze: got a glob \('stages.3'\) that matches no module"):
         run_train(tmp_path, "b", "--freeze", "stages.3")
     assert not (tmp_path / "a").exists()

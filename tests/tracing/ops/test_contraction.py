@@ -70,13 +70,13 @@ def test_a_grouped_convolution_takes_a_share_of_each_group_or_loses_groups():
     x, weight, _ = outcome["inputs"]
     assert x[1] == weight[0]
     assert len(set(x[1])) == 6
-    assert "a_function is given the literal size 6" in reasons(outcome)
+    assert "the code passes the constant 6 to a_function" in reasons(outcome)
 
 
 def test_along_a_kernel_channels_survive_only_if_it_gives_one_for_each():
     same = run_rule(*CASES["convolution"])
     assert same["outputs"][0][2:] == same["inputs"][0][2:]
-    assert same["ordered"] == same["inputs"][0][2:]
+    assert same["ordered_vectors"] == same["inputs"][0][2:]
     strided = run_rule(*CASES["grouped"])
     assert strided["outputs"][0][2:] == [None, None]
-    assert "a convolution runs along it" in reasons(strided)
+    assert "a convolution treats this dimension as positions, not channels" in reasons(strided)

@@ -55,14 +55,14 @@ def test_a_slice_with_a_step_keeps_blocks_together():
 
 def test_a_slice_that_counts_from_the_end_keeps_the_end():
     outcome = run_rule(*CASES["slice from the end"])
-    assert "a slice counts channels from its end" in reasons(outcome)
+    assert "a slice counts channels from the end" in reasons(outcome)
 
 
 def test_parts_of_a_split_have_the_labels_of_their_place():
     outcome = run_rule(*CASES["split_with_sizes"], function="split")
     x = outcome["inputs"][0]
     assert outcome["outputs"] == [[x[0], x[1][:2]], [x[0], x[1][2:]]]
-    assert reasons(outcome) == {"split is given the literal size 2", "split is given the literal size 6"}
+    assert reasons(outcome) == {"the code passes the constant 2 to split", "the code passes the constant 6 to split"}
 
 
 @pytest.mark.parametrize(("operator", "size"), [("split", 3), ("split_with_sizes", [3, 3, 2])])
@@ -70,23 +70,23 @@ def test_a_split_whose_last_part_is_shorter(operator, size):
     overload = {"split": aten.split.Tensor, "split_with_sizes": aten.split_with_sizes.default}[operator]
     outcome = run_rule(overload, tensor(5, 8), size, 1, function="split")
     assert [len(labels[1]) for labels in outcome["outputs"]] == [3, 3, 2]
-    assert reasons(outcome) >= {"split is given the literal size 3"}
+    assert reasons(outcome) >= {"the code passes the constant 3 to split"}
     chunked = run_rule(overload, tensor(5, 8), size, 1, function="chunk")
-    assert reasons(chunked) == {"chunk cuts it into unequal parts"}
+    assert reasons(chunked) == {"chunk cuts these channels into unequal parts"}
 
 
 def test_equal_parts_of_a_chunk_are_tied_by_count():
     outcome = run_rule(*CASES["split"], function="chunk")
     label = outcome["inputs"][0][1]
-    assert outcome["proportional"] == [[label[:4], label[4:]]]
-    assert not outcome["frozen"]
+    assert outcome["count_ties"] == [[label[:4], label[4:]]]
+    assert not outcome["frozen_vectors"]
 
 
 def test_what_an_index_picks_from_stays():
     outcome = run_rule(*CASES["select"])
     x = outcome["inputs"][0]
     assert outcome["outputs"] == [[x[0], x[2]]]
-    assert outcome["frozen"] == [(x[1], "layer: an index picks one channel of it")]
+    assert outcome["frozen_vectors"] == [(x[1], "layer: an index takes one of these channels")]
     outcome = run_rule(*CASES["unbind"])
     assert outcome["outputs"] == [[outcome["inputs"][0][0], outcome["inputs"][0][2]]] * 3
 
@@ -103,4 +103,4 @@ def test_an_embedding_has_the_columns_of_its_table():
     outcome = run_rule(*CASES["embedding"])
     table = outcome["inputs"][0]
     assert outcome["outputs"] == [[None, table[1]]]
-    assert reasons(outcome) == {"an index picks rows of it"}
+    assert reasons(outcome) == {"an index takes some rows of this table"}

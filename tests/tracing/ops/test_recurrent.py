@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.models import randomise
-from helpers.operators import observe, reasons, tensor
+from helpers.operators import read_outcome, reasons, tensor
 from torch import nn
 
 from timm_autoslim import convert
@@ -37,8 +37,8 @@ def run(name, values, args, kwargs):
     flow.count_macs = True
     inputs = tensors_in_lists(values)
     for value in inputs:
-        flow.fresh_labels(value)
-    return observe(flow, inputs, recurrent.run(flow, name, args, kwargs))
+        flow.create_labels(value)
+    return read_outcome(flow, inputs, recurrent.run(flow, name, args, kwargs))
 
 
 @pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
@@ -57,7 +57,7 @@ def test_shapes_are_those_of_torch(name, kind, bidirectional):
     values = arguments(name, bidirectional=bidirectional)
     out, states = kind(6, 4, 2, batch_first=True, bidirectional=bidirectional)(torch.zeros(3, 5, 6))
     expected = [tuple(t.shape) for t in tensors_in_lists((out, states))]
-    assert [tuple(t.shape) for t in recurrent.outputs(values, {})] == expected
+    assert [tuple(t.shape) for t in recurrent.make_outputs(values, {})] == expected
 
 
 def test_gates_share_the_hidden_channels_of_their_direction():
@@ -76,7 +76,7 @@ def test_weights_that_do_not_fit_are_told():
     values = arguments("gru")
     values[2][0] = tensor(12, 7)
     with pytest.raises(RuntimeError, match="a recurrent layer from 6 to 4 channels has weights of"):
-        recurrent.outputs(values, {})
+        recurrent.make_outputs(values, {})
 
 
 def test_projections_keep_all_channels():
@@ -85,7 +85,7 @@ def test_projections_keep_all_channels():
     values[2] = [tensor(16, 6), tensor(16, 2), tensor(16), tensor(16), tensor(2, 4)]
     outcome = run("lstm", values, values, {})
     assert outcome["outputs"][0][2] is None
-    assert "a recurrent layer of this kind keeps all its channels" in reasons(outcome)
+    assert "a recurrent layer with projections or packed input keeps all channels" in reasons(outcome)
 
 
 @pytest.mark.parametrize("name", recurrent.LAYERS)
@@ -93,10 +93,10 @@ def test_packed_input_has_its_own_order_of_arguments(name):
     _, hx, params, *rest = arguments(name)
     sizes = torch.zeros(5, dtype=torch.long, device="meta")
     values = [tensor(15, 6), sizes, hx, params, *rest[:-1]]
-    assert recurrent.outputs(values, {})[0].shape == (15, 4)
+    assert recurrent.make_outputs(values, {})[0].shape == (15, 4)
     outcome = run(name, values, values, {})
     assert outcome["outputs"][0][1] is None
-    assert "a recurrent layer of this kind keeps all its channels" in reasons(outcome)
+    assert "a recurrent layer with projections or packed input keeps all channels" in reasons(outcome)
     names = ("data", "batch_sizes", *NAMES[1:-1])
     assert outcome == run(name, values, (), dict(zip(names, values, strict=True)))
 
@@ -116,7 +116,9 @@ class Packed(nn.Module):
 
 
 def test_a_model_that_packs_its_input_is_told_what_is_in_the_way():
-    with pytest.raises(NothingToSlimError, match=r"layer: a recurrent layer of this kind keeps all its channels"):
+    with pytest.raises(
+        NothingToSlimError, match=r"layer: a recurrent layer with projections or packed input keeps all channels"
+    ):
         convert(randomise(Packed()).eval(), torch.zeros(2, 7, 6))
 
 

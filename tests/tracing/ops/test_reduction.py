@@ -83,7 +83,7 @@ def test_pooling_keeps_channels_and_freezes_what_it_runs_along():
     outcome = run_rule(*CASES["avg_pool2d"])
     (x,) = outcome["inputs"]
     assert outcome["outputs"] == [[x[0], x[1], None, None]]
-    assert reasons(outcome) == {"pooling or resizing runs along it"}
+    assert reasons(outcome) == {"pooling or resizing treats this dimension as positions, not channels"}
     assert run_rule(*CASES["upsample_nearest1d"])["outputs"][0][2] is None
 
 
@@ -103,6 +103,6 @@ def test_the_larger_of_two_tensors_joins_them():
 
 
 def test_indices_and_running_sums_keep_channels():
-    assert reasons(run_rule(*CASES["argmax"])) == {"an index of channels leaves it"}
+    assert reasons(run_rule(*CASES["argmax"])) == {"it returns indices of these channels"}
     assert not reasons(run_rule(*CASES["max along"]))  # nothing reads the indices
-    assert reasons(run_rule(*CASES["cumsum"])) == {"a running sum depends on the order of its channels"}
+    assert reasons(run_rule(*CASES["cumsum"])) == {"a running sum depends on the order of these channels"}

@@ -60,6 +60,6 @@ def test_whether_an_operator_has_a_rule():
 def test_what_enters_an_unknown_operator_is_frozen_and_nothing_leaves_it(operator, values, name):
     outcome = run_rule(operator, *values)
     assert reasons(outcome) == {f"the operator {name} has no rule"}
-    frozen = {atom for vector, _ in outcome["frozen"] if vector for atom in vector}
+    frozen = {atom for vector, _ in outcome["frozen_vectors"] if vector for atom in vector}
     assert {atom for labels in outcome["inputs"] for v in labels if v for atom in v} == frozen
     assert all(label is None for labels in outcome["outputs"] for label in labels)

@@ -53,7 +53,7 @@ def test_only_what_is_large_survives_a_merge():
     x, (merged, last) = outcome["inputs"][0], outcome["outputs"][0]
     assert merged == x[1] * 2
     assert last == x[2]
-    assert reasons(outcome) == {"matmul merges it with another channel dimension"}
+    assert reasons(outcome) == {"matmul merges these channels with another channel dimension, and only one can shrink"}
 
 
 def test_what_a_stride_skips_is_not_followed():
@@ -65,13 +65,13 @@ def test_what_a_stride_skips_is_not_followed():
 def test_the_bytes_of_another_type_are_not_followed():
     outcome = run_rule(aten.view.dtype, tensor(2, 6), torch.int32)
     assert outcome["outputs"] == [[None, None]]
-    assert reasons(outcome) == {"view reads its bytes as another type"}
+    assert reasons(outcome) == {"view reads the bytes as another type"}
 
 
 def test_pairs_of_a_complex_number_stay():
     outcome = run_rule(*CASES["view_as_complex"])
     assert outcome["outputs"] == [outcome["inputs"][0][:2]]
-    assert reasons(outcome) == {"view_as_complex takes it for a pair"}
+    assert reasons(outcome) == {"view_as_complex reads this dimension as real and imaginary parts"}
     outcome = run_rule(*CASES["view_as_real"])
     assert outcome["outputs"] == [[*outcome["inputs"][0], None]]
 

@@ -46,7 +46,7 @@ def run(flow: Flow, operator: OpOverload, args: tuple[Any, ...], kwargs: dict[st
     """Apply the rule of one operator, or freeze what enters it."""
     op = bind(operator, args, kwargs, out)
     for tensor in op.tensors:
-        flow.use(tensor)
+        flow.mark_read(tensor)
     if has_rule(op.operator):
         RULES[op.name](flow, op)
     else:

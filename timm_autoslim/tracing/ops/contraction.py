@@ -15,7 +15,7 @@ from timm_autoslim.tracing.sizes import FromAttribute, Size
 def _matmul(flow: Flow, op: OperatorCall) -> None:
     out = op.out
     *bias, a, b = op.tensors  # bias broadcasts to out; (N, K), (K, M); (B, N, K), (B, K, M) in bmm; b is (K,) in mv
-    la, lb = flow.labels(a), flow.labels(b)
+    la, lb = flow.get_labels(a), flow.get_labels(b)
     rows, inner = la[-2:-1], la[-1]
     other = lb[-2] if b.dim() > 1 else lb[-1]
     columns = lb[-1:] if b.dim() > 1 else []
@@ -28,20 +28,20 @@ def _matmul(flow: Flow, op: OperatorCall) -> None:
     flow.set_labels(out, labels)
     if bias:
         flow.set_labels(out, flow.broadcast([out, bias[0]], out.shape, "a bias"))
-    flow.contract(1, [*zip(out.shape, labels, strict=True), (a.shape[-1], inner)])
+    flow.add_contraction(1, [*zip(out.shape, labels, strict=True), (a.shape[-1], inner)])
     if flow.call.name == "linear":
-        flow.produce(columns[0] if columns else None)
+        flow.add_producer(columns[0] if columns else None)
     elif inner is not None:
-        flow.contracted.setdefault(flow.path, []).append(inner)
+        flow.contracted_vectors.setdefault(flow.path, []).append(inner)
 
 
 @RULES.add("convolution")
 def _convolution(flow: Flow, op: OperatorCall) -> None:
     x, weight, bias = op["input"], op["weight"], op["bias"]  # (N, C, H, W), (O, C / groups, kh, kw), (O,)
     transposed, groups = op["transposed"], op["groups"]  # transposed: the weight is (C, O / groups, kh, kw)
-    lx, lw = flow.labels(x), flow.labels(weight)
+    lx, lw = flow.get_labels(x), flow.get_labels(weight)
     for label in lw[2:]:
-        flow.constraints.freeze(label, "the size of a kernel")
+        flow.constraints.freeze(label, "the size of a convolution kernel")
     if groups == 1:
         w_in, w_out = (lw[0], lw[1]) if transposed else (lw[1], lw[0])
         if lx[1] is not None or w_in is not None:
@@ -52,12 +52,12 @@ def _convolution(flow: Flow, op: OperatorCall) -> None:
     one_point = set(weight.shape[2:]) == {1} and set(op["stride"]) == {1} and not any(op["padding"])
     along = lx[2:] if one_point else _label_along(flow, op, lx[2:])
     flow.set_labels(op.out, [lx[0], out_label, *along])
-    if bias is not None and (out_label is not None or flow.labels(bias)[0] is not None):
-        flow.join(out_label, flow.labels(bias)[0], "the bias of a convolution")
+    if bias is not None and (out_label is not None or flow.get_labels(bias)[0] is not None):
+        flow.join(out_label, flow.get_labels(bias)[0], "the bias of a convolution")
     positions = list(zip((x if transposed else op.out).shape, [None, None, *along], strict=True))
     kernel = list(zip(weight.shape, lw[:2] + [None] * (weight.dim() - 2), strict=True))
-    flow.contract(1, [positions[0], *positions[2:], *kernel])
-    flow.produce(out_label)
+    flow.add_contraction(1, [positions[0], *positions[2:], *kernel])
+    flow.add_producer(out_label)
 
 
 def _label_along(flow: Flow, op: OperatorCall, labels: Labels) -> Labels:
@@ -67,10 +67,10 @@ def _label_along(flow: Flow, op: OperatorCall, labels: Labels) -> Labels:
         reach = op["dilation"][i] * (op["weight"].shape[2 + i] - 1)
         same_length = op["stride"][i] == 1 and 2 * op["padding"][i] == reach and not op["transposed"]
         if label is not None and same_length:
-            flow.constraints.ordered.append(label)
+            flow.constraints.ordered_vectors.append(label)
             out.append(label)
         else:
-            flow.freeze(label, "a convolution runs along it")
+            flow.freeze_label(label, "a convolution treats this dimension as positions, not channels")
             out.append(None)
     return out
 
@@ -81,7 +81,7 @@ def _label_groups(flow: Flow, op: OperatorCall, lx: Label, lw: Labels) -> Label:
     first = lw[0]
     in_each = x.shape[1] // groups
     if lx is None or first is None or (in_each > 1 and lw[1] is None):
-        flow.freeze_all([lx, *lw], "a grouped convolution over channels of fixed number")
+        flow.freeze_labels([lx, *lw], "a grouped convolution has input or output channels that cannot shrink")
         return None if first is None or op["transposed"] else first
     out_each = weight.shape[1] if op["transposed"] else weight.shape[0] // groups
     groups_in_code = _find_groups(flow, groups)
@@ -90,7 +90,7 @@ def _label_groups(flow: Flow, op: OperatorCall, lx: Label, lw: Labels) -> Label:
     if op["transposed"]:  # weight (C, O / groups, kh, kw): axis 0 is that of the input, axis 1 repeats for each group
         flow.atoms.join(lx, first)
     if groups >= min(in_each, out_each) and (attribute or in_each == 1):
-        flow.freeze(lw[1], "the channels of one group; whole groups are removed instead")
+        flow.freeze_label(lw[1], "the channels inside a group stay, because entire groups are removed")
         tie_rows(flow, grid)
         flow.constrain(grid[:, 0], groups_in_code)
         if op["transposed"]:
@@ -108,8 +108,8 @@ def _label_groups(flow: Flow, op: OperatorCall, lx: Label, lw: Labels) -> Label:
 
 def _tie_shares(flow: Flow, grid: Vector, rows: Vector, inner: Label) -> None:
     """Take the same channels of each group: of its inputs (groups, C / groups), of its outputs (groups, O / groups)."""
-    if inner is not None and flow.collapses(grid):  # channels were shuffled before it
-        flow.atoms.join(flow.by_position(grid), inner)
+    if inner is not None and flow.would_merge(grid):  # channels were shuffled before it
+        flow.atoms.join(flow.tie_by_position(grid), inner)
     elif inner is not None:
         for inputs in grid:
             flow.atoms.join(inputs, inner)

@@ -33,7 +33,7 @@ def join_inputs(flow: Flow, op: OperatorCall) -> None:
 )
 def _join_in_place(flow: Flow, op: OperatorCall) -> None:
     target = op["self"]
-    before = flow.labels(target)
+    before = flow.get_labels(target)
     after = flow.broadcast(op.tensors, target.shape, flow.call.name or "an elementwise operator")
     flow.set_labels(target, [b if b is not None else a for b, a in zip(before, after, strict=True)])
 
@@ -43,12 +43,12 @@ def _join_in_place(flow: Flow, op: OperatorCall) -> None:
     "rand_like", "randn_like", "_softmax", "_safe_softmax", "_log_softmax", "lift_fresh", "lift_fresh_copy",
 )  # fmt: skip
 def _copy_labels(flow: Flow, op: OperatorCall) -> None:
-    flow.set_labels(op.out, flow.labels(op["self"]))
+    flow.set_labels(op.out, flow.get_labels(op["self"]))
 
 
 @RULES.add("glu")
 def _glu(flow: Flow, op: OperatorCall) -> None:
-    labels, dim = flow.labels(op["self"]), op["dim"]
+    labels, dim = flow.get_labels(op["self"]), op["dim"]
     label = labels[dim]
     if label is not None:
         value, gate = np.split(label, 2)
@@ -62,7 +62,7 @@ def _weight_norm(flow: Flow, op: OperatorCall) -> None:
     v, g = op["v"], op["g"]  # v as long as the weight, g of length 1 in all dimensions but `dim`
     weight, norms = op.out
     flow.set_labels(weight, flow.broadcast([v, g], weight.shape, "weight norm"))
-    flow.set_labels(norms, flow.labels(g))
+    flow.set_labels(norms, flow.get_labels(g))
 
 
 _FACTORIES = ("zeros", "ones", "empty", "full", "rand", "randn", "new_zeros", "new_ones", "new_empty", "new_full")
@@ -74,12 +74,12 @@ def _factory(flow: Flow, op: OperatorCall) -> None:
     if flow.call.name not in _FACTORIES:  # torch makes it inside another function, after the shape of an input
         inputs = tensors_in_lists([*flow.call.args, *flow.call.kwargs.values()])
         like = next((t for t in inputs if t.dim() == out.dim()), None)
-        labels = flow.labels(like) if like is not None else [None] * out.dim()
+        labels = flow.get_labels(like) if like is not None else [None] * out.dim()
         sizes = like.shape if like is not None else out.shape
         flow.set_labels(out, [v if n == m else None for v, n, m in zip(labels, sizes, out.shape, strict=True)])
         return
-    sizes_in_code = flow.written(out.shape) or list(out.shape)
-    flow.set_labels(out, [flow.sized(n, size) for n, size in zip(out.shape, sizes_in_code, strict=True)])
+    sizes_in_code = flow.call.find_sizes(out.shape) or list(out.shape)
+    flow.set_labels(out, [flow.label_new_dimension(n, size) for n, size in zip(out.shape, sizes_in_code, strict=True)])
 
 
 @RULES.add(

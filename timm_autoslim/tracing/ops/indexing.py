@@ -20,7 +20,7 @@ _SPLITS = ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes
 @RULES.add("slice")
 def _slice(flow: Flow, op: OperatorCall) -> None:
     x, out, dim, step = op["self"], op.out, op["dim"], op["step"]
-    labels = flow.labels(x)
+    labels = flow.get_labels(x)
     label, length = labels[dim], x.shape[dim]
     if label is None or out.shape[dim] == length:
         return flow.set_labels(out, labels)
@@ -31,11 +31,11 @@ def _slice(flow: Flow, op: OperatorCall) -> None:
         tie_rows(flow, label.reshape(-1, step))  # whole blocks stay or go, so the slice takes the same of each
         return flow.set_labels(out, labels)
     if step != 1:
-        flow.freeze(label, "a slice with a step takes fixed channels out of it")
+        flow.freeze_label(label, "a slice with a step takes channels at fixed positions")
     bounds_in_code = _find_bounds(flow, first, last) or (first, last)
     for bound, size in zip((first, last), bounds_in_code, strict=True):
         if bound < 0:  # counted from the end
-            flow.freeze(label[bound:], "a slice counts channels from its end")
+            flow.freeze_label(label[bound:], "a slice counts channels from the end")
         elif bound and (bound != length or isinstance(size, Size)):
             flow.constrain(label[:bound], size)
     return flow.set_labels(out, labels)
@@ -44,7 +44,7 @@ def _slice(flow: Flow, op: OperatorCall) -> None:
 def _find_bounds(flow: Flow, first: int, last: int) -> tuple[int, int] | None:
     """Find the slice of the running `__getitem__` (or the arguments of `narrow`) that gave these bounds."""
     if flow.call.name == "narrow":
-        start, length = flow.written_one(first), flow.written_one(last - first)
+        start, length = flow.call.find_size(first), flow.call.find_size(last - first)
         return start, start + length if first else length
     index = flow.call.args[1] if flow.call.name in ("__getitem__", "__setitem__") else None
     for item in index if isinstance(index, tuple) else (index,):
@@ -57,7 +57,7 @@ def _find_bounds(flow: Flow, first: int, last: int) -> tuple[int, int] | None:
 
 @RULES.add(*_SPLITS)
 def _split(flow: Flow, op: OperatorCall) -> None:
-    labels, dim = flow.labels(op["self"]), op["dim"]
+    labels, dim = flow.get_labels(op["self"]), op["dim"]
     vector = labels[dim]
     if vector is None:
         for part in op.out:
@@ -72,7 +72,7 @@ def _split(flow: Flow, op: OperatorCall) -> None:
         # chunk, or a function of torch that cuts what it computed, such as a recurrent cell
         flow.constraints.tie_counts(parts)
     else:
-        flow.freeze(vector, "chunk cuts it into unequal parts")
+        flow.freeze_label(vector, "chunk cuts these channels into unequal parts")
     for tensor, part in zip(op.out, parts, strict=True):
         labels[dim] = part
         flow.set_labels(tensor, labels)
@@ -81,24 +81,24 @@ def _split(flow: Flow, op: OperatorCall) -> None:
 def _find_lengths(flow: Flow, op: OperatorCall, parts: list[Vector]) -> list[int]:
     """Return the lengths of the parts as the model's code gave them to `split`: one for each, or one for all."""
     lengths = [len(part) for part in parts]
-    lengths_in_code = flow.written(lengths)
+    lengths_in_code = flow.call.find_sizes(lengths)
     if lengths_in_code is None and "split_size" in op.arguments:
-        return [flow.written_one(op["split_size"])] * len(parts)
+        return [flow.call.find_size(op["split_size"])] * len(parts)
     return list(lengths_in_code or lengths)
 
 
 @RULES.add("unbind")
 def _unbind(flow: Flow, op: OperatorCall) -> None:
-    labels = flow.labels(op["self"])
-    flow.freeze(labels.pop(op["dim"]), "unbind takes its channels apart")
+    labels = flow.get_labels(op["self"])
+    flow.freeze_label(labels.pop(op["dim"]), "unbind makes a tensor of each channel")
     for part in op.out:
         flow.set_labels(part, labels)
 
 
 @RULES.add("unfold")
 def _unfold(flow: Flow, op: OperatorCall) -> None:
-    labels = flow.labels(op["self"])
-    flow.freeze(labels[op["dimension"]], "unfold runs along it")
+    labels = flow.get_labels(op["self"])
+    flow.freeze_label(labels[op["dimension"]], "unfold treats this dimension as positions, not channels")
     labels[op["dimension"]] = None
     flow.set_labels(op.out, [*labels, None])
 
@@ -108,17 +108,17 @@ def _unfold(flow: Flow, op: OperatorCall) -> None:
 
 @RULES.add("select")
 def _select(flow: Flow, op: OperatorCall) -> None:
-    labels = flow.labels(op["self"])
-    flow.freeze(labels.pop(op["dim"]), "an index picks one channel of it")
+    labels = flow.get_labels(op["self"])
+    flow.freeze_label(labels.pop(op["dim"]), "an index takes one of these channels")
     flow.set_labels(op.out, labels)
 
 
 @RULES.add("index", "_unsafe_index")
 def _index(flow: Flow, op: OperatorCall) -> None:
-    labels = flow.labels(op["self"])
+    labels = flow.get_labels(op["self"])
     axes = [d for d, index in enumerate(op["indices"]) if index is not None]
     for d in axes:
-        flow.freeze(labels[d], "an index picks channels of it")
+        flow.freeze_label(labels[d], "an index takes some of these channels")
     rest = [v for d, v in enumerate(labels) if d not in axes]
     new: Labels = [None] * (op.out.dim() - len(rest))
     # numpy's rule: the new dimensions stand in place if the indices stand together, else in front
@@ -130,14 +130,14 @@ def _index(flow: Flow, op: OperatorCall) -> None:
 @RULES.add("index_select", "gather")
 def _index_select(flow: Flow, op: OperatorCall) -> None:
     x, dim = op["self"], op["dim"]
-    labels = flow.labels(x)
-    flow.freeze(labels[dim], "an index picks channels of it")
+    labels = flow.get_labels(x)
+    flow.freeze_label(labels[dim], "an index takes some of these channels")
     labels[dim] = None
     flow.set_labels(op.out, [v if n == m else None for v, n, m in zip(labels, x.shape, op.out.shape, strict=True)])
 
 
 @RULES.add("embedding")
 def _embedding(flow: Flow, op: OperatorCall) -> None:
-    rows, columns = flow.labels(op["weight"])  # (rows, C)
-    flow.freeze(rows, "an index picks rows of it")
+    rows, columns = flow.get_labels(op["weight"])  # (rows, C)
+    flow.freeze_label(rows, "an index takes some rows of this table")
     flow.set_labels(op.out, [*[None] * op["indices"].dim(), columns])  # (..., C)

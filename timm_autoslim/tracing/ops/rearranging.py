@@ -22,7 +22,7 @@ def _cat(flow: Flow, op: OperatorCall) -> None:
     dim = op["dim"] % op.out.dim()
     labels: Labels = []
     for d in range(op.out.dim()):
-        parts = [flow.labels(t)[d] for t in tensors]
+        parts = [flow.get_labels(t)[d] for t in tensors]
         if d == dim:
             labels.append(_concatenate(flow, parts, [t.shape[d] for t in tensors]))
             continue
@@ -40,8 +40,8 @@ def _concatenate(flow: Flow, parts: Labels, lengths: Sequence[int]) -> Label:
     vectors = []
     for part, length in zip(parts, lengths, strict=True):
         if part is None:
-            part = flow.atoms.fresh(length)
-            flow.freeze(part, "cat with a part of fixed length")
+            part = flow.atoms.create(length)
+            flow.freeze_label(part, "cat includes a part that cannot shrink")
         vectors.append(part)
     return np.concatenate(vectors)
 
@@ -56,18 +56,18 @@ def _stack(flow: Flow, op: OperatorCall) -> None:
 @RULES.add("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d")
 def _pad(flow: Flow, op: OperatorCall) -> None:
     pads = op.get("pad", op.get("padding"))  # before and after the last dimension, then the one before that, ...
-    labels = flow.labels(op["self"])
+    labels = flow.get_labels(op["self"])
     for i in range(0, len(pads), 2):
         d = op.out.dim() - 1 - i // 2
         label = labels[d]
         if label is None or not (pads[i] or pads[i + 1]):
             continue
         if pads[i] < 0 or pads[i + 1] < 0:
-            flow.freeze(label, "pad crops it")
+            flow.freeze_label(label, "pad crops these channels")
             labels[d] = None
             continue
-        edges = [flow.atoms.fresh(pads[i]), flow.atoms.fresh(pads[i + 1])]
-        flow.freeze_all(edges, "pad adds channels of its own")
+        edges = [flow.atoms.create(pads[i]), flow.atoms.create(pads[i + 1])]
+        flow.freeze_labels(edges, "pad adds these channels")
         labels[d] = np.concatenate([edges[0], label, edges[1]])
     flow.set_labels(op.out, labels)
 
@@ -75,14 +75,14 @@ def _pad(flow: Flow, op: OperatorCall) -> None:
 @RULES.add("repeat", "tile")
 def _repeat(flow: Flow, op: OperatorCall) -> None:
     x, out, times = op["self"], op.out, op.get("repeats", op.get("dims"))  # `dims` is tile's word
-    labels = [None] * (out.dim() - x.dim()) + flow.labels(x)
+    labels = [None] * (out.dim() - x.dim()) + flow.get_labels(x)
     lengths = [1] * (out.dim() - x.dim()) + list(x.shape)
-    times_in_code = flow.written(times) or times
+    times_in_code = flow.call.find_sizes(times) or times
     for d, (label, length) in enumerate(zip(labels, lengths, strict=True)):
         if label is not None:
             labels[d] = np.tile(label, times[d])
         elif length == 1 and times[d] > 1:
-            labels[d] = flow.sized(times[d], times_in_code[d])
+            labels[d] = flow.label_new_dimension(times[d], times_in_code[d])
     flow.set_labels(out, labels)
 
 
@@ -91,7 +91,7 @@ def _repeat(flow: Flow, op: OperatorCall) -> None:
 
 @RULES.add("flip")
 def _flip(flow: Flow, op: OperatorCall) -> None:
-    labels = flow.labels(op["self"])
+    labels = flow.get_labels(op["self"])
     for d in op["dims"]:
         label = labels[d]
         labels[d] = None if label is None else label[::-1]
@@ -100,24 +100,24 @@ def _flip(flow: Flow, op: OperatorCall) -> None:
 
 @RULES.add("roll")
 def _roll(flow: Flow, op: OperatorCall) -> None:
-    labels = flow.labels(op["self"])
+    labels = flow.get_labels(op["self"])
     for d in op["dims"] or range(len(labels)):
-        flow.freeze(labels[d], "roll moves channels by a fixed distance")
+        flow.freeze_label(labels[d], "roll moves channels by a fixed distance")
     flow.set_labels(op.out, labels)
 
 
 @RULES.add("im2col")
 def _im2col(flow: Flow, op: OperatorCall) -> None:
-    batch, channels, *along = flow.labels(op["self"])  # (N, C, H, W) to (N, C * kh * kw, windows)
-    flow.freeze_all(along, "unfold runs along it")
+    batch, channels, *along = flow.get_labels(op["self"])  # (N, C, H, W) to (N, C * kh * kw, windows)
+    flow.freeze_labels(along, "unfold treats this dimension as positions, not channels")
     blocks = None if channels is None else np.repeat(channels, prod(op["kernel_size"]))
     flow.set_labels(op.out, [batch, blocks, None])
 
 
 @RULES.add("col2im")
 def _col2im(flow: Flow, op: OperatorCall) -> None:
-    batch, blocks, windows = flow.labels(op["self"])  # (N, C * kh * kw, windows) to (N, C, H, W)
-    flow.freeze(windows, "fold runs along it")
+    batch, blocks, windows = flow.get_labels(op["self"])  # (N, C * kh * kw, windows) to (N, C, H, W)
+    flow.freeze_label(windows, "fold treats this dimension as positions, not channels")
     channels = None
     if blocks is not None:
         grid = blocks.reshape(-1, prod(op["kernel_size"]))
@@ -128,8 +128,8 @@ def _col2im(flow: Flow, op: OperatorCall) -> None:
 
 @RULES.add("pixel_shuffle")
 def _pixel_shuffle(flow: Flow, op: OperatorCall) -> None:
-    batch, blocks, *along = flow.labels(op["self"])  # (N, C * factor**2, H, W) to (N, C, H * factor, W * factor)
-    flow.freeze_all(along, "a pixel shuffle runs along it")
+    batch, blocks, *along = flow.get_labels(op["self"])  # (N, C * factor**2, H, W) to (N, C, H * factor, W * factor)
+    flow.freeze_labels(along, "a pixel shuffle treats this dimension as positions, not channels")
     channels = None
     if blocks is not None:
         grid = blocks.reshape(-1, op["upscale_factor"] ** 2)
@@ -140,19 +140,19 @@ def _pixel_shuffle(flow: Flow, op: OperatorCall) -> None:
 
 @RULES.add("pixel_unshuffle")
 def _pixel_unshuffle(flow: Flow, op: OperatorCall) -> None:
-    batch, channels, *along = flow.labels(op["self"])  # (N, C, H * factor, W * factor) to (N, C * factor**2, H, W)
-    flow.freeze_all(along, "a pixel shuffle runs along it")
+    batch, channels, *along = flow.get_labels(op["self"])  # (N, C, H * factor, W * factor) to (N, C * factor**2, H, W)
+    flow.freeze_labels(along, "a pixel shuffle treats this dimension as positions, not channels")
     blocks = None if channels is None else np.repeat(channels, op["downscale_factor"] ** 2)
     flow.set_labels(op.out, [batch, blocks, *[None] * len(along)])
 
 
 @RULES.add("channel_shuffle")
 def _channel_shuffle(flow: Flow, op: OperatorCall) -> None:
-    batch, label, *along = flow.labels(op["self"])  # (N, C, ...): C as (groups, each) is read by the columns
-    flow.freeze_all(along, "a channel shuffle runs along it")
+    batch, label, *along = flow.get_labels(op["self"])  # (N, C, ...): C as (groups, each) is read by the columns
+    flow.freeze_labels(along, "a channel shuffle treats this dimension as positions, not channels")
     if label is not None:
         groups = op["groups"]
-        each, groups_in_code = len(label) // groups, flow.written_one(groups)
+        each, groups_in_code = len(label) // groups, flow.call.find_size(groups)
         rows, columns = flow.split(label, [groups, each], [groups_in_code, -1])
         flow.constrain(rows, groups_in_code)
         by_row = None if rows is None else np.tile(rows, each)

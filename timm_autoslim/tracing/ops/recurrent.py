@@ -1,4 +1,4 @@
-"""Recurrent layers, as one operator each: unrolled, they would be thousands of operators."""
+"""Recurrent layers, each as one step: as operators they would be thousands."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ class RecurrentCall:
 
     @property
     def states(self) -> list[Tensor]:
-        """The states that go in, and whose like comes out."""
+        """The states at the start; those at the end have the same shapes."""
         return tensors_in_lists(self.hx)
 
     @property
     def directions(self) -> int:
-        """How often each layer runs: once, or once more from the end."""
+        """How often each layer runs: once, or twice (also from the end)."""
         return 2 if self.bidirectional else 1
 
-    def layers(self) -> list[list[list[Tensor]]]:
-        """Return the weights by layer and direction; none for kinds whose channels all stay (projections, packed)."""
+    def list_layers(self) -> list[list[list[Tensor]]]:
+        """Return the weights by layer and direction; none for projections and packed input, whose channels all stay."""
         each = len(self.params) // (self.num_layers * self.directions)
         if each not in (2, 4) or self.batch_sizes is not None:
             return []
         parts = [list(self.params[i : i + each]) for i in range(0, len(self.params), each)]
         return [parts[i : i + self.directions] for i in range(0, len(parts), self.directions)]
 
-    def outputs(self) -> tuple[Tensor, ...]:
+    def make_outputs(self) -> tuple[Tensor, ...]:
         """Return empty tensors of the shapes of what the layer returns: its output and its last states.
 
         Raises:
-            RuntimeError: the weights are of other shapes than input and states ask for.
+            RuntimeError: the shapes of the weights do not fit the input and the states.
         """
         hidden, width = self.states[0].shape[-1], self.input.shape[-1]
-        for layer in self.layers():
+        for layer in self.list_layers():
             for w_in, w_hidden, *biases in layer:
                 gates = w_hidden.shape[0] // hidden * hidden
                 shapes = [tuple(t.shape) for t in (w_in, w_hidden, *biases)]
@@ -72,7 +72,7 @@ class RecurrentCall:
         return (out, *(torch.empty_like(state) for state in self.states))
 
 
-def _bind(args: Sequence[Any], kwargs: Mapping[str, Any]) -> RecurrentCall:
+def _name_arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> RecurrentCall:
     """Name the arguments of one call; of packed input they are `data`, `batch_sizes`, and the rest without the last."""
     batch_sizes = args[1] if len(args) > 1 else kwargs.get("batch_sizes")
     if not isinstance(batch_sizes, Tensor) or batch_sizes.is_floating_point():  # states stand there
@@ -81,53 +81,55 @@ def _bind(args: Sequence[Any], kwargs: Mapping[str, Any]) -> RecurrentCall:
     return RecurrentCall(*args[:1], *args[2:], **{**by_name, "batch_sizes": batch_sizes})
 
 
-def outputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+def make_outputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Return empty tensors of the shapes of what the layer returns.
 
     Raises:
-        RuntimeError: the weights are of other shapes than input and states ask for.
+        RuntimeError: the shapes of the weights do not fit the input and the states.
     """
-    return _bind(args, kwargs).outputs()
+    return _name_arguments(args, kwargs).make_outputs()
 
 
 def run(flow: Flow, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Label the outputs: in each direction one vector of hidden channels, which its gates and its state share."""
-    call = _bind(args, kwargs)
-    states = [flow.labels(state) for state in call.states]
-    *outer, channels = flow.labels(call.input)
-    flow.freeze_all(outer, "a recurrent layer runs along it")
+    call = _name_arguments(args, kwargs)
+    states = [flow.get_labels(state) for state in call.states]
+    *outer, channels = flow.get_labels(call.input)
+    flow.freeze_labels(outer, "a recurrent layer treats this dimension as steps, not channels")
     hidden = [labels[-1] for labels in states if labels[-1] is not None]
-    for layer in call.layers():
+    for layer in call.list_layers():
         vectors = [_label_direction(flow, LAYERS[name], call.input, channels, weights) for weights in layer]
         hidden += vectors
         channels = np.concatenate(vectors)
-    out, *last_states = call.outputs()
-    if not call.layers():
+    out, *last_states = call.make_outputs()
+    if not call.list_layers():
         for tensor in (call.input, *call.states, *call.params):
-            flow.freeze_all(flow.labels(tensor), "a recurrent layer of this kind keeps all its channels")
+            flow.freeze_labels(
+                flow.get_labels(tensor), "a recurrent layer with projections or packed input keeps all channels"
+            )
         channels = None
     flow.constraints.tie_counts(hidden)  # one attribute holds their number
     flow.set_labels(out, [*outer, channels])
     for state, labels in zip(last_states, states, strict=True):
         flow.set_labels(state, labels)
-    flow.produce(channels)
+    flow.add_producer(channels)
     return (out, *last_states)
 
 
 def _label_direction(flow: Flow, gates: int, x: Tensor, channels: Label, weights: list[Tensor]) -> Vector:
     """Tie the gates of one direction of one layer, count its MACs, and return its hidden channels."""
     w_in, w_hidden, *_ = weights  # (gates * H, I), (gates * H, H)
-    (rows, columns), (_, hidden) = flow.labels(w_in), flow.labels(w_hidden)
+    (rows, columns), (_, hidden) = flow.get_labels(w_in), flow.get_labels(w_hidden)
     if hidden is None:  # a single one
-        hidden = flow.atoms.fresh(1)
+        hidden = flow.atoms.create(1)
     if channels is not None or columns is not None:
         flow.join(channels, columns, "a recurrent layer")
     for tensor in weights:
-        label = flow.labels(tensor)[0]
+        label = flow.get_labels(tensor)[0]
         if label is not None:
             for gate in label.reshape(gates, -1):
                 flow.atoms.join(hidden, gate)
     steps = x.shape[:-1].numel()
-    flow.contract(steps, [(w_in.shape[0], rows), (w_in.shape[1], columns)])
-    flow.contract(steps, [(w_hidden.shape[0], rows), (w_hidden.shape[1], hidden)])
+    flow.add_contraction(steps, [(w_in.shape[0], rows), (w_in.shape[1], columns)])
+    flow.add_contraction(steps, [(w_hidden.shape[0], rows), (w_hidden.shape[1], hidden)])
     return hidden

@@ -16,10 +16,10 @@ from timm_autoslim.tracing.sizes import Size
 )  # fmt: skip
 def _batch_norm(flow: Flow, op: OperatorCall) -> None:
     x, *parameters = op.tensors  # (N, C, ...); weight, bias, running_mean and running_var (C,), as far as there are any
-    labels = flow.labels(x)
+    labels = flow.get_labels(x)
     for parameter in parameters:
-        if labels[1] is not None or flow.labels(parameter)[0] is not None:
-            labels[1] = flow.join(labels[1], flow.labels(parameter)[0], "batch norm")
+        if labels[1] is not None or flow.get_labels(parameter)[0] is not None:
+            labels[1] = flow.join(labels[1], flow.get_labels(parameter)[0], "batch norm")
     flow.set_labels(op.out[0], labels)
     for statistic in op.out[1:3]:
         flow.set_labels(statistic, [labels[1]] if statistic.numel() else [None])
@@ -28,7 +28,7 @@ def _batch_norm(flow: Flow, op: OperatorCall) -> None:
 @RULES.add("native_layer_norm", "_fused_rms_norm")
 def _layer_norm(flow: Flow, op: OperatorCall) -> None:
     x, *parameters = op.tensors  # (..., *normalized_shape); weight and bias of the normalized shape, if there are any
-    labels = flow.labels(x)
+    labels = flow.get_labels(x)
     for parameter in parameters:
         labels = flow.broadcast([x, parameter], x.shape, "layer norm")
     result, *statistics = tensors_in_lists(op.out)
@@ -43,13 +43,13 @@ def _layer_norm(flow: Flow, op: OperatorCall) -> None:
 def _group_norm(flow: Flow, op: OperatorCall) -> None:
     x, *parameters = op.tensors  # (N, C, ...); weight and bias (C,), if there are any
     groups = op["group"]
-    labels = flow.labels(x)
+    labels = flow.get_labels(x)
     for parameter in parameters:
-        labels[1] = flow.join(labels[1], flow.labels(parameter)[0], "group norm")
+        labels[1] = flow.join(labels[1], flow.get_labels(parameter)[0], "group norm")
     vector = labels[1]
     if vector is not None and groups > 1:
         grid = vector.reshape(groups, -1)
-        groups_in_code = flow.written_one(groups)
+        groups_in_code = flow.call.find_size(groups)
         if isinstance(groups_in_code, Size) and groups >= grid.shape[1]:
             tie_rows(flow, grid)
             flow.constrain(grid[:, 0], groups_in_code)
@@ -68,11 +68,11 @@ def _group_norm(flow: Flow, op: OperatorCall) -> None:
 )  # fmt: skip
 def _spatial(flow: Flow, op: OperatorCall) -> None:
     x = op.tensors[0]  # (N, C, H, W) or (C, H, W); (..., L) in 1d and (..., D, H, W) in 3d
-    labels = flow.labels(x)
+    labels = flow.get_labels(x)
     outer = x.dim() - (1 if "1d" in op.name else 3 if "3d" in op.name else 2)
     for result in tensors_in_lists(op.out):
         flow.set_labels(result, labels[:outer] + [None] * (result.dim() - outer))
-    flow.freeze_all(labels[outer:], "pooling or resizing runs along it")
+    flow.freeze_labels(labels[outer:], "pooling or resizing treats this dimension as positions, not channels")
 
 
 @RULES.add(
@@ -85,11 +85,11 @@ def _reduce(flow: Flow, op: OperatorCall) -> None:
     x, dims = op["self"], op.get("dim")  # all dimensions if none is given, or if the overload takes none
     dims = [dims] if isinstance(dims, int) else dims or range(x.dim())
     axes = {d % x.dim() for d in dims} if x.dim() else set()
-    labels, results = flow.labels(x), tensors_in_lists(op.out)
+    labels, results = flow.get_labels(x), tensors_in_lists(op.out)
     if op.name in ("argmax", "argmin"):
-        flow.freeze_all([labels[d] for d in axes], "an index of channels leaves it")
+        flow.freeze_labels([labels[d] for d in axes], "it returns indices of these channels")
     elif op.name in ("max", "min") and len(results) == 2:
-        flow.index(results[1], [labels[d] for d in axes])
+        flow.mark_indices(results[1], [labels[d] for d in axes])
     for result in results:
         if result.dim() == x.dim():
             flow.set_labels(result, [None if d in axes else v for d, v in enumerate(labels)])
@@ -100,6 +100,6 @@ def _reduce(flow: Flow, op: OperatorCall) -> None:
 
 @RULES.add("cumsum", "cumprod", "logcumsumexp")
 def _cumulate(flow: Flow, op: OperatorCall) -> None:
-    labels = flow.labels(op["self"])
-    flow.freeze(labels[op["dim"]], "a running sum depends on the order of its channels")
+    labels = flow.get_labels(op["self"])
+    flow.freeze_label(labels[op["dim"]], "a running sum depends on the order of these channels")
     flow.set_labels(op.out, labels)

@@ -16,6 +16,6 @@ RULES: Table[Rule] = Table("operator", TraceError)
 def freeze_inputs(flow: Flow, op: OperatorCall, reason: str) -> None:
     """Keep every channel that enters the operator; none leaves it."""
     for tensor in op.tensors:
-        flow.freeze_all(flow.labels(tensor), reason)
+        flow.freeze_labels(flow.get_labels(tensor), reason)
     for tensor in tensors_in_lists(op.out):
         flow.set_labels(tensor, [None] * tensor.dim())

@@ -30,7 +30,7 @@ _EXPANDS = ("expand", "expand_as", "broadcast_to")
 @RULES.add("view", "_unsafe_view", "_reshape_alias", "view_copy")
 def _view(flow: Flow, op: OperatorCall) -> None:
     if "size" not in op.arguments:
-        return freeze_inputs(flow, op, "view reads its bytes as another type")
+        return freeze_inputs(flow, op, "view reads the bytes as another type")
     return _reshape_to(flow, op["self"], op.out, op["size"])
 
 
@@ -42,9 +42,9 @@ def _reshape(flow: Flow, op: OperatorCall) -> None:
 def _reshape_to(flow: Flow, x: Tensor, out: Tensor, size: Sequence[int]) -> None:
     """Label a view of this size, with the origins that the sizes have in the model's code."""
     name = flow.call.name
-    sizes = None if name in _RESHAPE_INSIDE else flow.written(size)
+    sizes = None if name in _RESHAPE_INSIDE else flow.call.find_sizes(size)
     if name in ("view_as", "reshape_as"):
-        sizes = flow.sizes(_find_other(flow))
+        sizes = flow.get_sizes(_find_other(flow))
     elif name == "unflatten":
         sizes = _find_sizes(flow, x, *flow.call.args[1:], **flow.call.kwargs)
     elif sizes is None and name in ("view", "reshape"):
@@ -62,17 +62,17 @@ def _find_sizes(flow: Flow, x: Tensor, dim: Any, sizes: Sequence[int], **_: Any)
     """Return the sizes that `unflatten` asks for: those of one dimension are written in the model's code."""
     if not isinstance(dim, int):  # a named dimension
         return None
-    shape = flow.sizes(x)
+    shape = flow.get_sizes(x)
     dim %= x.dim()
     return [*shape[:dim], *sizes, *shape[dim + 1 :]]
 
 
 def _label_view(flow: Flow, x: Tensor, out: Tensor, sizes: Sequence[int] | None) -> None:
     """Label `out`, a view of `x`; `sizes` are its sizes as the model's code gave them."""
-    source, target, labels = list(x.shape), list(out.shape), flow.labels(x)
+    source, target, labels = list(x.shape), list(out.shape), flow.get_labels(x)
     result: Labels = [None] * len(target)
     if x.numel() == 0:
-        flow.freeze_all(labels, f"{flow.call.name} of an empty tensor")
+        flow.freeze_labels(labels, f"{flow.call.name} reshapes an empty tensor")
         flow.set_labels(out, result)
         return
     for ins, outs in _regroup(source, target):
@@ -123,17 +123,20 @@ def _merge(flow: Flow, sizes: Sequence[int], labels: Labels) -> Label:
     """Label the dimension that several dimensions are flattened into: a channel fills a block, or repeats."""
     labelled = [i for i, label in enumerate(labels) if label is not None]
     if len(labelled) > 1:  # what stays anyway needs no label
-        labelled = [i for i in labelled if not flow.stays(labels[i])] or labelled[-1:]  # type: ignore[arg-type]
+        labelled = [i for i in labelled if not flow.is_frozen(labels[i])] or labelled[-1:]  # type: ignore[arg-type]
     if not labelled:
         return None
     # only one of them can shrink: heads if they are to go, else what has more channels
-    i = labelled[0] if flow.loses_heads() else max(labelled, key=lambda j: (sizes[j], j))
+    i = labelled[0] if flow.find_head_globs() else max(labelled, key=lambda j: (sizes[j], j))
     for other in labelled:
         if other != i:
-            flow.freeze(labels[other], f"{flow.call.name} merges it with another channel dimension")
+            flow.freeze_label(
+                labels[other],
+                f"{flow.call.name} merges these channels with another channel dimension, and only one can shrink",
+            )
     label = labels[i]
     assert label is not None
-    if prod(sizes) > _LONG and flow.stays(label):
+    if prod(sizes) > _LONG and flow.is_frozen(label):
         return None
     return np.tile(np.repeat(label, prod(sizes[i + 1 :])), prod(sizes[:i]))
 
@@ -144,13 +147,13 @@ def _label_kernel(
     """Label a kernel (N * O, I, kh, kw) that is mixed for each of N images from the rows of a matrix, if it is one."""
     if sizes is None or out.dim() != 4 or len(outs) < 2 or not all(isinstance(sizes[j], Size) for j in outs):
         return None
-    labels = flow.labels(x)
+    labels = flow.get_labels(x)
     *rows, last = [labels[i] for i in ins]
     images = prod(x.shape[i] for i in ins[:-1])
     first, *rest = [out.shape[j] for j in outs]
     if any(v is not None for v in rows) or first % images:
         return None
-    kernel = flow.kernel(last, (first // images, *rest))
+    kernel = flow.lay_out_kernel(last, (first // images, *rest))
     if kernel is None:
         return None
     filters, *others = kernel.parts
@@ -162,13 +165,13 @@ def _label_kernel(
 
 @RULES.add("permute")
 def _permute(flow: Flow, op: OperatorCall) -> None:
-    labels = flow.labels(op["self"])
+    labels = flow.get_labels(op["self"])
     flow.set_labels(op.out, [labels[d] for d in op["dims"]])
 
 
 @RULES.add("transpose", "t", "numpy_T")
 def _transpose(flow: Flow, op: OperatorCall) -> None:
-    labels = flow.labels(op["self"])
+    labels = flow.get_labels(op["self"])
     if labels:
         a, b = op.get("dim0", 0), op.get("dim1", -1)  # t and numpy_T name no dimensions
         labels[a], labels[b] = labels[b], labels[a]
@@ -178,9 +181,9 @@ def _transpose(flow: Flow, op: OperatorCall) -> None:
 @RULES.add("squeeze", "squeeze_", "unsqueeze", "unsqueeze_")
 def _squeeze(flow: Flow, op: OperatorCall) -> None:
     x, out = op["self"], op.out
-    labels = [v for v, n in zip(flow.labels(x), x.shape, strict=True) if n != 1]
+    labels = [v for v, n in zip(flow.get_labels(x), x.shape, strict=True) if n != 1]
     if x is out:  # in place: the shape has changed already
-        labels = [v for v in flow.labels(x) if v is not None]
+        labels = [v for v in flow.get_labels(x) if v is not None]
     rest = iter(labels)
     flow.set_labels(out, [next(rest) if n != 1 else None for n in out.shape])
 
@@ -188,12 +191,20 @@ def _squeeze(flow: Flow, op: OperatorCall) -> None:
 @RULES.add("expand")
 def _expand(flow: Flow, op: OperatorCall) -> None:
     x, out = op["self"], op.out
-    sizes = flow.sizes(_find_other(flow)) if flow.call.name == "expand_as" else flow.written(op["size"]) or op["size"]
-    labels = [None] * (out.dim() - x.dim()) + flow.labels(x)
+    sizes = (
+        flow.get_sizes(_find_other(flow))
+        if flow.call.name == "expand_as"
+        else flow.call.find_sizes(op["size"]) or op["size"]
+    )
+    labels = [None] * (out.dim() - x.dim()) + flow.get_labels(x)
     lengths = [1] * (out.dim() - x.dim()) + list(x.shape)
     for d, (before, after) in enumerate(zip(lengths, out.shape, strict=True)):
         if before == 1 and after != 1:
-            labels[d] = flow.sized(after, sizes[d]) if flow.call.name in _EXPANDS else _label_as_input(flow, out, d)
+            labels[d] = (
+                flow.label_new_dimension(after, sizes[d])
+                if flow.call.name in _EXPANDS
+                else _label_as_input(flow, out, d)
+            )
         elif labels[d] is not None and flow.call.name == "expand":
             flow.constrain(labels[d], sizes[d])
     flow.set_labels(out, labels)
@@ -202,8 +213,8 @@ def _expand(flow: Flow, op: OperatorCall) -> None:
 def _label_as_input(flow: Flow, out: Tensor, dim: int) -> Label:
     """Label a dimension that torch itself expands: as that of an input of the running function that has this shape."""
     for tensor in tensors_in_lists([*flow.call.args, *flow.call.kwargs.values()]):
-        if tensor.shape == out.shape and flow.labels(tensor)[dim] is not None:
-            return flow.labels(tensor)[dim]
+        if tensor.shape == out.shape and flow.get_labels(tensor)[dim] is not None:
+            return flow.get_labels(tensor)[dim]
     return None
 
 
@@ -211,16 +222,16 @@ def _label_as_input(flow: Flow, out: Tensor, dim: int) -> Label:
 def _as_strided(flow: Flow, op: OperatorCall) -> None:
     if tuple(op.out.shape) != tuple(op["self"].shape):
         return freeze_inputs(flow, op, "the operator as_strided to another shape has no rule")
-    return flow.set_labels(op.out, flow.labels(op["self"]))
+    return flow.set_labels(op.out, flow.get_labels(op["self"]))
 
 
 @RULES.add("view_as_complex")
 def _view_as_complex(flow: Flow, op: OperatorCall) -> None:
-    labels = flow.labels(op["self"])  # (..., 2): real and imaginary parts
-    flow.freeze(labels[-1], "view_as_complex takes it for a pair")
+    labels = flow.get_labels(op["self"])  # (..., 2): real and imaginary parts
+    flow.freeze_label(labels[-1], "view_as_complex reads this dimension as real and imaginary parts")
     flow.set_labels(op.out, labels[:-1])
 
 
 @RULES.add("view_as_real")
 def _view_as_real(flow: Flow, op: OperatorCall) -> None:
-    flow.set_labels(op.out, [*flow.labels(op["self"]), None])  # (..., 2)
+    flow.set_labels(op.out, [*flow.get_labels(op["self"]), None])  # (..., 2)
