@@ -5,7 +5,8 @@ import pytest
 
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import AttributeUse
-from timm_autoslim.tracing.solve import observe, solve
+from timm_autoslim.tracing.observe import observe
+from timm_autoslim.tracing.solve import solve
 
 
 class Observed:

@@ -25,7 +25,8 @@ from timm_autoslim.tracing.formulas import (
     make_size_terms,
 )
 from timm_autoslim.tracing.labels import AttributeUse, Contraction, Kernel, Vector
-from timm_autoslim.tracing.solve import UNUSED, Observations, Solution, Strand, solve
+from timm_autoslim.tracing.observe import Observations
+from timm_autoslim.tracing.solve import UNUSED, Solution, Strand, solve
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,11 +15,11 @@ from timm_autoslim.tracing.describe import DESCRIBES_HEAD, Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label
+from timm_autoslim.tracing.observe import observe
 from timm_autoslim.tracing.prove import Disagreement, Prover, list_suspects
 from timm_autoslim.tracing.record import LabelRecorder, RunRecord
 from timm_autoslim.tracing.refusals import check_example, check_model, explain_failure
 from timm_autoslim.tracing.sizes import wrap_attributes
-from timm_autoslim.tracing.solve import observe
 from timm_autoslim.utils.meta import copy_to_meta, make_meta_example, run_model
 from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, named_tensors
 
