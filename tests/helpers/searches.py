@@ -44,7 +44,7 @@ def charge(supernet, **price):
     def evaluate(subnet):
         evaluate.calls += 1
         assert subnet(IMAGE.repeat(2, 1, 1, 1)).shape == (2, 4)
-        gone = {name: SIZES[name] - supernet.model.get_submodule(name).weight.shape[0] for name in SIZES}
+        gone = {name: SIZES[name] - width for name, width in width_of(supernet).items()}
         return sum(price[name] * gone[name] for name in SIZES)
 
     evaluate.calls = 0
@@ -65,7 +65,7 @@ def held_out(supernet, parts=4, seen=None):
 
 def width_of(supernet):
     """Return the widths that the supernet runs with now, by group."""
-    return {g.name: supernet.model.get_submodule(g.name).weight.shape[0] for g in supernet.space.groups}
+    return dict(supernet.open_block or supernet.space.max())
 
 
 # -- networks and budgets of any kind ---------------------------------------------------------------------------------

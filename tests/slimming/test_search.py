@@ -10,7 +10,7 @@ import timm
 import torch
 from helpers.comparisons import assert_same, snapshot
 from helpers.models import TwoGroups, randomise
-from helpers.searches import IMAGE, SIZES, Branches, assert_filled, charge
+from helpers.searches import IMAGE, SIZES, Branches, assert_filled, charge, width_of
 from torch import nn
 
 from timm_autoslim import baseline, convert, cost, search, uniform_at
@@ -59,7 +59,7 @@ def test_a_real_network_leaves_little_of_its_budgets_unused(divisor, metric, ran
     prices = torch.rand(len(groups), generator=torch.Generator().manual_seed(0)).tolist()
 
     def evaluate(subnet):
-        widths = [supernet.model.get_submodule(g.name).weight.shape[0] for g in groups]
+        widths = width_of(supernet).values()
         return sum(p * (1 - w / g.size) for p, w, g in zip(prices, widths, groups, strict=True))
 
     result = search(supernet, {metric: ["70%", "40%", "15%"]}, evaluate, rank=rank, steps=4, refine="none")
@@ -119,7 +119,7 @@ def test_no_subnet_is_scored_twice(supernet):
     seen = []
 
     def evaluate(subnet):
-        seen.append(tuple(supernet.model.get_submodule(name).weight.shape[0] for name in SIZES))
+        seen.append(tuple(width_of(supernet)[name] for name in SIZES))
         subnet(IMAGE)
         return float(sum(seen[-1]))
 
@@ -138,7 +138,7 @@ def test_scoring_normalises_by_the_batch_runs_without_gradients_and_leaves_no_tr
         out = subnet(images)
         assert not out.requires_grad
         with torch.no_grad():
-            for norm in supernet.model.modules():
+            for norm in subnet.subnet(supernet.open_block).modules():
                 if isinstance(norm, nn.BatchNorm2d):
                     values = norm(100 + 50 * torch.randn(64, norm.weight.shape[0], 4, 4)) - norm.bias[:, None, None]
                     assert values.mean().abs() < 0.05
@@ -308,9 +308,10 @@ def test_statistics_of_another_network_are_never_scored(supernet, to_eval):
     assert_same(before, snapshot(supernet.model))
 
 
-def test_a_search_inside_a_block_is_refused(supernet):
-    with supernet.at(supernet.space.min()), pytest.raises(ValueError, match=r"block is open already"):
-        search(supernet, {"macs": "50%"}, charge(supernet, a=5, b=1, c=3))
+def test_a_search_inside_a_block_is_a_search(supernet):
+    outside = search(supernet, {"macs": "50%"}, charge(supernet, a=5, b=1, c=3))
+    with supernet.at(supernet.space.min()):
+        assert search(supernet, {"macs": "50%"}, charge(supernet, a=5, b=1, c=3)) == outside
 
 
 def test_parameters_can_be_the_budget():

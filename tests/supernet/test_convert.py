@@ -80,7 +80,7 @@ def test_an_example_may_be_a_tuple_or_a_dict_of_inputs(images):
         supernet = convert(model, example)
         widths = supernet.space.from_dict({"stem": 5, "inner": 7})
         with supernet.at(widths):
-            out = supernet.model(images, shift)
+            out = supernet(images, shift)
         assert torch.equal(out, supernet.extract(widths)(images, shift))
 
 

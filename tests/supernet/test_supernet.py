@@ -2,6 +2,8 @@
 
 import gc
 import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -14,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from timm_autoslim import convert
 from timm_autoslim.artifact.spec import Spec
-from timm_autoslim.errors import TraceError, WidthError
+from timm_autoslim.errors import WidthError
 from timm_autoslim.slicing.slices import Slices
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -38,29 +40,74 @@ def narrow(supernet):
 # -- forward and at ---------------------------------------------------------------------------------------------------
 
 
-def test_inside_a_block_the_supernet_and_its_model_are_the_subnet(supernet, images, narrow):
-    slim = supernet.extract(narrow)
-    expected = slim(images)
+def test_inside_a_block_the_supernet_is_the_subnet_and_its_model_is_the_widest(supernet, images, narrow):
+    expected, widest = supernet.extract(narrow)(images), supernet(images)
+    assert supernet.open_block is None
     with supernet.at(narrow):
+        assert supernet.open_block == narrow
         assert torch.equal(supernet(images), expected)
         assert torch.equal(supernet(images, narrow), expected)
-        assert torch.equal(supernet.model(images), expected)
-        assert supernet.model.stem.weight.shape[0] == 5
-    assert supernet.model.stem.weight.shape[0] == 8
-    assert torch.equal(supernet(images), supernet.model(images))
+        assert torch.equal(supernet(images, supernet.space.max()), widest)
+        assert torch.equal(supernet.model(images), widest)
+        assert torch.equal(supernet.extract(narrow)(images), expected)
+    assert torch.equal(supernet(images), widest)
 
 
-def test_a_block_inside_a_block_is_refused_and_the_outer_one_goes_on(supernet, images, narrow):
+def test_blocks_can_be_nested_and_crossed(supernet, images, narrow):
+    least, other = supernet.space.min(), convert(supernet.model, IMAGE)
+    outputs = {widths: supernet(images, widths) for widths in (narrow, least)}
     with supernet.at(narrow):
-        message = r"a `with supernet.at\(...\)` block is open already; leave it first"
-        with pytest.raises(WidthError, match=message), supernet.at(narrow):
-            pytest.fail("the block must not be entered")
-        with pytest.raises(WidthError, match=r"other widths than those of the open `with supernet.at\(...\)` block"):
-            supernet(images, supernet.space.min())
-        with pytest.raises(WidthError, match=r"block is open, and its weights are sliced; leave it before extract\(\)"):
-            supernet.extract(narrow)
-        inside = supernet(images)
-    assert torch.equal(inside, supernet(images, narrow))
+        with supernet.at(least):
+            assert torch.equal(supernet(images), outputs[least])
+        assert torch.equal(supernet(images), outputs[narrow])
+    first, second = supernet.at(narrow), other.at(other.space.min())
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(supernet(images), supernet.model(images))
+    assert torch.equal(other(images), outputs[least])
+    second.__exit__(None, None, None)
+    assert torch.equal(other(images), supernet.model(images))
+
+
+def test_every_call_in_a_block_takes_the_weights_as_they_are_then(supernet, images, narrow):
+    with supernet.at(narrow):
+        before = supernet(images)
+        with torch.no_grad():
+            supernet.model.stem.weight.add_(1)
+        assert not torch.equal(supernet(images), before)
+        assert torch.equal(supernet(images), supernet.extract(narrow)(images))
+
+
+def test_threads_run_subnets_of_their_own(supernet, images, narrow):
+    choices = [narrow, supernet.space.min(), None]
+    with torch.no_grad():
+        expected = [supernet(images, widths) for widths in choices]
+
+    def run(index):
+        with torch.no_grad():
+            if index % 2 and choices[index % 3] is not None:
+                with supernet.at(choices[index % 3]):
+                    return torch.equal(supernet(images), expected[index % 3])
+            return torch.equal(supernet(images, choices[index % 3]), expected[index % 3])
+
+    before, interval = snapshot(supernet.model), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(run, range(300)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert_same(before, snapshot(supernet.model))
+
+
+def test_a_block_that_was_never_closed_is_gone_with_what_opened_it(supernet, images, narrow):
+    block = supernet.at(narrow)
+    block.__enter__()
+    assert supernet.open_block == narrow
+    del block  # as where an interrupt comes between its opening and its body
+    assert supernet.open_block is None
+    assert torch.equal(supernet(images), supernet.model(images))
 
 
 def test_a_block_ends_when_its_body_raises(supernet, images, narrow):
@@ -140,29 +187,16 @@ class Checkpointed(TwoGroups):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_is_right_inside_a_block_and_refused_outside(reentrant, images):
+def test_gradient_checkpointing_computes_the_subnet_again(reentrant, images):
     supernet = convert(randomise(Checkpointed(reentrant)).eval(), IMAGE)
     widths = supernet.space.from_channels({"inner": 3})  # only inside the part that runs again
     original = TwoGroups().eval()
     original.load_state_dict(supernet.model.state_dict())
     reference = convert(original, IMAGE)
-    with reference.at(reference.space.from_channels({"inner": 3})):
-        reference(images).square().mean().backward()
-    with supernet.at(widths):
-        supernet(images).square().mean().backward()
+    reference(images, reference.space.from_channels({"inner": 3})).square().mean().backward()
+    supernet(images, widths).square().mean().backward()
     for expected, parameter in zip(reference.parameters(), supernet.parameters(), strict=True):
         assert torch.equal(expected.grad, parameter.grad)
-    if reentrant:  # the other kind is noticed by torch
-        with pytest.raises(
-            TraceError, match=r"the model: got reentrant gradient checkpointing.*needed: `with supernet.at"
-        ):
-            supernet(images, widths)
-        with torch.no_grad():
-            supernet(images, widths)
-    else:
-        with pytest.raises(torch.utils.checkpoint.CheckpointError, match="different metadata"):
-            supernet(images, widths).square().mean().backward()
-    supernet(images, supernet.space.max()).square().mean().backward()
 
 
 def test_an_example_has_the_shape_that_was_traced_and_any_batch_size(supernet):

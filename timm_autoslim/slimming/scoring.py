@@ -170,14 +170,14 @@ class Scorer:
 
     def _score(self, job: _Job) -> list[float]:
         widths, part = job
-        subnet = self.supernet.subnet(widths)
+        model, training = self.supernet.model, self.supernet.training
         try:
-            with torch.no_grad(), batch_statistics(subnet), _count_images(subnet) as images:
+            with torch.no_grad(), self.supernet.at(widths), batch_statistics(model), _count_images(model) as images:
                 if isinstance(self.evaluate, HeldOut):
-                    loss = float(self.evaluate.score(subnet, self.evaluate.batches[part]))
+                    loss = float(self.evaluate.score(self.supernet, self.evaluate.batches[part]))
                 else:
-                    loss = float(self.evaluate(subnet))
-                check_batch_statistics(subnet)
+                    loss = float(self.evaluate(self.supernet))
+                check_batch_statistics(model)
         except AutoSlimError:
             raise
         except Exception as cause:  # the user's callable may raise anything, and the widths must be named
@@ -185,6 +185,7 @@ class Scorer:
                 f"evaluate raised {type(cause).__name__}: {cause}; at the widths {widths.to_dict()}"
             ) from cause
         finally:
+            self.supernet.training = training  # the supernet's own flag, which evaluate may have changed
             torch.clear_autocast_cache()  # which would hold every slice as long as the caller's autocast lasts
         if not math.isfinite(loss):
             raise EvaluationError(f"evaluate returned {loss}; needed: a finite loss; at the widths {widths.to_dict()}")

@@ -56,6 +56,11 @@ class Supernet(nn.Module):
         return self._spec.base
 
     @property
+    def open_block(self) -> Widths | None:
+        """The widths of the `at` block that this thread has open, the innermost; None if there is none."""
+        return self._blocks.widths
+
+    @property
     def repairs(self) -> tuple[str, ...]:
         """What the proof of the trace had to freeze, each with its reason; empty for most models."""
         return self._trace.repairs
@@ -85,7 +90,7 @@ class Supernet(nn.Module):
             if isinstance(last, Widths) or (last is None and further):  # supernet(images, None) is the widest
                 inputs, widths = inputs[:-1], last
         if widths is None:
-            widths = self._blocks.widths
+            widths = self.open_block
         if widths is None or self.space.check(widths) == self.space.max():
             return self.model(*inputs, **named)
         return self.subnet(widths)(*inputs, **named)
