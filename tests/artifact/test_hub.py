@@ -101,7 +101,7 @@ def test_a_users_file_takes_the_place_of_a_repositorys_weights_and_a_strangers_d
     config["pretrained_cfg"]["file"] = str(theirs)
     (copied / "config.json").write_text(json.dumps(config), encoding="utf-8")
     at = cache(copied, ["config.json", "model.safetensors"], tmp_path / "hub")
-    done = offline(CREATOR, at, ROOT / "tests" / "scripts", mine, tmp_path / "w")
+    done = offline(CREATOR, at, ROOT / "tests" / "helpers" / "timm_scripts", mine, tmp_path / "w")
     assert done.returncode == 0, done.stderr
     of_user, of_repository = (torch.load(tmp_path / f"w{number}") for number in (0, 1))
     assert same(state(model), of_repository)
