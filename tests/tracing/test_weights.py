@@ -108,9 +108,9 @@ def test_modules_and_weights_that_are_shared_stay_shared(name):
     assert all(part is objects[0] for part in objects)
 
 
-def test_a_weight_that_is_also_in_a_list_is_fixed():
+def test_a_weight_that_is_also_in_a_list_is_sliced_there_too():
     supernet = check_conversion(randomise(Net(run_through_a_list, **make_layer_with_its_weight_in_a_list())))
-    assert supernet.space.names == ("inner",)
+    assert supernet.space.names == ("stem", "inner", "a")
 
 
 def test_a_shared_weight_collects_the_gradients_of_both_places():

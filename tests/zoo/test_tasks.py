@@ -36,7 +36,7 @@ def test_models_of_other_tasks_convert_and_are_extracted(name):
     build, inputs = CASES[name]
     model = randomise(build()).eval()
     supernet = convert(model, inputs if len(inputs) > 1 else inputs[0])
-    assert supernet.graph.half() < 0.35
+    assert supernet.graph.compute_share_at_half() < 0.35
     assert not supernet.repairs
     assert not supernet.unruled
     widths = arbitrary_widths(supernet.space, torch.Generator().manual_seed(0))
