@@ -74,6 +74,7 @@ def test_a_script_like_timms_validate_loads_an_exported_folder(place):
     assert torch.tensor(facts["logits"]).shape == (4, 2)
 
 
+@pytest.mark.slow
 def test_without_run_timm_does_not_know_the_model(place):
     done = python("scripts/validate.py", *FLAGS, cwd=place[0])
     assert done.returncode == 1
@@ -133,6 +134,7 @@ def test_a_script_like_timms_onnx_export(place):
         assert torch.allclose(torch.from_numpy(logits), model(image), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_script_like_timms_train_takes_the_package_as_a_device_module(place):
     folder, _, params = place
     flags = ("--drop-path", "0.1", "--grad-checkpointing", "--num-classes", "2")

@@ -87,6 +87,7 @@ def assert_published(model, modules, channels, published):
     assert sum(cost_by_module(supernet, widths).values()) == published - channels[-2] * POOLED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", WIDE)
 @pytest.mark.parametrize(
     ("channels", "published"),
@@ -110,8 +111,8 @@ def test_published_resnet50(library, channels, published):
 @pytest.mark.parametrize(
     ("build", "macs", "params"),
     [
-        (torchvision.models.mobilenet_v2, 300_774_272, 3_504_872),
-        (lambda: timm.create_model("mobilenetv2_100"), 300_774_272, 3_504_872),
+        pytest.param(torchvision.models.mobilenet_v2, 300_774_272, 3_504_872, marks=pytest.mark.slow),
+        pytest.param(lambda: timm.create_model("mobilenetv2_100"), 300_774_272, 3_504_872, marks=pytest.mark.slow),
         (torchvision.models.resnet50, 4_089_184_256, 25_557_032),
         (lambda: timm.create_model("resnet50"), 4_089_184_256, 25_557_032),
     ],

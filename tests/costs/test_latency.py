@@ -46,6 +46,7 @@ def test_a_report_fits_anew_what_it_measures(supernet, monkeypatch):
     assert [table.predict(supernet, widths) for widths in subnets] == list(report.predicted_ms)
 
 
+@pytest.mark.slow
 def test_real_operators_are_measured_and_add_up(supernet):
     table = LatencyTable(batch_size=64)
     narrow, wide = (table.predict(supernet, w) for w in (supernet.space.min(), supernet.space.max()))
@@ -195,6 +196,7 @@ def test_a_table_of_a_later_format_is_refused(tmp_path):
         LatencyTable(path)
 
 
+@pytest.mark.slow
 def test_a_table_measures_heavy_operators_where_they_run(supernet, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

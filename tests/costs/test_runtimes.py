@@ -20,6 +20,7 @@ def test_every_runtime_has_a_name_and_says_what_it_is_measured_in():
         RUNTIMES["onnxruntime"].check(torch.device("cuda"))
 
 
+@pytest.mark.slow
 def test_onnxruntime_runs_the_same_model():
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -30,11 +31,13 @@ def test_onnxruntime_runs_the_same_model():
         assert torch.allclose(torch.from_numpy(logits), model(images), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_model_is_measured():
     assert measure_latency(nn.Linear(4, 4), torch.randn(2, 4), runtime="compile", repeats=3) > 0
 
 
+@pytest.mark.slow
 def test_every_compiled_model_runs_compiled(monkeypatch):
     """torch.compile runs the ninth model of a class in eager mode by default, for all share the class's code."""
     compiled, plain = [], torch.compile

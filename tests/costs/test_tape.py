@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.marks import slow_but
 from helpers.models import TwoGroups
 from helpers.widths import arbitrary_widths
 from helpers.zoo import Member
@@ -88,7 +89,7 @@ def profiled_peak(model, images):
     return int(np.cumsum(sizes).max()) + weight_bytes(model) + images.nbytes
 
 
-@pytest.mark.parametrize("member", CNNS + TRANSFORMERS, ids=str)
+@pytest.mark.parametrize("member", slow_but([CNNS[0], TRANSFORMERS[0]], CNNS + TRANSFORMERS), ids=str)
 def test_the_peak_is_what_the_profiler_measures(member):
     model, images = member.build(), member.images()
     supernet = convert(model, images[:1])
@@ -184,8 +185,8 @@ def test_attention_that_no_fused_kernel_takes_makes_the_scores(masked):
     assert peaks[1] > 2 * peaks[0]
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "shvit_s1"])  # shvit splits by differences
-def test_the_tape_tells_every_size_at_every_width(name):
+@pytest.mark.parametrize("name", slow_but(["test_vit", "test_convnext"], ["test_vit", "test_convnext", "shvit_s1"]))
+def test_the_tape_tells_every_size_at_every_width(name):  # shvit splits by differences
     """What it says at widths that it was not made from is what a run at these widths does."""
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=10)

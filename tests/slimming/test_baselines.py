@@ -20,6 +20,7 @@ def supernet():
     return convert(randomise(Branches()), IMAGE, min=2, divisor=2)
 
 
+@pytest.mark.slow
 @few
 @given(layers, st.data())
 def test_every_baseline_fills_every_budget_counts_and_repeats_itself(layers, data):

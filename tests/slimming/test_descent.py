@@ -80,6 +80,7 @@ def test_the_reference_scores_every_group_at_every_step_on_all_images():
     assert len(seen) == 2 * len(scored) == 2 * result.evaluations
 
 
+@pytest.mark.slow
 def test_the_fast_mode_is_ten_times_cheaper_and_as_good():
     supernet = convert(Chain([(24, False)] * 12), IMAGE)
     draw = random.Random(0)

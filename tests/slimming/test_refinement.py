@@ -30,6 +30,7 @@ def path(result):
     return [(step.group, step.width) for step in result.steps]
 
 
+@pytest.mark.slow
 @few
 @given(layers, st.data(), st.sampled_from(["fast", "reference"]))
 def test_where_wider_is_better_every_budget_is_filled(layers, data, mode):

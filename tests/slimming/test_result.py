@@ -182,6 +182,7 @@ def parts(value, path=()):
 junk = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just([]), st.just({}))
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data())
 def test_whatever_stands_in_a_file_it_is_loaded_whole_or_refused(content, tmp_path_factory, data):

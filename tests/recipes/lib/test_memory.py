@@ -31,6 +31,7 @@ def free_a_block(folder, variables):
     print(read_memory() - before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
 @pytest.mark.parametrize(
     ("variables", "keeps"),
