@@ -16,13 +16,31 @@ def test_attributes_are_set_in_modules_lists_tuples_and_dicts():
     assert model[0].first.in_features == 3
 
 
-def test_what_others_may_share_stays_as_it_is():
-    model = nn.Linear(2, 2)
-    sizes, infos, config = [192, 384], [{"num_chs": 6}], SimpleNamespace(width=8, depths=[2, 2])
-    model.embed_dim, model.infos, model.config = sizes, infos, config
-    set_attributes(model, {"embed_dim.1": 100, "embed_dim.0": 50, "infos.0.num_chs": 3, "config.depths.0": 1})
-    assert (model.embed_dim, model.infos, model.config.depths) == ([50, 100], [{"num_chs": 3}], [1, 2])
-    assert (sizes, infos, config.depths) == ([192, 384], [{"num_chs": 6}], [2, 2])
+def test_a_list_that_a_configuration_shares_stays_as_it_is():
+    model, config = nn.Linear(2, 2), [192, 384]
+    model.embed_dim = config
+    set_attributes(model, {"embed_dim.1": 100, "embed_dim.0": 50})
+    assert model.embed_dim == [50, 100]
+    assert config == [192, 384]
+
+
+def test_a_dict_that_two_modules_share_is_changed_for_both():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].infos = [{"num_chs": 6}]
+    model[1].infos = model[0].infos
+    set_attributes(model, {"0.infos.0.num_chs": 3})
+    assert model[1].infos == [{"num_chs": 3}]
+
+
+@pytest.mark.parametrize("copy_objects", [False, True])
+def test_an_object_is_changed_or_copied_with_all_that_changes_in_it(copy_objects):
+    model, config = nn.Linear(2, 2), SimpleNamespace(width=8, depths=[2, 2], info=[{"num_chs": 6}])
+    model.config = config
+    values = {"config.width": 4, "config.depths.0": 1, "config.info.0.num_chs": 3}
+    set_attributes(model, values, copy_objects=copy_objects)
+    assert model.config == SimpleNamespace(width=4, depths=[1, 2], info=[{"num_chs": 3}])
+    old = SimpleNamespace(width=8, depths=[2, 2], info=[{"num_chs": 6}])
+    assert config == (old if copy_objects else model.config)
 
 
 def test_members_of_one_tuple_are_set_one_after_the_other():

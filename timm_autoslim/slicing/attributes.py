@@ -11,11 +11,17 @@ from torch import nn
 Value = int | float | tuple[int, ...] | list[int]
 
 
-def set_attributes(model: nn.Module, values: Mapping[str, Value]) -> None:
+def set_attributes(model: nn.Module, values: Mapping[str, Value], *, copy_objects: bool = False) -> None:
     """Set `model.<path>` for every path; a path may lead through lists, tuples, dicts and objects of a module.
 
-    These are not changed: a copy with the new value takes their place in the module, for others may use the same one,
-    such as a configuration.
+    A list or tuple is not changed: a new one takes its place, for others may use the same list, such as a model's
+    configuration. Dicts and objects are changed, and so wherever they are referred to.
+
+    Args:
+        model: the model.
+        values: the new value by path.
+        copy_objects: for a model that shares its objects with another: a copy takes the place of an object, and of what
+            is changed in it.
 
     Raises:
         KeyError, IndexError: there is nothing at a path.
@@ -27,21 +33,24 @@ def set_attributes(model: nn.Module, values: Mapping[str, Value]) -> None:
         # not nn.Module.__setattr__, which is slow: an attribute that exists needs no registering
         attributes = module.__dict__
         try:
-            attributes[parts[0]] = _replace(attributes[parts[0]], parts[1:], value)
+            attributes[parts[0]] = _replace(attributes[parts[0]], parts[1:], value, copy_objects, copy_dicts=False)
         except (KeyError, IndexError, ValueError) as error:
             raise type(error)(f"{path}: the model has no such attribute") from error
 
 
-def _replace(holder: Any, parts: Sequence[str], value: Any) -> Any:
-    """Return a copy of `holder` with another value at the path `parts` in it."""
+def _replace(holder: Any, parts: Sequence[str], value: Any, copy_objects: bool, copy_dicts: bool) -> Any:
+    """Return what takes the place of `holder`, with another value at the path `parts` in it."""
     if not parts:
         return value
     first, rest = parts[0], parts[1:]
     if isinstance(holder, (list, tuple)):
         items = list(holder)
-        items[int(first)] = _replace(items[int(first)], rest, value)
+        items[int(first)] = _replace(items[int(first)], rest, value, copy_objects, copy_dicts)
         return tuple(items) if isinstance(holder, tuple) else items
-    changed = copy.copy(holder)
-    store = changed if isinstance(holder, dict) else changed.__dict__
-    store[first] = _replace(store[first], rest, value)
+    is_dict = isinstance(holder, dict)
+    copies = copy_dicts if is_dict else copy_objects
+    changed = copy.copy(holder) if copies else holder
+    store = changed if is_dict else changed.__dict__
+    # what an object that is shared refers to is shared as well
+    store[first] = _replace(store[first], rest, value, copy_objects, copy_dicts or (copies and not is_dict))
     return changed

@@ -70,7 +70,7 @@ class _Replication:
         for module in modules:
             object.__setattr__(self.memo[id(module)], "__dict__", self._copy_namespace(module.__dict__))
         self.replica = self.memo[id(model)]
-        set_attributes(self.replica, slices.attributes)
+        set_attributes(self.replica, slices.attributes, copy_objects=True)  # it shares them with the model
 
     def _copy_state(self, module: nn.Module) -> None:
         """Copy the tensors that a forward may write; what has a gradient is a weight, and shared."""
