@@ -247,6 +247,7 @@ def assert_close(tensors, expected):
         torch.testing.assert_close(tensors[name], value, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("shares", [(2, 3), (5, 0)])
 def test_two_processes_measure_as_one_on_all_batches(tmp_path, shares):
     every = batches(5)
@@ -265,6 +266,7 @@ def test_two_processes_measure_as_one_on_all_batches(tmp_path, shares):
     assert first["unused.norm.num_batches_tracked"] == 0
 
 
+@pytest.mark.forks
 def test_synchronised_norms_measure_the_joined_batches(tmp_path):
     every = batches(3)
 
@@ -280,6 +282,7 @@ def test_synchronised_norms_measure_the_joined_batches(tmp_path):
     assert_close(first, state(alone))
 
 
+@pytest.mark.forks
 def test_processes_without_batches_are_refused_in_all_of_them(tmp_path):
     def work(rank):
         empty, uneven = deeper(), joint(deeper())
@@ -297,6 +300,7 @@ def test_processes_without_batches_are_refused_in_all_of_them(tmp_path):
         assert "SyncBatchNorm, and more batches in one process than in another; needed: equal numbers" in uneven
 
 
+@pytest.mark.forks
 @pytest.mark.parametrize("synchronised", [True, False])
 def test_two_processes_of_a_sandwich_are_one_if_their_norms_are_synchronised(tmp_path, synchronised):
     generator = torch.Generator().manual_seed(3)

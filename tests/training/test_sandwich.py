@@ -282,6 +282,7 @@ def test_fewer_than_two_subnets_are_refused(n):
         sandwich_step(supernet, supernet.space, *make_batch(), F.cross_entropy, generator=make_generator(), n=n)
 
 
+@pytest.mark.forks
 def test_two_processes_have_the_gradient_of_the_joined_batch(tmp_path):
     def train(rank):
         supernet = small_supernet(norm=False)
