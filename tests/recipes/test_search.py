@@ -59,7 +59,7 @@ def test_search_and_baselines_meet_every_budget(folder, capsys, mode):
     counts = {"uniform": [2], "importance": [2], "searched": range(10, 999)}
     for method in ("searched", *BASELINES):
         result = SearchResult.load(folder / "search" / f"{method}.json")
-        assert result.evaluations in counts.get(method, range(2, 9))
+        assert result.evaluations in counts.get(method, range(2, 11))  # the widest and the narrowest among them
         assert result.evaluated_macs > 0
         line = rf"^{method}: {result.evaluations} subnets scored, {result.evaluated_macs / 1e12:.4g}T MACs of forward"
         assert re.search(line, printed, re.MULTILINE)

@@ -69,8 +69,8 @@ def test_the_best_of_all_that_was_scored_is_found(supernet, kind):
         return scores[-1][0]
 
     found = baseline(supernet, {"macs": "40%"}, evaluate, kind, candidates=20, population=6).networks[0]
-    # of equals the first that was drawn
-    assert (found.loss, found.widths.to_dict()) == min(scores, key=lambda score: score[0])
+    # after the widest and the narrowest, for the direction of the loss; of equals the first that was drawn
+    assert (found.loss, found.widths.to_dict()) == min(scores[2:], key=lambda score: score[0])
     assert len(scores) > 6  # more than the first population
 
 

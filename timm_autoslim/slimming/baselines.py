@@ -45,6 +45,7 @@ def baseline(
     evaluate: Evaluate,
     method: str,
     *,
+    maximize: bool = False,
     conditions: Conditions | None = None,
     candidates: int = 100,
     population: int = 20,
@@ -70,7 +71,8 @@ def baseline(
 
     Args:
         supernet: a trained supernet.
-        budgets, evaluate, conditions: as for `search`.
+        budgets, evaluate, maximize, conditions: as for `search`. "random" and "evolutionary", which choose by the loss,
+            score the widest and the narrowest first, as it does.
         method: a key of `BASELINES`, see above.
         candidates: subnets that "random" and "evolutionary" draw for each budget; one drawn twice is scored once.
         population: subnets that "evolutionary" keeps.
@@ -102,7 +104,7 @@ def baseline(
     candidates = check_integer("candidates", candidates, ConfigError)
     population = check_integer("population", population, ConfigError, least=2)
     make_generator(seed)  # refuses what is no seed; every budget starts one anew
-    score = Scorer(supernet, evaluate, scores, team)
+    score = Scorer(supernet, evaluate, scores, team, maximize)
     conditions = check_conditions(conditions, score.team)
     goals = [Goal(supernet, budget, conditions) for budget in parse_budgets(supernet, budgets, conditions=conditions)]
     options = Options(score, candidates, population, criterion, int(seed))
@@ -111,6 +113,7 @@ def baseline(
         widths = choose(goal, options)
         networks.append(Found.of(goal, widths, score(widths)))
     settings = {"candidates": candidates, "population": population, "criterion": criterion, "seed": options.seed}
+    settings |= {"maximize": True} if maximize else {}
     return SearchResult.of(method, score, goals, networks, [], settings)
 
 
@@ -124,6 +127,7 @@ def _choose_uniform(goal: Goal, options: Options) -> Widths:
 
 @BASELINES.add("random")
 def _choose_random(goal: Goal, options: Options) -> Widths:
+    options.score.check_direction()
     subnets = list(_draw_within(goal, options.candidates, make_generator(options.seed)))
     losses = options.score.many(subnets)
     return subnets[losses.index(min(losses))]
@@ -223,6 +227,7 @@ def _score_units(supernet: Supernet, criterion: str, seed: int) -> list[NDArray[
 def _evolve(goal: Goal, options: Options) -> Widths:
     score, population, candidates = options.score, options.population, options.candidates
     supernet, generator = goal.supernet, make_generator(options.seed)
+    score.check_direction()
     names = supernet.space.names
     alive = [_move(goal, find_uniform(goal), generator)]
     alive += _draw_within(goal, min(population, candidates) - 1, generator)

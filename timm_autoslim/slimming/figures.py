@@ -19,7 +19,6 @@ from timm_autoslim.slimming.search import SEARCHED
 COLOURS = {
     SEARCHED: "#c0392b", "uniform": "#2c6fbb", "random": "#7f8c8d", "evolutionary": "#27853f", "importance": "#b7791f",
 }  # fmt: skip
-LOSS = "held-out loss"
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,11 @@ class Row:
     name: str
     method: str
     network: Found
+
+
+def name_loss(results: Sequence[SearchResult]) -> str:
+    """Return what the losses of results are called: scores that were maximised are losses with the sign turned."""
+    return "held-out loss (negative score)" if any(result.maximize for result in results) else "held-out loss"
 
 
 def list_rows(results: Sequence[SearchResult]) -> dict[str, list[Row]]:
@@ -95,7 +99,7 @@ def draw_descent(results: Sequence[SearchResult]) -> Figure:
         top.axvline(budget / macs.scale, color="#999999", lw=0.8, ls="--")
     top.invert_xaxis()
     top.set_xlabel(f"{macs.label} (dashed: budgets)")
-    top.set_ylabel(LOSS)
+    top.set_ylabel(name_loss(results))
     top.spines[["top", "right"]].set_visible(False)
     shares = np.ones((len(sizes), len(steps) + 1))
     rows = {name: row for row, name in enumerate(sizes)}
@@ -121,7 +125,7 @@ def draw_losses(results: Sequence[SearchResult]) -> Figure:
         ax.set_xlabel(metric.label)
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
-        ax.set_ylabel(LOSS if name == "macs" else "")
+        ax.set_ylabel(name_loss(results) if name == "macs" else "")
     ax.legend(fontsize=8, frameon=False)
     return figure
 
@@ -150,6 +154,6 @@ def draw_modules(results: Sequence[SearchResult]) -> Figure:
 FIGURES: dict[str, tuple[Callable[[Sequence[SearchResult]], Figure], str, str]] = {
     "widths": (draw_widths, "Widths", "Width of every group: the widest, the searched and the uniform network."),
     "descent": (draw_descent, "The descent", "The loss after each step, and which group was slimmed when."),
-    "losses": (draw_losses, "Cost and loss", f"The {LOSS}, before any fine-tuning, with batch statistics."),
+    "losses": (draw_losses, "Cost and loss", "The held-out loss, before any fine-tuning, with batch statistics."),
     "modules": (draw_modules, "Costs per module", "Multiply-adds of every module for one image."),
 }

@@ -13,7 +13,7 @@ from timm_autoslim.costs.metrics import METRICS
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.slimming.baselines import BASELINES
 from timm_autoslim.slimming.budgets import Budget
-from timm_autoslim.slimming.figures import FIGURES, list_rows, render_png
+from timm_autoslim.slimming.figures import FIGURES, list_rows, name_loss, render_png
 from timm_autoslim.slimming.json_reader import JsonValue
 from timm_autoslim.slimming.result import Found, SearchResult
 from timm_autoslim.slimming.search import SEARCHED
@@ -126,7 +126,7 @@ tr.searched td { font-weight: 600; }
 <h2>Numbers</h2>
 <table>
 <tr><th>budget</th><th>method</th><th>{{ macs.label }}</th><th>of the budget</th><th>{{ params.label }}</th>
-<th>held-out loss</th>{% if accuracies %}<th>test top-1</th>{% endif %}</tr>
+<th>{{ loss }}</th>{% if accuracies %}<th>test top-1</th>{% endif %}</tr>
 {%- for budget, rows in budgets.items() %}{% for row in rows %}
 <tr class="{{ row.method }}"><td>{{ budget }}</td><td>{{ row.method }}</td>
 <td>{{ macs.format_number(row.network.cost.macs) }}</td><td>{{ '%.1f' % (100 * used(row.network)) }} %</td>
@@ -160,6 +160,7 @@ def _render(
         "params": METRICS["params"],
         "work": [_describe_work(result) for result in results],
         "accuracies": accuracies,
+        "loss": name_loss(results),
         "budgets": list_rows(results),
         "used": _share_used,
         "figures": figures,

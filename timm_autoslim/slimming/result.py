@@ -66,7 +66,8 @@ class Found:
     Attributes:
         metric, budget: the limit of which the network uses the largest share.
         text: the budget as the user wrote it, such as "macs<=60%".
-        widths, cost, loss: the network; its cost has MACs, parameters and the metrics of the budget.
+        widths, cost, loss: the network; its cost has MACs, parameters and the metrics of the budget. Where the search
+            maximised a score, the loss is its negative.
         limits: all limits of the budget, by metric.
         macs_by_module: the network's MACs by module, in the order of execution.
 
@@ -188,6 +189,11 @@ class SearchResult:
             settings,
             supernet.base,
         )
+
+    @property
+    def maximize(self) -> bool:
+        """Whether a score was maximised: the losses are negative scores."""
+        return self.settings.get("maximize") is True
 
     @property
     def budgets(self) -> tuple[str, ...]:

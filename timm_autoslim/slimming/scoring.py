@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -22,6 +23,11 @@ from timm_autoslim.utils.tensors import collect_tensors
 Subnet = Callable[[Tensor], Tensor]
 Evaluate = Callable[[Subnet], float]
 
+# How much worse than the narrowest the widest may score, as a share of the larger number. Held-out losses of untrained
+# supernets differ by a few per cent either way, and so a loss is never refused. Accuracies taken for losses differ by
+# several per cent after a good training, and by far more after a short one.
+WARNED, REFUSED = 0.05, 1 / 3
+
 
 class HeldOut:
     """An `evaluate` in parts, so that a search can score a candidate on some of the held-out images first.
@@ -30,7 +36,8 @@ class HeldOut:
 
     Args:
         batches: the parts; each should hold several hundred images, for it is normalised by its own statistics.
-        score: `score(subnet, batch)`, the loss of a callable subnet on one of them, a float.
+        score: `score(subnet, batch)`, the loss of a callable subnet on one of them, a float. With `maximize=True`
+            in the search it is what is higher for better subnets, such as an accuracy.
 
     Raises:
         DataError: there are no batches, or they cannot be counted and taken by index.
@@ -62,7 +69,7 @@ class HeldOut:
         return len(self.batches)
 
 
-# Loss of a subnet on one part, and how many images it ran on, by the widths and the part; for JSON.
+# What `evaluate` returned for a subnet on one part, and how many images it ran on, by widths and part; for JSON.
 Scores = MutableMapping[str, Sequence[float]]
 _Job = tuple[Widths, int]
 
@@ -95,6 +102,7 @@ class Scorer:
         evaluations: subnets scored so far, on some parts or on all.
         images: the most images that one subnet was scored on so far.
         macs: forward work of all scores, images times MACs.
+        maximize: whether higher is better in what `evaluate` returns; its negative is the loss then.
 
     Raises:
         ConfigError: an argument of the wrong type.
@@ -102,15 +110,26 @@ class Scorer:
     """
 
     def __init__(
-        self, supernet: Supernet, evaluate: Evaluate, scores: Scores | None = None, team: Team | None = None
+        self,
+        supernet: Supernet,
+        evaluate: Evaluate,
+        scores: Scores | None = None,
+        team: Team | None = None,
+        maximize: bool = False,
     ) -> None:
         check_supernet(supernet)
+        if not callable(evaluate):
+            needed = "a callable that takes a subnet and returns its loss, or a HeldOut"
+            raise ConfigError.at("evaluate", got=repr(evaluate), needed=needed)
+        if not isinstance(maximize, bool):
+            raise ConfigError.at("maximize", got=repr(maximize), needed="True or False")
         if not isinstance(team, Team | None):
             raise ConfigError.at("team", got=repr(team), needed="a Team, or None")
         if not isinstance(scores, MutableMapping | None):
             raise ConfigError.at("scores", got=f"a {type(scores).__name__}", needed="a dict, or None")
         check_scores(scores or {})
         self.supernet, self.evaluate, self.team = supernet, evaluate, Team() if team is None else team
+        self.maximize = maximize
         self.parts = len(evaluate) if isinstance(evaluate, HeldOut) else 1
         self.macs = self.images = 0
         self._scores: Scores = {} if scores is None else scores
@@ -143,7 +162,40 @@ class Scorer:
                 used[part] = int(self._scores[_key((widths, part))][1])
                 self.macs += used[part] * self.supernet.graph.macs(widths.values_)
                 self.images = max(self.images, sum(used.values()))
-        return [math.fsum(self._scores[_key((w, part))][0] for part in numbers) / len(numbers) for w in subnets]
+        sign = -1.0 if self.maximize else 1.0
+        return [sign * math.fsum(self._scores[_key((w, part))][0] for part in numbers) / len(numbers) for w in subnets]
+
+    def check_direction(self) -> None:
+        """Score the widest and the narrowest subnet on the first part, and make sure that `maximize` is the right way.
+
+        It warns if the widest is clearly worse than the narrowest. It refuses only what is no loss for sure: numbers of
+        which each is a count or a share of the images, as accuracies are, where the widest is worse by far.
+
+        Raises:
+            EvaluationError: they are the wrong way round; or as `many` does.
+        """
+        subnets = self.supernet.space.max(), self.supernet.space.min()
+        widest, narrowest = self.many(subnets, 1)
+        gap = (widest - narrowest) / max(abs(widest), abs(narrowest), 1e-12)
+        if gap <= WARNED:
+            return
+        (wide, of_wide), (narrow, of_narrow) = (self._scores[_key((widths, 0))] for widths in subnets)
+        way, other, what, change = (
+            ("higher", "lower", "a loss", "leave out maximize=True")
+            if self.maximize
+            else ("lower", "higher", "an accuracy", "give maximize=True")
+        )
+        error = EvaluationError.at(
+            "evaluate",
+            got=f"{wide:.4g} for the widest subnet and {narrow:.4g} for the narrowest, as if the widest were worse",
+            needed=f"numbers that are {way} for better subnets",
+            remedy=f"if {other} is better in what it returns, as for {what}, {change}",
+        )
+        if gap > REFUSED and _counts_images(wide, of_wide) and _counts_images(narrow, of_narrow):
+            raise error
+        if self.team.index == 0:
+            text = f"{error}; else the supernet is untrained, or training spoils its widest subnet"
+            warnings.warn(text, UserWarning, stacklevel=3)
 
     def _run(self, jobs: list[_Job]) -> None:
         if not jobs:
@@ -190,6 +242,15 @@ class Scorer:
         if not math.isfinite(loss):
             raise EvaluationError(f"evaluate returned {loss}; needed: a finite loss; at the widths {widths.to_dict()}")
         return [loss, sum(images)]
+
+
+def _counts_images(value: float, images: float) -> bool:
+    """Whether a number is a count of images or a share of them: k, k / images or 100 k / images, for a whole k.
+
+    The odds that two losses are so by chance are about one in a hundred thousand.
+    """
+    counts = (value, value * images, value * images / 100)
+    return images > 0 and any(0 <= n <= images and abs(n - round(n)) <= 1e-6 * images for n in counts)
 
 
 def _key(job: _Job) -> str:

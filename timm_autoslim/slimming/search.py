@@ -28,6 +28,7 @@ def search(
     budgets: Budgets,
     evaluate: Evaluate,
     *,
+    maximize: bool = False,
     conditions: Conditions | None = None,
     mode: str = "fast",
     rank: str = "per_cost",
@@ -51,6 +52,10 @@ def search(
         evaluate: called with a callable subnet (images (N, C, H, W) -> logits (N, K)); returns its loss on held-out
             images, lower is better. It must use the same images at every call. A `HeldOut` can be scored in parts,
             which the fast mode needs to save images; 8 to 16 parts are good.
+        maximize: whether higher is better in what `evaluate` returns, such as an accuracy. Every `loss` of the result
+            is the negative of it then. The widest and the narrowest subnet are scored first, on one part. A search the
+            wrong way round is refused where both numbers count images, as accuracies do. Elsewhere there is a warning
+            if the widest is clearly worse.
         conditions: what `peak_bytes` and `latency_ms` are counted for; None is one image, in the model's type.
         mode: "reference" scores every group at every step, on all held-out images, as published. "fast" comes to about
             the same networks with less forward work: at every step it scores the few groups that promise most by
@@ -84,7 +89,8 @@ def search(
         ConfigError: another argument is unknown, of the wrong type or out of range.
         LatencyError: the team does not share its latency, or a prediction is no positive number.
         EvaluationError: evaluate raised or returned no finite number; the text names the widths. `scores` has what
-            was scored before. Or `scores` was given what is no score.
+            was scored before. Or `scores` was given what is no score. Or evaluate returns accuracies, by which the
+            widest would be the worst: give `maximize=True`.
         StaleStatisticsError: evaluate switched BatchNorm back to running statistics.
 
     Example:
@@ -105,9 +111,10 @@ def search(
     if on_step is not None and not callable(on_step):
         raise ConfigError.at("on_step", got=repr(on_step), needed="a callable that takes a Step, or None")
     draws = make_generator(seed)
-    score = Scorer(supernet, evaluate, scores, team)
+    score = Scorer(supernet, evaluate, scores, team, maximize)
     conditions = check_conditions(conditions, score.team)
     goals = [Goal(supernet, budget, conditions) for budget in parse_budgets(supernet, budgets, conditions=conditions)]
+    score.check_direction()
     ranks = torch.randperm(len(supernet.space), generator=draws).tolist()
     descent = kind(supernet, score, rank, steps, dict(zip(supernet.space.names, ranks, strict=True)))
     networks: list[Found] = []
@@ -117,6 +124,7 @@ def search(
         widths = descent.refine(goal, passes)
         networks.append(Found.of(goal, widths, score(widths)))
     settings = {"mode": mode, "rank": rank, "steps": descent.steps, "refine": refine, "seed": int(seed)}
+    settings |= {"maximize": True} if maximize else {}
     return SearchResult.of(SEARCHED, score, goals, networks, trail, settings)
 
 
