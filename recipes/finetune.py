@@ -3,17 +3,18 @@
     python recipes/finetune.py runs/digits -c recipes/configs/digits.yaml --network macs-50pct-searched
 
 The network is extracted from the supernet, with the supernet's weights (or fresh ones: --from-scratch), trained on all
-training images, and tested once. RUN/exported/NETWORK then loads through timm.create_model, RUN/results.json holds the
-accuracies, and RUN/finetune/NETWORK the flags, summary.csv and checkpoints.
+training images, and tested once. RUN/exported/NETWORK then loads through timm.create_model, and holds the accuracies in
+result.json. RUN/finetune/NETWORK holds the flags, summary.csv and checkpoints. Several networks may be fine-tuned at
+the same time, each by a command of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -27,9 +28,11 @@ from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import load_calibration_batches, make_evaluation_loader, make_training_loader
 from timm_autoslim.recipes.lib.models import choose_base_args, load_supernet, make_images, make_supernet
 from timm_autoslim.recipes.lib.networks import Network, find_network
+from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import make_accelerator, synchronize_norms
+from timm_autoslim.recipes.lib.results import read_result, write_result
 from timm_autoslim.recipes.lib.resume import find_start
-from timm_autoslim.recipes.lib.run_folder import read_args, write_args, write_json
+from timm_autoslim.recipes.lib.run_folder import read_args, write_args
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.splits import read_all_training
 from timm_autoslim.recipes.lib.trainer import Backward, Trainer
@@ -45,17 +48,24 @@ def main(argv: list[str] | None = None) -> None:
     network = find_network(run, args.network)
     args = read_args(run, args)
     folder, exported = run / "finetune" / network.name, run / "exported" / network.name
-    if exported.exists():
-        raise OutputExistsError(f"{exported} exists: this network is done. Remove the folder to fine-tune it again.")
-    if (folder / "checkpoints").exists() and not args.resume:
-        raise OutputExistsError(f"{folder} holds a training already: add --resume, or remove the folder.")
-
     accelerator = make_accelerator(args, folder)
+    with own_folder(folder, accelerator):
+        if exported.exists():
+            finish(accelerator, args, network, exported)
+        elif (folder / "checkpoints").exists() and not args.resume:
+            raise OutputExistsError(f"{folder} holds a training already: add --resume, or remove the folder.")
+        else:
+            finetune(accelerator, args, run, network)
+    accelerator.end_training()
+
+
+def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, network: Network) -> None:
+    """Train, test and export one network."""
+    folder, exported = run / "finetune" / network.name, run / "exported" / network.name
     images = open_images(args)
     training = read_all_training(run, len(images.train))
     set_seed(args.seed)
     model = extract(accelerator, args, run, network)
-    folder.mkdir(parents=True, exist_ok=True)
     start = find_start(accelerator, args, folder, {
         "network": network.name, "widths": network.widths.to_dict(), "training_images": len(training),
         "from_scratch": args.from_scratch,
@@ -88,10 +98,28 @@ def main(argv: list[str] | None = None) -> None:
         describe_input(model, args)
         model.cpu().eval()
         export(model, exported, base=args.model, base_args=choose_base_args(args), card=card)
-        row = {"method": network.method, "budget": network.budget, "macs": cost.macs, "params": cost.params}
-        write_result(run, network.name, row | test | {"epochs": args.epochs})
+        write_result(exported, network, test | {"epochs": args.epochs})
         print(f"{network.name}: test top-1 {test['top1']:.2f} %, loss {test['loss']:.4f}\nExported: {exported}")
-    accelerator.end_training()
+
+
+def finish(accelerator: Accelerator, args: argparse.Namespace, network: Network, exported: Path) -> None:
+    """Test a network that was exported before its fine-tuning was killed; one that has a result is done.
+
+    Raises:
+        OutputExistsError: the network is done, or the folder holds another one.
+    """
+    result = read_result(exported)
+    if result:
+        same = result["widths"] == network.widths.to_dict()
+        what = "this network is done" if same else "a network of this name with other widths, of an earlier search"
+        raise OutputExistsError(f"{exported} exists: {what}. Rename or remove the folder to fine-tune it again.")
+    model = timm.create_model(f"local-dir:{exported}", pretrained=True).to(accelerator.device)
+    if dict(model.autoslim.widths) != network.widths.to_dict():
+        raise OutputExistsError(f"{exported} holds a model with other widths than {network.name}: rename or remove it.")
+    test = evaluate(accelerator, model, accelerator.prepare(make_evaluation_loader(args, open_images(args).test)))
+    if accelerator.is_main_process:
+        write_result(exported, network, test)
+        print(f"{network.name}: test top-1 {test['top1']:.2f} %, loss {test['loss']:.4f}\nExported before: {exported}")
 
 
 def extract(accelerator: Accelerator, args: argparse.Namespace, run: Path, network: Network) -> nn.Module:
@@ -120,13 +148,6 @@ def describe_input(model: Any, args: argparse.Namespace) -> None:
         "input_size": (args.in_chans, args.img_size, args.img_size), "std": tuple(args.std),
         "interpolation": args.interpolation,
     }  # fmt: skip
-
-
-def write_result(run: Path, name: str, row: dict[str, Any]) -> None:
-    """Add one network to results.json."""
-    path = run / "results.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    write_json(path, results | {name: row})
 
 
 if __name__ == "__main__":

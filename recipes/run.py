@@ -12,12 +12,11 @@ recipe leaves there.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,10 @@ from timm_autoslim.errors import ArtifactError, ConfigError
 from timm_autoslim.recipes.lib.configuration import parse_args, pick_values, read_config
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
-from timm_autoslim.recipes.lib.networks import Network, is_searched, read_networks
+from timm_autoslim.recipes.lib.networks import is_searched, read_networks
+from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import make_accelerator
+from timm_autoslim.recipes.lib.results import read_result, read_results
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.validation import evaluate
@@ -51,21 +52,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = {"output": "runs", "experiment": Path(args.config).stem, **read_config(args.config), **read_flags(rest)}
     pick_values("train", config, where="the flags")
     run = Path(config["output"], config["experiment"])
-    run.mkdir(parents=True, exist_ok=True)
+    with own_folder(run, lock=".run.lock"):  # the stages own the folder itself
+        run_stages(run, config, args.num_processes)
+
+
+def run_stages(run: Path, config: dict[str, Any], processes: int) -> None:
+    """Run the stages that are not finished, then load and compare the networks."""
     path = run / "config.yaml"
     keep_config(path, config)
     begin = time.perf_counter()
 
     if not (run / SUPERNET).exists():
-        launch(args.num_processes, "train.py", "-c", path, "--resume")
+        launch(processes, "train.py", "-c", path, "--resume")
     if not is_searched(run):
-        launch(args.num_processes, "search.py", run, "-c", path)
+        launch(processes, "search.py", run, "-c", path)
     networks = read_networks(run)
-    for name in networks:
-        if not (run / "exported" / name).exists():
-            launch(args.num_processes, "finetune.py", run, "-c", path, "--network", name, "--resume")
+    for name, network in networks.items():
+        result = read_result(run / "exported" / name)
+        if not result or result["widths"] != network.widths.to_dict():
+            launch(processes, "finetune.py", run, "-c", path, "--network", name, "--resume")
 
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    results = read_results(run)
     check_exported(run, path, results)
     table = make_table(networks, results)
     files.write_text(run / "table.md", table)
@@ -142,14 +149,14 @@ def check_exported(run: Path, config: Path, results: dict[str, Any]) -> None:
         print(f"loaded again: {name} {top1:.2f} %")
 
 
-def make_table(networks: dict[str, Network], results: dict[str, Any]) -> str:
-    """Return a table of searched and uniform networks of each budget, side by side."""
+def make_table(networks: Iterable[str], results: dict[str, dict[str, Any]]) -> str:
+    """Return a table of searched and uniform networks of each budget, side by side; those of earlier searches last."""
     rows = ["| budget | network | MACs | params | test top-1 |", "|---|---|---|---|---|"]
-    for name, network in networks.items():
-        cost = network.cost
+    for name in dict.fromkeys([*networks, *results]):
+        row = results[name]
         rows.append(
-            f"| {network.budget.replace('<=', ' ')} | {network.method} | {cost.macs / 1e6:.2f}M | "
-            f"{cost.params / 1e6:.3f}M | {results[name]['top1']:.2f} |"
+            f"| {row['budget'].replace('<=', ' ')} | {row['method']} | {row['macs'] / 1e6:.2f}M | "
+            f"{row['params'] / 1e6:.3f}M | {row['top1']:.2f} |"
         )
     return "\n".join(rows) + "\n"
 

@@ -10,7 +10,7 @@ a table. --baselines adds further methods to compare with; `python -m timm_autos
 
 Several processes share the scoring and come to the result that one would come to. While a search runs,
 RUN/search-progress.json holds the scores: the same command goes on from there after an interruption, and comes to the
-same result.
+same result. A finished search is never replaced: rename or remove RUN/search to search again.
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ from timm_autoslim import (
     parse_budgets,
     search,
 )
-from timm_autoslim.errors import DataError
+from timm_autoslim.errors import DataError, OutputExistsError
 from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.flags import check_numbers
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import load_batches
 from timm_autoslim.recipes.lib.models import load_supernet
-from timm_autoslim.recipes.lib.networks import SEARCHED, list_networks, write_results
+from timm_autoslim.recipes.lib.networks import SEARCHED, is_searched, list_networks, write_results
+from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import make_accelerator
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args
 from timm_autoslim.recipes.lib.scores import SavedScores
@@ -73,7 +74,17 @@ def main(argv: list[str] | None = None) -> None:
     args = read_args(run, args)
     accelerator = make_accelerator(args)
     accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}")
+    with own_folder(run, accelerator):
+        if is_searched(run):
+            raise OutputExistsError(
+                f"{run}/search holds a finished search: to search again, rename or remove it first."
+            )
+        search_networks(accelerator, args, run, texts)
+    accelerator.end_training()
 
+
+def search_networks(accelerator: Accelerator, args: argparse.Namespace, run: Path, texts: list[str]) -> None:
+    """Search the networks of all budgets, and choose those of the baselines; `texts` are the budgets."""
     supernet = load_supernet(run, args)
     team = Team(accelerator.process_index, accelerator.num_processes, gather_object)
     conditions = make_conditions(args, texts, team)
@@ -116,12 +127,11 @@ def main(argv: list[str] | None = None) -> None:
                 supernet, texts, evaluate, method, candidates=args.candidates, criterion=args.criterion, **shared
             )
     if accelerator.is_main_process:
-        write_results(run, results)
         write_steps(run / "search.csv", results[SEARCHED].steps)
+        write_results(run, results)  # which marks the end
         print_results(results)
         print(f"Search: {run / 'search'}")
         scores.path.unlink(missing_ok=True)
-    accelerator.end_training()
 
 
 def write_budgets(flags: Sequence[str]) -> list[str]:

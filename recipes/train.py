@@ -20,13 +20,15 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from timm_autoslim import Supernet
-from timm_autoslim.errors import ConfigError, DataError, OutputExistsError
+from timm_autoslim.errors import ConfigError, OutputExistsError
 from timm_autoslim.recipes.lib.checkpoints import Checkpoints
 from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.flags import check_training_numbers
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import load_calibration_batches, make_evaluation_loader, make_training_loader
 from timm_autoslim.recipes.lib.models import make_images, make_supernet
+from timm_autoslim.recipes.lib.networks import is_searched
+from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import make_accelerator, synchronize_norms
 from timm_autoslim.recipes.lib.resume import find_start
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, write_args, write_weights
@@ -53,11 +55,14 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = make_accelerator(args, run)
     precision = accelerator.mixed_precision.replace("no", "fp32")
     accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}, {precision}")
+    with own_folder(run, accelerator):
+        check_earlier(run, args.resume)
+        train(accelerator, args, run)
+    accelerator.end_training()
 
-    leftovers = [name for name in (SUPERNET, "checkpoints") if (run / name).exists()]
-    if leftovers and not args.resume:
-        raise OutputExistsError(f"{run} holds a training ({leftovers[0]}): --resume it, or give another --experiment.")
 
+def train(accelerator: Accelerator, args: argparse.Namespace, run: Path) -> None:
+    """Train the supernet."""
     images = open_images(args)
     args.num_classes = images.num_classes
     set_seed(args.seed)
@@ -65,10 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     supernet = set_up_supernet(accelerator, args, None if resumes else create_starting_model(args))
     space = supernet.space
     with accelerator.main_process_first():
-        run.mkdir(parents=True, exist_ok=True)
-        training, held_out = split_training(args, len(images.train), run)
-    if not held_out:
-        raise DataError("--held-out 0 leaves no images to search on: give a share or a number of the training images.")
+        training, held_out = split_training(
+            args, len(images.train), run, anew=not resumes and accelerator.is_main_process
+        )
     if args.order and not resumes:
         loader = make_evaluation_loader(args, images.train, training[: args.order_images])
         batches = ((inputs.to(accelerator.device), targets.to(accelerator.device)) for inputs, targets in loader)
@@ -80,6 +84,15 @@ def main(argv: list[str] | None = None) -> None:
         **describe_start(args),
         "widths": {group.name: list(group.choices) for group in space.groups},
     })  # fmt: skip
+    if (run / SUPERNET).exists():
+        if start.progress.epoch >= args.epochs:
+            accelerator.print(f"{run / SUPERNET}: this training is finished.")
+            return
+        if is_searched(run) or (run / "exported").exists():
+            raise OutputExistsError(
+                f"{run} was searched with the supernet of {start.progress.epoch} epochs: train for --epochs "
+                f"{args.epochs} in another --experiment."
+            )
     if accelerator.is_main_process:
         write_args(run, args)
     accelerator.print(f"{args.model}: {len(training)} training and {len(held_out)} held-out images\n{space}")
@@ -103,7 +116,20 @@ def main(argv: list[str] | None = None) -> None:
     if accelerator.is_main_process:
         write_weights(run / SUPERNET, supernet.model)
         print(f"Supernet: {run / SUPERNET}")
-    accelerator.end_training()
+
+
+def check_earlier(run: Path, resume: bool) -> None:
+    """Refuse to replace what an earlier training has left.
+
+    Raises:
+        OutputExistsError: a training is there and is not to be resumed, or there is nothing to resume it from.
+    """
+    other = "give another --experiment"
+    leftovers = [name for name in (SUPERNET, "checkpoints") if (run / name).exists()]
+    if leftovers and not resume:
+        raise OutputExistsError(f"{run} holds a training ({leftovers[0]}): --resume it, or {other}.")
+    if SUPERNET in leftovers and not Checkpoints(run, 1).list_paths():
+        raise OutputExistsError(f"{run} holds a finished training, and no checkpoints to go on from: {other}.")
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -113,6 +139,10 @@ def check_flags(args: argparse.Namespace) -> None:
         ConfigError: a number is out of range, or two flags contradict each other.
     """
     check_training_numbers(args)
+    if not args.held_out:
+        raise ConfigError(
+            "--held-out 0 leaves no images to search on: give a share or a number of the training images."
+        )
     if args.sandwich < 2:
         raise ConfigError(
             f"--sandwich {args.sandwich}: the widest and the narrowest are always trained: give 2 or more."

@@ -36,11 +36,11 @@ class Network:
 
 
 def write_results(run: Path, results: dict[str, SearchResult]) -> None:
-    """Write the results of all methods in place of earlier ones; the search itself comes last, and marks the end."""
+    """Write the results of all methods; the search itself comes last, and marks the end."""
     folder = run / "search"
     folder.mkdir(exist_ok=True)
-    for path in (folder / f"{SEARCHED}.json", *folder.glob("*.json")):
-        path.unlink(missing_ok=True)
+    for path in folder.glob("*.json"):  # of a search that was killed while it wrote them
+        path.unlink()
     for method in [*(method for method in results if method != SEARCHED), SEARCHED]:
         results[method].save(folder / f"{method}.json")
 

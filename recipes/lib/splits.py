@@ -14,11 +14,14 @@ from timm_autoslim.recipes.lib.run_folder import write_json
 SPLIT = "held_out.json"
 
 
-def split_training(args: argparse.Namespace, total: int, run: Path) -> tuple[list[int], list[int]]:
+def split_training(
+    args: argparse.Namespace, total: int, run: Path, *, anew: bool = False
+) -> tuple[list[int], list[int]]:
     """Split the training images into those that train the supernet and those held out for the search.
 
     The split is drawn once and written to held_out.json of the run folder. Both lists are shuffled, so that any part of
-    them mixes the classes. The same --limit-train and --held-out give the same split, whatever the seed.
+    them mixes the classes. The same --limit-train and --held-out give the same split, whatever the seed. A file that is
+    there is read, unless the split is to be drawn `anew`: for a training that begins, whatever an earlier one left.
 
     Returns:
         (training indices, held-out indices)
@@ -26,7 +29,7 @@ def split_training(args: argparse.Namespace, total: int, run: Path) -> tuple[lis
     Raises:
         DataError: the flags ask for more images than there are, or leave none to train on.
     """
-    if (run / SPLIT).is_file():
+    if (run / SPLIT).is_file() and not anew:
         return read_split(run, total)
     used = _count(args.limit_train, total, "--limit-train")
     held_out = _count(args.held_out, used, "--held-out") if args.held_out else 0

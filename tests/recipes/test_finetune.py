@@ -1,11 +1,9 @@
 """recipes/finetune.py: how images were prepared is written down; test_run.py runs it from end to end."""
 
-import json
-
 import timm
 from helpers.recipes import parse_train
 
-from timm_autoslim.recipes.finetune import describe_input, write_result
+from timm_autoslim.recipes.finetune import describe_input
 
 
 def test_the_input_is_that_of_the_training_and_not_of_the_base(tmp_path):
@@ -18,10 +16,3 @@ def test_the_input_is_that_of_the_training_and_not_of_the_base(tmp_path):
     assert {key: model.pretrained_cfg[key] for key in expected} == expected
     assert "test_input_size" not in model.pretrained_cfg
     assert model.pretrained_cfg["architecture"] == "resnet10t"
-
-
-def test_results_of_other_networks_stay(tmp_path):
-    write_result(tmp_path, "first", {"top1": 50.0})
-    write_result(tmp_path, "second", {"top1": 60.0})
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results == {"first": {"top1": 50.0}, "second": {"top1": 60.0}}

@@ -12,6 +12,8 @@ from helpers.recipes import RECIPES, launch, write_config
 from timm_autoslim.errors import BudgetError, ConfigError, DataError, OutputExistsError
 from timm_autoslim.recipes import finetune, run, search, train
 from timm_autoslim.recipes.lib.networks import read_networks
+from timm_autoslim.recipes.lib.ownership import FolderInUseError, own_folder
+from timm_autoslim.recipes.lib.results import read_results
 
 
 def test_flags_of_run_are_configuration_values():
@@ -31,7 +33,7 @@ def test_all_stages_with_one_command(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "all"
     names = ["macs-60pct-searched", "macs-60pct-uniform"]
     assert list(read_networks(folder)) == names
-    results = json.loads((folder / "results.json").read_text())
+    results = read_results(folder)
     assert list(results) == names
     assert yaml.safe_load((folder / "args.yaml").read_text())["num_classes"] == 10
     assert yaml.safe_load((folder / "finetune" / names[0] / "args.yaml").read_text())["lr"] == 0.01
@@ -57,12 +59,63 @@ def test_all_stages_with_one_command(tmp_path, monkeypatch, capsys):
         finetune.main([str(folder), "--network", names[0]])
     with pytest.raises(OutputExistsError, match=r"holds a training \(supernet.safetensors\): --resume it"):
         train.main(command[:-2])
+    with pytest.raises(OutputExistsError, match=r"was searched with the supernet of 1 epochs: train for --epochs 2 in"):
+        train.main([*command[:-2], "--resume", "--epochs", "2"])
+    with pytest.raises(OutputExistsError, match=r"search holds a finished search"):
+        search.main([str(folder)])
     with pytest.raises(ConfigError, match=r"Did you mean macs-60pct-uniform\?"):
         finetune.main([str(folder), "--network", "uniform"])
+
+    # a fine-tuning that was killed between its export and its result
+    exported = folder / "exported" / names[0]
+    result = (exported / "result.json").read_text()
+    (exported / "result.json").unlink()
+    launched = []
+
+    def launch_here(_, recipe, *arguments):
+        launched.append(recipe)
+        finetune.main([str(argument) for argument in arguments])
+
+    monkeypatch.setattr(run, "launch", launch_here)
+    run.main(command)
+    assert launched == ["finetune.py"]
+    again, before = json.loads((exported / "result.json").read_text()), json.loads(result)
+    assert before.pop("epochs") == 1
+    assert again.pop("loss") == pytest.approx(before.pop("loss"), rel=1e-5)
+    assert again == before
+
+    # networks of an earlier search
+    (folder / "search").rename(folder / "search-1")
     with pytest.raises(DataError, match=r"--images 33: .* lists 32 only"):
         search.main([str(folder), "--images", "33"])
     with pytest.raises(BudgetError, match="out of reach"):
         search.main([str(folder), "--budgets", "macs=0.1%"])
+    search.main([str(folder), "-c", str(folder / "config.yaml"), "--budgets", "macs=60%", "--steps", "3"])
+    widths = read_networks(folder)[names[0]].widths.to_dict()
+    assert widths != before["widths"]
+    for text in ("a network of this name with other widths, of an earlier search", "holds a model with other widths"):
+        with pytest.raises(OutputExistsError, match=text):
+            finetune.main([str(folder), "--network", names[0]])
+        (exported / "result.json").unlink(missing_ok=True)
+
+
+def test_the_table_shows_networks_of_earlier_searches_too():
+    row = {"budget": "macs<=50%", "method": "searched", "macs": 5_000_000, "params": 1000, "top1": 50.0}
+    results = {"old": row, "first": row | {"budget": "macs<=9%"}, "second": row | {"method": "uniform"}}
+    lines = run.make_table(["first", "second"], results).splitlines()[2:]
+    assert [line[:22] for line in lines] == [
+        "| macs 9% | searched |",
+        "| macs 50% | uniform |",
+        "| macs 50% | searched ",
+    ]
+    assert lines[2].endswith("| 5.00M | 0.001M | 50.00 |")
+
+
+def test_of_two_commands_one_runs_the_stages(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "launch", lambda *_: pytest.fail("a stage was run"))
+    with own_folder(tmp_path / "all", lock=".run.lock"), pytest.raises(FolderInUseError, match="all is in use by"):
+        run.main(["-c", write_config(tmp_path), "--output", str(tmp_path), "--experiment", "all"])
+    assert not (tmp_path / "all").exists()
 
 
 @pytest.mark.parametrize("budgets", ["macs=60%", "latency_ms=60%"])

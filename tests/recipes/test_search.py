@@ -16,11 +16,12 @@ from helpers.recipes import RECIPES, ROOT, launch_two, parse, run_train, write_c
 
 from timm_autoslim import SearchResult, Step
 from timm_autoslim.__main__ import main as run_command_line
-from timm_autoslim.errors import BudgetError, ConfigError, DataError, EvaluationError
+from timm_autoslim.errors import BudgetError, ConfigError, DataError, EvaluationError, OutputExistsError
 from timm_autoslim.recipes import search, train
 from timm_autoslim.recipes.lib import images, loaders
 from timm_autoslim.recipes.lib.models import load_supernet
 from timm_autoslim.recipes.lib.networks import read_networks
+from timm_autoslim.recipes.lib.ownership import FolderInUseError, own_folder
 from timm_autoslim.recipes.lib.run_folder import read_args
 
 JOINT = "macs<=60% and params <= 50%"
@@ -34,7 +35,8 @@ def folder(tmp_path_factory):
 
 
 def run_search(folder, *argv):
-    """Run search.py in this process; return the result of the search itself."""
+    """Run search.py in this process, without an earlier search; return the result of the search itself."""
+    shutil.rmtree(folder / "search", ignore_errors=True)
     search.main([str(folder), "-c", write_config(folder.parent), *PARTS, *argv])
     return SearchResult.load(folder / "search" / "searched.json")
 
@@ -69,10 +71,24 @@ def test_search_and_baselines_meet_every_budget(folder, capsys, mode):
     assert not (folder / "search-progress.json").exists()
 
 
-def test_results_of_an_earlier_search_do_not_stay(folder):
-    run_search(folder, "--baselines", "uniform", "random", "--candidates", "2")
-    run_search(folder, "--baselines", "uniform")
-    assert sorted(path.name for path in (folder / "search").iterdir()) == ["searched.json", "uniform.json"]
+def test_a_finished_search_is_not_replaced(folder, monkeypatch):
+    run_search(folder)
+    before = read_files(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(search, "load_supernet", lambda *_: pytest.fail("the supernet was loaded"))
+        with pytest.raises(OutputExistsError, match=r"search holds a finished search: .* rename or remove it first"):
+            search.main([str(folder), "-c", write_config(folder.parent), "--budgets", "macs=40%"])
+    assert read_files(folder) == before
+    (folder / "search" / "searched.json").unlink()  # as if it had been killed before it came to its end
+    (folder / "search" / "random.json").write_text("{}")
+    search.main([str(folder), "-c", write_config(folder.parent), *PARTS])
+    assert read_files(folder) == before
+
+
+def test_a_search_needs_the_folder_for_itself(folder, monkeypatch):
+    monkeypatch.setattr(search, "load_supernet", lambda *_: pytest.fail("the supernet was loaded"))
+    with own_folder(folder), pytest.raises(FolderInUseError, match=r"run is in use by"):
+        run_search(folder)
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """recipes/train.py: options that it refuses, and what its runs do."""
 
+import json
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -7,8 +9,9 @@ from helpers.recipes import run_train
 from safetensors.torch import load_file
 from torch.nn.modules.module import register_module_forward_hook
 
-from timm_autoslim.errors import ConfigError
+from timm_autoslim.errors import ConfigError, OutputExistsError
 from timm_autoslim.recipes import train
+from timm_autoslim.recipes.lib.ownership import FolderInUseError, own_folder
 from timm_autoslim.recipes.lib.sandwich import Sandwich
 from timm_autoslim.recipes.lib.training import prepare
 
@@ -16,6 +19,7 @@ from timm_autoslim.recipes.lib.training import prepare
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ("--held-out 0", "--held-out 0 leaves no images to search on"),
         ("--sandwich 1", "--sandwich 1: the widest and the narrowest are always trained"),
         ("--sandwich-delay 1", "--sandwich-delay 1.0: needed a share of the steps, from 0 to below 1"),
         ("--sandwich-delay -0.1", "--sandwich-delay -0.1: needed"),
@@ -106,3 +110,50 @@ def test_the_same_seed_gives_the_same_run(tmp_path):
     first, again, other = ((folder / "supernet.safetensors").read_bytes() for folder in runs)
     assert first == again
     assert first != other
+
+
+# -- what lies in the folder ------------------------------------------------------------------------------------------
+
+
+def read_folder(folder):
+    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def test_of_two_trainings_in_a_folder_the_second_is_refused(tmp_path):
+    run = run_train(tmp_path, "run", epochs=0)
+    before = read_folder(run)
+    with own_folder(run), pytest.raises(FolderInUseError, match="run is in use by"):
+        run_train(tmp_path, "run", "--resume", "--seed", "5")
+    assert read_folder(run) == before
+
+
+@pytest.mark.slow
+def test_a_finished_supernet_is_not_replaced(tmp_path, capsys):
+    run = run_train(tmp_path, "run")
+    before = read_folder(run)
+    run_train(tmp_path, "run", "--resume", "--lr", "1")
+    assert "supernet.safetensors: this training is finished" in capsys.readouterr().out
+    (run / "search").mkdir()
+    (run / "search" / "searched.json").touch()
+    with pytest.raises(OutputExistsError, match="was searched with the supernet of 1 epochs: train for --epochs 2 in"):
+        run_train(tmp_path, "run", "--resume", "--epochs", "2")
+    for path in (run / "checkpoints").iterdir():
+        path.rename(tmp_path / path.name)
+    with pytest.raises(OutputExistsError, match="holds a finished training, and no checkpoints to go on from"):
+        run_train(tmp_path, "run", "--resume")
+    assert read_folder(run).items() <= before.items() | {("searched.json", b"")}
+    assert read_folder(run)["supernet.safetensors"] == before["supernet.safetensors"]
+
+
+@pytest.mark.slow
+def test_a_training_that_begins_again_draws_the_split_of_its_own_flags(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "prepare", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run_train(tmp_path, "run")
+    run = run_train(tmp_path, "run", "--resume", "--held-out", "64", epochs=0)
+    split = json.loads((run / "held_out.json").read_text())
+    assert (len(split["training"]), len(split["held_out"])) == (96, 64)

@@ -70,12 +70,33 @@ def test_results_come_searched_first_then_as_the_baselines_are_listed(run):
     assert read_results(run) == [SearchResult.load(run / "search" / f"{method}.json") for method in METHODS]
 
 
-def test_accuracies_are_shown_where_there_are_some(run):
-    (run / "results.json").write_text(json.dumps({"macs-60pct-uniform": {"top1": 76.54321}, "other": {"top1": 1}}))
+def write_test(run, name, **row):
+    folder = run / "exported" / name
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(row))
+
+
+def test_accuracies_are_shown_where_there_are_some(run, results):
+    uniform = {"method": "uniform", "budget": BUDGETS[0], "macs": 5, "params": 6}
+    write_test(run, "macs-60pct-uniform", **uniform, top1=76.54321, widths=results[1].networks[0].widths.to_dict())
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert page.count("76.54 %") == 1
-    assert "test top-1" in page
+    assert page.count("test top-1") == 1
+    assert "earlier searches" not in page
+
+
+def test_fine_tuned_networks_of_earlier_searches_stay(run, results):
+    row = {"budget": "macs<=50%", "macs": 5, "params": 6, "top1": 76.54321}
+    write_test(run, "macs-50pct-searched", **row, method="searched", widths={"a": 1})
+    other = results[1].networks[1].widths.to_dict()
+    write_test(run, "macs-60pct-uniform", **row | {"top1": 12.3}, method="uniform", widths=other)
+    assert main(["report", str(run)]) == 0
+    numbers, further = (run / "report.html").read_text().split("Fine-tuned networks of earlier searches")
+    assert "76.54 %" in further
+    assert "macs-60pct-uniform" in further  # of the same name, but another network
+    assert "12.30 %" in further
+    assert "top-1" not in numbers
 
 
 def test_baselines_alone_have_no_descent(run):
@@ -95,14 +116,20 @@ def test_of_several_limits_the_one_that_is_used_most_counts(tmp_path, results):
     assert (tmp_path / "report.html").read_text().count("<td>99.0 %</td>") == 2
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"a": 1}', '{"a": {}}', '{"a": {"top1": "good"}}', "\x00"])
+GOOD = {"method": "uniform", "budget": "macs<=60%", "macs": 5, "params": 6, "top1": 7.5, "widths": {"a": 1}}
+BAD = {"method": 1, "budget": None, "macs": -1, "params": 1.5, "top1": "good", "widths": [1]}
+BROKEN = ["{", "[]", "{}", "\x00", *(json.dumps(GOOD | {key: value}) for key, value in BAD.items())]
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_broken_accuracies_are_told_and_nothing_is_written(run, capsys, text):
-    (run / "results.json").write_text(text)
+    write_test(run, "a")
+    (run / "exported" / "a" / "result.json").write_text(text)
     assert main(["report", str(run)]) == 1
     message = capsys.readouterr().err
-    assert "results.json" in message
+    assert "result.json" in message
     assert "needed: " in message
-    assert in_folder(run) == ["results.json", *FILES]
+    assert in_folder(run) == ["exported/a/result.json", *FILES]
 
 
 @pytest.mark.parametrize("name", ["report", "report.html"])

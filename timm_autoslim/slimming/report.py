@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,18 @@ def write_report(run: Path) -> Path:
 
     The page holds its figures and needs no other file. It shows the widths of every group at each budget against the
     widest and the uniform network, the descent, the networks of all methods by cost and loss, the MACs of each module,
-    and the numbers as a table, with the accuracies of RUN/results.json where there is one.
+    and the numbers as a table, with the accuracies of RUN/exported/NETWORK/result.json where there are some. Networks
+    of earlier searches that were fine-tuned have a table of their own.
 
     Returns:
         The path of the page.
 
     Raises:
-        ArtifactError: the folder holds no results, or one that cannot be read, or a results.json that cannot, and then
+        ArtifactError: the folder holds no results, or one that cannot be read, or a result.json that cannot, and then
             nothing was written; or the folder cannot be written to.
     """
     results = read_results(run)
-    accuracies = _read_accuracies(run / "results.json")
+    tested = _read_tested(run)
     names = [name for name in FIGURES if name != "descent" or any(result.steps for result in results)]
     pictures = {name: render_png(FIGURES[name][0](results)) for name in names}
     folder, page = run / "report", run / "report.html"
@@ -46,7 +48,7 @@ def write_report(run: Path) -> Path:
         for name, picture in pictures.items():
             with replace_file(folder / f"{name}.png") as part:
                 part.write_bytes(picture)
-        write_text(page, _render(run.resolve().name, results, accuracies, pictures))
+        write_text(page, _render(run.resolve().name, results, tested, pictures))
     except OSError as error:
         raise ArtifactError(
             f"the report cannot be written ({error}); needed: a folder {folder} and a file {page}, new or of an "
@@ -77,18 +79,33 @@ def read_results(run: Path) -> list[SearchResult]:
     )
 
 
-def _read_accuracies(path: Path) -> dict[str, float]:
-    """Return the test accuracies in per cent by network, and none where there is no such file."""
-    if not path.is_file():
-        return {}
-    needed = "what recipes/finetune.py writes; remove it to do without accuracies, or fine-tune again"
-    accuracies = {}
-    for name, row in JsonValue.read(path, needed).members().items():
-        number = row.value.get("top1") if isinstance(row.value, dict) else None
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            row.refuse(f'an object with a number "top1": {needed}')
-        accuracies[name] = float(number)
-    return accuracies
+@dataclass(frozen=True)
+class Tested:
+    """A fine-tuned network: what it is, and its accuracy on the test images in per cent."""
+
+    method: str
+    budget: str
+    macs: int
+    params: int
+    top1: float
+    widths: Mapping[str, int]
+
+
+def _read_tested(run: Path) -> dict[str, Tested]:
+    """Return the fine-tuned networks of a run by name, and none where there are none."""
+    needed = "what recipes/finetune.py writes; remove it, and fine-tune with --resume: the network is tested again"
+    tested = {}
+    for path in sorted((run / "exported").glob("[!.]*/result.json")):
+        row = JsonValue.read(path, needed).members()
+        for name in ("method", "budget", "macs", "params", "top1", "widths"):
+            if name not in row:
+                raise ArtifactError.at(str(path), got=f"no {name!r}", needed=needed)
+        widths = {name: width.integer(1) for name, width in row["widths"].members().items()}
+        tested[path.parent.name] = Tested(
+            row["method"].text(), row["budget"].text(), row["macs"].integer(), row["params"].integer(),
+            row["top1"].number(), widths,
+        )  # fmt: skip
+    return tested
 
 
 def _describe_work(result: SearchResult) -> str:
@@ -134,6 +151,16 @@ tr.searched td { font-weight: 600; }
 {%- if accuracies %}<td>{{ '%.2f %%' % accuracies[row.name] if row.name in accuracies }}</td>{% endif %}</tr>
 {%- endfor %}{% endfor %}
 </table>
+{%- if further %}
+<h2>Fine-tuned networks of earlier searches</h2>
+<table>
+<tr><th>network</th><th>budget</th><th>{{ macs.label }}</th><th>{{ params.label }}</th><th>test top-1</th></tr>
+{%- for name, network in further.items() %}
+<tr><td>{{ name }}</td><td>{{ network.budget }}</td><td>{{ macs.format_number(network.macs) }}</td>
+<td>{{ params.format_number(network.params) }}</td><td>{{ '%.2f %%' % network.top1 }}</td></tr>
+{%- endfor %}
+</table>
+{%- endif %}
 {%- for figure in figures %}
 <h2>{{ figure.title }}</h2>
 <p>{{ figure.text }}</p>
@@ -145,13 +172,19 @@ tr.searched td { font-weight: 600; }
 
 
 def _render(
-    name: str, results: Sequence[SearchResult], accuracies: Mapping[str, float], pictures: Mapping[str, bytes]
+    name: str, results: Sequence[SearchResult], tested: Mapping[str, Tested], pictures: Mapping[str, bytes]
 ) -> str:
     """Return the page."""
     figures = [
         {"title": FIGURES[key][1], "text": FIGURES[key][2], "data": base64.b64encode(picture).decode()}
         for key, picture in pictures.items()
     ]
+    networks = [pair for result in results for pair in zip(result.names, result.networks, strict=True)]
+    accuracies = {
+        name: tested[name].top1
+        for name, network in networks
+        if name in tested and tested[name].widths == network.widths.to_dict()
+    }
     values: dict[str, Any] = {
         "name": name,
         "base": results[0].base,
@@ -161,6 +194,7 @@ def _render(
         "work": [_describe_work(result) for result in results],
         "accuracies": accuracies,
         "loss": name_loss(results),
+        "further": {name: test for name, test in tested.items() if name not in accuracies},
         "budgets": list_rows(results),
         "used": _share_used,
         "figures": figures,

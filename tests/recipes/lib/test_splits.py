@@ -16,6 +16,9 @@ def test_held_out_images_are_disjoint_and_stay(tmp_path):
     assert held_out != sorted(held_out)
     args.held_out = 0.5
     assert split_training(args, 1000, tmp_path) == (training, held_out)
+    assert len(split_training(args, 1000, tmp_path, anew=True)[1]) == 250
+    args.held_out = 0.2
+    assert split_training(args, 1000, tmp_path, anew=True) == (training, held_out)
     assert sorted(read_all_training(tmp_path, 1000)) == sorted(training + held_out)
     with pytest.raises(DataError, match="drawn from 1000 training images, but there are 999 now"):
         split_training(args, 999, tmp_path)
