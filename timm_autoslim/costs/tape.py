@@ -24,6 +24,7 @@ from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.tracing.formulas import Numbers, Row, Terms
 from timm_autoslim.tracing.graph import ChannelGraph
+from timm_autoslim.tracing.outer_state import with_empty_caches
 from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.utils.meta import copy_to_meta, make_meta_example
 from timm_autoslim.utils.tensors import collect_tensors, named_tensors
@@ -112,7 +113,7 @@ class Tape:
             meta_copy = meta_copy.to(dtype)
             example = _cast(example, dtype)
         self._inputs = sum(t.untyped_storage().nbytes() for t in collect_tensors(example))
-        runs = _record_runs(meta_copy, example, graph)
+        runs = with_empty_caches(model, lambda _: _record_runs(meta_copy, example, graph))
         # after the runs: some modules keep tensors from then on
         self._weights = graph.make_size_terms(
             {n: (t.element_size(), *t.shape) for n, t in named_tensors(meta_copy).items()}
@@ -206,8 +207,11 @@ def _record_runs(meta_copy: nn.Module, example: Any, graph: ChannelGraph) -> lis
     while len(runs) <= MAX_RUNS:
         lows = [max(low, n // 2, min(n - 1, 2)) for low, n in zip(graph.floors, sizes, strict=True)]  # 1 is no length
         widths = [int(rng.integers(low, n + 1)) for low, n in zip(lows, sizes, strict=True)]
-        runs.append((widths, _record(meta_copy, example, graph, widths)))
-        if runs[-1][1].form() != form:
+        run = _record(meta_copy, example, graph, widths)
+        if run.form() != form:  # it filled a cache that is kept outside of the model, as the warm-up did at the widest
+            run = _record(meta_copy, example, graph, widths)
+        runs.append((widths, run))
+        if run.form() != form:
             raise TraceError(
                 "the model: narrower subnets run other operators than the widest, so peak_bytes and latency_ms are "
                 "unknown"
@@ -220,8 +224,12 @@ def _record_runs(meta_copy: nn.Module, example: Any, graph: ChannelGraph) -> lis
 def record(model: nn.Module, example: Any, graph: ChannelGraph, widths: Sequence[int]) -> Run:
     """Return what one forward of the subnet of these widths does, on inputs of the example's shapes."""
     meta_copy = copy_to_meta(model).eval()
-    _warm_up(meta_copy, example)
-    return _record(meta_copy, example, graph, widths)
+
+    def run(_: object) -> Run:
+        _warm_up(meta_copy, example)
+        return _record(meta_copy, example, graph, widths)
+
+    return with_empty_caches(model, run)
 
 
 def _warm_up(meta_copy: nn.Module, example: Any) -> None:

@@ -96,7 +96,11 @@ def find_entries(model: nn.Module, slices: Slices) -> list[Entry]:
 
 def is_cache(name: str, value: Any) -> bool:
     """Whether an attribute of a module is a dict in which it caches tensors between calls, such as attention biases."""
-    return type(value) is dict and name[0] != "_" and any(isinstance(item, Tensor) for item in value.values())
+    return type(value) is dict and name[0] != "_" and any(map(_holds_tensor, value.values()))
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor) or (type(value) in (tuple, list) and any(map(_holds_tensor, value)))
 
 
 def clear_caches(modules: Iterable[nn.Module]) -> None:

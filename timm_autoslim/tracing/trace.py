@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
+from timm_autoslim.slicing.slices import clear_caches
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.describe import DESCRIBES_HEAD, Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label
 from timm_autoslim.tracing.observe import observe
+from timm_autoslim.tracing.outer_state import with_empty_caches
 from timm_autoslim.tracing.prove import Disagreement, Prover, list_suspects
 from timm_autoslim.tracing.record import LabelRecorder, RunRecord
 from timm_autoslim.tracing.refusals import check_example, check_model, explain_failure
@@ -65,6 +68,7 @@ class Tracer:
         self.model, self.example, self.keep_output = model, example, keep_output
         self.flow = Flow(whole_heads)
         self.copy = copy_to_meta(model)
+        clear_caches(self.copy.modules())  # what an earlier run left there is of plain sizes
         wrap_attributes(self.copy)
         self.tensors = named_tensors(self.copy)
         self.labels = {n: self._label_tensor(n, t) for n, t in self.tensors.items() if t.is_floating_point()}
@@ -83,14 +87,18 @@ class Tracer:
             self.flow.set_labels(tensor, labels)
         return labels
 
-    def run(self) -> Trace:
+    def run(self, empty_caches: Callable[[], None]) -> Trace:
         """Trace in both modes, solve, prove, repair.
+
+        Args:
+            empty_caches: it empties the caches that the model's code keeps outside of the model.
 
         Raises:
             TraceError: the forward raises, or no subnet can run.
             NothingToSlimError: no channel can be removed.
             WidthError: a glob of `whole_heads` matches no module that splits channels into heads.
         """
+        empty_caches()  # of another trace
         self.describer.watch_features()
         self._record(training=True)
         self._record(training=False)
@@ -106,7 +114,7 @@ class Tracer:
         graph, repairs = self._prove(self._freeze_tables(self._solve()))
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):
-                return Tracer(self.model, self.example, self.keep_output, ["*"]).run()
+                return Tracer(self.model, self.example, self.keep_output, ["*"]).run(empty_caches)
         if not graph.group_sizes:
             reasons = sorted(set(graph.fixed.values()))[:8] or ["it has no weights, and so no channels"]
             raise NothingToSlimError(
@@ -264,7 +272,7 @@ class Tracer:
 def trace_model(model: nn.Module, example: Any, keep_output: bool = True, whole_heads: Sequence[str] = ()) -> Trace:
     """Trace `model` on `example` (a tensor, a tuple or a dict of inputs) into a proven channel graph.
 
-    The model stays as it is: the trace runs a meta copy.
+    The model stays as it is: the trace runs a meta copy, and puts back what the model's code keeps outside of it.
 
     Args:
         model: any model.
@@ -279,12 +287,19 @@ def trace_model(model: nn.Module, example: Any, keep_output: bool = True, whole_
     """
     check_model(model)
     check_example(example)
-    best = Tracer(model, example, keep_output, whole_heads).run()
+    return with_empty_caches(model, functools.partial(_find_best, model, example, keep_output, whole_heads))
+
+
+def _find_best(
+    model: nn.Module, example: Any, keep_output: bool, whole_heads: Sequence[str], empty_caches: Callable[[], None]
+) -> Trace:
+    """Return a trace; where much is fixed, that of whole heads if it removes more."""
+    best = Tracer(model, example, keep_output, whole_heads).run(empty_caches)
     modules = sorted({path.rpartition(".")[0] for path in best.graph.conflicting_attributes})
-    for globs in (modules, ["*"]):  # where much is fixed, try to remove whole heads
+    for globs in (modules, ["*"]):
         share = best.graph.compute_share_at_half()
         if globs and share > GOOD_SHARE:
             with contextlib.suppress(TraceError, WidthError):
-                other = Tracer(model, example, keep_output, [*whole_heads, *globs]).run()
+                other = Tracer(model, example, keep_output, [*whole_heads, *globs]).run(empty_caches)
                 best = other if other.graph.compute_share_at_half() < share - 0.01 else best
     return best

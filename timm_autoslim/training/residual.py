@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from timm_autoslim.tracing.outer_state import with_empty_caches
 from timm_autoslim.utils.meta import copy_to_meta, fix_seed, make_meta_example, run_model
 from timm_autoslim.utils.tensors import collect_tensors
 
@@ -49,7 +50,7 @@ def zero_last_norms(model: nn.Module, example: Any) -> list[str]:
     """
     meta = copy_to_meta(model).train()
     with torch.enable_grad(), fix_seed():
-        outputs = run_model(meta, make_meta_example(example, 2))
+        outputs = with_empty_caches(meta, lambda _: run_model(meta, make_meta_example(example, 2)))
     norms = {module.weight: path for path, module in meta.named_modules() if isinstance(module, _BatchNorm)}
     scales = _find_branch_scales(outputs)
     paths = [path for scale, path in norms.items() if scale in scales]

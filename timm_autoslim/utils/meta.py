@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,13 +50,20 @@ def _find_obstacle(model: nn.Module, memo: dict[int, Any]) -> str:
 
 @contextlib.contextmanager
 def fix_seed() -> Iterator[None]:
-    """Run the block with torch's CPU generator at seed 0, and put the generator back after it.
+    """Run the block with the generators of torch (CPU), numpy and Python at seed 0, and put them back after it.
 
     A model that skips layers at random then takes the same path in every such block.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        yield
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def run_model(model: nn.Module, example: Any) -> Any:
