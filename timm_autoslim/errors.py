@@ -61,6 +61,10 @@ class StaleStatisticsError(AutoSlimError, RuntimeError):
     """BatchNorm statistics that belong to another subnet would have been scored or exported."""
 
 
+class ModelChangedError(AutoSlimError, RuntimeError):
+    """The model of a supernet is no longer the one that was converted: a layer, a shape or a size has changed."""
+
+
 class EvaluationError(AutoSlimError, RuntimeError):
     """The evaluate callable raised, or returned something that is not a finite number."""
 

@@ -90,6 +90,7 @@ def cost(
         LatencyError: the table cannot measure here, or predicts no positive number.
         TraceError: the lifetimes of the tensors are unknown, because narrower subnets run other operators.
         ConfigError: the model is no supernet.
+        ModelChangedError: its model has changed since it was converted.
 
     Example:
         >>> import timm
@@ -128,10 +129,11 @@ _USUAL = Conditions()
 
 
 def check_supernet(supernet: Any) -> None:
-    """Raise ConfigError if this is no supernet."""
+    """Raise ConfigError if this is no supernet, and ModelChangedError if its model is not the one it was made of."""
     if not isinstance(supernet, Supernet):
         got, needed = f"a {type(supernet).__name__}", "a Supernet, as convert(model) returns"
         raise ConfigError.at("the supernet", got=got, needed=needed)
+    supernet.check_model()
 
 
 def cost_by_module(supernet: Supernet, widths: Widths | None = None) -> dict[str, int]:
@@ -140,6 +142,7 @@ def cost_by_module(supernet: Supernet, widths: Widths | None = None) -> dict[str
     Raises:
         WidthError: the widths are of another model.
         ConfigError: the model is no supernet.
+        ModelChangedError: its model has changed since it was converted.
 
     Example:
         >>> import timm

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices, extract_model
+from timm_autoslim.supernet.outline import Outline
 from timm_autoslim.supernet.space import SearchSpace, Widths
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace
@@ -47,6 +48,7 @@ class Supernet(nn.Module):
         self.graph: ChannelGraph = trace.graph
         self._trace = trace
         self._spec = spec  # of the model as it stands
+        self._outline = Outline(model, trace.graph, trace.written)
         self._cache: OrderedDict[tuple[int, ...], Slices] = OrderedDict()
         self._blocks = _OpenBlocks()
 
@@ -84,6 +86,7 @@ class Supernet(nn.Module):
 
         Raises:
             WidthError: the widths are of another model.
+            ModelChangedError: widths are given, and the model has changed since it was converted.
         """
         if widths is None and inputs:
             last, further = inputs[-1], len(inputs) > self._trace.positional
@@ -91,7 +94,10 @@ class Supernet(nn.Module):
                 inputs, widths = inputs[:-1], last
         if widths is None:
             widths = self.open_block
-        if widths is None or self.space.check(widths) == self.space.max():
+        if widths is None:
+            return self.model(*inputs, **named)
+        if self.space.check(widths) == self.space.max():
+            self._outline.check(self.model, numbers=False)
             return self.model(*inputs, **named)
         return self.subnet(widths)(*inputs, **named)
 
@@ -102,6 +108,7 @@ class Supernet(nn.Module):
 
         Raises:
             WidthError: the widths are of another model.
+            ModelChangedError: the model has changed since it was converted.
 
         Example:
             >>> import timm, torch
@@ -111,7 +118,31 @@ class Supernet(nn.Module):
             >>> subnet.layer1[0].conv1.weight.shape, supernet.model.layer1[0].conv1.weight.shape
             (torch.Size([16, 16, 3, 3]), torch.Size([64, 64, 3, 3]))
         """
-        return replicate(self.model, self._slices(self.space.check(widths)))
+        widths = self.space.check(widths)
+        self._outline.check(self.model, numbers=False)
+        return replicate(self.model, self._slices(widths))
+
+    def check_model(self) -> None:
+        """Make sure that the model is still the one that was converted, as everything that takes widths does.
+
+        Weights, types, devices and hooks may change. Layers, shapes of weights, hyperparameters (a stride) and the size
+        of the images may not: slices and costs follow from them.
+
+        Raises:
+            ModelChangedError: the model has changed; the text says what.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import AutoSlimError, convert
+            >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+            >>> supernet.model.reset_classifier(0)
+            >>> try:
+            ...     supernet.check_model()
+            ... except AutoSlimError as error:
+            ...     print(str(error)[:80])
+            the model: got changes since it was converted (fc.weight is gone; fc.bias is gon
+        """
+        self._outline.check(self.model)
 
     def at(self, widths: Widths) -> Block:
         """Return a block in which `supernet(images)` is the subnet of these widths, in the thread that opens it.
@@ -121,6 +152,7 @@ class Supernet(nn.Module):
 
         Raises:
             WidthError: the widths are of another model.
+            ModelChangedError: the model has changed since it was converted.
 
         Example:
             >>> import timm, torch
@@ -131,7 +163,9 @@ class Supernet(nn.Module):
             >>> all(parameter.grad is not None for parameter in supernet.parameters())
             True
         """
-        return Block(self, self._blocks, self.space.check(widths))
+        widths = self.space.check(widths)
+        self._outline.check(self.model, numbers=False)
+        return Block(self, self._blocks, widths)
 
     def _slices(self, widths: Widths) -> Slices:
         key = widths.values_
@@ -156,6 +190,7 @@ class Supernet(nn.Module):
 
         Raises:
             WidthError: the widths are of another model.
+            ModelChangedError: the model has changed since it was converted.
 
         Example:
             >>> import timm, torch
@@ -171,6 +206,7 @@ class Supernet(nn.Module):
             True
         """
         widths = self.space.check(widths if widths is not None else self.space.max())
+        self.check_model()
         slices = self.graph.slices(widths.values_)
         model = extract_model(self.model, slices)
         if widths != self.space.max():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,7 @@ class Trace:
         repairs: the reasons for which the proof had to freeze more.
         positional: the number of inputs that the example passes by position.
         example: the example on the meta device.
+        written: paths of attributes that hold integers, and that the forward changes.
     """
 
     graph: ChannelGraph
@@ -47,6 +48,7 @@ class Trace:
     repairs: tuple[str, ...]
     positional: int
     example: Any
+    written: frozenset[str] = frozenset()
 
 
 class Tracer:
@@ -124,7 +126,17 @@ class Tracer:
         unruled = frozenset(name.rpartition(".")[0] for name in names if not ops.has_rule(name))
         example = self.example
         positional = len(example) if isinstance(example, tuple) else 0 if isinstance(example, Mapping) else 1
-        return Trace(graph, unruled, tuple(repairs), positional, make_meta_example(example, 1))
+        return Trace(
+            graph, unruled, tuple(repairs), positional, make_meta_example(example, 1), frozenset(self._list_written())
+        )
+
+    def _list_written(self) -> Iterator[str]:
+        """Yield the attributes that hold integers and that the forward has changed, such as counters."""
+        for path, module in self.model.named_modules():
+            now = self.copy.get_submodule(path).__dict__
+            for name, value in module.__dict__.items():
+                if _holds_integers(value) and not (_holds_integers(now.get(name)) and now[name] == value):
+                    yield f"{path}.{name}" if path else name
 
     def _solve(self) -> ChannelGraph:
         """Return the channel graph of all observations so far."""
@@ -267,6 +279,11 @@ class Tracer:
             got=f"a subnet that fails whatever is frozen ({reason})",
             needed="a model whose subnets run as the channel graph predicts",
         )
+
+
+def _holds_integers(value: Any) -> bool:
+    members = value if isinstance(value, (tuple, list)) else [value]
+    return all(isinstance(member, int) for member in members)
 
 
 def trace_model(model: nn.Module, example: Any, keep_output: bool = True, whole_heads: Sequence[str] = ()) -> Trace:
