@@ -1,7 +1,9 @@
 """The supernet: conversion, forward at widths, the `at` block, and extraction."""
 
+import copy
 import gc
 import json
+import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -197,6 +199,70 @@ def test_gradient_checkpointing_computes_the_subnet_again(reentrant, images):
     supernet(images, widths).square().mean().backward()
     for expected, parameter in zip(reference.parameters(), supernet.parameters(), strict=True):
         assert torch.equal(expected.grad, parameter.grad)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_the_supernet_needs_the_widths_where_blocks_are_used(supernet, images, narrow, reentrant):
+    def compute(*widths):
+        return checkpoint(supernet, images.requires_grad_(), *widths, use_reentrant=reentrant).square().mean()
+
+    def take_gradients():
+        gradients = [parameter.grad for parameter in supernet.parameters()]
+        supernet.zero_grad()
+        return gradients
+
+    supernet(images).square().mean().backward()
+    expected = take_gradients()
+    compute().backward()  # without blocks the widest alone can be meant
+    for gradient, other in zip(expected, take_gradients(), strict=True):
+        assert torch.equal(gradient, other)
+    supernet(images, narrow).square().mean().backward()
+    expected = take_gradients()
+    compute(narrow).backward()
+    for gradient, other in zip(expected, take_gradients(), strict=True):
+        assert torch.equal(gradient, other)
+    with supernet.at(narrow):
+        loss = compute()
+    before = snapshot(supernet.model)
+    with pytest.raises(WidthError, match=r"pass them along: checkpoint\(supernet, images, widths\)"):
+        loss.backward()
+    assert_same(before, snapshot(supernet.model))
+    with supernet.at(supernet.space.min()), pytest.raises(WidthError, match="widths: got none"):
+        compute().backward()
+
+
+@pytest.mark.parametrize("kind", ["narrow", "block"])
+def test_narrow_calls_with_checkpoints_move_no_statistics(kind):
+    model = timm.create_model("resnet10t", channels=(8, 16, 24, 32), stem_width=8, num_classes=CLASSES).train()
+    images = torch.randn(4, 3, 32, 32)
+    supernet = convert(model, images[:1])
+    model.set_grad_checkpointing(True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if kind == "narrow":
+        out = supernet(images, supernet.space.min())
+    else:
+        with supernet.at(supernet.space.min()):
+            out = supernet(images)
+    out.sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda supernet: pickle.loads(pickle.dumps(supernet))])
+def test_a_copy_made_in_a_block_is_whole_and_has_no_block(supernet, images, narrow, make):
+    expected = supernet(images, narrow), supernet(images)
+    before = snapshot(supernet.model)
+    with supernet.at(narrow):
+        again, model = make(supernet), make(supernet.model)
+        assert again.open_block is None
+        assert supernet.open_block == narrow
+        assert torch.equal(again(images, narrow), expected[0])
+        assert torch.equal(again(images), expected[1])
+        assert torch.equal(model(images), expected[1])
+        with again.at(again.space.min()):
+            assert supernet.open_block == narrow
+    assert_same(before, snapshot(supernet.model))
+    assert torch.equal(again(images), expected[1])
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in supernet.state_dict().items()}
 
 
 def test_an_example_has_the_shape_that_was_traced_and_any_batch_size(supernet):

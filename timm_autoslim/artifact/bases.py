@@ -16,6 +16,7 @@ from torch import nn
 from timm_autoslim.artifact.spec import ARCHITECTURE, TORCHVISION
 from timm_autoslim.artifact.torchvision import construct_torchvision, describe_features
 from timm_autoslim.errors import ArgumentError, ArtifactError, AutoSlimError
+from timm_autoslim.utils.arguments import check_type
 
 
 def create_base(name: str, /, **kwargs: Any) -> nn.Module:
@@ -63,6 +64,7 @@ def create_meta_base(name: str, /, **kwargs: Any) -> nn.Module:
 
 def construct_base(name: str, /, **kwargs: Any) -> nn.Module:
     """As `create_base`, but leaves it to the caller to `describe_features` of a torchvision model."""
+    check_type("base", name, str, ArtifactError, "a timm model name, or 'torchvision/NAME'")
     if name.startswith(TORCHVISION):
         model: nn.Module = call_base(name, construct_torchvision, name.removeprefix(TORCHVISION), **kwargs)
         return model

@@ -26,6 +26,7 @@ from timm_autoslim.artifact.pruned import PRUNED, write_pruned
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.artifact.torchvision import list_taps
 from timm_autoslim.errors import ArtifactError, StaleStatisticsError
+from timm_autoslim.utils.arguments import check_path
 from timm_autoslim.utils.files import replace_file
 
 CARD = "README.md"
@@ -74,7 +75,7 @@ def export(
         >>> loaded.autoslim == model.autoslim
         True
     """
-    folder = Path(out)
+    folder = check_path("out", out, ArtifactError)
     refuse_existing(folder)
     figures = check_figures(card)
     spec = _find_spec(model, base, base_args)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from timm_autoslim.artifact.config import GET_AGAIN, Config
 from timm_autoslim.artifact.limits import MAX_ELEMENTS
 from timm_autoslim.errors import ArtifactError
+from timm_autoslim.utils.arguments import check_path
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -41,8 +42,8 @@ def check_folder(folder: str | Path) -> None:
         folder: the folder, as `export` writes it.
 
     Raises:
-        ArtifactError: a file is missing, too large or no regular file; config.json or the header of the weights is
-            malformed, or asks for more than the description of a smaller model.
+        ArtifactError: the folder is no path; a file is missing, too large or no regular file; config.json or the header
+            of the weights is malformed, or asks for more than the description of a smaller model.
 
     Example:
         >>> from timm_autoslim import AutoSlimError, check_folder
@@ -52,8 +53,9 @@ def check_folder(folder: str | Path) -> None:
         ...     print(str(error).partition(";")[2])
          needed: a regular file; nothing was loaded; get the folder again, or export the model again
     """
-    read_config(Path(folder) / CONFIG)
-    read_header(Path(folder) / WEIGHTS)
+    folder = check_path("folder", folder, ArtifactError)
+    read_config(folder / CONFIG)
+    read_header(folder / WEIGHTS)
 
 
 def _check_file(path: Path) -> int:

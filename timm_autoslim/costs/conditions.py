@@ -7,10 +7,10 @@ from typing import Protocol
 
 import torch
 
-from timm_autoslim.errors import BudgetError
+from timm_autoslim.errors import BudgetError, ConfigError
 from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.utils.arguments import check_integer
+from timm_autoslim.utils.arguments import check_integer, quote
 
 
 class Latency(Protocol):
@@ -50,3 +50,14 @@ class Conditions:
         if self.latency is not None and not callable(getattr(self.latency, "predict", None)):
             needed = "an object with a method predict(supernet, widths), such as a LatencyTable, or None"
             raise BudgetError.at("latency", got=repr(self.latency), needed=needed)
+
+
+def check_conditions(conditions: Conditions | None) -> Conditions:
+    """Return conditions; None is one image, in the model's type.
+
+    Raises:
+        ConfigError: they are no `Conditions`.
+    """
+    if not isinstance(conditions, Conditions | None):
+        raise ConfigError.at("conditions", got=quote(conditions), needed="Conditions, or None")
+    return Conditions() if conditions is None else conditions

@@ -15,6 +15,7 @@ from timm_autoslim.costs.metrics import METRICS
 from timm_autoslim.errors import BudgetError, ConfigError
 from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.utils.arguments import check_type
 
 _ALWAYS = ("macs", "params")  # all others have to be asked for
 
@@ -50,6 +51,7 @@ class Cost:
         Raises:
             BudgetError: there is no such metric, or it was not asked for.
         """
+        check_type("metric", metric, str, BudgetError, f"one of {list(METRICS)}")
         value: float | None = self.__dict__.get(metric)
         if value is None:
             METRICS.pick(metric)

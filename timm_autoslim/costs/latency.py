@@ -23,7 +23,7 @@ from timm_autoslim.costs.tape import get_tape
 from timm_autoslim.errors import LatencyError
 from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.utils.arguments import check_integer
+from timm_autoslim.utils.arguments import check_integer, check_path
 from timm_autoslim.utils.files import write_text
 
 FORMAT = 3
@@ -72,7 +72,7 @@ class LatencyTable:
         check_settings(device, dtype, runtime, threads)
         self.device, self.dtype, self.runtime = torch.device(device), dtype, runtime
         self.batch_size, self.threads = check_integer("batch_size", batch_size, LatencyError), threads
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else check_path("path", path, LatencyError)
         self._machine = {"device": name_device(device), "threads": threads, "torch": torch.__version__}
         self._version = RUNTIMES[runtime].version()
         self._operators: dict[str, float] = {}

@@ -15,7 +15,7 @@ from timm_autoslim.slimming.budgets import Budgets
 from timm_autoslim.slimming.goals import Goal, fill, find_subnet, find_uniform, parse_budgets
 from timm_autoslim.slimming.result import Found, SearchResult
 from timm_autoslim.slimming.scoring import Evaluate, Scorer, Scores
-from timm_autoslim.slimming.team import Team, check_conditions
+from timm_autoslim.slimming.team import Team, check_team_conditions
 from timm_autoslim.supernet.space import Widths, draw_numbers
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.utils.arguments import check_integer, make_generator
@@ -105,7 +105,7 @@ def baseline(
     population = check_integer("population", population, ConfigError, least=2)
     make_generator(seed)  # refuses what is no seed; every budget starts one anew
     score = Scorer(supernet, evaluate, scores, team, maximize)
-    conditions = check_conditions(conditions, score.team)
+    conditions = check_team_conditions(conditions, score.team)
     goals = [Goal(supernet, budget, conditions) for budget in parse_budgets(supernet, budgets, conditions=conditions)]
     options = Options(score, candidates, population, criterion, int(seed))
     networks = []

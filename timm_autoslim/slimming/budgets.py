@@ -10,6 +10,7 @@ from numbers import Real
 from timm_autoslim.costs.cost import Cost
 from timm_autoslim.costs.metrics import METRICS
 from timm_autoslim.errors import BudgetError
+from timm_autoslim.utils.arguments import check_type, quote
 
 Amount = float | str
 Budgets = Mapping[str, Amount | Sequence[Amount]] | Sequence[str]
@@ -29,6 +30,9 @@ class Budget:
         limits: metric and limit, each metric once.
         text: the budget as the user wrote it, such as "macs<=60%"; two budgets with the same limits are equal.
 
+    Raises:
+        BudgetError: an argument of the wrong type.
+
     Example:
         >>> budget = Budget((("macs", 3e6), ("params", 1e6)))
         >>> budget.text
@@ -41,6 +45,10 @@ class Budget:
     text: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.limits, tuple) or not all(_is_limit(limit) for limit in self.limits):
+            needed = 'a tuple of pairs of a metric and a number, such as (("macs", 3e6),)'
+            raise BudgetError.at("limits", got=quote(self.limits), needed=needed)
+        check_type("text", self.text, str, BudgetError, "a text")
         if not self.text:
             object.__setattr__(self, "text", _write_text(self.limits))
 
@@ -65,6 +73,10 @@ class Budget:
         """Return the largest share of any limit that a cost is; at most 1 if the budget holds."""
         metric, limit = self.tightest(cost)
         return float(cost.pick(metric)) / limit
+
+
+def _is_limit(limit: object) -> bool:
+    return isinstance(limit, tuple) and len(limit) == 2 and isinstance(limit[0], str) and isinstance(limit[1], Real)
 
 
 def _write_text(limits: Sequence[Limit]) -> str:

@@ -6,7 +6,7 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from timm_autoslim.costs.conditions import Conditions
+from timm_autoslim.costs.conditions import Conditions, check_conditions
 from timm_autoslim.costs.cost import Cost, check_supernet, count_cost
 from timm_autoslim.costs.metrics import METRICS
 from timm_autoslim.errors import BudgetError
@@ -58,7 +58,7 @@ def parse_budgets(supernet: Supernet, budgets: Budgets, *, conditions: Condition
     Raises:
         BudgetError: a budget is malformed, or out of reach: neither the narrowest subnet nor a uniform one holds it.
         LatencyError: a prediction is no positive number.
-        ConfigError: the model is no supernet.
+        ConfigError: the model is no supernet, or the conditions are none.
 
     Example:
         >>> import timm, torch
@@ -70,12 +70,13 @@ def parse_budgets(supernet: Supernet, budgets: Budgets, *, conditions: Condition
         macs<=40% (('macs', 8955084.8),)
     """
     check_supernet(supernet)
+    conditions = check_conditions(conditions)
     limits = list_limits(budgets)
     metrics = dict.fromkeys(metric for of_one in limits for metric, _ in of_one)
     widest = count_cost(supernet, supernet.space.max(), metrics, conditions)
     parsed = [make_budget(of_one, widest) for of_one in limits]
     for budget in parsed:
-        find_subnet(Goal(supernet, budget, conditions or Conditions()))
+        find_subnet(Goal(supernet, budget, conditions))
 
     def shares(budget: Budget) -> list[tuple[float, str, float]]:
         return sorted((limit / widest.pick(metric), metric, limit) for metric, limit in budget.limits)
@@ -96,7 +97,7 @@ def uniform_at(supernet: Supernet, metric: str, budget: Amount, *, conditions: C
 
     Raises:
         BudgetError: the budget is malformed, of an unknown metric, or out of reach.
-        ConfigError: the model is no supernet.
+        ConfigError: the model is no supernet, or the conditions are none.
 
     Example:
         >>> import timm, torch
@@ -107,9 +108,10 @@ def uniform_at(supernet: Supernet, metric: str, budget: Amount, *, conditions: C
         0.5
     """
     check_supernet(supernet)
+    conditions = check_conditions(conditions)
     METRICS.pick(metric)
     widest = count_cost(supernet, supernet.space.max(), [metric], conditions)
-    return find_uniform(Goal(supernet, make_budget([(metric, budget)], widest), conditions or Conditions()))
+    return find_uniform(Goal(supernet, make_budget([(metric, budget)], widest), conditions))
 
 
 def find_subnet(goal: Goal) -> Widths:

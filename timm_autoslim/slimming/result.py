@@ -15,6 +15,7 @@ from timm_autoslim.slimming.goals import Goal
 from timm_autoslim.slimming.json_reader import JsonValue
 from timm_autoslim.slimming.scoring import Scorer
 from timm_autoslim.supernet.space import ChannelGroup, Widths, hash_groups
+from timm_autoslim.utils.arguments import check_path
 from timm_autoslim.utils.files import write_text
 
 FORMAT = 1
@@ -224,8 +225,9 @@ class SearchResult:
 
         Raises:
             OSError: the file cannot be written.
+            ArtifactError: the path is none.
         """
-        path = Path(path)
+        path = check_path("path", path, ArtifactError)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"format": FORMAT, **self.to_dict()}, indent=1))
 
@@ -236,7 +238,7 @@ class SearchResult:
         Raises:
             ArtifactError: the file cannot be read, or holds no result of this format; the text says what is wrong.
         """
-        return _parse_result(JsonValue.read(Path(path), _FILE))
+        return _parse_result(JsonValue.read(check_path("path", path, ArtifactError), _FILE))
 
 
 # -- reading a file -------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from timm_autoslim.slimming.team import Team
 from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.calibration import batch_statistics, check_batch_statistics
+from timm_autoslim.utils.arguments import check_callable, check_flag, quote
 from timm_autoslim.utils.tensors import collect_tensors
 
 Subnet = Callable[[Tensor], Tensor]
@@ -51,12 +52,13 @@ class HeldOut:
     """
 
     def __init__(self, batches: Sequence[Any], score: Callable[[Subnet, Any], float]) -> None:
-        if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")) or isinstance(batches, Mapping):
+        if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")) or isinstance(
+            batches, (Mapping, str, bytes)
+        ):
             got = f"a {type(batches).__name__} of batches"
             needed = "a sequence, which gives the same batches again and again, such as list(loader)"
             raise DataError.at("HeldOut()", got=got, needed=needed)
-        if not callable(score):
-            raise DataError.at("HeldOut()", got=f"score={score!r}", needed="a callable score(subnet, batch)")
+        check_callable("HeldOut(score=)", score, DataError, "a callable score(subnet, batch)")
         if not len(batches):
             raise DataError.at("HeldOut()", got="no batches", needed="at least one batch of held-out images")
         self.batches, self.score = batches, score
@@ -80,6 +82,8 @@ def check_scores(scores: Mapping[str, Any]) -> None:
     Example:
         >>> check_scores({"16,16,32:0": [0.5, 64]})
     """
+    if not isinstance(scores, Mapping):
+        raise EvaluationError.at("scores", got=quote(scores), needed="a dict of scores")
     for key, value in scores.items():
         if not _is_score(value):
             needed = "[loss, images], a finite number and how many images"
@@ -118,11 +122,9 @@ class Scorer:
         maximize: bool = False,
     ) -> None:
         check_supernet(supernet)
-        if not callable(evaluate):
-            needed = "a callable that takes a subnet and returns its loss, or a HeldOut"
-            raise ConfigError.at("evaluate", got=repr(evaluate), needed=needed)
-        if not isinstance(maximize, bool):
-            raise ConfigError.at("maximize", got=repr(maximize), needed="True or False")
+        needed = "a callable that takes a subnet and returns its loss, or a HeldOut"
+        check_callable("evaluate", evaluate, ConfigError, needed)
+        check_flag("maximize", maximize)
         if not isinstance(team, Team | None):
             raise ConfigError.at("team", got=repr(team), needed="a Team, or None")
         if not isinstance(scores, MutableMapping | None):

@@ -16,9 +16,9 @@ from timm_autoslim.slimming.goals import Goal, parse_budgets
 from timm_autoslim.slimming.refinement import REFINEMENTS
 from timm_autoslim.slimming.result import Found, SearchResult, Step
 from timm_autoslim.slimming.scoring import Evaluate, Scorer, Scores
-from timm_autoslim.slimming.team import Team, check_conditions
+from timm_autoslim.slimming.team import Team, check_team_conditions
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.utils.arguments import check_integer, make_generator
+from timm_autoslim.utils.arguments import check_callable, check_integer, make_generator
 
 SEARCHED = "searched"  # the method of a result of `search`
 
@@ -108,11 +108,11 @@ def search(
     RANKINGS.pick(rank)
     passes = REFINEMENTS.pick(refine)
     steps = steps if steps is None else check_integer("steps", steps, ConfigError, also=" or None")
-    if on_step is not None and not callable(on_step):
-        raise ConfigError.at("on_step", got=repr(on_step), needed="a callable that takes a Step, or None")
+    if on_step is not None:
+        check_callable("on_step", on_step, ConfigError, "a callable that takes a Step, or None")
     draws = make_generator(seed)
     score = Scorer(supernet, evaluate, scores, team, maximize)
-    conditions = check_conditions(conditions, score.team)
+    conditions = check_team_conditions(conditions, score.team)
     goals = [Goal(supernet, budget, conditions) for budget in parse_budgets(supernet, budgets, conditions=conditions)]
     score.check_direction()
     ranks = torch.randperm(len(supernet.space), generator=draws).tolist()

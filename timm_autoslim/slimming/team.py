@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from timm_autoslim.costs.conditions import Conditions, Latency
+from timm_autoslim.costs.conditions import Conditions, Latency, check_conditions
 from timm_autoslim.errors import AutoSlimError, ConfigError, LatencyError
 from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.utils.arguments import check_integer
+from timm_autoslim.utils.arguments import check_callable, check_integer, check_type, quote
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Team:
             `accelerate.utils.gather_object`.
 
     Raises:
-        ConfigError: there is no process of this index among so many.
+        ConfigError: there is no process of this index among so many, or `gather` cannot be called.
 
     Example:
         >>> from accelerate import PartialState
@@ -41,6 +41,7 @@ class Team:
     def __post_init__(self) -> None:
         check_integer("Team.count", self.count, ConfigError)
         check_integer("Team.index", self.index, ConfigError, 0, self.count - 1)
+        check_callable("Team.gather", self.gather, ConfigError, "a callable that takes a list and returns a list")
 
 
 class SharedLatency:
@@ -59,12 +60,17 @@ class SharedLatency:
         """Share what `latency` predicts, such as a `LatencyTable`; processes other than the first need none.
 
         Raises:
-            LatencyError: the first process has none.
+            LatencyError: the first process has none, or what it has predicts nothing.
+            ConfigError: the team is no `Team`.
         """
+        check_type("team", team, Team, ConfigError, "a Team")
         if latency is None and team.index == 0:
             raise LatencyError.at(
                 "SharedLatency()", got="no latency in the first process", needed="a LatencyTable there"
             )
+        if latency is not None and not callable(getattr(latency, "predict", None)):
+            needed = "an object with a method predict(supernet, widths), such as a LatencyTable"
+            raise LatencyError.at("latency", got=quote(latency), needed=needed)
         self.latency, self.team = latency, team
         self._predictions: dict[Widths, float] = {}
 
@@ -93,16 +99,14 @@ class SharedLatency:
         return self._predictions[widths]
 
 
-def check_conditions(conditions: Conditions | None, team: Team) -> Conditions:
+def check_team_conditions(conditions: Conditions | None, team: Team) -> Conditions:
     """Return the conditions of a search; None is one image, in the model's type.
 
     Raises:
         ConfigError: they are no `Conditions`.
         LatencyError: each process of the team would predict its own latencies.
     """
-    if not isinstance(conditions, Conditions | None):
-        raise ConfigError.at("conditions", got=repr(conditions), needed="Conditions, or None")
-    conditions = Conditions() if conditions is None else conditions
+    conditions = check_conditions(conditions)
     latency = conditions.latency
     if team.count > 1 and latency is not None and not isinstance(latency, SharedLatency):
         got = f"a {type(latency).__name__} in {team.count} processes, each of which would predict other times"

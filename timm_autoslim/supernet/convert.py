@@ -16,6 +16,7 @@ from timm_autoslim.supernet.rules import build_space
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace, trace_model
+from timm_autoslim.utils.arguments import check_flag, check_texts, check_type
 
 # Tried one after the other if neither the user nor the model gives a size.
 _USUAL_SIZES = (224, 299, 256, 32)
@@ -123,8 +124,8 @@ def convert(
         ArtifactError: `base` or `base_args` cannot be written into the spec of an exported model.
         TraceError: the model's forward cannot be traced.
         NothingToSlimError: no channel can be removed.
-        WidthError: a glob matches nothing, a value is out of range, or the order is "taylor" and a weight that it reads
-            has no gradient.
+        WidthError: a glob matches nothing, a value is out of range or of the wrong type, or the order is "taylor" and a
+            weight that it reads has no gradient.
 
     Example:
         >>> import timm, torch
@@ -142,12 +143,16 @@ def convert(
     if not isinstance(model, nn.Module):
         needed = "an nn.Module, such as timm.create_model('resnet18')"
         raise TraceError.at("the model", got=f"a {type(model).__name__}", needed=needed)
+    freeze = check_texts("freeze", freeze, WidthError, "a glob of module paths, or a list of them; () for none")
+    whole_heads = check_texts("whole_heads", whole_heads, WidthError, "a glob of attention modules, or a list of them")
+    if order is not None:
+        check_type("order", order, str, WidthError, "None or the name of a criterion, such as 'l1'")
     if keep_output is None:
         keep_output = getattr(model, "num_classes", None) != 0
-    heads = [whole_heads] if isinstance(whole_heads, str) else list(whole_heads)
+    check_flag("keep_output", keep_output, WidthError)
     spec = derive_spec(model, base, base_args)
-    trace = _trace_examples(model, example_input, keep_output, heads)
-    trace = replace(trace, graph=_freeze_modules(trace.graph, [freeze] if isinstance(freeze, str) else freeze))
+    trace = _trace_examples(model, example_input, keep_output, whole_heads)
+    trace = replace(trace, graph=_freeze_modules(trace.graph, freeze))
     space = build_space(trace.graph, min, divisor, choices)
     if order is not None:
         from timm_autoslim.supernet.order import reorder_channels

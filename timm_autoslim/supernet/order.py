@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from timm_autoslim.errors import WidthError
 from timm_autoslim.slicing.slices import clear_caches
 from timm_autoslim.tracing.graph import AxisUnits, ChannelGraph
+from timm_autoslim.utils.arguments import check_module, check_type, quote
 from timm_autoslim.utils.tables import Table
 from timm_autoslim.utils.tensors import named_tensors
 
@@ -183,7 +184,8 @@ def reorder_channels(model: M, graph: ChannelGraph, order: str) -> M:
         order: a name in `CRITERIA`; "taylor" needs gradients, so run the loss backward on some batches first.
 
     Raises:
-        WidthError: the order is unknown, or it is "taylor" and a weight that it reads has no gradient.
+        WidthError: an argument is of the wrong type, the order is unknown, or it is "taylor" and a weight that it reads
+            has no gradient.
 
     Example:
         >>> import timm, torch
@@ -194,8 +196,10 @@ def reorder_channels(model: M, graph: ChannelGraph, order: str) -> M:
         >>> torch.allclose(reordered(images), model(images), atol=1e-4)
         True
     """
-    if order not in list(CRITERIA):
-        raise WidthError.at("order", got=repr(order), needed=f"None or one of {list(CRITERIA)}")
+    check_module("model", model, WidthError)
+    check_type("graph", graph, ChannelGraph, WidthError, "the model's ChannelGraph, supernet.graph")
+    if not isinstance(order, str) or order not in CRITERIA:
+        raise WidthError.at("order", got=quote(order), needed=f"None or one of {list(CRITERIA)}")
     scores = zip(graph.strands, score_units(model, graph, order), strict=True)
     orders = {
         i: np.argsort(-s, kind="stable") for i, (strand, s) in enumerate(scores) if s is not None and not strand.ordered

@@ -14,7 +14,7 @@ import torch
 
 from timm_autoslim.errors import WidthError
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.utils.arguments import as_integer
+from timm_autoslim.utils.arguments import as_integer, check_flag
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Widths(Mapping[str, int]):
 
     def _find_index(self, name: str) -> int:
         for index, group in enumerate(self.groups):
-            if group.name == name:
+            if isinstance(name, str) and group.name == name:
                 return index
         raise KeyError(name)
 
@@ -201,7 +201,7 @@ class SearchSpace:
     def __getitem__(self, name: str) -> ChannelGroup:
         try:
             return self.groups[self._index[name]]
-        except KeyError:
+        except (KeyError, TypeError):  # a list, for one, cannot be looked up
             raise _make_group_error(name, self.names) from None
 
     def __len__(self) -> int:
@@ -250,6 +250,7 @@ class SearchSpace:
         """
         if not isinstance(ratio, numbers.Real) or isinstance(ratio, bool) or not 0 < ratio <= 1:
             raise WidthError.at("ratio", got=repr(ratio), needed="a number above 0 and at most 1")
+        check_flag("exact", exact, WidthError)
         if exact:
             return self._make_widths(max(g.choices[0], round(ratio * g.size)) for g in self.groups)
         return self._make_widths(min(g.choices, key=lambda c: (abs(c - ratio * g.size), -c)) for g in self.groups)

@@ -6,18 +6,25 @@ import math
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from timm_autoslim.artifact.spec import Spec
+from timm_autoslim.errors import WidthError
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices, extract_model
 from timm_autoslim.supernet.outline import Outline
 from timm_autoslim.supernet.space import SearchSpace, Widths
+from timm_autoslim.supernet.timm_attributes import TIMM_ATTRIBUTES
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace
+from timm_autoslim.utils.arguments import check_integer, quote
 from timm_autoslim.utils.meta import make_meta_example
+from timm_autoslim.utils.tensors import collect_tensors
 
 _CACHED_SLICES = 64
 
@@ -51,6 +58,13 @@ class Supernet(nn.Module):
         self._outline = Outline(model, trace.graph, trace.written)
         self._cache: OrderedDict[tuple[int, ...], Slices] = OrderedDict()
         self._blocks = _OpenBlocks()
+        self._has_blocks = False  # whether any was ever opened
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what timm's optimizers ask a model for, of the supernet's parameters; all else as `nn.Module`."""
+        if name in TIMM_ATTRIBUTES:
+            return TIMM_ATTRIBUTES[name](self.model)
+        return super().__getattr__(name)
 
     @property
     def base(self) -> str | None:
@@ -85,15 +99,18 @@ class Supernet(nn.Module):
             widths: by name, or after the last input: `supernet(images, widths)`.
 
         Raises:
-            WidthError: the widths are of another model.
+            WidthError: the widths are of another model, or of another type; or a forward that is computed again in
+                backward does not name its widths, see `at`.
             ModelChangedError: widths are given, and the model has changed since it was converted.
         """
         if widths is None and inputs:
             last, further = inputs[-1], len(inputs) > self._trace.positional
             if isinstance(last, Widths) or (last is None and further):  # supernet(images, None) is the widest
                 inputs, widths = inputs[:-1], last
+            elif further:
+                _check_further_input(last)
         if widths is None:
-            widths = self.open_block
+            widths = self._find_block()
         if widths is None:
             return self.model(*inputs, **named)
         if self.space.check(widths) == self.space.max():
@@ -148,7 +165,8 @@ class Supernet(nn.Module):
         """Return a block in which `supernet(images)` is the subnet of these widths, in the thread that opens it.
 
         Every call in the block takes the weights as they are then. Blocks can be nested, and widths that a call names
-        win over those of the block.
+        win over those of the block. A checkpoint around the supernet calls it again in backward, where the block may
+        have ended: name the widths then, `checkpoint(supernet, images, widths)`.
 
         Raises:
             WidthError: the widths are of another model.
@@ -165,7 +183,24 @@ class Supernet(nn.Module):
         """
         widths = self.space.check(widths)
         self._outline.check(self.model, numbers=False)
+        self._has_blocks = True
         return Block(self, self._blocks, widths)
+
+    def _find_block(self) -> Widths | None:
+        """Return the widths of the open block, for a call that names none.
+
+        Raises:
+            WidthError: the call is part of a backward pass. Whichever block is open now, or in the thread that computes
+                gradients, may be another one than that of the forward.
+        """
+        if self._has_blocks and torch._C._current_graph_task_id() != -1:
+            raise WidthError.at(
+                "widths",
+                got="none, in a forward that a checkpoint computes again in backward",
+                needed="widths, where `at` blocks are used: the block of the first forward may have ended",
+                remedy="pass them along: checkpoint(supernet, images, widths)",
+            )
+        return self.open_block
 
     def _slices(self, widths: Widths) -> Slices:
         key = widths.values_
@@ -177,8 +212,12 @@ class Supernet(nn.Module):
         return slices
 
     def example(self, batch_size: int = 1) -> Any:
-        """Return inputs of the shapes that the model was traced with, of this batch size, on the meta device."""
-        return make_meta_example(self._trace.example, batch_size)
+        """Return inputs of the shapes that the model was traced with, of this batch size, on the meta device.
+
+        Raises:
+            WidthError: the batch size is no positive integer.
+        """
+        return make_meta_example(self._trace.example, check_integer("batch_size", batch_size, WidthError))
 
     def extract(self, widths: Widths | None = None) -> nn.Module:
         """Return the subnet as an ordinary model of the same type, with weights of its own.
@@ -217,6 +256,19 @@ class Supernet(nn.Module):
         spec = self._spec.narrow(slices, saved=set(self.model.state_dict()), widths=widths.to_dict())
         model.autoslim = spec  # type: ignore[assignment]
         return model
+
+
+def _check_further_input(value: Any) -> None:
+    """Raise WidthError if an input beyond those of the traced forward looks like widths of the wrong type."""
+    if isinstance(value, (Real, str, bytes, Mapping, list, tuple)) and not isinstance(value, bool):
+        if collect_tensors(value):
+            return
+        raise WidthError.at(
+            "widths",
+            got=quote(value),
+            needed="Widths, from supernet.space.from_dict({name: width}), .uniform(ratio), .max() and so on",
+            remedy="pass an input of the model by its name",
+        )
 
 
 class _OpenBlocks(threading.local):

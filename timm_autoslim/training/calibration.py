@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_autoslim.errors import DataError, StaleStatisticsError
+from timm_autoslim.utils.arguments import check_flag, check_module
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor], *, distributed: bool = False) -> None:
@@ -29,8 +30,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, distributed: bool 
             should get the same batches. `SyncBatchNorm` joins the batches of all processes in any case.
 
     Raises:
-        DataError: `batches` is empty (with `distributed`, in every process), its first item is not a tensor, or a model
-            with `SyncBatchNorm` gets more batches in one process than in another.
+        DataError: `batches` is no iterable, or is a tensor itself; it is empty (with `distributed`, in every process);
+            an item is not a tensor; or a model with `SyncBatchNorm` gets more batches in one process than in another.
+        ConfigError: another argument is of the wrong type.
 
     Example:
         >>> import timm, torch
@@ -42,6 +44,11 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, distributed: bool 
         2
     """
     norms = [norm for norm in _list_norms(model) if norm.track_running_stats and norm.running_mean is not None]
+    check_flag("distributed", distributed)
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        needed = "an iterable of input tensors (N, C, H, W)"
+        remedy = "pass [images] for a single batch" if isinstance(batches, Tensor) else ""
+        raise DataError.at("batches", got=f"a {type(batches).__name__}", needed=needed, remedy=remedy)
     if not norms:
         return
     parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -95,12 +102,12 @@ def _get_device(norms: list[_BatchNorm]) -> torch.device:
 
 
 def _check_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the batches; raise DataError if the first is not a tensor."""
+    """Yield the batches; raise DataError at the first that is not a tensor."""
     for index, inputs in enumerate(batches):
-        if not index and not isinstance(inputs, Tensor):
+        if not isinstance(inputs, Tensor):
             raise DataError.at(
                 "batches",
-                got=f"a {type(inputs).__name__} as the first batch",
+                got=f"a {type(inputs).__name__} as the first batch" if not index else f"a {type(inputs).__name__}",
                 needed="input tensors (N, C, H, W)",
                 remedy="if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`",
             )
@@ -158,6 +165,9 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     Args:
         model: the model, such as `supernet.model`.
 
+    Raises:
+        ConfigError: the model is no module.
+
     Example:
         >>> import timm, torch
         >>> from timm_autoslim import batch_statistics, convert
@@ -197,6 +207,7 @@ def check_batch_statistics(model: nn.Module) -> None:
 
 
 def _list_norms(model: nn.Module) -> list[_BatchNorm]:
+    check_module("model", model)
     return [module for module in model.modules() if isinstance(module, _BatchNorm)]
 
 

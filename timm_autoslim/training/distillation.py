@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from timm_autoslim.errors import ConfigError
+from timm_autoslim.utils.arguments import check_positive, check_type, is_number, quote
 from timm_autoslim.utils.tables import Table
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -34,6 +35,9 @@ def soft_cross_entropy(outputs: Tensor, teacher: Tensor, temperature: float = 1.
         teacher: logits (N, classes), detached.
         temperature: T, above 0; the higher, the softer both distributions.
 
+    Raises:
+        ConfigError: an argument is of the wrong type or out of range.
+
     Example:
         >>> import torch
         >>> from timm_autoslim import soft_cross_entropy
@@ -44,6 +48,7 @@ def soft_cross_entropy(outputs: Tensor, teacher: Tensor, temperature: float = 1.
         >>> round(soft_cross_entropy(teacher, teacher).item(), 3)
         0.693
     """
+    _check_arguments(outputs, teacher, temperature)
     soft = (teacher.float() / temperature).softmax(dim=1)
     return F.cross_entropy(outputs.float() / temperature, soft) * temperature**2
 
@@ -81,7 +86,7 @@ def adaptive_alpha_divergence(
         clip: the largest importance weight.
 
     Raises:
-        ConfigError: an alpha is 0.
+        ConfigError: an alpha is 0, or an argument is of the wrong type or out of range.
 
     Example:
         >>> import torch
@@ -95,8 +100,12 @@ def adaptive_alpha_divergence(
         >>> adaptive_alpha_divergence(teacher, teacher).abs().item() < 1e-6
         True
     """
-    if not alpha_min or not alpha_max:
-        raise ConfigError.at("alpha_min, alpha_max", got=f"{alpha_min} and {alpha_max}", needed="two that are not 0")
+    _check_arguments(outputs, teacher, temperature)
+    for name, alpha in (("alpha_min", alpha_min), ("alpha_max", alpha_max)):
+        if not is_number(alpha) or not alpha:
+            raise ConfigError.at(name, got=quote(alpha), needed="a number that is not 0")
+    if not is_number(clip) or not clip > 0:
+        raise ConfigError.at("clip", got=quote(clip), needed="a number above 0; math.inf for none")
     log_q = (outputs.float() / temperature).log_softmax(dim=1)  # (N, classes)
     log_p = (teacher.float() / temperature).log_softmax(dim=1)
     with torch.no_grad():
@@ -106,6 +115,13 @@ def adaptive_alpha_divergence(
         slope = torch.where(larger[:, None], first[1], second[1])  # (N, classes)
     surrogate = (slope * log_q).sum(dim=1)  # (N,): its gradient is the formula's, its value is not
     return (surrogate + (value - surrogate.detach())).mean() * temperature**2
+
+
+def _check_arguments(outputs: Tensor, teacher: Tensor, temperature: float) -> None:
+    """Raise ConfigError unless these are two tensors and a number above 0."""
+    check_type("outputs", outputs, Tensor, ConfigError, "a tensor of logits (N, classes)")
+    check_type("teacher", teacher, Tensor, ConfigError, "a tensor of logits (N, classes)")
+    check_positive("temperature", temperature, ConfigError)
 
 
 def _divergence(log_p: Tensor, log_q: Tensor, alpha: float, clip: float) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from timm_autoslim.errors import ConfigError, quote_error
 from timm_autoslim.tracing.outer_state import with_empty_caches
+from timm_autoslim.utils.arguments import check_module, quote
 from timm_autoslim.utils.meta import copy_to_meta, fix_seed, make_meta_example, run_model
 from timm_autoslim.utils.tensors import collect_tensors
 
@@ -41,6 +43,9 @@ def zero_last_norms(model: nn.Module, example: Any) -> list[str]:
     Returns:
         The paths of the BatchNorms, in the model's order; none if no branch ends in one.
 
+    Raises:
+        ConfigError: the model is no module, or it cannot run on the example.
+
     Example:
         >>> import timm, torch
         >>> from timm_autoslim import zero_last_norms
@@ -48,9 +53,17 @@ def zero_last_norms(model: nn.Module, example: Any) -> list[str]:
         >>> zero_last_norms(model, torch.zeros(1, 3, 32, 32))
         ['layer1.0.bn2', 'layer2.0.bn2', 'layer3.0.bn2', 'layer4.0.bn2']
     """
+    check_module("model", model)
+    if not collect_tensors(example):
+        needed = "a tensor (N, C, H, W), or the inputs of the model's forward as a tuple or a dict"
+        raise ConfigError.at("example", got=quote(example), needed=needed)
     meta = copy_to_meta(model).train()
     with torch.enable_grad(), fix_seed():
-        outputs = with_empty_caches(meta, lambda _: run_model(meta, make_meta_example(example, 2)))
+        try:
+            outputs = with_empty_caches(meta, lambda _: run_model(meta, make_meta_example(example, 2)))
+        except (TypeError, RuntimeError) as error:
+            got = f"one on which the forward raises {type(error).__name__}: {quote_error(error)}"
+            raise ConfigError.at("example", got=got, needed="an example that the model takes") from error
     norms = {module.weight: path for path, module in meta.named_modules() if isinstance(module, _BatchNorm)}
     scales = _find_branch_scales(outputs)
     paths = [path for scale, path in norms.items() if scale in scales]

@@ -14,7 +14,15 @@ from timm_autoslim.errors import ConfigError
 from timm_autoslim.supernet.space import SearchSpace, Widths
 from timm_autoslim.training.distillation import LossFn, soft_cross_entropy
 from timm_autoslim.training.dropout import disable_dropout
-from timm_autoslim.utils.arguments import as_integer
+from timm_autoslim.utils.arguments import (
+    as_integer,
+    check_callable,
+    check_flag,
+    check_integer,
+    check_share,
+    check_type,
+    quote,
+)
 
 
 @dataclass(frozen=True)
@@ -114,8 +122,8 @@ def sandwich_step(
             but the last subnet run in it, forward and backward.
 
     Raises:
-        ConfigError: `n` is below 2, `teach_widest` is out of range or has no teacher, or the teacher's logits are of
-            another shape than the widest's.
+        ConfigError: an argument is of the wrong type, `n` is below 2, `teach_widest` is out of range or has no teacher,
+            or the teacher's logits are of another shape than the widest's.
 
     Example:
         >>> import timm, torch
@@ -130,7 +138,12 @@ def sandwich_step(
         >>> len(step.losses)
         4
     """
-    _check_arguments(n, teacher, teach_widest)
+    check_type("space", space, SearchSpace, ConfigError, "the supernet's search space, supernet.space")
+    _check_callables(model, loss_fn, sample, distill, teacher, backward, no_sync)
+    _check_numbers(n, teacher, teach_widest, sizes)
+    check_type("generator", generator, torch.Generator | None, ConfigError, "a torch.Generator")  # type: ignore[arg-type]
+    check_flag("only_widest", only_widest)
+    check_flag("regularize_widest_only", regularize_widest_only)
     draw = sample or space.sample
     subnets = (space.max(),) if only_widest else (space.max(), space.min(), *(draw(generator) for _ in range(n - 2)))
     # after the widths, so that these are the same with and without sizes
@@ -163,16 +176,35 @@ def sandwich_step(
     return SandwichStep(subnets, tuple(losses), widest)
 
 
-def _check_arguments(n: int, teacher: object, teach_widest: float) -> None:
+def _check_callables(
+    model: object, loss_fn: object, sample: object, distill: object, teacher: object, backward: object, no_sync: object
+) -> None:
+    """Raise ConfigError if an argument of a step cannot be called."""
+    check_callable("model", model, ConfigError, "the supernet, or a wrapper of it, called as model(inputs, widths)")
+    check_callable("loss_fn", loss_fn, ConfigError, "a callable loss_fn(outputs, targets)")
+    if sample is not None:
+        check_callable("sample", sample, ConfigError, "a callable sample(generator), or None")
+    check_callable("distill", distill, ConfigError, "a callable distill(outputs, teacher)")
+    if teacher is not None:
+        check_callable("teacher", teacher, ConfigError, "a callable teacher(inputs), or None")
+    check_callable("backward", backward, ConfigError, "a callable backward(loss)")
+    check_callable("no_sync", no_sync, ConfigError, "a callable no_sync() that returns a context")
+
+
+def _check_numbers(n: int, teacher: object, teach_widest: float, sizes: Sequence[int]) -> None:
     """Raise ConfigError if the numbers of a step are out of range."""
     number = as_integer(n)
     if number is None or number < 2:
         raise ConfigError.at(
             "n", got=repr(n), needed="an integer of at least 2, for the widest and the narrowest subnet"
         )
-    if not 0 <= teach_widest <= 1 or (teach_widest and teacher is None):
-        needed = "a share from 0 to 1, and a teacher= if it is above 0"
+    needed = "a share from 0 to 1, and a teacher= if it is above 0"
+    if check_share("teach_widest", teach_widest, ConfigError, needed) and teacher is None:
         raise ConfigError.at("teach_widest", got=repr(teach_widest), needed=needed)
+    if not isinstance(sizes, Sequence) or isinstance(sizes, (str, bytes)):
+        raise ConfigError.at("sizes", got=quote(sizes), needed="a list of sides in pixels; () for none")
+    for side in sizes:
+        check_integer("sizes", side, ConfigError)
 
 
 def _check_teacher(logits: Tensor | None, outputs: Tensor) -> None:
