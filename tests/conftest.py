@@ -1,16 +1,39 @@
 """Every test starts from the same seed and runs on one thread, so that equal means equal."""
 
+import gc
+
 import pytest
 import torch
+from helpers.traces import trace_once
+
+from timm_autoslim.supernet import convert
 
 torch.set_num_threads(1)
+gc.disable()  # until all is imported: what is imported stays, and searching it for garbage takes seconds
+
+
+# These test the tracing itself; for all others the same model need not be traced a second time.
+TRACING = ("tests/tracing/", "tests/supernet/", "tests/zoo/")
 
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats a traceback at every call
+
+
+@pytest.fixture(autouse=True)
+def _trace_once(request, monkeypatch):
+    if not request.node.nodeid.startswith(TRACING):
+        monkeypatch.setattr(convert, "trace_model", trace_once)
 
 
 def pytest_collection_modifyitems(items):
     """Run tests that fork first: once autograd has threads, which some tests make it start, no process can fork it."""
     items.sort(key=lambda item: "forks" not in item.keywords)
+
+
+def pytest_collection_finish():
+    """Leave what is imported out of every later search for garbage, and search seldom: it took a tenth of the time."""
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+    gc.enable()

@@ -60,9 +60,10 @@ def run_blocks(page):
         exec(compile(block, page.name, "exec"), names)
 
 
-QUICK = ["docs/quickstart.md", "docs/operators.md", "docs/howto/budgets.md", "docs/howto/freezing.md"]
+QUICK = ["docs/quickstart.md", "docs/operators.md", "docs/howto/freezing.md"]
 
 
+@pytest.mark.xdist_group("apart")
 @pytest.mark.parametrize("name", slow_but(QUICK, [name_of(page) for page in PAGES if blocks(page, "python")]))
 def test_python_blocks_run(name, tmp_path):
     # apart: a page may register a rule, seed, or set threads

@@ -97,7 +97,7 @@ def test_timm_can_save_a_loaded_model_itself(resnet, tmp_path):
 # ---- what a user changed after extraction
 
 
-@pytest.mark.parametrize("classes", [0, 7])
+@pytest.mark.parametrize("classes", slow_but([7], [0, 7]))
 def test_a_new_head_is_recorded(classes, tmp_path):
     model = slim("resnet10t")
     model.reset_classifier(classes)
@@ -126,7 +126,7 @@ def test_a_torchvision_model_that_timm_knows_nothing_of_exports(tmp_path):
 
 
 @pytest.mark.parametrize("base", slow_but(["resnet10t"], ["resnet10t", "torchvision/mobilenet_v2"]))
-@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("channels", slow_but([4], [1, 4]))
 def test_other_input_channels_are_recorded(base, channels, tmp_path):
     model = slim(base, in_chans=channels)
     loaded = load(export(model, tmp_path / "out"))

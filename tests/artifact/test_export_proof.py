@@ -33,9 +33,9 @@ def resnet():
 @pytest.mark.parametrize(
     ("base", "args"),
     [
-        ("resnet10t", {"num_classes": 10, "output_stride": 8}),
+        pytest.param("resnet10t", {"num_classes": 10, "output_stride": 8}, marks=pytest.mark.slow),
         ("resnet10t", {"num_classes": 10, "act_layer": "silu", "drop_rate": 0.3}),
-        ("test_efficientnet", {"bn_eps": 0.1, "pad_type": "same"}),
+        pytest.param("test_efficientnet", {"bn_eps": 0.1, "pad_type": "same"}, marks=pytest.mark.slow),
         ("test_vit", {"num_heads": 4, "img_size": (64, 96), "act_layer": "relu"}),
     ],
 )

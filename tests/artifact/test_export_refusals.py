@@ -30,11 +30,11 @@ def test_a_model_without_a_spec_is_refused(tmp_path):
 
 
 def test_a_spec_without_a_base_is_refused_until_it_is_named(tmp_path):
-    model = slim("mobilenetv2_035")
+    model = slim("resnet10t")
     model.autoslim = model.autoslim.replace(base=None, base_args={})
-    refused(ArtifactError, "EfficientNet: got a spec without a base; needed: .*; pass base=", tmp_path, model)
-    folder = export(model, tmp_path / "out", base="mobilenetv2_035")
-    assert load(folder).autoslim == model.autoslim.replace(base="mobilenetv2_035")
+    refused(ArtifactError, "ResNet: got a spec without a base; needed: .*; pass base=", tmp_path, model)
+    folder = export(model, tmp_path / "out", base="resnet10t")
+    assert load(folder).autoslim == model.autoslim.replace(base="resnet10t")
 
 
 def test_stale_statistics_are_refused(tmp_path):
@@ -110,6 +110,7 @@ def test_a_spec_that_does_not_fit_the_base_is_refused(tmp_path):
     refused(ArtifactError, r"spec 'sizes\.conv1\.0\.weight': got \(900", tmp_path, model)
 
 
+@pytest.mark.slow
 def test_bases_that_cannot_be_built_on_the_meta_device_export(tmp_path):
     model = apply_spec(create_base("torchvision/regnet_y_400mf"), make_spec("torchvision/regnet_y_400mf", {}))
     assert same(state(model), state(load(export(model, tmp_path / "out"))))

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from helpers.marks import slow_but
 from helpers.models import TwoGroups
 from timm.models.efficientnet import _gen_mobilenet_v2
 from torch import nn
@@ -99,7 +100,7 @@ def test_published_mobilenet_v2(library, channels, published):
     assert_published(model, mobilenet_v2_modules(model), channels, published)
 
 
-@pytest.mark.parametrize("library", RESNET50)
+@pytest.mark.parametrize("library", slow_but(["torchvision"], RESNET50))
 @pytest.mark.parametrize(
     ("channels", "published"), [(RESNET50_570M, 570_087_056), (RESNET50_2G, 2_006_144_224)], ids=["570M", "2G"]
 )
@@ -114,7 +115,7 @@ def test_published_resnet50(library, channels, published):
         pytest.param(torchvision.models.mobilenet_v2, 300_774_272, 3_504_872, marks=pytest.mark.slow),
         pytest.param(lambda: timm.create_model("mobilenetv2_100"), 300_774_272, 3_504_872, marks=pytest.mark.slow),
         (torchvision.models.resnet50, 4_089_184_256, 25_557_032),
-        (lambda: timm.create_model("resnet50"), 4_089_184_256, 25_557_032),
+        pytest.param(lambda: timm.create_model("resnet50"), 4_089_184_256, 25_557_032, marks=pytest.mark.slow),
     ],
     ids=["torchvision/mobilenet_v2", "timm/mobilenetv2_100", "torchvision/resnet50", "timm/resnet50"],
 )

@@ -31,8 +31,8 @@ CASTS = {
 
 
 # Convolutions of all kinds, gates, patches, windows, attention in torch's own layers.
-QUICK = ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "swin_tiny_patch4_window7_224",
-         "torchvision/SwinTransformer", "torchvision/VisionTransformer"]  # fmt: skip
+QUICK = ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "torchvision/SwinTransformer",
+         "torchvision/VisionTransformer"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", slow_but(QUICK, MEMBERS))

@@ -31,7 +31,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["fcn_resnet50", "r3d_18"], CASES))
+@pytest.mark.parametrize("name", slow_but(["r3d_18"], CASES))
 def test_models_of_other_tasks_convert_and_are_extracted(name):
     build, inputs = CASES[name]
     model = randomise(build()).eval()

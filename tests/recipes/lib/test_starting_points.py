@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from helpers.marks import slow_but
 from helpers.recipes import TINY, parse_train, run_train
 from safetensors.torch import save_file
 
@@ -102,7 +103,7 @@ def test_branches_may_start_at_zero(tmp_path):
         create_starting_model(parse_train(tmp_path, "--zero-init-last", model="vgg11_bn", model_kwargs={}, img_size=32))
 
 
-@pytest.mark.parametrize("order", sorted(CRITERIA))
+@pytest.mark.parametrize("order", slow_but(["l1", "taylor"], sorted(CRITERIA)))
 def test_channels_are_ordered_in_place_and_the_widest_stays_the_same(tmp_path, order):
     torch.manual_seed(0)
     supernet = make_supernet(parse_train(tmp_path)).eval()
