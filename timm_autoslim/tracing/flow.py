@@ -336,6 +336,11 @@ class Flow:
             trial.join(codes[0], row)
         return len(np.unique(trial.find(codes[0]))) < max(counts)
 
+    def tie_rows(self, rows: Vector) -> None:
+        """Tie the channels of each row: they are removed together."""
+        for column in range(1, rows.shape[1]):
+            self.atoms.join(rows[:, 0], rows[:, column])
+
     def tie_by_position(self, rows: Vector) -> Vector:
         """Return new channels that are tied to the rows by count and position only."""
         label = self.atoms.create(rows.shape[1])

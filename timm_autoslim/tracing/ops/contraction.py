@@ -91,16 +91,16 @@ def _label_groups(flow: Flow, op: OperatorCall, lx: Label, lw: Labels) -> Label:
         flow.atoms.join(lx, first)
     if groups >= min(in_each, out_each) and (attribute or in_each == 1):
         flow.freeze_label(lw[1], "the channels inside a group stay, because entire groups are removed")
-        tie_rows(flow, grid)
+        flow.tie_rows(grid)
         flow.constrain(grid[:, 0], groups_in_code)
         if op["transposed"]:
             return np.repeat(grid[:, 0], out_each)
         rows = first.reshape(groups, out_each)
-        tie_rows(flow, rows)
+        flow.tie_rows(rows)
         flow.atoms.join(grid[:, 0], rows[:, 0])
         return first
     if op["transposed"]:
-        tie_rows(flow, grid.T)
+        flow.tie_rows(grid.T)
         return None if lw[1] is None else np.tile(lw[1], groups)
     _tie_shares(flow, grid, first.reshape(groups, out_each), lw[1])
     return first
@@ -113,7 +113,7 @@ def _tie_shares(flow: Flow, grid: Vector, rows: Vector, inner: Label) -> None:
     elif inner is not None:
         for inputs in grid:
             flow.atoms.join(inputs, inner)
-    tie_rows(flow, rows.T)
+    flow.tie_rows(rows.T)
 
 
 def _find_groups(flow: Flow, groups: int) -> int:
@@ -121,9 +121,3 @@ def _find_groups(flow: Flow, groups: int) -> int:
     by_position = next((a for a in flow.call.args[6:9] if isinstance(a, Size)), groups)
     number: int = flow.call.kwargs.get("groups", by_position)
     return number
-
-
-def tie_rows(flow: Flow, grid: Vector) -> None:
-    """Tie the channels of each row of the grid: they are removed together."""
-    for column in range(1, grid.shape[1]):
-        flow.atoms.join(grid[:, 0], grid[:, column])

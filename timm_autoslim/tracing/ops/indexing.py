@@ -6,7 +6,6 @@ import numpy as np
 
 from timm_autoslim.tracing.flow import Flow, Labels
 from timm_autoslim.tracing.labels import Vector
-from timm_autoslim.tracing.ops.contraction import tie_rows
 from timm_autoslim.tracing.ops.schema import OperatorCall
 from timm_autoslim.tracing.ops.table import RULES
 from timm_autoslim.tracing.sizes import Size
@@ -28,7 +27,7 @@ def _slice(flow: Flow, op: OperatorCall) -> None:
     last = length if op["end"] is None or op["end"] > length else op["end"]
     labels[dim] = label[first:last:step]
     if step != 1 and first < step and last == length and length % step == 0:
-        tie_rows(flow, label.reshape(-1, step))  # whole blocks stay or go, so the slice takes the same of each
+        flow.tie_rows(label.reshape(-1, step))  # whole blocks stay or go, so the slice takes the same of each
         return flow.set_labels(out, labels)
     if step != 1:
         flow.freeze_label(label, "a slice with a step takes channels at fixed positions")

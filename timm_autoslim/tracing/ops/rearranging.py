@@ -9,7 +9,6 @@ import numpy as np
 
 from timm_autoslim.tracing.flow import Flow, Labels
 from timm_autoslim.tracing.labels import Label
-from timm_autoslim.tracing.ops.contraction import tie_rows
 from timm_autoslim.tracing.ops.schema import OperatorCall
 from timm_autoslim.tracing.ops.table import RULES
 
@@ -121,7 +120,7 @@ def _col2im(flow: Flow, op: OperatorCall) -> None:
     channels = None
     if blocks is not None:
         grid = blocks.reshape(-1, prod(op["kernel_size"]))
-        tie_rows(flow, grid)  # the points of one channel's window go together
+        flow.tie_rows(grid)  # the points of one channel's window go together
         channels = grid[:, 0]
     flow.set_labels(op.out, [batch, channels, None, None])
 
@@ -133,7 +132,7 @@ def _pixel_shuffle(flow: Flow, op: OperatorCall) -> None:
     channels = None
     if blocks is not None:
         grid = blocks.reshape(-1, op["upscale_factor"] ** 2)
-        tie_rows(flow, grid)  # the points of one channel's block go together
+        flow.tie_rows(grid)  # the points of one channel's block go together
         channels = grid[:, 0]
     flow.set_labels(op.out, [batch, channels, *[None] * len(along)])
 

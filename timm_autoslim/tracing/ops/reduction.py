@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from timm_autoslim.tracing.flow import Flow
-from timm_autoslim.tracing.ops.contraction import tie_rows
 from timm_autoslim.tracing.ops.elementwise import join_inputs
 from timm_autoslim.tracing.ops.schema import OperatorCall, tensors_in_lists
 from timm_autoslim.tracing.ops.table import RULES
@@ -51,10 +50,10 @@ def _group_norm(flow: Flow, op: OperatorCall) -> None:
         grid = vector.reshape(groups, -1)
         groups_in_code = flow.call.find_size(groups)
         if isinstance(groups_in_code, Size) and groups >= grid.shape[1]:
-            tie_rows(flow, grid)
+            flow.tie_rows(grid)
             flow.constrain(grid[:, 0], groups_in_code)
         else:
-            tie_rows(flow, grid.T)
+            flow.tie_rows(grid.T)
     flow.set_labels(op.out[0], labels)
     for statistic in op.out[1:]:
         flow.set_labels(statistic, [None] * statistic.dim())
