@@ -342,3 +342,19 @@ def test_the_state_of_a_model_without_caches_is_empty():
     state = OuterState(Tokens())
     assert not state.keep_constants()
     state.restore()
+
+
+options = ["first"]
+
+
+class Configured(Tokens):
+    def __init__(self, options=()):
+        super().__init__()
+        self.count = len(options)
+
+
+def test_an_argument_with_the_name_of_a_global_is_not_that_one():
+    state = OuterState(Configured())
+    options.append("later")
+    state.restore()
+    assert options == ["first", "later"]

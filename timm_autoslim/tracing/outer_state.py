@@ -342,10 +342,10 @@ class _Walk:
             self.add(member, name=name)
 
     def _read_code(self, code: types.CodeType) -> frozenset[str]:
-        """Return the names in the code of a function, and of those inside it."""
-        names = frozenset((*code.co_names, *code.co_freevars, *code.co_cellvars, *code.co_varnames[: code.co_argcount]))
-        names = names.union(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount])
-        self._codes.append((code, names))
+        """Return the global names in the code of a function, and of those inside it."""
+        names = frozenset(code.co_names)  # an argument that has the name of a global is not that one
+        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        self._codes.append((code, names.union(code.co_freevars, code.co_cellvars, arguments)))
         inside = [self._read_code(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
         return names.union(*inside)
 
