@@ -72,13 +72,17 @@ class Bench(nn.Module):
             model = timm.create_model(setting["model"], img_size=size)
         except TypeError:  # takes images of any size
             model = timm.create_model(setting["model"])
-        inputs = torch.randn(setting["batch"], 3, size, size)  # (N, C, H, W)
-        layout = torch.channels_last if setting["channels_last"] else torch.contiguous_format
-        self.inputs = inputs.to(self.device, memory_format=layout)
-        self.targets = torch.randint(0, 1000, (setting["batch"],)).to(self.device)
-        self.model = model.to(self.device, memory_format=layout).train()
+        self.size, self.layout = size, torch.channels_last if setting["channels_last"] else torch.contiguous_format
+        self.draw_batch(setting["batch"])
+        self.model = model.to(self.device, memory_format=self.layout).train()
         if not base_only:
             self.supernet = convert(self.model, torch.zeros(2, 3, size, size), order="l1").train()
+
+    def draw_batch(self, count: int) -> None:
+        """Take another batch, of so many images."""
+        inputs = torch.randn(count, 3, self.size, self.size)  # (N, C, H, W)
+        self.inputs = inputs.to(self.device, memory_format=self.layout)
+        self.targets = torch.randint(0, 1000, (count,)).to(self.device)  # (N,)
 
     def time_pairs(
         self, ours: Callable[[int], Any], theirs: Callable[[int], Any], reset: Callable[[int], None], n: int
@@ -92,15 +96,16 @@ class Bench(nn.Module):
             times = []
             for run in (ours, theirs) if index % 2 else (theirs, ours):
                 reset(index)
-                self._wait()
+                self.wait()
                 start, system = self.clock(), read_system_time()
                 run(index)
-                self._wait()
+                self.wait()
                 times.append((self.clock() - start, read_system_time() - system))
             pairs.append(tuple(times if index % 2 else reversed(times)))
         return pairs[1:]
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait until the GPU has done all that was launched."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -124,9 +129,8 @@ class Bench(nn.Module):
         sandwich_step(self, self.supernet.space, self.inputs, self.targets, F.cross_entropy, generator=generator)
 
 
-def measure_half(setting: dict[str, Any], repeats: int) -> dict[str, Any]:
+def measure_half(bench: Bench, repeats: int) -> dict[str, Any]:
     """Time the half-wide subnet over its extracted model."""
-    bench = Bench(setting)
     widths = bench.supernet.space.uniform(0.5)
     extracted = bench.supernet.extract(widths).train()
     result: dict[str, Any] = {}
@@ -144,9 +148,8 @@ def measure_half(setting: dict[str, Any], repeats: int) -> dict[str, Any]:
     return result
 
 
-def measure_step(setting: dict[str, Any], repeats: int) -> dict[str, Any]:
+def measure_step(bench: Bench, repeats: int) -> dict[str, Any]:
     """Time a sandwich step over the sum of its extracted models' steps."""
-    bench = Bench(setting)
     space = bench.supernet.space
     widest, narrowest = (bench.supernet.extract(widths).train() for widths in (space.max(), space.min()))
     models: dict[int, list[nn.Module]] = {}  # of the current pair: a training draws new widths in every step
@@ -162,10 +165,18 @@ def measure_step(setting: dict[str, Any], repeats: int) -> dict[str, Any]:
             random = [bench.supernet.extract(space.sample(generator)).train() for _ in range(2)]
             models.clear()
             models[index] = [widest, narrowest, *random]
+            bench.run_sandwich(index)  # libraries plan for new shapes at their first use, whoever comes first
+            theirs(index)
         for network in (bench.supernet, *models[index]):
             network.zero_grad()
 
     return summarize(bench.time_pairs(bench.run_sandwich, theirs, reset, repeats))
+
+
+def measure_times(question: str, setting: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Answer a question about time in one setting."""
+    measure = measure_step if question == "step" else measure_half
+    return measure(Bench(setting), repeats)
 
 
 def summarize(pairs: list[tuple[tuple[float, float], tuple[float, float]]]) -> dict[str, float]:
@@ -293,15 +304,14 @@ def main() -> None:
         if question != "defaults" or args.device == "cpu"
     ]
     todo = [] if args.only_table else [job for job in todo if job not in done]
-    functions = {"half": (measure_half, KEEP), "defaults": (measure_half, {}), "step": (measure_step, KEEP)}
     with contextlib.closing(tqdm(todo, unit="measurement")) as bar:
         for question, setting in bar:
             bar.set_postfix_str(f"{setting['model']}, batch {setting['batch']}: {question}")
             if question == "memory":
                 figures = measure_memory(setting)
             else:
-                measure, malloc = functions[question]
-                figures = run_in_process(measure, (setting, args.repeats), malloc)
+                malloc = {} if question == "defaults" else KEEP
+                figures = run_in_process(measure_times, (question, setting, args.repeats), malloc)
             results.add({"question": question, "setting": setting, **figures})
     print(make_table(results))
     if args.table:

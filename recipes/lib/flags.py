@@ -39,6 +39,13 @@ def add_general_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, default=0, help="CPU threads per process; 0: leave torch's choice")
     group.add_argument("--amp", action=ON_OFF, default=False, help="mixed precision")
     group.add_argument("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    group.add_argument(
+        "--deterministic",
+        action=ON_OFF,
+        default=False,
+        help="slower algorithms that give the same bits every time: a resumed training on a GPU then equals the "
+        "uninterrupted one",
+    )
     group.add_argument("--channels-last", action=ON_OFF, default=False, help="NHWC memory layout")
 
 
@@ -179,7 +186,8 @@ def add_supernet_flags(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         choices=list(SAMPLERS),
         default="independent",
-        help="random widths: drawn for each group (AutoSlim), or one multiplier for all groups (US-Nets)",
+        help="random widths: drawn for each group (AutoSlim); the same, from eleven widths of each group, which is "
+        "faster on GPUs; or one multiplier for all groups (US-Nets)",
     )
     group.add_argument(
         "--sandwich-delay",

@@ -40,6 +40,9 @@ def make_accelerator(args: argparse.Namespace, folder: Path | None = None) -> Ac
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_memory()
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's documentation on reproducibility
+        torch.use_deterministic_algorithms(True, warn_only=True)
     accelerator = Accelerator(
         mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[args.amp_dtype] if args.amp else None,
         kwargs_handlers=[

@@ -92,6 +92,18 @@ def test_sampling_is_random_over_all_choices_and_repeats_with_its_generator(spac
     assert first != [space.sample() for _ in range(20)]
 
 
+def test_steps_draw_from_few_widths_the_least_and_the_largest_among_them():
+    space = convert(TwoGroups(64), torch.zeros(1, 3, 8, 8), divisor=4).space
+    generator = torch.Generator().manual_seed(0)
+    for group in space.groups:
+        drawn = {space.sample(generator, steps=4)[group.name] for _ in range(200)}
+        assert len(drawn) == min(5, len(group.choices))
+        assert drawn <= set(group.choices)
+        assert {group.choices[0], group.size} <= drawn
+    with pytest.raises(WidthError, match="^steps: got 0; needed: a positive integer"):
+        space.sample(steps=0)
+
+
 def test_a_multiplier_is_shared_by_all_groups_and_repeats_with_its_generator(space):
     draws = [[space.sample_multiplier(g) for _ in range(600)] for g in (torch.Generator().manual_seed(3) for _ in "ab")]
     assert draws[0] == draws[1]

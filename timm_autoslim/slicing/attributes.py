@@ -26,7 +26,12 @@ def set_attributes(model: nn.Module, values: Mapping[str, Value], *, copy_object
     Raises:
         KeyError, IndexError: there is nothing at a path.
     """
+    owners: dict[str, dict[str, Any]] = {}  # attributes of the modules met so far, by path
     for path, value in values.items():
+        prefix, _, leaf = path.rpartition(".")
+        if prefix in owners and leaf in owners[prefix]:  # most paths, in no time
+            owners[prefix][leaf] = value
+            continue
         module, parts = model, path.split(".")
         while len(parts) > 1 and parts[0] in module._modules:
             module, parts = module._modules[parts[0]], parts[1:]  # type: ignore[assignment]
@@ -36,6 +41,8 @@ def set_attributes(model: nn.Module, values: Mapping[str, Value], *, copy_object
             attributes[parts[0]] = _replace(attributes[parts[0]], parts[1:], value, copy_objects, copy_dicts=False)
         except (KeyError, IndexError, ValueError) as error:
             raise type(error)(f"{path}: the model has no such attribute") from error
+        if len(parts) == 1:
+            owners[prefix] = attributes
 
 
 def _replace(holder: Any, parts: Sequence[str], value: Any, copy_objects: bool, copy_dicts: bool) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from timm_autoslim.slicing.attributes import set_attributes
 from timm_autoslim.slicing.slices import Slices, find_entries, is_cache
-from timm_autoslim.slicing.tensors import slice_for_call
+from timm_autoslim.slicing.tensors import clone_tensors, slice_for_call
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -65,32 +65,34 @@ class _Replication:
         modules = list(model.modules())
         self.memo: dict[int, Any] = {id(module): object.__new__(type(module)) for module in modules}
         self.memo |= slice_for_call((entry.tensor, entry.axes) for entry in find_entries(model, slices))
-        for module in modules:
-            self._copy_state(module)
-        for module in modules:
-            object.__setattr__(self.memo[id(module)], "__dict__", self._copy_namespace(module.__dict__))
+        variables = [_list_variables(module) for module in modules]
+        self._copy_state(modules, variables)
+        for module, values in zip(modules, variables, strict=True):
+            namespace = self._copy_namespace(module.__dict__, values)
+            object.__setattr__(self.memo[id(module)], "__dict__", namespace)
         self.replica = self.memo[id(model)]
         set_attributes(self.replica, slices.attributes, copy_objects=True)  # it shares them with the model
 
-    def _copy_state(self, module: nn.Module) -> None:
+    def _copy_state(self, modules: list[nn.Module], variables: list[dict[str, Any]]) -> None:
         """Copy the tensors that a forward may write; what has a gradient is a weight, and shared."""
-        for store in (module._buffers, module.__dict__):
-            for value in store.values():
-                if isinstance(value, Tensor) and id(value) not in self.memo and not value.requires_grad:
-                    self.memo[id(value)] = value.clone()
+        memo = self.memo
+        tensors = [t for module in modules for t in module._buffers.values() if t is not None and id(t) not in memo]
+        for values in variables:
+            tensors += [t for t in values.values() if isinstance(t, Tensor) and id(t) not in memo]
+        state = {id(tensor): tensor for tensor in tensors if not tensor.requires_grad}
+        memo.update(zip(state, clone_tensors(list(state.values())), strict=True))
 
-    def _copy_namespace(self, attributes: dict[str, Any]) -> dict[str, Any]:
+    def _copy_namespace(self, attributes: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Return the `__dict__` of a module's replica."""
         namespace, memo = attributes.copy(), self.memo
         for name in _STORES:  # most of the work, so without a call for each entry
-            namespace[name] = {key: memo.get(id(item), item) for key, item in attributes[name].items()}
+            store = attributes[name]
+            namespace[name] = {key: memo.get(id(item), item) for key, item in store.items()} if store else {}
         for name in _HOOKS:
             hooks = attributes.get(name)
             namespace[name] = self._copy(hooks) if hooks else OrderedDict()
-        for name in attributes.keys() - _MODULE_NAMES:
-            value = attributes[name]
-            if type(value) not in _CONSTANTS:
-                namespace[name] = {} if is_cache(name, value) else self._copy(value)
+        for name, value in variables.items():
+            namespace[name] = {} if is_cache(name, value) else self._copy(value)
         return namespace
 
     def _copy(self, value: Any) -> Any:
@@ -159,6 +161,17 @@ class _Replication:
         redirected.__kwdefaults__ = function.__kwdefaults__
         redirected.__dict__.update(function.__dict__)
         return redirected
+
+
+def _list_variables(module: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a module that its forward may write or write to, beside what every module has."""
+    return {
+        name: value
+        for name, value in module.__dict__.items()
+        if (kind := type(value)) not in _CONSTANTS
+        and name not in _MODULE_NAMES
+        and not (kind is tuple and _CONSTANTS.issuperset(map(type, value)))
+    }
 
 
 def _contents(cell: types.CellType) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -15,9 +16,12 @@ Axis = tuple[tuple[int, int], ...] | None
 # Above this many blocks one gather or scatter is cheaper than a view for each.
 MAX_BLOCKS = 64
 # So many parameters, with so many numbers in all, are sliced by one node of autograd's graph. A node costs time, and
-# holds the gradients of its slices until it has all of them.
-NODE_TENSORS = 16
-NODE_NUMBERS = 1 << 18
+# holds the gradients of its slices until it has all of them: on a CPU they should still be in its cache then.
+NODE_TENSORS, NODE_NUMBERS = 16, 1 << 18
+CUDA_NODE_TENSORS, CUDA_NODE_NUMBERS = 64, 1 << 22
+_PLAIN = {Tensor, nn.Parameter}
+# What one kernel can copy of many tensors.
+_NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64}
 
 
 def take_slice(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
@@ -27,6 +31,15 @@ def take_slice(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     itself, or share its memory.
     """
     layout = _memory_format(tensor)
+    if (
+        any(axes)
+        and type(tensor) in _PLAIN
+        and not (torch.is_grad_enabled() and tensor.requires_grad)
+        and not _is_transformed()
+    ):
+        block = _view_block(tensor, axes)
+        if block is not None:  # as nearly always: in one step
+            return block if len(axes) == 1 and tensor.stride(0) == 1 else block.contiguous(memory_format=layout)
     for dim, runs in enumerate(axes):
         if runs is None:
             continue
@@ -43,20 +56,37 @@ def take_slice(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
 
 def add_slice(tensor: Tensor, slice_: Tensor, axes: tuple[Axis, ...]) -> None:
     """Add `slice_` to the entries of `tensor` that `take_slice(tensor, axes)` returns, in place."""
-    strides, offset = tensor.stride(), tensor.storage_offset()
-    for runs, stride in zip(axes, strides, strict=True):
-        if runs is not None:
-            if len(runs) > 1:
-                break
-            offset += runs[0][0] * stride
-    else:  # one block, as nearly always: a single view of it
-        tensor.as_strided(slice_.shape, strides, offset).add_(slice_)
+    block = _view_block(tensor, axes)
+    if block is not None:  # as nearly always
+        block.add_(slice_)
         return
     irregular = [runs for runs in axes if runs is not None and len(runs) > 1 and not _are_regular(runs)]
     if math.prod(map(len, irregular)) > MAX_BLOCKS:
         _add_by_index(tensor, slice_, axes)
     else:
         _add_by_views(tensor, slice_, axes)
+
+
+def _view_block(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor | None:
+    """Return the entries of the only run of every axis, as one view; None if an axis has several runs."""
+    strides = tensor.stride()
+    block = _locate_block(axes, tensor.shape, strides)
+    return None if block is None else tensor.as_strided(block[0], strides, tensor.storage_offset() + block[1])
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _locate_block(
+    axes: tuple[Axis, ...], sizes: tuple[int, ...], strides: tuple[int, ...]
+) -> tuple[tuple[int, ...], int] | None:
+    """Return the shape of the block that has one run in every axis, and where it begins; None if there is no such."""
+    shape, offset = list(sizes), 0
+    for dim, runs in enumerate(axes):
+        if runs is not None:
+            if len(runs) > 1:
+                return None
+            start, shape[dim] = runs[0]
+            offset += start * strides[dim]
+    return tuple(shape), offset
 
 
 def _add_by_index(tensor: Tensor, slice_: Tensor, axes: tuple[Axis, ...]) -> None:
@@ -119,40 +149,63 @@ def copy_slice(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     return slice_
 
 
+def clone_tensors(tensors: list[Tensor]) -> list[Tensor]:
+    """Return copies of tensors: of those on a GPU many at once, since every kernel that is launched takes its time."""
+    copies: list[Tensor | None] = [None] * len(tensors)
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(() if _is_transformed() else tensors):
+        if tensor.is_cuda and tensor.dtype in _NUMBERS and tensor.layout is torch.strided:
+            groups.setdefault((tensor.device, tensor.dtype), []).append(index)
+    for indexes in groups.values():
+        # a product with one is exact, of -0 and of what is no number too
+        for index, product in zip(indexes, torch._foreach_mul([tensors[i] for i in indexes], 1), strict=True):
+            copies[index] = product
+    return [tensor.clone() if copy is None else copy for tensor, copy in zip(tensors, copies, strict=True)]
+
+
 def slice_for_call(tensors: Iterable[tuple[Tensor, tuple[Axis, ...]]]) -> dict[int, Tensor]:
     """Return the slices for one call of a model, by the ids of the tensors that they are of.
 
     Slices of whatever requires a gradient lead it back; slices of buffers are copies.
     """
     slices: dict[int, Tensor] = {}
+    vectors: dict[int, Tensor] = {}  # views of running statistics and the like, to be copied
     trained: dict[int, tuple[Tensor, tuple[Axis, ...]]] = {}
-    gradients, transformed = torch.is_grad_enabled(), torch._C._functorch.peek_interpreter_stack() is not None
+    gradients, transformed = torch.is_grad_enabled(), _is_transformed()
     for tensor, axes in tensors:
-        if id(tensor) in slices or id(tensor) in trained:
+        key, requires_grad = id(tensor), tensor.requires_grad
+        if key in slices or key in trained or key in vectors:
             continue
-        if not isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
-            slices[id(tensor)] = _copy_detached(tensor, axes)
-        elif gradients and tensor.requires_grad and any(axes):
-            if isinstance(tensor, nn.Parameter) and not transformed:
-                trained[id(tensor)] = tensor, axes
+        if not requires_grad and not isinstance(tensor, nn.Parameter):
+            if len(axes) == 1 and axes[0] is not None and len(axes[0]) == 1:
+                vectors[key] = tensor.narrow(0, *axes[0][0])
+            else:
+                slices[key] = _copy_detached(tensor, axes)
+        elif gradients and requires_grad and any(axes):
+            if not transformed and isinstance(tensor, nn.Parameter):
+                trained[key] = tensor, axes
             else:  # computed from parameters: by functional_call, DataParallel, or a transform of torch.func
-                slices[id(tensor)] = take_slice(tensor, axes)
+                slices[key] = take_slice(tensor, axes)
         else:
-            slices[id(tensor)] = slice_ = take_slice(tensor, axes)
-            if slice_.requires_grad != tensor.requires_grad:
+            slices[key] = slice_ = take_slice(tensor, axes)
+            if slice_.requires_grad != requires_grad:
                 # Without gradients too: torch's matmul picks its kernel by this flag of the weight.
-                slice_.requires_grad_(tensor.requires_grad)
+                slice_.requires_grad_(requires_grad)
+    slices.update(zip(vectors, clone_tensors(list(vectors.values())), strict=True))
     for ids in _split_into_nodes(trained):
         parameters, axes_of_all = zip(*(trained[key] for key in ids), strict=True)
         slices.update(zip(ids, _Slice.apply(axes_of_all, *parameters), strict=True))
     return slices
 
 
+def _is_transformed() -> bool:
+    """Return whether a transform of torch.func, such as `grad` or `vmap`, is running."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def _copy_detached(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     """Return a slice without gradient that shares no memory with the tensor."""
     tensor = tensor.detach() if tensor.requires_grad else tensor
-    if len(axes) == 1 and axes[0] is not None and len(axes[0]) == 1:  # running statistics and the like
-        return tensor.narrow_copy(0, *axes[0][0])
     slice_ = take_slice(tensor, axes)
     if tensor.is_contiguous():  # its addresses are quicker to compare than its storage
         first = tensor.data_ptr()
@@ -168,7 +221,8 @@ def _split_into_nodes(trained: Mapping[int, tuple[Tensor, tuple[Axis, ...]]]) ->
     numbers = 0
     for key, (tensor, _) in trained.items():
         numbers += tensor.numel()
-        if ids and (len(ids) == NODE_TENSORS or numbers > NODE_NUMBERS):
+        most, limit = (CUDA_NODE_TENSORS, CUDA_NODE_NUMBERS) if tensor.is_cuda else (NODE_TENSORS, NODE_NUMBERS)
+        if ids and (len(ids) == most or numbers > limit):
             yield ids
             ids, numbers = [], tensor.numel()
         ids.append(key)
@@ -193,6 +247,8 @@ class _Slice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         results: list[Tensor | None] = [None] * (1 + len(gradients))
+        blocks: list[Tensor] = []  # of `.grad`, and what is added to them
+        parts: list[Tensor] = []
         twice = torch.is_grad_enabled()  # somebody wants the gradient of the gradient
         for i, (gradient, parameter, axes, (node, _)) in enumerate(
             zip(gradients, ctx.parameters, ctx.axes, ctx.next_functions, strict=True), 1
@@ -204,7 +260,14 @@ class _Slice(torch.autograd.Function):
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            add_slice(parameter.grad, gradient, axes)
+            block = _view_block(parameter.grad, axes)
+            if block is None:
+                add_slice(parameter.grad, gradient, axes)
+            else:
+                blocks.append(block)
+                parts.append(gradient)
+        if blocks:
+            torch._foreach_add_(blocks, parts)
         return tuple(results)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from timm_autoslim.errors import WidthError
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.utils.arguments import as_integer, check_flag
+from timm_autoslim.utils.arguments import as_integer, check_flag, check_integer
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,12 @@ def check_mapping(name: str, value: object, form: str) -> None:
         raise WidthError.at(name, got=f"a {type(value).__name__}", needed=f"a dict {form}")
 
 
+def _spread(choices: Sequence[int], steps: int) -> Sequence[int]:
+    """Return the first choice, the last, and those between that cut the range into so many equal steps."""
+    steps, last = check_integer("steps", steps, WidthError), len(choices) - 1
+    return [choices[round(i * last / steps)] for i in range(steps + 1)] if last > steps else choices
+
+
 def draw_numbers(n: int, generator: torch.Generator | None) -> list[float]:
     """Return n random numbers, from 0 to below 1.
 
@@ -255,11 +261,16 @@ class SearchSpace:
             return self._make_widths(max(g.choices[0], round(ratio * g.size)) for g in self.groups)
         return self._make_widths(min(g.choices, key=lambda c: (abs(c - ratio * g.size), -c)) for g in self.groups)
 
-    def sample(self, generator: torch.Generator | None = None) -> Widths:
+    def sample(self, generator: torch.Generator | None = None, steps: int | None = None) -> Widths:
         """Return random widths, drawn for each group independently (AutoSlim's non-uniform sampling, arXiv 1903.11728).
 
+        Args:
+            generator: of torch, on the CPU; None is torch's own.
+            steps: how many steps there are between the widths of a group that are drawn from, evenly spread over its
+                choices; None draws from all choices. On a GPU every new width costs time (`SAMPLERS`).
+
         Raises:
-            WidthError: the generator is no `torch.Generator`.
+            WidthError: the generator is no `torch.Generator`, or `steps` no positive integer.
 
         Example:
             >>> import timm, torch
@@ -270,7 +281,8 @@ class SearchSpace:
             True
         """
         numbers = draw_numbers(len(self.groups), generator)
-        return self._make_widths(g.choices[int(u * len(g.choices))] for u, g in zip(numbers, self.groups, strict=True))
+        choices = [g.choices if steps is None else _spread(g.choices, steps) for g in self.groups]
+        return self._make_widths(c[int(u * len(c))] for u, c in zip(numbers, choices, strict=True))
 
     def sample_multiplier(self, generator: torch.Generator | None = None) -> Widths:
         """Return the widths of one random multiplier for all groups, as `uniform` does (US-Nets, arXiv 1903.05134).

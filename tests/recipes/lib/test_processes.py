@@ -1,6 +1,7 @@
 """What Accelerate is set up for, and what is refused."""
 
 import argparse
+import os
 
 import pytest
 import torch
@@ -38,3 +39,14 @@ def test_float16_needs_a_gpu(tmp_path, monkeypatch):
             run_train(tmp_path, "half", "--amp", "--amp-dtype", "float16")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_deterministic_asks_torch_for_the_same_bits_every_time(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode, warn_only: asked.append((mode, warn_only)))
+    make_accelerator(parse("train", write_config(tmp_path)))
+    assert not asked
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # a user's own stays
+    make_accelerator(parse("train", write_config(tmp_path), "--deterministic"))
+    assert asked == [(True, True)]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"

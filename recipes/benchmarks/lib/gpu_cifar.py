@@ -1,0 +1,304 @@
+"""ResNet-56 on CIFAR-10, with all images on the GPU: trained, slimmed and fine-tuned."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import io
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_autoslim import HeldOut, SearchResult, calibrate, convert, cost, search, soft_cross_entropy
+
+Row = dict[str, Any]
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+BATCH, HELD_OUT = 256, 2500
+# MACs of the base over those of the network: as in the tables of most papers on pruning.
+RATIOS = {"2.11x": 2.11, "2.57x": 2.57}
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al., arXiv 1512.03385, section 4.2)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
+        branch = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(branch + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """The ResNet for 32 px images with 6 n + 2 layers (He et al., arXiv 1512.03385, section 4.2)."""
+
+    def __init__(self, depth: int = 56, num_classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        blocks, inputs = [], 16
+        for stage, width in enumerate((16, 32, 64)):
+            for index in range((depth - 2) // 6):
+                blocks.append(Block(inputs, width, 2 if stage and not index else 1))
+                inputs = width
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images (N, 3, 32, 32) to logits (N, classes)."""
+        x = self.blocks(F.relu(self.bn1(self.conv1(x))))
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def read_images(path: Path) -> tuple[Tensor, Tensor]:
+    """Read class folders in a .tar file: images (N, 3, 32, 32) of bytes, and classes (N,)."""
+    images, names = [], []
+    with tarfile.open(path) as archive:
+        for member in archive:
+            file = archive.extractfile(member) if member.isfile() else None
+            if file is not None:
+                images.append(np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB")))
+                names.append(member.name.split("/")[-2])
+    classes = sorted(set(names))
+    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return stacked, torch.tensor([classes.index(name) for name in names])
+
+
+class Cifar:
+    """CIFAR-10 on one device, normalised.
+
+    Attributes:
+        padded: training images with 4 zeros around them (N, 3, 40, 40); the last `HELD_OUT` are for searches.
+        targets: their classes (N,).
+        test: images (M, 3, 32, 32) and classes (M,).
+    """
+
+    def __init__(self, folder: Path, device: torch.device, limit: int | None = None) -> None:
+        mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
+        parts = []
+        for name in ("train", "test"):
+            images, targets = read_images(folder / f"{name}.tar")
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit]
+            pixels = (images[order].to(device).float() / 255 - mean) / std
+            parts.append((pixels.contiguous(memory_format=torch.channels_last), targets[order].to(device)))
+        (train, self.targets), self.test = parts
+        self.padded = F.pad(train, (4, 4, 4, 4))
+        self.device = device
+
+    def draw_epoch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the first `count` training images, shuffled, cropped and flipped at random, and their classes."""
+        device = self.device
+        order = torch.randperm(count, generator=generator).to(device)
+        top, left = (torch.randint(9, (count, 1), generator=generator).to(device) for _ in range(2))
+        flip = torch.randint(2, (count, 1), generator=generator).to(device).bool()
+        steps = torch.arange(32, device=device)
+        columns = left + torch.where(flip, 31 - steps, steps)  # (N, 32)
+        images = self.padded[order[:, None, None], :, (top + steps)[:, :, None], columns[:, None, :]]  # (N, 32, 32, 3)
+        return images.permute(0, 3, 1, 2), self.targets[order]
+
+    def list_held_out(self, part: int = 500) -> list[tuple[Tensor, Tensor]]:
+        """Return the images that no training sees before the search, in parts."""
+        held = min(HELD_OUT, len(self.targets) // 4)
+        images, targets = self.padded[-held:, :, 4:36, 4:36], self.targets[-held:]
+        return list(zip(torch.split(images, part), torch.split(targets, part), strict=True))
+
+
+@functools.cache
+def load_cifar(folder: Path, device: str, limit: int | None) -> Cifar:
+    """Return the data of a folder, once for all stages."""
+    return Cifar(folder, torch.device(device), limit)
+
+
+class Step:
+    """One training step on a batch of fixed size; on a GPU a CUDA graph of it."""
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer, example: Tensor
+    ) -> None:
+        self.model, self.teacher, self.optimizer = model, teacher, optimizer
+        self.images = torch.zeros_like(example)
+        self.targets = torch.zeros(len(example), dtype=torch.long, device=example.device)
+        self.loss = torch.zeros((), device=example.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if example.is_cuda:
+            self._capture()
+
+    def __call__(self, images: Tensor, targets: Tensor) -> None:
+        """Train on images (N, 3, 32, 32) and classes (N,)."""
+        self.images.copy_(images)
+        self.targets.copy_(targets)
+        if self.graph:
+            self.graph.replay()
+        else:
+            self._run()
+
+    def _run(self) -> None:
+        device = self.images.device.type
+        self.optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=False):
+            outputs = self.model(self.images)
+            loss = F.cross_entropy(outputs, self.targets)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    taught = self.teacher(self.images)
+                loss = 0.5 * loss + 0.5 * soft_cross_entropy(outputs, taught, temperature=2.0)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.loss.copy_(loss.detach())
+
+    def _capture(self) -> None:
+        """Record the graph; the runs that warm up leave the weights as they were."""
+        state = {name: value.clone() for name, value in self.model.state_dict().items()}
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            for _ in range(3):
+                self._run()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        self.optimizer.zero_grad()
+        with torch.cuda.graph(self.graph):
+            self._run()
+        self.model.load_state_dict(state)
+        for buffers in self.optimizer.state.values():
+            buffers["momentum_buffer"].zero_()
+
+
+def fit(
+    model: nn.Module, data: Cifar, count: int, epochs: int, rate: float, *, teacher: nn.Module | None = None,
+    say: Callable[[str], None] = print,
+) -> None:  # fmt: skip
+    """Train by SGD with Nesterov's momentum: a short warm-up, then a cosine."""
+    device = data.device
+    model.train()
+    rate_now = torch.tensor(0.0, device=device)
+    fused: dict[str, Any] = {"fused": True} if device.type == "cuda" else {}
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=rate_now if fused else 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, **fused
+    )
+    generator = torch.Generator().manual_seed(0)
+    batch = min(BATCH, count)
+    step, updates = (
+        Step(
+            model, teacher, optimizer, data.padded[:batch, :, 4:36, 4:36].contiguous(memory_format=torch.channels_last)
+        ),
+        count // batch,
+    )
+    start = time.perf_counter()
+    for epoch in range(epochs):
+        images, targets = data.draw_epoch(count, generator)
+        for index in range(updates):
+            share = (epoch + index / updates) / epochs
+            value = rate * min(share * epochs / 2, 1.0) * 0.5 * (1 + np.cos(np.pi * share))
+            if fused:
+                rate_now.fill_(value)
+            else:
+                optimizer.param_groups[0]["lr"] = value
+            step(images[index * batch :][:batch], targets[index * batch :][:batch])
+        if (epoch + 1) % 20 == 0:
+            say(f"epoch {epoch + 1}/{epochs}, loss {step.loss.item():.3f}, {time.perf_counter() - start:.0f} s")
+
+
+@torch.no_grad()
+def test(model: nn.Module, data: Cifar) -> float:
+    """Return the top-1 accuracy on the test images, in per cent."""
+    model.eval()
+    images, targets = data.test
+    outputs = torch.cat([model(part) for part in torch.split(images, 500)])  # (M, classes)
+    hits = int((outputs.argmax(1) == targets).sum())
+    return 100 * hits / len(targets)
+
+
+def list_stages(args: argparse.Namespace) -> list[str]:
+    """Return the stages, each of which needs those before it; none without data."""
+    return ["base", "search", *RATIOS] if args.data_dir else []
+
+
+def make_model(args: argparse.Namespace, data: Cifar) -> nn.Module:
+    """Return the network with fresh weights, on the device."""
+    torch.manual_seed(0)
+    return CifarResNet(8 if args.toy else 56).to(data.device).to(memory_format=torch.channels_last)
+
+
+def measure_stage(name: str, args: argparse.Namespace) -> Iterator[Row]:
+    """Train the base, search, or fine-tune one network; what a later stage needs is left in the checkpoints' folder."""
+    data = load_cifar(args.data_dir, args.device, 600 if args.toy else None)
+    count = len(data.targets) - min(HELD_OUT, len(data.targets) // 4)
+    args.checkpoints.mkdir(parents=True, exist_ok=True)
+    base = make_model(args, data)
+    start, path = time.perf_counter(), args.checkpoints / "base.pt"
+    if name == "base":
+        fit(base, data, count, args.epochs[0], 0.2)
+        torch.save(base.state_dict(), path)
+        yield {"question": "cifar10", "network": "base", "epochs": args.epochs[0], "top1": test(base, data),
+               "params": sum(p.numel() for p in base.parameters()), "seconds": time.perf_counter() - start}  # fmt: skip
+        return
+    base.load_state_dict(torch.load(path))
+    base.eval()
+    supernet = convert(base, torch.zeros(2, 3, 32, 32, device=data.device), order="l1")
+    supernet.model.to(memory_format=torch.channels_last)
+    macs = cost(supernet).macs
+    if name == "search":
+        evaluate = HeldOut(data.list_held_out(), lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]).item())
+        result = search(supernet, {"macs": [round(macs / ratio) for ratio in RATIOS.values()]}, evaluate)
+        result.save(args.checkpoints / "search.json")
+        yield {"question": "cifar10", "network": "search", "macs_base": macs, "evaluations": result.evaluations,
+               "seconds": time.perf_counter() - start}  # fmt: skip
+        return
+    networks = SearchResult.load(args.checkpoints / "search.json").networks
+    widths = supernet.space.from_dict(networks[list(RATIOS).index(name)].widths.to_dict())
+    slim = supernet.extract(widths)
+    generator = torch.Generator().manual_seed(1)
+    calibrate(slim, torch.split(data.draw_epoch(count, generator)[0][:4096], 512))
+    raw = test(slim, data)
+    teacher = make_model(args, data)
+    teacher.load_state_dict(torch.load(path))
+    fit(slim, data, len(data.targets), args.epochs[1], 0.1, teacher=teacher.eval())
+    yield {"question": "cifar10", "network": name, "epochs": args.epochs[1], "top1": test(slim, data), "raw_top1": raw,
+           "macs": cost(supernet, widths).macs, "macs_base": macs,
+           "params": sum(p.numel() for p in slim.parameters()), "seconds": time.perf_counter() - start}  # fmt: skip
+    torch.save(slim.state_dict(), args.checkpoints / f"{name}.pt")
+
+
+def make_table(rows: list[Row]) -> str:
+    """Return the table of networks; empty if there are no rows."""
+    rows = [row for row in rows if row.get("question") == "cifar10" and "top1" in row]
+    if len(rows) < 2:  # the base alone says nothing
+        return ""
+    lines = [
+        "| ResNet-56 | MACs | params | before fine-tuning | epochs | test top-1 | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = f"{row['macs'] / 1e6:.1f}M (1/{row['macs_base'] / row['macs']:.2f})" if "macs" in row else "1"
+        raw = f"{row['raw_top1']:.2f}" if "raw_top1" in row else ""
+        cells = [
+            row["network"],
+            share,
+            f"{row['params'] / 1e6:.3f}M",
+            raw,
+            str(row["epochs"]),
+            f"{row['top1']:.2f}",
+            f"{row['seconds']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
