@@ -100,7 +100,7 @@ def test_steps_draw_from_few_widths_the_least_and_the_largest_among_them():
         assert len(drawn) == min(5, len(group.choices))
         assert drawn <= set(group.choices)
         assert {group.choices[0], group.size} <= drawn
-    with pytest.raises(WidthError, match="^steps: got 0; needed: a positive integer"):
+    with pytest.raises(WidthError, match=r"^steps: got 0; needed: a positive integer"):
         space.sample(steps=0)
 
 
