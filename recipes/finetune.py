@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -26,7 +25,13 @@ from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.flags import check_training_numbers
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import load_calibration_batches, make_evaluation_loader, make_training_loader
-from timm_autoslim.recipes.lib.models import choose_base_args, load_supernet, make_images, make_supernet
+from timm_autoslim.recipes.lib.models import (
+    choose_base_args,
+    describe_input,
+    load_supernet,
+    make_images,
+    make_supernet,
+)
 from timm_autoslim.recipes.lib.networks import Network, find_network
 from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import make_accelerator, synchronize_norms
@@ -137,17 +142,6 @@ def extract(accelerator: Accelerator, args: argparse.Namespace, run: Path, netwo
         synchronize_norms(accelerator, model)
     check_batch(model, model, make_images(args, args.batch_size, accelerator.device), accelerator.num_processes)
     return model
-
-
-def describe_input(model: Any, args: argparse.Namespace) -> None:
-    """Write into the model's `pretrained_cfg` how its images were prepared, for timm to read in the exported folder."""
-    of_base_size = ("test_input_size", "test_crop_pct", "pool_size")
-    config = {key: value for key, value in model.pretrained_cfg.items() if key not in of_base_size}
-    model.pretrained_cfg = {
-        **config, "num_classes": args.num_classes, "crop_pct": args.crop_pct, "mean": tuple(args.mean),
-        "input_size": (args.in_chans, args.img_size, args.img_size), "std": tuple(args.std),
-        "interpolation": args.interpolation,
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

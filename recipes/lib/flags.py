@@ -20,6 +20,7 @@ from timm_autoslim import (
 )
 from timm_autoslim.errors import ConfigError
 
+CROPS = ("center", "squash", "border")
 ON_OFF = argparse.BooleanOptionalAction
 
 
@@ -68,7 +69,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mean", type=float, nargs="+", help="per channel; as the model has it if not given")
     group.add_argument("--std", type=float, nargs="+", help="per channel; as the model has it if not given")
     group.add_argument("--interpolation", help="how images are resized; as the model has it if not given")
-    group.add_argument("--crop-pct", type=float, help="centre crop in evaluation; as the model has it if not given")
+    group.add_argument("--crop-pct", type=float, help="share that a test crops; as the model has it if not given")
+    group.add_argument("--crop-mode", choices=CROPS, help="how a test crops; as the model has it if not given")
     group.add_argument("--freeze", nargs="*", default=[], metavar="GLOB", help="modules that keep all their channels")
     group.add_argument("--min-width", type=float, help="narrowest share of every group's channels")
     group.add_argument("--divisor", type=int, help="widths are multiples of this")

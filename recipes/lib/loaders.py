@@ -37,7 +37,9 @@ def make_evaluation_loader(
 ) -> DataLoader[Any]:
     """Make timm's evaluation loader, without augmentation, over some images of a source, or all of them."""
     subset = Subset(source, args.num_classes, indices)
-    loader: DataLoader[Any] = create_loader(subset, is_training=False, crop_pct=args.crop_pct, **_choose_options(args))
+    loader: DataLoader[Any] = create_loader(
+        subset, is_training=False, crop_pct=args.crop_pct, crop_mode=args.crop_mode, **_choose_options(args)
+    )
     return loader
 
 

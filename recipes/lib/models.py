@@ -33,9 +33,24 @@ def resolve_input(args: argparse.Namespace, model: nn.Module) -> None:
     """Fill in the flags about the images that were not given: as the model has them."""
     data = resolve_data_config(vars(args), model=model)
     args.img_size = data["input_size"][-1]
-    args.interpolation, args.crop_pct = data["interpolation"], data["crop_pct"]
+    args.interpolation, args.crop_pct, args.crop_mode = data["interpolation"], data["crop_pct"], data["crop_mode"]
     for key in ("mean", "std"):
         setattr(args, key, fit_channels(data[key], args.in_chans))
+
+
+def describe_input(model: Any, args: argparse.Namespace) -> None:
+    """Write into the model's `pretrained_cfg` how its images were prepared, for timm to read in the exported folder.
+
+    All of it comes from the flags, which `resolve_input` has filled in and the loaders use; what the base says about
+    other sizes is dropped.
+    """
+    of_other_sizes = ("test_input_size", "test_crop_pct", "pool_size")
+    config = {key: value for key, value in model.pretrained_cfg.items() if key not in of_other_sizes}
+    model.pretrained_cfg = {
+        **config, "num_classes": args.num_classes, "crop_pct": args.crop_pct, "crop_mode": args.crop_mode,
+        "input_size": (args.in_chans, args.img_size, args.img_size), "mean": tuple(args.mean), "std": tuple(args.std),
+        "interpolation": args.interpolation,
+    }  # fmt: skip
 
 
 def fit_channels(values: Sequence[float], channels: int) -> list[float]:

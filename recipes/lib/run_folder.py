@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
-from safetensors.torch import load_model, save_model
-from torch import nn
+from safetensors.torch import load_file, save_model
+from torch import Tensor, nn
 
 from timm_autoslim import files
 from timm_autoslim.errors import ConfigError
@@ -29,7 +32,27 @@ def write_weights(path: Path, model: nn.Module) -> None:
 
 def read_weights(path: Path, model: nn.Module) -> None:
     """Load what `write_weights` wrote, strictly."""
-    load_model(model, str(path))
+    load_weights(model, load_file(path))
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load weights by name, strictly; of tensors that are tied in the model, one is enough.
+
+    Files of safetensors and plain dicts lack the versions of a state dict, without which torchvision's MNASNet loads
+    nothing.
+    """
+    needed: Any = model.state_dict()
+    state: Any = OrderedDict(weights)
+    by_place = {_find_place(tensor): weights[name] for name, tensor in needed.items() if name in weights}
+    for name, tensor in needed.items():
+        if name not in state and tensor.data_ptr() and _find_place(tensor) in by_place:
+            state[name] = by_place[_find_place(tensor)]
+    state._metadata = needed._metadata
+    model.load_state_dict(state)
+
+
+def _find_place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def write_args(folder: Path, args: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from timm_autoslim import Supernet, create_base, reorder_channels, zero_last_norms
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.models import choose_base_args, create_model, make_images, resolve_input
+from timm_autoslim.recipes.lib.run_folder import load_weights
 from timm_autoslim.recipes.lib.training import LossFn
 
 
@@ -96,7 +97,7 @@ def _load_torchvision(model: nn.Module, state: dict[str, Tensor]) -> None:
     fresh = model.state_dict()
     keys = [f"{config['classifier']}.{leaf}" for leaf in ("weight", "bias")]
     left = {key: fresh[key] for key in keys if key in state and state[key].shape != fresh[key].shape}
-    model.load_state_dict({**state, **left})
+    load_weights(model, {**state, **left})
 
 
 def order_channels(supernet: Supernet, order: str, loss_fn: LossFn, batches: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from timm_autoslim.recipes.lib.checkpoints import Progress
 from timm_autoslim.recipes.lib.divergence import Describe, NotFiniteError, check_losses, check_weights
+from timm_autoslim.recipes.lib.run_folder import load_weights
 from timm_autoslim.recipes.lib.summary import write_epoch
 from timm_autoslim.recipes.lib.trackers import start_trackers
 from timm_autoslim.recipes.lib.training import Training, make_mixup
@@ -265,4 +266,4 @@ def use_average(model: nn.Module, ema: ModelEmaV3 | None) -> Iterator[None]:
         model.load_state_dict(ema.module.state_dict())
         yield
     finally:
-        model.load_state_dict(weights)
+        load_weights(model, weights)

@@ -258,10 +258,18 @@ def _kinds(make, images):
         axis = get_channel_dim(getattr(model, "output_fmt", "NCHW")) if axis is None else axis
         return out.shape[axis] == (getattr(model, "out_features", None) or model.num_features)
 
+    def measured():
+        model = make().eval()
+        config = model.default_cfg
+        with torch.no_grad():
+            out = model.forward_features(torch.zeros(1, *config["input_size"]))
+        last = str(getattr(getattr(model, "output_fmt", "NCHW"), "value", "NCHW")) == "NHWC"
+        return tuple(out.shape[1:3] if last else out.shape[2:]) == tuple(config["pool_size"])
+
     yield "width of the output", sized
     yield "unknown arguments", refuses
     yield "in_chans and input_size", lambda: make().in_chans == make().default_cfg["input_size"][0]
-    yield "pool_size", lambda: tuple(make().default_cfg["pool_size"])
+    yield "pool_size", measured
     yield "bfloat16 after a forward", half
     yield "device= and dtype=", created
     yield "reset_classifier keeps device, type and mode", renewed

@@ -13,6 +13,7 @@ from timm_autoslim.artifact.apply import apply_common, apply_spec
 from timm_autoslim.artifact.bases import build_on_meta, call_base, construct_base, find_weight_filter, get_base_settings
 from timm_autoslim.artifact.config import refuse_forbidden
 from timm_autoslim.artifact.limits import MemoryLimit
+from timm_autoslim.artifact.preparation import write_input_size
 from timm_autoslim.artifact.spec import Spec, make_spec_error
 from timm_autoslim.artifact.torchvision import describe_features, remove_classifiers
 from timm_autoslim.errors import ArtifactError
@@ -67,6 +68,18 @@ class SlimBuilder:
             raise ArtifactError.at("num_classes", got=reprlib.repr(wanted), needed="an integer, 0 for no head")
         # The spec holds the head's tensors if its base had a head: such a base is built, and the head changed after.
         args = {**self.spec.copy_arguments(), **args, "num_classes": wanted if bool(wanted) == bool(native) else native}
+        model = self._build(args, wanted, native, global_pool, unfilled)
+        settings: Any = getattr(model, "pretrained_cfg", None)
+        size = args.get("img_size")
+        if size is not None and isinstance(settings, Mapping):
+            sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+            write_input_size(model, (settings["input_size"][0], *sides))
+        return model
+
+    def _build(
+        self, args: dict[str, Any], wanted: int, native: int, global_pool: str | None, unfilled: bool
+    ) -> nn.Module:
+        """Build a model of `wanted` classes, from a base of `native` ones."""
         base, call = self.limit.base, self.limit.call_unfilled if unfilled else self.limit.call
         model = call(construct_base, base, **args)
         if self.spec.from_torchvision:

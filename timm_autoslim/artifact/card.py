@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from timm.models import PretrainedCfg
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -89,9 +90,11 @@ def write_card(
     has_figure = draw_widths(path.with_name(FIGURE), model, base)
     lines = [
         *(*head, "---", "", f"# {name}", ""),
-        f"`{spec.base}`, slimmed by timm-autoslim. Channel groups that are narrower than in the base: "
-        f"{len(spec.widths)}. Input: {' x '.join(map(str, data.input_size))}. Classes: {data.num_classes}. "
-        "How the model differs from its base is in `config.json`, under `spec`.",
+        f"`{spec.base}`, slimmed by timm-autoslim, in {len(spec.widths)} channel groups. Input: "
+        f"{' x '.join(map(str, data.input_size))}. Classes: {data.num_classes}. How the model differs from its base is "
+        "in `config.json`, under `spec`.",
+        "",
+        *(describe_preparation(data), ""),
         "",
         f"| | {' | '.join(labels)} |",
         f"| --- |{' --- |' * len(labels)}",
@@ -109,6 +112,17 @@ def write_card(
         *(["With timm alone, in this folder:", "", "```python", timm_code, "```", ""] if timm_code else []),
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def describe_preparation(data: PretrainedCfg) -> str:
+    """Return how images are prepared, as sentences."""
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (data.mean, data.std))
+    crop = data.test_crop_pct or data.crop_pct
+    size = f" {data.test_input_size[1]} x {data.test_input_size[2]} pixels," if data.test_input_size else ""
+    return (
+        f"For a test, images are prepared by timm:{size} {data.interpolation} resizing, {data.crop_mode} crop of "
+        f"{100 * crop:.4g} %, mean {mean}, standard deviation {std}."
+    )
 
 
 def draw_widths(path: Path, model: nn.Module, base: nn.Module) -> bool:

@@ -15,13 +15,14 @@ from safetensors.torch import save_file
 from timm.models import FeatureInfo, PretrainedCfg
 from torch import Tensor, nn
 
-from timm_autoslim.artifact.bases import build_on_meta
+from timm_autoslim.artifact.bases import build_on_meta, get_base_settings
 from timm_autoslim.artifact.build import build_slim, find_pool_type
 from timm_autoslim.artifact.card import check_figures, write_card
 from timm_autoslim.artifact.compare import find_difference, find_unused_modules
 from timm_autoslim.artifact.config import Config, parse_settings
 from timm_autoslim.artifact.drafts import create_folder, refuse_existing
 from timm_autoslim.artifact.folder import CONFIG, WEIGHTS
+from timm_autoslim.artifact.preparation import measure_pool_size, merge_settings
 from timm_autoslim.artifact.pruned import PRUNED, write_pruned
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.artifact.torchvision import list_taps
@@ -46,6 +47,10 @@ def export(
     must the outputs for an image (with weights that hide no layer, so not those at zero). A folder that exists
     therefore also loads, and is the same model. It appears at once or not at all, also when the process is killed.
     Loading needs `import timm_autoslim` and `timm.create_model`.
+
+    How images are prepared is what the model's `pretrained_cfg` says, as everywhere in timm. `supernet.extract` writes
+    into it the size of the images that the supernet was traced with. If you have trained at another size, or with
+    another normalisation, change it before you export: `model.pretrained_cfg["input_size"] = (3, 96, 96)`.
 
     Args:
         model: a slim model, such as `supernet.extract` returns, fine-tuned or calibrated; its head and its input
@@ -264,20 +269,16 @@ def _count_inputs(model: nn.Module, names: Any) -> int | None:
 def _make_config(model: nn.Module, rebuilt: nn.Module, spec: Spec, changes: Mapping[str, Any]) -> Config:
     """Return the content of the folder's config.json."""
     rebuilt_cfg: Any = rebuilt.pretrained_cfg
-    cfg: Any = getattr(model, "pretrained_cfg", None)
-    merged = {**rebuilt_cfg, **(cfg if isinstance(cfg, Mapping) else {})}
-    merged.update(first_conv=rebuilt_cfg.get("first_conv"), classifier=rebuilt_cfg.get("classifier"), custom_load=False)
     classes = changes.get("num_classes", getattr(rebuilt, "num_classes", rebuilt_cfg["num_classes"]))
+    channels = changes.get("in_chans", spec.base_args.get("in_chans", rebuilt_cfg["input_size"][0]))
     dropped = {"state_dict", "architecture", "label_offset"}  # loaded weights have had their label offset applied
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    merged = merge_settings(cfg if isinstance(cfg, Mapping) else {}, rebuilt_cfg, channels)
     if classes != merged.get("num_classes"):
         dropped |= {"label_names", "label_descriptions"}
-    channels = changes.get("in_chans", spec.base_args.get("in_chans", rebuilt_cfg["input_size"][0]))
-    size = spec.base_args.get("img_size")
-    if size is not None:
-        merged["input_size"] = (channels, *(size if isinstance(size, tuple) else (size, size)))
-    for key in ("input_size", "test_input_size", "min_input_size"):
-        if merged.get(key):
-            merged[key] = (channels, *merged[key][1:])
+    if get_base_settings(spec.require_base()).pool_size and not merged.get("pool_size"):
+        merged["pool_size"] = measure_pool_size(rebuilt, merged["input_size"])
+    merged.update(first_conv=rebuilt_cfg.get("first_conv"), classifier=rebuilt_cfg.get("classifier"), custom_load=False)
     merged["num_classes"] = classes
     names = {field.name for field in fields(PretrainedCfg)} - dropped
     data = PretrainedCfg(**{key: value for key, value in merged.items() if key in names})

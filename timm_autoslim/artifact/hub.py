@@ -74,7 +74,7 @@ def push(folder: str | Path, repo_id: str, *, card: Mapping[str, object] | None 
             "tags": ["image-classification", "timm", "timm-autoslim"],
             "license": model.pretrained_cfg.get("license") or "other",
             "description": f"`{spec.base}`, slimmed by timm-autoslim.",
-            "details": {"Base": spec.base, "Narrower channel groups": len(spec.widths), **counts, **figures},
+            "details": {"Base": spec.base, "Channel groups": len(spec.widths), **counts, **figures},
             "usage": f"```python\n{usage}\n```",
         },
         safe_serialization=True,

@@ -20,6 +20,7 @@ from timm_autoslim.artifact.config import EXPORT_AGAIN, Config, parse_data_setti
 from timm_autoslim.artifact.features import choose_feature_cfg
 from timm_autoslim.artifact.folder import CONFIG, WEIGHTS, Header, check_weights, read_header, read_json
 from timm_autoslim.artifact.limits import MemoryLimit
+from timm_autoslim.artifact.preparation import write_input_size
 from timm_autoslim.artifact.spec import ARCHITECTURE, Spec
 from timm_autoslim.errors import ArtifactError, AutoSlimError
 
@@ -177,7 +178,8 @@ def find_changes(source: Source, kwargs: Mapping[str, Any], num_classes: int | N
 
 def _is_resized(source: Source, img_size: Any) -> bool:
     """Whether a user asks for another image size than that of the weights."""
-    exported = source.spec.base_args.get("img_size", source.data.input_size[1:])
+    spec = source.spec
+    exported = spec.base_args.get("img_size", get_base_settings(spec.require_base()).input_size[1:])
     sizes = [tuple(size) if isinstance(size, list | tuple) else (size, size) for size in (img_size, exported)]
     return img_size is not None and sizes[0] != sizes[1]
 
@@ -219,6 +221,10 @@ def _load(source: Source, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module
     )
     settings: Any = model.pretrained_cfg
     settings["first_conv"] = data.first_conv
+    size = kwargs.get("img_size")
+    if size is not None:
+        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+        write_input_size(model, (settings["input_size"][0], *sides))
     return model
 
 

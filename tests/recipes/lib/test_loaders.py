@@ -20,7 +20,7 @@ def test_a_class_that_the_model_does_not_have_is_named(tmp_path):
     with pytest.raises(DataError, match=r"Image 3 has the class 3, but the model has 3 classes \(0 to 2\): give"):
         subset[3]
     args = parse_train(tmp_path, "-b", "1", "-j", "1", num_classes=3)
-    args.interpolation, args.crop_pct = "bilinear", 1.0
+    args.interpolation, args.crop_pct, args.crop_mode = "bilinear", 1.0, "center"
     with pytest.raises(DataError, match="Image 3 has the class 3"):
         list(make_evaluation_loader(args, images))  # from a worker process too
 

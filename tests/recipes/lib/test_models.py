@@ -1,11 +1,12 @@
 """The supernet that the flags ask for."""
 
 import pytest
+import timm
 import torch
 from helpers.recipes import parse_train, run_train
 
 from timm_autoslim.errors import AutoSlimError, WidthError
-from timm_autoslim.recipes.lib.models import make_supernet
+from timm_autoslim.recipes.lib.models import describe_input, make_supernet
 
 
 def test_random_widths_are_choices_of_the_flags(tmp_path):
@@ -31,3 +32,16 @@ def test_a_configuration_of_another_model_is_refused(tmp_path):
     with pytest.raises(WidthError, match=r"freeze: got a glob \('stages.3'\) that matches no module"):
         run_train(tmp_path, "b", "--freeze", "stages.3")
     assert not (tmp_path / "a").exists()
+
+
+def test_the_input_is_that_of_the_training_and_not_of_the_base(tmp_path):
+    model = timm.create_model("resnet10t", num_classes=10, in_chans=1)
+    assert "test_input_size" in model.pretrained_cfg
+    args = parse_train(tmp_path)
+    args.crop_pct, args.crop_mode, args.interpolation = 0.9, "squash", "bicubic"
+    describe_input(model, args)
+    expected = {"input_size": (1, 16, 16), "mean": (0.5,), "std": (0.5,), "crop_pct": 0.9, "crop_mode": "squash",
+                "interpolation": "bicubic"}  # fmt: skip
+    assert {key: model.pretrained_cfg[key] for key in expected} == expected
+    assert "test_input_size" not in model.pretrained_cfg
+    assert model.pretrained_cfg["architecture"] == "resnet10t"
