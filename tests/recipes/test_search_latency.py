@@ -21,6 +21,7 @@ def folder(tmp_path_factory):
 
 
 def run_search(folder, *argv):
+    shutil.rmtree(folder / "search", ignore_errors=True)  # of an earlier search
     search.main([str(folder), "-c", write_config(folder.parent), *argv])
     return SearchResult.load(folder / "search" / "searched.json")
 
