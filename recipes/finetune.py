@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from timm_autoslim import calibrate, export
 from timm_autoslim.errors import OutputExistsError
 from timm_autoslim.recipes.lib.configuration import parse_args
-from timm_autoslim.recipes.lib.flags import check_training_numbers
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import load_calibration_batches, make_evaluation_loader, make_training_loader
 from timm_autoslim.recipes.lib.models import (
@@ -48,7 +47,6 @@ from timm_autoslim.recipes.lib.validation import check_batch, evaluate
 def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
     args = parse_args("finetune", __doc__, argv)
-    check_training_numbers(args)
     run = Path(args.run)
     network = find_network(run, args.network)
     args = read_args(run, args)

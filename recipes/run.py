@@ -27,7 +27,7 @@ import yaml
 import timm_autoslim  # noqa: F401  (registers the exported models with timm)
 from timm_autoslim import files
 from timm_autoslim.errors import ArtifactError, ConfigError
-from timm_autoslim.recipes.lib.configuration import parse_args, pick_values, read_config
+from timm_autoslim.recipes.lib.configuration import check_config, parse_args, read_config
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
 from timm_autoslim.recipes.lib.networks import is_searched, read_networks
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-processes", type=int, default=1, help="processes of each stage (GPUs, or CPU processes)")
     args, rest = parser.parse_known_args(argv)
     config = {"output": "runs", "experiment": Path(args.config).stem, **read_config(args.config), **read_flags(rest)}
-    pick_values("train", config, where="the flags")
+    check_config(config, where="the flags")
     run = Path(config["output"], config["experiment"])
     with own_folder(run, lock=".run.lock"):  # the stages own the folder itself
         run_stages(run, config, args.num_processes)
@@ -103,9 +103,9 @@ def keep_config(path: Path, config: dict[str, Any]) -> None:
     """Write the configuration to the run folder; a finished stage must not be taken for one of other settings.
 
     Raises:
-        ConfigError: the folder has another configuration.
+        ConfigError: the folder has another configuration, and its training has begun.
     """
-    if path.is_file():
+    if path.is_file() and any((path.parent / name).exists() for name in (SUPERNET, "checkpoints")):
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
         changes = sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key))
         if changes:

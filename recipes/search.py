@@ -52,7 +52,6 @@ from timm_autoslim import (
 )
 from timm_autoslim.errors import DataError, OutputExistsError
 from timm_autoslim.recipes.lib.configuration import parse_args
-from timm_autoslim.recipes.lib.flags import check_numbers
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import load_batches
 from timm_autoslim.recipes.lib.models import load_supernet
@@ -70,7 +69,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args("search", __doc__, argv)
     run = Path(args.run)
     texts = write_budgets(args.budgets)
-    check_numbers(args, {0: ("images",), 1: ("candidates", "steps", "cost_batch_size", "latency_threads")})
     args = read_args(run, args)
     accelerator = make_accelerator(args)
     accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}")

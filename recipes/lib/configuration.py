@@ -17,6 +17,7 @@ import yaml
 from timm.utils import ParseKwargs
 
 from timm_autoslim.errors import ConfigError
+from timm_autoslim.recipes.lib.checks import check_values
 from timm_autoslim.recipes.lib.flags import FLAGS, ON_OFF
 
 
@@ -24,7 +25,7 @@ def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) 
     """Return the values of one recipe's flags: defaults, then the YAML file of -c, then the command line.
 
     Raises:
-        ConfigError: the file cannot be read, a key is unknown, or a value is of the wrong type.
+        ConfigError: the file cannot be read, a key is unknown, or a value is of the wrong type or out of range.
     """
     parser = _make_parser(recipe, doc)
     config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -32,7 +33,21 @@ def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) 
     path = config_parser.parse_known_args(argv)[0].config
     if path:
         parser.set_defaults(**pick_values(recipe, read_config(path)))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_values(args)
+    return args
+
+
+def check_config(config: Mapping[str, Any], where: str) -> None:
+    """Check the values that every recipe would take from a configuration.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is of the wrong type or out of range.
+    """
+    for recipe in FLAGS:
+        parser = _make_parser(recipe)
+        parser.set_defaults(**pick_values(recipe, config, where))
+        check_values(parser.parse_args([] if recipe == "train" else ["RUN"]))
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

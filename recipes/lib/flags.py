@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
 
 from timm.utils import ParseKwargs
 
@@ -18,7 +17,6 @@ from timm_autoslim import (
     RUNTIMES,
     SAMPLERS,
 )
-from timm_autoslim.errors import ConfigError
 
 CROPS = ("center", "squash", "border")
 ON_OFF = argparse.BooleanOptionalAction
@@ -104,7 +102,9 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
     group.add_argument("--momentum", type=float, default=0.9)
     group.add_argument("--weight-decay", type=float, default=2e-5)
-    group.add_argument("--clip-grad", type=float, help="limit of the gradients, which are clipped once an update")
+    group.add_argument(
+        "--clip-grad", type=float, help="limit of the gradients, which are clipped once an update; 0: none"
+    )
     group.add_argument("--clip-mode", choices=("norm", "value", "agc"), default="norm")
     group.add_argument(
         "--grad-accum-steps", type=int, default=1, help="batches in one update; all of them train the same subnets"
@@ -365,30 +365,3 @@ FLAGS = {
         add_general_flags, add_optimizer_flags, add_augmentation_flags, add_training_flags, add_finetune_flags,
     ),
 }  # fmt: skip
-
-
-def check_numbers(args: argparse.Namespace, minima: Mapping[int, Sequence[str]]) -> None:
-    """Refuse numbers that are out of range, before any work is done; flags that were not given pass.
-
-    Args:
-        args: the flags of a recipe.
-        minima: by minimum, the flags of this recipe that have it; those of all recipes are checked besides.
-
-    Raises:
-        ConfigError: a number is too small, or NumPy does not take the seed.
-    """
-    for minimum, flags in [(0, ("threads", "workers")), (1, ("batch_size",)), *minima.items()]:
-        for flag in flags:
-            number = getattr(args, flag)
-            if number is not None and number < minimum:
-                raise ConfigError(f"--{flag.replace('_', '-')} {number}: needed {minimum} or more.")
-    if not 0 <= args.seed < 2**32:
-        raise ConfigError(f"--seed {args.seed}: needed a number from 0 to {2**32 - 1}.")
-
-
-def check_training_numbers(args: argparse.Namespace) -> None:
-    """Refuse numbers of a training that are out of range; raises as `check_numbers` does."""
-    check_numbers(args, {
-        0: ("epochs", "recovery_interval", "warmup_epochs"),
-        1: ("grad_accum_steps", "checkpoint_hist", "log_interval", "val_interval", "lr_base_size"),
-    })  # fmt: skip

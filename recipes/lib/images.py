@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import hashlib
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from timm_autoslim.errors import DataError
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("val", "validation", "test")
+BAD_IN_A_ROW = 10  # unreadable images
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class Subset(Dataset[tuple[Any, int]]):
     """
 
     def __init__(self, source: Any, classes: int, indices: Sequence[int] | None = None, seed: int | None = None):
+        if hasattr(source, "_max_retries"):  # of timm's datasets: an unreadable image raises at once
+            source._max_retries = 1
         self.source, self.classes, self.seed = source, classes, seed
         self.indices = range(len(source)) if indices is None else indices
         self.transform: Callable[[Image.Image], Any] | None = None
@@ -49,8 +53,7 @@ class Subset(Dataset[tuple[Any, int]]):
         return len(self.indices)
 
     def __getitem__(self, item: int) -> tuple[Any, int]:
-        index = self.indices[item]
-        image, target = self.source[index]
+        index, image, target = self._read(item)
         if not 0 <= int(target) < self.classes:
             raise DataError(
                 f"Image {index} has the class {int(target)}, but the model has {self.classes} classes (0 to "
@@ -60,6 +63,24 @@ class Subset(Dataset[tuple[Any, int]]):
             return image, int(target)
         with seed_by(f"{self.seed} {self.epoch} {index}") if self.seed is not None else contextlib.nullcontext():
             return self.transform(image), int(target)
+
+    def _read(self, item: int) -> tuple[int, Any, Any]:
+        """Return an image that can be read, this one or the next of the subset: its index in the source, image, target.
+
+        timm's datasets go on to the next image as well, but to one that may be of another subset.
+        """
+        faults = []
+        for index in (self.indices[(item + more) % len(self)] for more in range(BAD_IN_A_ROW)):
+            try:
+                image, target = self.source[index]
+            except Exception as error:  # a damaged file makes a reader raise anything
+                name = self.source.filename(index) if hasattr(self.source, "filename") else f"image {index}"
+                said = str(error).startswith("Failed to load")  # by timm, which has logged what is wrong with the file
+                faults.append(f"{name} cannot be read" + ("" if said else f" ({error})"))
+                warnings.warn(f"{faults[-1]}; the next image stands in for it.", stacklevel=2)
+            else:
+                return index, image, target
+        raise DataError(f"{BAD_IN_A_ROW} images in a row cannot be read. The first: {faults[0]}. Mend the data.")
 
 
 @contextlib.contextmanager
@@ -104,8 +125,11 @@ def open_images(args: argparse.Namespace) -> Images:
     """Open the training and the test images that the flags name.
 
     Raises:
-        DataError: they are missing or empty, or their classes contradict each other or --num-classes.
+        DataError: they are missing or empty, or their classes contradict each other or --num-classes, or they do not
+            have --in-chans.
     """
+    if args.in_chans not in (1, 3):
+        raise DataError(f"--in-chans {args.in_chans}: images are read in gray (1) or in colour (3).")
     mode = "L" if args.in_chans == 1 else "RGB"
     if args.dataset in (None, "digits") and not args.data_dir:
         train, test, classes = Digits(True, mode), Digits(False, mode), 10

@@ -29,8 +29,6 @@ def check_starting_flags(args: argparse.Namespace) -> None:
         raise ConfigError(f"{' and '.join(sources)} are two starting points: give one of them.")
     if sources and args.zero_init_last:
         raise ConfigError(f"--zero-init-last would erase trained weights of {sources[0]}: it is for a fresh start.")
-    if args.order == "taylor" and args.order_images < 1:
-        raise ConfigError(f"--order-images {args.order_images}: --order taylor needs the gradients of some images.")
 
 
 def describe_start(args: argparse.Namespace) -> dict[str, Any]:

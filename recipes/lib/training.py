@@ -56,6 +56,18 @@ def choose_learning_rate(args: argparse.Namespace, images: int) -> float:
     return float(args.lr_base * (share**0.5 if scale == "sqrt" else share))
 
 
+def make_scheduler(args: argparse.Namespace, optimizer: Optimizer, updates_per_epoch: int) -> Scheduler | None:
+    """Make timm's schedule, in steps of updates; None if there is no epoch, or no schedule is asked for."""
+    if not args.epochs:
+        return None
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched=args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs,
+        warmup_lr=args.warmup_lr, min_lr=args.min_lr, decay_epochs=args.decay_epochs, decay_rate=args.decay_rate,
+        step_on_epochs=False, updates_per_epoch=updates_per_epoch,
+    )  # fmt: skip
+    return scheduler
+
+
 @dataclass(frozen=True)
 class Training:
     """Everything that a training loop runs on; made by `prepare`.
@@ -120,13 +132,7 @@ def prepare(
             f"{len(dataset)} training images do not fill one update of {images}: lower --batch-size or "
             "--grad-accum-steps."
         )
-    scheduler = None
-    if args.epochs:
-        scheduler, _ = create_scheduler_v2(
-            optimizer, sched=args.sched, num_epochs=args.epochs, warmup_epochs=args.warmup_epochs,
-            warmup_lr=args.warmup_lr, min_lr=args.min_lr, decay_epochs=args.decay_epochs, decay_rate=args.decay_rate,
-            step_on_epochs=False, updates_per_epoch=updates_per_epoch,
-        )  # fmt: skip
+    scheduler = make_scheduler(args, optimizer, updates_per_epoch)
     ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=True) if args.model_ema else None
     if start.checkpoint:
         restore(start.checkpoint.path, model, optimizer, ema, accelerator.scaler)

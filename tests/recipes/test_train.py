@@ -19,8 +19,8 @@ from timm_autoslim.recipes.lib.training import prepare
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--held-out 0", "--held-out 0 leaves no images to search on"),
-        ("--sandwich 1", "--sandwich 1: the widest and the narrowest are always trained"),
+        ("--held-out 0", "--held-out 0.0: needed a share up to 1, or a number: the search needs such images"),
+        ("--sandwich 1", "--sandwich 1: needed 2 or more: the widest and the narrowest are always trained"),
         ("--sandwich-delay 1", "--sandwich-delay 1.0: needed a share of the steps, from 0 to below 1"),
         ("--sandwich-delay -0.1", "--sandwich-delay -0.1: needed"),
         ("--distill-temperature 0", "--distill-temperature 0.0: needed a number above 0"),

@@ -2,12 +2,13 @@
 
 import argparse
 import tarfile
+import warnings
 
 import pytest
 from PIL import Image
 
 from timm_autoslim.errors import DataError
-from timm_autoslim.recipes.lib.images import open_images
+from timm_autoslim.recipes.lib.images import Subset, open_images
 
 
 def make_images(folder, classes, count=4):
@@ -71,3 +72,41 @@ def test_classes_that_contradict_are_refused(tmp_path):
         open_images(make_args(dataset="digits", data_dir=str(tmp_path)))
     with pytest.raises(DataError, match="--dataset torch/cifar10 cannot be read"):
         open_images(make_args(dataset="torch/cifar10", data_dir=str(tmp_path)))
+
+
+# -- images that cannot be read ---------------------------------------------------------------------------------------
+
+
+def test_another_image_of_the_subset_stands_in_for_one_that_cannot_be_read(tmp_path):
+    for name in ("train", "val"):
+        make_images(tmp_path / name, ["cat", "dog"])
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"no image")
+    source = open_images(make_args(data_dir=str(tmp_path))).train
+    subset = Subset(source, 2, [0, 1, 5])
+    with pytest.warns(UserWarning, match=r"1\.png cannot be read; the next image stands in for it"):
+        image, target = subset[1]
+    assert (image.getpixel((0, 0)), target) == ((20, 0, 0), 1)  # 5, and not 2 of another subset
+    assert subset[0][1] == 0
+
+
+def test_many_images_in_a_row_that_cannot_be_read_are_told(tmp_path):
+    for name in ("train", "val"):
+        make_images(tmp_path / name, ["cat", "dog"], count=12)
+    for path in (tmp_path / "train" / "cat").iterdir():
+        path.write_bytes(b"no image")
+    source = open_images(make_args(data_dir=str(tmp_path))).train
+    message = r"10 images in a row cannot be read. The first: .*cat.0\.png cannot be read.* Mend the data"
+    for subset in (Subset(source, 2), Subset(source, 2, [0])):
+        with pytest.raises(DataError, match=message), warnings.catch_warnings(action="ignore"):
+            subset[0]
+    assert Subset(source, 2)[12][1] == 1
+    with pytest.raises(DataError, match=r"The first: image 0 cannot be read \(boom\)"):
+        Subset(Broken(), 2)[0]
+
+
+class Broken:
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        raise SyntaxError("boom")  # as PIL does on some damaged files

@@ -85,7 +85,7 @@ def test_files_that_do_not_fit_are_refused_and_run_no_code(tmp_path, capsys):
     [
         (("--pretrained", "--initial-checkpoint", "x.pth"), "--pretrained and --initial-checkpoint are two starting"),
         (("--pretrained", "--zero-init-last"), "--zero-init-last would erase trained weights of --pretrained"),
-        (("--order", "taylor", "--order-images", "0"), "--order-images 0: --order taylor needs the gradients"),
+        (("--order", "taylor", "--order-images", "0"), "--order-images 0: needed 1 or more"),
         (("--subnet-sizes", "16", "0"), r"--subnet-sizes \[16, 0\]: needed sides of images"),
     ],
 )
