@@ -43,7 +43,7 @@ from timm_autoslim.recipes.lib.starting_points import (
 from timm_autoslim.recipes.lib.teacher import create_teacher
 from timm_autoslim.recipes.lib.trainer import Trainer
 from timm_autoslim.recipes.lib.training import prepare
-from timm_autoslim.recipes.lib.validation import Validation, check_batch, choose_subnets
+from timm_autoslim.recipes.lib.validation import Validation, check_batch
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -150,8 +150,7 @@ def set_up_supernet(accelerator: Accelerator, args: argparse.Namespace, model: n
     """Make the supernet on its device; what cannot be trained as the flags say is refused.
 
     Raises:
-        ConfigError: a BatchNorm would get a single value, or a share or size of --val-widths or --subnet-sizes does not
-            fit the model.
+        ConfigError: a BatchNorm would get a single value, or a size of --subnet-sizes does not fit the model.
     """
     supernet = make_supernet(args, model).to(accelerator.device)
     if args.channels_last:
@@ -159,7 +158,6 @@ def set_up_supernet(accelerator: Accelerator, args: argparse.Namespace, model: n
     if args.sync_bn:
         synchronize_norms(accelerator, supernet.model)
     space = supernet.space
-    choose_subnets(space, args.val_widths)  # refuses what is out of range
     images = make_images(args, args.batch_size, accelerator.device)
     check_batch(supernet.model, lambda images: supernet(images, space.min()), images, accelerator.num_processes)
     check_sizes(args, supernet, accelerator.device)

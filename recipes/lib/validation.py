@@ -76,14 +76,7 @@ class Validation:
 
 
 def choose_subnets(space: SearchSpace, shares: Sequence[float]) -> dict[str, Widths]:
-    """Return the widest, the uniform subnets of some shares from wide to narrow, and the narrowest, by name.
-
-    Raises:
-        ConfigError: a share is out of range.
-    """
-    for share in shares:
-        if not 0 < share <= 1:
-            raise ConfigError(f"--val-widths {share:g}: needed shares of the channels, above 0 and at most 1.")
+    """Return the widest, the uniform subnets of some shares from wide to narrow, and the narrowest, by name."""
     uniform = {f"uniform_{share:g}": space.uniform(share) for share in sorted(set(shares), reverse=True)}
     return {"widest": space.max(), **uniform, "narrowest": space.min()}
 

@@ -51,7 +51,9 @@ def test_validated_subnets_are_calibrated(tmp_path):
     assert notes == [("widest", 8, 4), ("uniform_0.75", 6, 2), ("uniform_0.25", 2, 2), ("narrowest", 1, 2)]
     row = next(csv.DictReader((run / "summary.csv").open()))
     assert (row["eval_uniform_0.75_top5"], row["eval_narrowest_top1"]) == ("3.0", "2.0")
-    with pytest.raises(ConfigError, match=r"--val-widths 1\.5: needed shares of the channels, above 0 and at most 1"):
+    with pytest.raises(
+        ConfigError, match=r"--val-widths \[1\.5\]: needed shares of the channels, above 0 and at most 1"
+    ):
         run_train(tmp_path, "never", "--val-widths", "1.5")
 
 
