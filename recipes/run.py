@@ -27,7 +27,7 @@ import yaml
 import timm_autoslim  # noqa: F401  (registers the exported models with timm)
 from timm_autoslim import files
 from timm_autoslim.errors import ArtifactError, ConfigError
-from timm_autoslim.recipes.lib.configuration import check_config, parse_args, read_config
+from timm_autoslim.recipes.lib.configuration import check_config, parse_args, pick_values, read_config
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
 from timm_autoslim.recipes.lib.networks import is_searched, read_networks
@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, rest = parser.parse_known_args(argv)
     config = {"output": "runs", "experiment": Path(args.config).stem, **read_config(args.config), **read_flags(rest)}
     check_config(config, where="the flags")
-    run = Path(config["output"], config["experiment"])
+    values = pick_values("train", config)
+    run = Path(values["output"], values["experiment"] or Path(args.config).stem)
     with own_folder(run, lock=".run.lock"):  # the stages own the folder itself
         run_stages(run, config, args.num_processes)
 
@@ -91,12 +92,19 @@ def read_flags(flags: Sequence[str]) -> dict[str, Any]:
         if flag.startswith("--"):
             name, equals, value = flag[2:].partition("=")
             key = name.replace("-", "_")
-            config[key] = [yaml.safe_load(value)] if equals else []
+            config[key] = [_read_value(value)] if equals else []
         elif key is None:
             raise ConfigError(f"{flag!r} is no flag: keys are given as --key value.")
         else:
-            config[key].append(yaml.safe_load(flag))
+            config[key].append(_read_value(flag))
     return {key: True if not values else values[0] if len(values) == 1 else values for key, values in config.items()}
+
+
+def _read_value(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:  # such as @name, which is text on a command line
+        return text
 
 
 def keep_config(path: Path, config: dict[str, Any]) -> None:

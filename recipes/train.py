@@ -174,8 +174,8 @@ def check_sizes(args: argparse.Namespace, supernet: Supernet, device: torch.devi
     supernet.eval()
     try:
         for side in args.subnet_sizes:
-            image = torch.zeros(1, args.in_chans, side, side, device=device)  # (1, C, H, W)
             try:
+                image = torch.zeros(1, args.in_chans, side, side, device=device)  # (1, C, H, W)
                 with torch.no_grad():
                     supernet(image, supernet.space.min())
             except Exception as error:  # a forward may raise anything

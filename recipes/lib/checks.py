@@ -54,7 +54,6 @@ _POSITIVE = Range(0, math.inf, "a number above 0", above=True)
 _SHARE = Range(0, 1, "a share from 0 to 1")
 _PROBABILITY = Range(0, 1, "a probability from 0 to 1")
 _BELOW_ONE = Range(0, 1, "a number from 0 to below 1", below=True)
-_PART = Range(0, 1, "a share above 0 and at most 1", above=True)
 
 # By flag. A test makes sure that no flag of numbers lacks one.
 RANGES = {
@@ -72,7 +71,8 @@ RANGES = {
     **dict.fromkeys(("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"), _PROBABILITY),
     **dict.fromkeys(("momentum", "model_ema_decay", "smoothing", "opt_betas"), _BELOW_ONE),
     **dict.fromkeys(("decay_epochs", "decay_rate", "distill_temperature"), _POSITIVE),
-    **dict.fromkeys(("crop_pct", "min_width"), _PART),
+    "crop_pct": Range(0.01, 1, "a share from 0.01 to 1"),
+    "min_width": Range(0, 1, "a share above 0 and at most 1", above=True),
     "limit_train": Range(0, math.inf, "a share up to 1, or a number", above=True),
     "held_out": Range(0, math.inf, "a share up to 1, or a number: the search needs such images", above=True),
     "mean": _FINITE,
@@ -146,6 +146,8 @@ def _check_schedule(args: argparse.Namespace) -> None:
 
 
 def _check_augmentation(args: argparse.Namespace) -> None:
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        raise ConfigError(f"--batch-size {args.batch_size}: --mixup and --cutmix pair images, and need an even number.")
     _check_name("remode", args.remode, ("const", "rand", "pixel"))
     try:
         create_transform(32, is_training=True, auto_augment=args.aa)

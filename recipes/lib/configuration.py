@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from timm.utils import ParseKwargs
 
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.checks import check_values
-from timm_autoslim.recipes.lib.flags import FLAGS, ON_OFF
+from timm_autoslim.recipes.lib.flags import FLAGS, ON_OFF, KeyValues
 
 
 def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -119,7 +118,7 @@ def _convert(action: argparse.Action, key: str, value: object, where: str) -> ob
         if isinstance(action, ON_OFF):
             needed = "true or false"
             return _expect(value, bool)
-        if isinstance(action, ParseKwargs):
+        if isinstance(action, KeyValues):
             needed = "a mapping"
             return _expect(value, dict)
         if action.nargs is not None:

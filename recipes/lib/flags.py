@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from timm.utils import ParseKwargs
 
@@ -17,9 +18,27 @@ from timm_autoslim import (
     RUNTIMES,
     SAMPLERS,
 )
+from timm_autoslim.errors import ConfigError
 
 CROPS = ("center", "squash", "border")
 ON_OFF = argparse.BooleanOptionalAction
+
+
+class KeyValues(ParseKwargs):  # type: ignore[misc]
+    """timm's way to read KEY=VALUE; anything else is refused by name."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the values as a dict."""
+        for text in values:
+            if "=" not in text or text.startswith("="):
+                raise ConfigError(f"{option_string} {text}: needed KEY=VALUE, such as drop_rate=0.2.")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def add_general_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +75,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--model-kwargs",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=KeyValues,
         metavar="KEY=VALUE",
         help="such as drop_rate=0.2 drop_path_rate=0.1",
     )
@@ -76,7 +95,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--choices",
         nargs="*",
         default={},
-        action=ParseKwargs,
+        action=KeyValues,
         metavar="GLOB=[...]",
         help="widths of the groups that a glob matches, such as layer1*=[8,16,32]; wins over the two above",
     )
@@ -99,7 +118,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--opt", default="sgd", help="a timm optimizer")
     group.add_argument("--opt-eps", type=float, help="as the optimizer has it if not given")
     group.add_argument("--opt-betas", type=float, nargs="+", help="as the optimizer has it if not given")
-    group.add_argument("--opt-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE")
     group.add_argument("--momentum", type=float, default=0.9)
     group.add_argument("--weight-decay", type=float, default=2e-5)
     group.add_argument(
@@ -247,7 +266,7 @@ def add_distillation_flags(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="another model as the teacher: a pretrained timm model, local-dir:FOLDER, or torchvision/NAME",
     )
-    group.add_argument("--teacher-kwargs", nargs="*", default={}, action=ParseKwargs, metavar="KEY=VALUE")
+    group.add_argument("--teacher-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE")
     group.add_argument(
         "--teach-widest",
         type=float,

@@ -58,6 +58,8 @@ def _load_checkpoint(args: argparse.Namespace) -> nn.Module:
     path = Path(args.initial_checkpoint)
     model = create_model(args)
     try:
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file.")
         state = timm.models.load_state_dict(str(path), weights_only=True)
         if args.model.startswith("torchvision/"):
             _load_torchvision(model, state)

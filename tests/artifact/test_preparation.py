@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from helpers.exported import load
+from helpers.marks import slow_but
 from timm.data import resolve_data_config
 from torch import nn
 
@@ -27,7 +28,7 @@ def extract(name, example, **args):
     return supernet, supernet.extract()
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "torchvision/squeezenet1_1"])
+@pytest.mark.parametrize("name", slow_but(["resnet10t"], ["resnet10t", "torchvision/squeezenet1_1"]))
 def test_a_folder_says_the_size_that_the_supernet_was_traced_with(name, tmp_path):
     supernet, model = extract(name, torch.zeros(1, 3, 64, 64))
     before = dict(getattr(supernet.model, "pretrained_cfg", {}))
@@ -58,6 +59,7 @@ def test_at_the_size_of_the_base_its_test_size_stays(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_the_user_says_last_counts(tmp_path):
     _, model = extract("resnet10t", None)
     model.pretrained_cfg["input_size"] = (3, 96, 96)
@@ -68,6 +70,7 @@ def test_what_the_user_says_last_counts(tmp_path):
     assert loaded.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.slow
 def test_other_channels_have_a_mean_each(tmp_path):
     _, model = extract("resnet10t", torch.zeros(1, 1, 64, 64), in_chans=1)
     data = resolve_data_config({}, model=load(export(model.eval(), tmp_path / "out")), use_test_size=True)
@@ -76,6 +79,7 @@ def test_other_channels_have_a_mean_each(tmp_path):
     assert len(data["std"]) == 1
 
 
+@pytest.mark.slow
 def test_a_transformer_of_any_size_is_loaded_as_it_was_built(tmp_path):
     _, model = extract("test_vit", torch.zeros(1, 3, 64, 64), dynamic_img_size=True)
     folder = export(model.eval(), tmp_path / "out")

@@ -21,8 +21,18 @@ def test_flags_of_run_are_configuration_values():
     assert run.read_flags(flags) == {
         "train_epochs": 3, "budgets": ["macs=40%", "params=1M"], "amp": True, "scale": [0.5, 1], "lr": "1e-1"
     }  # fmt: skip
+    assert run.read_flags(["--experiment", "@a", "--data-dir=b: c: d"]) == {"experiment": "@a", "data_dir": "b: c: d"}
     with pytest.raises(ConfigError, match="'stray' is no flag"):
         run.read_flags(["stray"])
+
+
+@pytest.mark.parametrize("name", ["1", "2024-01-02", "@a", "1e3"])
+def test_any_text_is_the_name_of_a_run(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(run, "launch", lambda *_: None)
+    with pytest.raises(ConfigError, match=rf"{name} holds no search/searched\.json"):
+        run.main(["-c", write_config(tmp_path), "--output", str(tmp_path), "--experiment", name])
+    with pytest.raises(ConfigError, match="experiment: True in the flags does not fit: it needs text"):
+        run.main(["-c", write_config(tmp_path), "--output", str(tmp_path), "--experiment", "yes"])
 
 
 @pytest.mark.slow

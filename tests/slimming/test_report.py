@@ -86,6 +86,7 @@ def test_accuracies_are_shown_where_there_are_some(run, results):
     assert "earlier searches" not in page
 
 
+@pytest.mark.slow
 def test_fine_tuned_networks_of_earlier_searches_stay(run, results):
     row = {"budget": "macs<=50%", "macs": 5, "params": 6, "top1": 76.54321}
     write_test(run, "macs-50pct-searched", **row, method="searched", widths={"a": 1})

@@ -74,6 +74,18 @@ def test_a_range_has_bounds_or_not():
         ("--interpolation cubic", "--interpolation cubic is unknown: needed one of nearest, .*Did you mean bicubic?"),
         ("--remode pixels", "--remode pixels is unknown: needed one of const, rand, pixel. Did you mean pixel?"),
         ("--aa random", "--aa random is no policy of timm"),
+        ("--mixup 0.2 -b 33", "--batch-size 33: --mixup and --cutmix pair images, and need an even number"),
+        ("--crop-pct 1e-9", "--crop-pct 1e-09: needed a share from 0.01 to 1"),
+        ("--subnet-sizes 1000000", "--subnet-sizes 1000000: resnet10t does not take such images: .*memory"),
+        (
+            "--initial-checkpoint nowhere.pth",
+            "--initial-checkpoint nowhere.pth does not give weights of resnet10t: there is no such file",
+        ),
+        *(
+            (f"{flag} {text}", f"{flag} {text}: needed KEY=VALUE")
+            for flag in ("--model-kwargs", "--opt-kwargs", "--teacher-kwargs", "--choices")
+            for text in ("foo", "=3")
+        ),
         ("--in-chans 4 --mean 0.5 --std 0.5", r"--in-chans 4: images are read in gray \(1\) or in colour \(3\)"),
     ],
 )
