@@ -68,7 +68,10 @@ def inspect(name: str, size: int | None = None, modules: bool = False) -> str:
             f"and {cost.params / limits.widest.params:.2%} of the parameters"
         )
     lines += [f"  {share:6.2%} of the MACs held by: {reason}" for reason, share in limits.obstacles[:5]]
-    return "\n".join([*lines, "", "fixed axes, and why:", *_fixed(supernet)])
+    lines += ["", "fixed axes, and why:", *_fixed(supernet)]
+    if supernet.constants:
+        lines += ["", "numbers that stay as they are at all widths:", *(f"  {text}" for text in supernet.constants)]
+    return "\n".join(lines)
 
 
 def report(run: Path) -> Path:

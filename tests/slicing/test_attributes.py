@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.tied import SLICED_ATTRIBUTES, TIED_SLICES, Tied
 from torch import nn
 
@@ -58,3 +59,17 @@ def test_a_missing_attribute_is_named_and_not_created(path, error):
     with pytest.raises(error, match=f"{path}: the model has no such attribute"):
         set_attributes(model, {path: 3})
     assert "height" not in vars(model)
+
+
+def test_a_tensor_gets_the_value_in_all_elements_of_a_new_tensor():
+    model = nn.Sequential(nn.Linear(2, 2))
+    layer = model[0]
+    layer.size, layer.scale, layer.other = 4, torch.full((2, 1), 0.5, dtype=torch.float64), torch.tensor(2.0)
+    layer.register_buffer("factor", torch.ones(3))
+    before = layer.scale
+    set_attributes(model, {"0.size": 2, "0.scale": 0.25, "0.factor": 3.0, "0.other": 4.0})
+    assert layer.scale.dtype == torch.float64
+    assert layer.scale.tolist() == [[0.25], [0.25]]
+    assert before.tolist() == [[0.5], [0.5]]
+    assert layer.other == 4
+    assert dict(layer.named_buffers())["factor"].tolist() == [3.0, 3.0, 3.0]

@@ -130,7 +130,7 @@ class Spec:
         Args:
             slices: what the subnet keeps of this model's tensors.
             saved: the names in the model's state dict. All other tensors come from the base again, so the spec must say
-                which of their channels stay, not only how many.
+                which of their channels stay, not only how many, and what their number is.
             widths: the width of each channel group.
         """
         sizes: dict[str, Any] = dict(self.sizes)
@@ -140,7 +140,8 @@ class Spec:
                     size if runs is None else sum(n for _, n in runs) if name in saved else compose_runs(runs, size)
                     for size, runs in zip(self.sizes.get(name, [None] * len(axes)), axes, strict=True)
                 ]
-        attributes: dict[str, Any] = {**self.attributes, **slices.attributes}
+        numbers = {path: value for path, value in slices.attributes.items() if path not in saved}
+        attributes: dict[str, Any] = {**self.attributes, **numbers}
         if self.from_torchvision:
             attributes = {p: value for p, value in attributes.items() if p.partition(".")[0] not in _TIMM_ONLY}
         return self.replace(sizes=sizes, attributes=attributes, widths=widths)

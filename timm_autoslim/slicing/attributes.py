@@ -6,13 +6,15 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 Value = int | float | tuple[int, ...] | list[int]
 
 
 def set_attributes(model: nn.Module, values: Mapping[str, Value], *, copy_objects: bool = False) -> None:
     """Set `model.<path>` for every path; a path may lead through lists, tuples, dicts and objects of a module.
+
+    Where a tensor stands, all of its elements get the value, in a new tensor.
 
     A list or tuple is not changed: a new one takes its place, for others may use the same list, such as a model's
     configuration. Dicts and objects are changed, and so wherever they are referred to.
@@ -29,14 +31,14 @@ def set_attributes(model: nn.Module, values: Mapping[str, Value], *, copy_object
     owners: dict[str, dict[str, Any]] = {}  # attributes of the modules met so far, by path
     for path, value in values.items():
         prefix, _, leaf = path.rpartition(".")
-        if prefix in owners and leaf in owners[prefix]:  # most paths, in no time
-            owners[prefix][leaf] = value
+        if leaf in (owner := owners.get(prefix, {})) and not isinstance(owner[leaf], Tensor):  # most paths, in no time
+            owner[leaf] = value
             continue
         module, parts = model, path.split(".")
         while len(parts) > 1 and parts[0] in module._modules:
             module, parts = module._modules[parts[0]], parts[1:]  # type: ignore[assignment]
         # not nn.Module.__setattr__, which is slow: an attribute that exists needs no registering
-        attributes = module.__dict__
+        attributes = module.__dict__ if parts[0] in module.__dict__ else module._buffers
         try:
             attributes[parts[0]] = _replace(attributes[parts[0]], parts[1:], value, copy_objects, copy_dicts=False)
         except (KeyError, IndexError, ValueError) as error:
@@ -48,7 +50,7 @@ def set_attributes(model: nn.Module, values: Mapping[str, Value], *, copy_object
 def _replace(holder: Any, parts: Sequence[str], value: Any, copy_objects: bool, copy_dicts: bool) -> Any:
     """Return what takes the place of `holder`, with another value at the path `parts` in it."""
     if not parts:
-        return value
+        return holder.detach().new_full(holder.shape, value) if isinstance(holder, Tensor) else value
     first, rest = parts[0], parts[1:]
     if isinstance(holder, (list, tuple)):
         items = list(holder)

@@ -39,7 +39,7 @@ class Outline:
         self._shapes = _read_shapes(model, self._sliced)
         self._ties = _find_ties(model)
         attributes = {path: _find_attribute(model, path) for path in graph.attributes}
-        self._attributes = {path: value for path, value in attributes.items() if value is not _ABSENT}
+        self._attributes = {p: v for p, v in attributes.items() if v is not _ABSENT and not isinstance(v, Tensor)}
         self._numbers = {path: value for path, value in _list_numbers(model) if path not in written}
         self._snapshot: _Snapshot | None = None
 

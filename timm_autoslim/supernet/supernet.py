@@ -83,6 +83,14 @@ class Supernet(nn.Module):
         return self._trace.repairs
 
     @property
+    def constants(self) -> tuple[str, ...]:
+        """The numbers that multiply attention scores and stay at all widths, since they are no power of the channels.
+
+        A scale such as `head_dim ** -0.5` is none of them: it follows the channels, or keeps them with a reason.
+        """
+        return self._trace.constants
+
+    @property
     def unruled(self) -> tuple[str, ...]:
         """The operators of the model that have no rule, so that what enters them is fixed."""
         return tuple(sorted(self._trace.unruled))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from timm_autoslim.slicing.replica import replicate
+from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import Label
+from timm_autoslim.tracing.ops import bind
 from timm_autoslim.tracing.record import Recorder, RunRecord
+from timm_autoslim.tracing.scales import Factor, ScaleTracker
 from timm_autoslim.utils.meta import make_meta_example
-from timm_autoslim.utils.tensors import collect_tensors
+from timm_autoslim.utils.tensors import collect_tensors, named_tensors
 
 
 class Disagreement(Exception):
@@ -40,10 +45,20 @@ class _Lockstep(Recorder):
     Operators are not compared: which ones torch runs also depends on the strides of tensors.
     """
 
-    def __init__(self, subnet: nn.Module, record: RunRecord, active: NDArray[np.bool_]) -> None:
-        """Compare the next run of `subnet` with a record; `active` is true for the atoms that it has."""
+    def __init__(
+        self, subnet: nn.Module, record: RunRecord, active: NDArray[np.bool_], scales: ScaleTracker | None = None
+    ) -> None:
+        """Compare the next run of `subnet` with a record.
+
+        Args:
+            subnet: a replica of the model that ran.
+            record: the run of the widest.
+            active: true for the atoms that the subnet has.
+            scales: it follows the numbers that multiply attention scores.
+        """
         super().__init__(subnet)
         self.exits, self.active, self.position = record.exits, active, 0
+        self.record, self.scales = record, scales
 
     def leave(self, path: str, module: nn.Module, out: Any) -> None:
         """Compare what a module returns with what it returned in the record."""
@@ -60,9 +75,28 @@ class _Lockstep(Recorder):
     def run_operator(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator; if it raises, the subnet disagrees."""
         try:
-            return super().run_operator(func, args, kwargs)
+            out = super().run_operator(func, args, kwargs)
         except Exception as error:
             raise Disagreement(f"{func} fails: {error}", self.stack.path, str(func)) from error
+        if self.scales is not None:
+            self.scales.follow(bind(func, args, kwargs, out), self.stack.path)
+        return out
+
+    def compare_scales(self) -> None:
+        """Compare the numbers that multiplied attention scores: scales have followed the channels."""
+        scores_of_subnet = {} if self.scales is None else {(s.path, s.index): s for s in self.scales.scores}
+        for scores in self.record.scores if scores_of_subnet else ():
+            scale, subnet = scores.find_scale(), scores_of_subnet.get((scores.path, scores.index))
+            if not scale or (subnet is None and all(factor.path for factor in scale)):
+                continue
+            power = sum(scale[factor] for factor in scores.factors if factor in scale)
+            length = scores.count_channels(scores.across)
+            active = length if subnet is None else subnet.count_channels(scores.across)
+            needed = scores.multiply() * (active / length) ** power
+            now = math.nan if subnet is None else subnet.multiply()
+            if not math.isclose(now, needed, rel_tol=1e-5 + 2 * sum(factor.tolerance for factor in scale)):
+                message = f"attention scores over {active} of {length} channels are still multiplied by {now:.4g}"
+                raise Disagreement(message, scores.path, None, [scores.label])
 
 
 def list_suspects(records: Sequence[RunRecord], fault: Disagreement) -> Iterator[list[Label]]:
@@ -83,8 +117,18 @@ def list_suspects(records: Sequence[RunRecord], fault: Disagreement) -> Iterator
 class Prover:
     """Runs a meta copy of a model as any subnet, and compares it with the records of the widest."""
 
-    def __init__(self, model: nn.Module, example: Any, records: Sequence[RunRecord]) -> None:
-        self.model, self.example, self.records = model, example, records
+    def __init__(
+        self, model: nn.Module, example: Any, records: Sequence[RunRecord], numbers: Mapping[str, Factor] | None = None
+    ) -> None:
+        """Prepare proofs.
+
+        Args:
+            model: a meta copy.
+            example: inputs of it.
+            records: the runs of the widest.
+            numbers: the tensors of the model that stand for one number.
+        """
+        self.model, self.example, self.records, self.numbers = model, example, records, dict(numbers or {})
 
     def find_faults(self, graph: ChannelGraph) -> Iterator[Disagreement]:
         """Yield the disagreements at half, narrowest and random widths, in both modes."""
@@ -95,19 +139,32 @@ class Prover:
         for widths in (half, floors, *random):
             for record in self.records:
                 try:
-                    self._compare(graph, widths, record)
+                    self._compare(graph, widths, record, check_scales=widths is half)
                 except Disagreement as fault:
                     fault.half_runs = widths is not half
                     yield fault
 
-    def _compare(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord) -> None:
+    def _compare(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord, check_scales: bool) -> None:
         self.model.train(record.training)
         example = make_meta_example(self.example, 2 if record.training else 1)
-        lockstep = _Lockstep(replicate(self.model, graph.slices(widths)), record, graph.find_active(widths))
+        slices = graph.slices(widths)
+        subnet = replicate(self.model, slices)
+        scales = self._follow_scales(subnet, slices) if check_scales and record.scores else None
+        lockstep = _Lockstep(subnet, record, graph.find_active(widths), scales)
         try:
             lockstep.run(example)
+            lockstep.compare_scales()
         except Disagreement:
             raise
         except Exception as error:
             path = lockstep.stack.interrupted or ""
             raise Disagreement(f"its forward raises {type(error).__name__}: {error}", path) from error
+
+    def _follow_scales(self, subnet: nn.Module, slices: Slices) -> ScaleTracker:
+        """Return a tracker for a subnet, whose tensors have no data: their numbers are those of its slices."""
+        tensors, numbers = named_tensors(subnet), dict(self.numbers)
+        for name in numbers.keys() & slices.attributes.keys():
+            value = slices.attributes[name]
+            assert isinstance(value, float)
+            numbers[name] = replace(numbers[name], value=value)
+        return ScaleTracker({id(tensors[name]): factor for name, factor in numbers.items() if name in tensors})

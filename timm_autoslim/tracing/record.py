@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -20,10 +20,11 @@ from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import recurrent
+from timm_autoslim.tracing.scales import Factor, ScaleTracker, Scores
 from timm_autoslim.tracing.sizes import FromExpression, FunctionCall, Size
 from timm_autoslim.utils.meta import fix_seed, run_model
 from timm_autoslim.utils.running import ModuleStack
-from timm_autoslim.utils.tensors import collect_tensors
+from timm_autoslim.utils.tensors import collect_tensors, named_tensors
 
 
 class Recorder:
@@ -114,11 +115,12 @@ class Exit:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run of the widest: its mode, its operators, and what its modules returned, in the order of execution."""
+    """One run of the widest: its mode, its operators, what its modules returned, and its attention scores, in order."""
 
     training: bool
     operators: tuple[OperatorLabels, ...]
     exits: tuple[Exit, ...]
+    scores: tuple[Scores, ...] = ()
 
 
 # Functions of torch that compute with the sizes of their arguments in Python.
@@ -140,9 +142,17 @@ class LabelRecorder(Recorder):
     Attributes:
         last_path, last_shapes: the module that was entered last, and the shapes of its input tensors.
         used_ids: ids of the tensors that an operator or function read.
+        scales: it follows the numbers that multiply attention scores.
     """
 
-    def __init__(self, model: nn.Module, flow: Flow, foreign_ids: frozenset[int], describer: Describer) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        flow: Flow,
+        foreign_ids: frozenset[int],
+        describer: Describer,
+        numbers: Mapping[str, Factor] | None = None,
+    ) -> None:
         """Prepare a model.
 
         Args:
@@ -150,11 +160,14 @@ class LabelRecorder(Recorder):
             flow: the state of the trace.
             foreign_ids: ids of the tensors of the user's model, which no operator may read.
             describer: it gets every module that starts and returns.
+            numbers: the tensors of the model that stand for one number.
         """
         super().__init__(model, flow.stack)
         self.flow, self.foreign_ids, self.describer = flow, foreign_ids, describer
         self.last_path, self.last_shapes = "", list[tuple[int, ...]]()
         self.used_ids: set[int] = set()
+        tensors = named_tensors(model)
+        self.scales = ScaleTracker({id(tensors[name]): factor for name, factor in (numbers or {}).items()})
         self._operators: list[OperatorLabels] = []
         self._exits: list[Exit] = []
 
@@ -162,11 +175,13 @@ class LabelRecorder(Recorder):
         """Drop the record of the last run, and start another."""
         self._operators.clear()
         self._exits.clear()
+        self.scales.start()
         self.describer.start()
 
     def get_record(self) -> RunRecord:
         """Return the record since `start`."""
-        return RunRecord(self.model.training, tuple(self._operators), tuple(self._exits))
+        operators, exits = tuple(self._operators), tuple(self._exits)
+        return RunRecord(self.model.training, operators, exits, tuple(self._list_scores()))
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hand the module to the describer, and keep its path and shapes for error messages."""
@@ -190,6 +205,7 @@ class LabelRecorder(Recorder):
         if name in ("numel", "nelement"):
             return self._add_origin(func(*args, **kwargs), args[0])
         before, self.flow.call = self.flow.call, FunctionCall(name, tuple(args), kwargs)
+        self.scales.note_call(self.flow.call)
         try:
             if name in _COMPOSITES:
                 with self._function_mode:
@@ -228,8 +244,24 @@ class LabelRecorder(Recorder):
         out = super().run_operator(func, args, kwargs)
         self.used_ids.update(id(t) for t in tensors)
         inputs = [label for t in tensors for label in self.flow.get_labels(t)]
-        ops.run(self.flow, func, args, kwargs, out)
+        op = ops.run(self.flow, func, args, kwargs, out)
+        scores = self.scales.follow(op, self.flow.path, self.flow.call)
+        if scores is not None and self.flow.call.name != "linear":
+            self._label_scores(scores, *op.tensors[-2:])
         outputs = [label for t in ops.tensors_in_lists(out) for label in self.flow.get_labels(t)]
         labels = {id(v): v for v in [*inputs, *outputs] if v is not None}
         self._operators.append(OperatorLabels(str(func), self.flow.path, tuple(labels.values())))
         return out
+
+    def _label_scores(self, scores: Scores, a: Tensor, b: Tensor) -> None:
+        """Note the channels that a product sums over, and those that it relates to each other."""
+        (*_, rows, scores.label), (*_, columns) = [None, *self.flow.get_labels(a)], self.flow.get_labels(b)
+        scores.rows = None if columns is None else rows
+
+    def _list_scores(self) -> Iterator[Scores]:
+        """Yield the products over channels, or between channels; tokens can have labels too, but are frozen."""
+        for scores in self.scales.scores:
+            if scores.rows is not None and (scores.label is None or self.flow.is_frozen(scores.label)):
+                scores.across, scores.label = True, scores.rows
+            if scores.label is not None:
+                yield scores

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
@@ -16,12 +17,13 @@ from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.describe import DESCRIBES_HEAD, Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.tracing.labels import AttributeUse, Label
+from timm_autoslim.tracing.labels import AttributeUse, Label, Vector
 from timm_autoslim.tracing.observe import observe
 from timm_autoslim.tracing.outer_state import with_empty_caches
 from timm_autoslim.tracing.prove import Disagreement, Prover, list_suspects
 from timm_autoslim.tracing.record import LabelRecorder, RunRecord
 from timm_autoslim.tracing.refusals import check_example, check_model, explain_failure
+from timm_autoslim.tracing.scales import find_number_tensors, wrap_floats
 from timm_autoslim.tracing.sizes import wrap_attributes
 from timm_autoslim.utils.meta import copy_to_meta, make_meta_example, run_model
 from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, named_tensors
@@ -41,6 +43,7 @@ class Trace:
         positional: the number of inputs that the example passes by position.
         example: the example on the meta device.
         written: paths of attributes that hold integers, and that the forward changes.
+        constants: the numbers that multiply attention scores over channels that can shrink, and that stay, in words.
     """
 
     graph: ChannelGraph
@@ -49,6 +52,7 @@ class Trace:
     positional: int
     example: Any
     written: frozenset[str] = frozenset()
+    constants: tuple[str, ...] = ()
 
 
 class Tracer:
@@ -72,11 +76,13 @@ class Tracer:
         self.copy = copy_to_meta(model)
         clear_caches(self.copy.modules())  # what an earlier run left there is of plain sizes
         wrap_attributes(self.copy)
+        wrap_floats(self.copy)
+        self.numbers = find_number_tensors(model)
         self.tensors = named_tensors(self.copy)
         self.labels = {n: self._label_tensor(n, t) for n, t in self.tensors.items() if t.is_floating_point()}
         self.describer = Describer(self.flow, self.copy)
         foreign_ids = frozenset(map(id, named_tensors(model).values()))
-        self.recorder = LabelRecorder(self.copy, self.flow, foreign_ids, self.describer)
+        self.recorder = LabelRecorder(self.copy, self.flow, foreign_ids, self.describer, self.numbers)
         self.records: list[RunRecord] = []
 
     def _label_tensor(self, name: str, tensor: Tensor) -> list[Label]:
@@ -126,9 +132,19 @@ class Tracer:
         unruled = frozenset(name.rpartition(".")[0] for name in names if not ops.has_rule(name))
         example = self.example
         positional = len(example) if isinstance(example, tuple) else 0 if isinstance(example, Mapping) else 1
-        return Trace(
-            graph, unruled, tuple(repairs), positional, make_meta_example(example, 1), frozenset(self._list_written())
-        )
+        example, written = make_meta_example(example, 1), frozenset(self._list_written())
+        constants = tuple(dict.fromkeys(self._list_constants(graph)))
+        return Trace(graph, unruled, tuple(repairs), positional, example, written, constants)
+
+    def _list_constants(self, graph: ChannelGraph) -> Iterator[str]:
+        """Yield the numbers that multiply attention scores and are no scale, where the channels can shrink."""
+        for scores in [scores for record in self.records for scores in record.scores]:
+            assert scores.label is not None
+            if graph.make_count(scores.label).terms:
+                for factor in scores.find_constants():
+                    where = factor.path or f"{scores.path or 'the model'}: a number"
+                    length = scores.count_channels(scores.across)
+                    yield f"{where} multiplies attention scores over {length} channels by {factor.value:.6g}"
 
     def _list_written(self) -> Iterator[str]:
         """Yield the attributes that hold integers and that the forward has changed, such as counters."""
@@ -219,23 +235,58 @@ class Tracer:
         return graph.freeze(columns, "the columns of a table that no module computes") if columns else graph
 
     def _bind_attention_scales(self) -> None:
-        """Bind the scale of attention scores, and the size that it comes from, to the channels that scores sum over.
-
-        A scale is computed when the model is built (`self.scale = head_dim ** -0.5`), and fused attention does not
-        read it. So it is recognised by its value.
-        """
+        """Bind the numbers that multiply attention scores, and the sizes of heads, to the channels of the heads."""
+        scales = list(self._list_scales())
         for path, vectors in self.flow.contracted_vectors.items():
             for name, value in self.copy.get_submodule(path).__dict__.items():
                 for vector in vectors:
-                    scale = isinstance(value, float) and "drop" not in name and value == len(vector) ** -0.5
-                    size = isinstance(value, int) and name in DESCRIBES_HEAD and value == len(vector)
-                    if not (scale or size) or self.flow.is_frozen(vector):  # tokens may be as many as channels
-                        continue
-                    use = AttributeUse(f"{path}.{name}" if path else name, value, vector, -0.5)
-                    if scale:
-                        self.flow.constraints.attributes.append(use)
-                    else:
-                        self.describer.uses.append(replace(use, value=int(value), power=1))
+                    if not self.flow.is_frozen(vector):  # tokens may be as many as channels
+                        self._bind_by_name(f"{path}.{name}" if path else name, name, value, vector, scales)
+        self.flow.constraints.attributes += scales
+
+    def _list_scales(self) -> Iterator[AttributeUse]:
+        """Yield the scales. One that comes from no attribute must follow by itself, which the proof finds out."""
+        unsettable = {*find_tied_names(self.copy).values(), *dict(self.copy.named_parameters())}
+        for scores in [scores for record in self.records for scores in record.scores]:
+            assert scores.label is not None
+            if self.flow.is_frozen(scores.label):
+                continue
+            if (empty := scores.find_empty()) is not None:
+                reason = f"{empty.path}: it multiplies attention scores, and has no data that tell if it is a scale"
+                self.flow.constraints.freeze(scores.label, reason)
+            for factor, power in scores.find_scale().items():
+                value = self._read_number(factor.path) if factor.path not in unsettable else None
+                if factor.path is not None and value is not None:
+                    yield AttributeUse(factor.path, value, scores.label, power / factor.power)
+
+    def _read_number(self, path: str | None) -> float | None:
+        """Return the number that an attribute or tensor of the model is."""
+        if path is None:
+            return None
+        if path in self.numbers:
+            return self.numbers[path].value
+        module, _, name = path.rpartition(".")
+        return float(self.copy.get_submodule(module).__dict__[name])
+
+    def _bind_by_name(self, path: str, name: str, value: Any, vector: Vector, scales: list[AttributeUse]) -> None:
+        """Bind the size of a head, its scale, or a scale that this forward does not read: fused attention has its own.
+
+        Args:
+            path, name, value: an attribute.
+            vector: the channels of the head.
+            scales: the scales that the forward reads; the one of this attribute is taken out.
+        """
+        if isinstance(value, int) and name in DESCRIBES_HEAD and value == len(vector):
+            self.describer.uses.append(AttributeUse(path, int(value), vector))
+        of_path = (use for use in scales if use.path == path and use.vector is not None)
+        use = next((use for use in of_path if np.array_equal(use.vector, vector)), None)  # type: ignore[arg-type]
+        unread = isinstance(value, float) and path not in self.recorder.scales.read
+        if use is not None:
+            scales[:] = [other for other in scales if other is not use]
+        elif unread and "scale" in name and value == len(vector) ** -0.5:
+            use = AttributeUse(path, float(value), vector, -0.5)
+        if use is not None:
+            self.flow.constraints.attributes.append(use)
 
     # -- proving ----------------------------------------------------------------------------------------------------
 
@@ -247,7 +298,9 @@ class Tracer:
         Returns:
             The proven graph, and the reasons for which more was frozen.
         """
-        prover = Prover(copy_to_meta(self.model), self.example, self.records)  # a copy without labels and hooks
+        prover = Prover(
+            copy_to_meta(self.model), self.example, self.records, self.numbers
+        )  # a copy without labels and hooks
         repairs: list[str] = []
         failure = ""  # of a width of 1, after which the floor became 2
         for _ in range(MAX_REPAIRS):

@@ -42,8 +42,8 @@ def has_rule(operator: str) -> bool:
     return namespace == "aten" and name in RULES
 
 
-def run(flow: Flow, operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-    """Apply the rule of one operator, or freeze what enters it."""
+def run(flow: Flow, operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> OperatorCall:
+    """Apply the rule of one operator, or freeze what enters it; return its call."""
     op = bind(operator, args, kwargs, out)
     for tensor in op.tensors:
         flow.mark_read(tensor)
@@ -51,3 +51,4 @@ def run(flow: Flow, operator: OpOverload, args: tuple[Any, ...], kwargs: dict[st
         RULES[op.name](flow, op)
     else:
         freeze_inputs(flow, op, f"the operator {op.operator} has no rule")
+    return op
