@@ -13,7 +13,7 @@ gc.disable()  # until all is imported: what is imported stays, and searching it 
 
 
 # These test the tracing itself; for all others the same model need not be traced a second time.
-TRACING = ("tests/tracing/", "tests/supernet/", "tests/zoo/")
+TRACING = ("tests/tracing/", "tests/supernet/test_convert", "tests/supernet/test_timm_attributes", "tests/zoo/")
 
 
 @pytest.fixture(autouse=True)

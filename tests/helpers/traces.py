@@ -25,11 +25,11 @@ class _Outline(pickle.Pickler):
 
 
 def _outline(*values):
-    """Return the outline as bytes, or None where something cannot be pickled, such as a class of a test's own."""
+    """Return the outline as bytes, or None where something cannot be pickled, such as a parametrised module."""
     file = io.BytesIO()
     try:
         _Outline(file).dump(values)
-    except (pickle.PicklingError, AttributeError, TypeError):
+    except (pickle.PicklingError, AttributeError, RuntimeError, TypeError):
         return None
     return file.getvalue()
 

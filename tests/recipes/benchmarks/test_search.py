@@ -41,16 +41,17 @@ def test_every_method_is_run_once_and_stands_in_the_table(images, tmp_path, caps
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- search -->\nold\n<!-- /search -->\nafter\n")
     argv = ["--data-dir", str(images), "--output", str(tmp_path / "out"), "--seeds", "0", "1", "--docs", str(page)]
-    retrain = search.Comparison._retrain
+    measure_top1 = search.measure_top1
     done = []
 
-    def stop_after_three(self, *args):
+    def stop_after_three(*args):
         if len(done) == 3:
             raise KeyboardInterrupt
-        done.append(retrain(self, *args))
+        done.append(measure_top1(*args))
+        return done[-1]
 
     with monkeypatch.context() as patch:
-        patch.setattr(search.Comparison, "_retrain", stop_after_three)
+        patch.setattr(search, "measure_top1", stop_after_three)
         with pytest.raises(KeyboardInterrupt):
             search.main(argv)
     first = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.json")}

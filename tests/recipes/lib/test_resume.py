@@ -11,12 +11,12 @@ import yaml
 from helpers.recipes import run_train
 from helpers.subprocesses import run_apart
 from safetensors.torch import load_file, save_model
+from timm.utils import ModelEmaV3
 
 from timm_autoslim import files
 from timm_autoslim.errors import ConfigError, OutputExistsError
 from timm_autoslim.recipes import train
-from timm_autoslim.recipes.lib import checkpoints, resume, run_folder, summary
-from timm_autoslim.recipes.lib.trainer import Trainer
+from timm_autoslim.recipes.lib import checkpoints, resume, run_folder, summary, trainer
 from timm_autoslim.recipes.lib.validation import Validation
 
 # Two epochs of four updates, the widest alone for the first three; a checkpoint after every update. Augmentation,
@@ -86,18 +86,24 @@ def die_before_rename(path):
     original_sync(path)
 
 
+def die_before_one_goes(path):
+    if path.name == "checkpoints" and len([*path.glob("update-*")]) > 2:
+        die()
+    original_sync(path)
+
+
 original_sync = files.sync_to_disk
 # Where the process is killed, in turn; each time it goes on from what the one before left.
 KILLS = {
-    "in the first update": lambda: (Trainer, "_update", call_nth(1, Trainer._update, die)),
-    "before the first checkpoint": lambda: (Trainer, "_settle", die),
+    "in the first update": lambda: (ModelEmaV3, "update", die),
+    "before the first checkpoint": lambda: (trainer, "check_weights", die),
     "in the first checkpoint": lambda: (run_folder, "save_model", save_half),
-    "after an unfinished update": lambda: (Trainer, "_update", call_nth(4, Trainer._update, die)),
+    "in the fourth update": lambda: (ModelEmaV3, "update", call_nth(4, ModelEmaV3.update, die)),
     "in the moving average": lambda: (run_folder, "save_model", call_nth(2, save_model, save_half)),
     "in the summary": lambda: (summary, "update_summary", write_half_row),
     "in the validation": lambda: (Validation, "__call__", die),
     "before the rename": lambda: (files, "sync_to_disk", die_before_rename),
-    "before the old one goes": lambda: (checkpoints.Checkpoints, "_drop", die),
+    "before the old one goes": lambda: (files, "sync_to_disk", die_before_one_goes),
     "while the old one goes": lambda: (checkpoints.shutil, "rmtree", call_nth(3, shutil.rmtree, remove_half)),
     "after the last epoch": lambda: (train, "write_weights", write_half_result),
 }
