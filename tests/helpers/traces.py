@@ -1,4 +1,7 @@
-"""Trace the same model once: most tests convert one of a few small networks, to test something else."""
+"""Trace the same model once: most tests convert one of a few small networks, to test something else.
+
+Models are told apart by their attributes and classes, so this is not for tests that patch the code of a class.
+"""
 
 import io
 import pickle
