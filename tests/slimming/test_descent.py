@@ -9,6 +9,7 @@ from helpers.searches import IMAGE, SIZES, Branches, Chain, charge, width_of
 from helpers.zoo import randomise
 
 from timm_autoslim import HeldOut, convert, cost, search
+from timm_autoslim.slimming.descent import FastDescent
 
 
 @pytest.fixture
@@ -37,6 +38,14 @@ def test_where_costs_add_up_greedy_by_cost_is_the_best_there_is(supernet, mode, 
     assert found.cost.pick(metric) <= found.budget
     assert found.loss == pytest.approx(best(supernet, metric, found.budget, price))
     assert found.loss == pytest.approx(sum(price[n] * (SIZES[n] - found.widths[n]) for n in SIZES))
+
+
+def test_a_group_that_was_scored_before_is_scored_again_only_if_it_promises_most(supernet):
+    evaluate = charge(supernet, a=5.0, b=1.0, c=3.0)  # a step raises the loss as the last one of its group did
+    steps = search(supernet, {"macs": "40%"}, evaluate, steps=100, refine="none").steps
+    scored = [after.evaluations - before.evaluations for before, after in itertools.pairwise(steps)]
+    assert len(scored) > 5
+    assert max(scored) <= FastDescent.LOOK
 
 
 def test_ranking_by_loss_alone_takes_the_step_that_hurts_least_whatever_it_saves():

@@ -54,6 +54,27 @@ def test_statistics_are_the_average_over_the_batches():
     assert model[1].num_batches_tracked == 3
 
 
+class Readied(nn.Module):
+    """As LeViT's attention: switched to evaluation mode it gets something ready, which it drops in training mode."""
+
+    def train(self, mode=True):
+        self.ready = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modules_that_override_train_are_switched_back_by_it(training):
+    model = nn.Sequential(network(), Readied()).train(training)
+    calibrate(model, batches())
+    assert model[1].ready is not training
+    with batch_statistics(model):
+        pass
+    assert model[1].ready is not training
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_else_changes(training):
     model = network().train(training)
