@@ -54,7 +54,7 @@ def run_rule(operator, *values, passing=by_position, function="a_function"):
     args, kwargs = passing(operator, *values)
     flow.call = FunctionCall(function, args, kwargs)
     out = ops.execute(operator, args, kwargs)
-    ops.run(flow, operator, args, kwargs, out)
+    ops.run(flow, ops.bind(operator, args, kwargs, out))
     return read_outcome(flow, inputs, tensors_in_lists(out))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -233,8 +233,8 @@ class LabelRecorder(Recorder):
 
     def run_operator(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator and its rule, and record which labels it read and set."""
-        tensors = ops.tensors_in_lists([*args, *kwargs.values()])
-        if not self.foreign_ids.isdisjoint(map(id, tensors)):
+        op = ops.bind(func, args, kwargs, None)
+        if not self.foreign_ids.isdisjoint(map(id, op.tensors)):
             raise TraceError.at(
                 self.flow.path or "the model",
                 got="a forward that, in a copy of the model, still reads the weights of the model itself (a lambda or "
@@ -242,9 +242,10 @@ class LabelRecorder(Recorder):
                 needed="a forward that finds its weights through self, such as types.MethodType(function, model)",
             )
         out = super().run_operator(func, args, kwargs)
-        self.used_ids.update(id(t) for t in tensors)
-        inputs = [label for t in tensors for label in self.flow.get_labels(t)]
-        op = ops.run(self.flow, func, args, kwargs, out)
+        op = replace(op, out=out)
+        self.used_ids.update(map(id, op.tensors))
+        inputs = [label for t in op.tensors for label in self.flow.get_labels(t)]
+        ops.run(self.flow, op)
         scores = self.scales.follow(op, self.flow.path, self.flow.call)
         if scores is not None and self.flow.call.name != "linear":
             self._label_scores(scores, *op.tensors[-2:])

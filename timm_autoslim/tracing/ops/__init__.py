@@ -9,10 +9,6 @@ every channel that enters it and is reported, so an unknown operator can cost re
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch._ops import OpOverload
-
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.ops import contraction, elementwise, indexing, rearranging, reduction, views
 from timm_autoslim.tracing.ops.meta_kernels import execute
@@ -42,13 +38,11 @@ def has_rule(operator: str) -> bool:
     return namespace == "aten" and name in RULES
 
 
-def run(flow: Flow, operator: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> OperatorCall:
-    """Apply the rule of one operator, or freeze what enters it; return its call."""
-    op = bind(operator, args, kwargs, out)
+def run(flow: Flow, op: OperatorCall) -> None:
+    """Apply the rule of one operator, or freeze what enters it."""
     for tensor in op.tensors:
         flow.mark_read(tensor)
     if has_rule(op.operator):
         RULES[op.name](flow, op)
     else:
         freeze_inputs(flow, op, f"the operator {op.operator} has no rule")
-    return op
