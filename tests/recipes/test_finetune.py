@@ -1,11 +1,13 @@
-"""recipes/finetune.py: timm's validate.py finds the accuracy of the card in every exported folder."""
+"""recipes/finetune.py: what it exports is calibrated, and has the accuracy that it tells, by timm's validate.py too."""
 
 import json
 import re
 from dataclasses import replace
 
 import pytest
+import timm
 import yaml
+from helpers import recipes
 from helpers.recipes import RECIPES, ROOT, parse
 from helpers.subprocesses import run_apart
 from PIL import Image
@@ -14,8 +16,12 @@ from sklearn.datasets import load_digits
 from timm_autoslim import HeldOut, baseline
 from timm_autoslim.__main__ import main as run_command_line
 from timm_autoslim.recipes import finetune, train
+from timm_autoslim.recipes.lib.images import open_images
+from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
 from timm_autoslim.recipes.lib.models import load_supernet
+from timm_autoslim.recipes.lib.processes import make_accelerator
 from timm_autoslim.recipes.lib.run_folder import read_args
+from timm_autoslim.recipes.lib.validation import evaluate
 
 SHORT = {"limit_train": 1.0, "held_out": 32, "calibration_images": 64, "batch_size": 32, "workers": 0, "threads": 1,
          "amp": False, "train_epochs": 1, "finetune_epochs": 1, "train_warmup_epochs": 0, "val_widths": []}  # fmt: skip
@@ -56,6 +62,17 @@ def export_network(folder, settings):
     replace(result, method="searched").save(run / "search" / "searched.json")
     finetune.main([str(run), "-c", str(config), "--network", "macs-50pct-searched"])
     return run / "exported" / "macs-50pct-searched"
+
+
+def test_a_network_is_fine_tuned_calibrated_tested_and_exported(tmp_path):
+    exported = export_network(tmp_path, recipes.TINY)
+    model = timm.create_model(f"local-dir:{exported}", pretrained=True)
+    assert model.bn1.num_batches_tracked == recipes.TINY["calibration_images"] / recipes.TINY["batch_size"]
+    args = read_args(tmp_path / "run", parse("finetune", str(tmp_path / "config.yaml"), str(tmp_path / "run")))
+    accelerator = make_accelerator(args)
+    test = evaluate(accelerator, model, accelerator.prepare(make_evaluation_loader(args, open_images(args).test)))
+    result = json.loads((exported / "result.json").read_text())
+    assert {key: result[key] for key in test} == pytest.approx(test)
 
 
 def validate(folder, data, *flags):
