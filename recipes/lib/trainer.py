@@ -120,7 +120,7 @@ class Trainer:
                 if (index + 1) % accumulate == 0:
                     self._update()
                     bar.update()
-                    self._look(epoch)
+                    self._check_and_log(epoch)
         return epoch
 
     def _train_batch(self, epoch: Epoch, inputs: Tensor, targets: Tensor, index: int) -> None:
@@ -160,7 +160,7 @@ class Trainer:
         if training.ema:
             training.ema.update(training.model, step=progress.total)
 
-    def _look(self, epoch: Epoch) -> None:
+    def _check_and_log(self, epoch: Epoch) -> None:
         """At intervals and at the end of the epoch, check and log the losses; at intervals, save a checkpoint."""
         args, progress = self.args, self.progress
         ends = progress.updates == self.training.updates_per_epoch

@@ -9,8 +9,8 @@ from timm_autoslim.costs.recorder import (
     ATTENTION,
     TapeRecorder,
     TensorSpec,
+    collect_numbers,
     describe,
-    numbers_in,
     replace_numbers,
 )
 
@@ -65,11 +65,11 @@ def test_fused_attention_is_one_operator_and_its_scores_depend_on_the_widths():
 @pytest.mark.parametrize("value", [5, True, "a", None, (1, (2, [3])), {"a": 1, "b": (2.5, 4)}])
 def test_numbers_of_arguments_are_found_and_put_back(value):
     described = describe(value)
-    numbers = list(numbers_in(described))
+    numbers = list(collect_numbers(described))
     assert all(type(n) is int for n in numbers)
     assert replace_numbers(described, iter(numbers)) == described
     doubled = replace_numbers(described, iter([2 * n for n in numbers]))
-    assert list(numbers_in(doubled)) == [2 * n for n in numbers]
+    assert list(collect_numbers(doubled)) == [2 * n for n in numbers]
 
 
 def test_tensors_are_described_by_type_shape_and_layout():
@@ -77,4 +77,4 @@ def test_tensors_are_described_by_type_shape_and_layout():
     assert describe(plain) == TensorSpec(torch.float32, (2, 3), (0, 1))
     assert describe(turned) == TensorSpec(torch.float32, (2, 3), (1, 0))
     assert describe(torch.zeros(3, 1).t()) == TensorSpec(torch.float32, (1, 3), (0, 1))
-    assert list(numbers_in(describe((plain, 7)))) == [2, 3, 7]
+    assert list(collect_numbers(describe((plain, 7)))) == [2, 3, 7]

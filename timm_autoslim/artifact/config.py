@@ -61,9 +61,7 @@ class Config:
             ArtifactError: it is not that of an exported model, or a value is of the wrong type or out of bounds.
         """
 
-        def fail(
-            got: str, needed: str, remedy: str = "get the folder again, or export the model again"
-        ) -> ArtifactError:
+        def fail(got: str, needed: str, remedy: str = f"get the folder again, or {EXPORT_AGAIN}") -> ArtifactError:
             return ArtifactError.at(where, got=got, needed=needed, remedy=f"nothing was loaded; {remedy}")
 
         if not isinstance(content, dict) or content.get("architecture") != ARCHITECTURE:

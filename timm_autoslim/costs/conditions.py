@@ -10,7 +10,7 @@ import torch
 from timm_autoslim.errors import BudgetError, ConfigError
 from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.utils.arguments import check_integer, quote
+from timm_autoslim.utils.arguments import check_dtype, check_integer, quote
 
 
 class Latency(Protocol):
@@ -44,9 +44,7 @@ class Conditions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "batch_size", check_integer("batch_size", self.batch_size, BudgetError))
-        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            needed = "a floating point type, such as torch.float16, or None"
-            raise BudgetError.at("dtype", got=repr(self.dtype), needed=needed)
+        check_dtype(self.dtype, BudgetError)
         if self.latency is not None and not callable(getattr(self.latency, "predict", None)):
             needed = "an object with a method predict(supernet, widths), such as a LatencyTable, or None"
             raise BudgetError.at("latency", got=repr(self.latency), needed=needed)

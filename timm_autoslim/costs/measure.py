@@ -17,7 +17,7 @@ from torch import nn
 from timm_autoslim.costs.inputs import place_inputs
 from timm_autoslim.costs.runtimes import RUNTIMES
 from timm_autoslim.errors import AutoSlimError, LatencyError
-from timm_autoslim.utils.arguments import check_integer
+from timm_autoslim.utils.arguments import check_dtype, check_integer
 
 
 def name_device(device: str | torch.device) -> str:
@@ -50,9 +50,7 @@ def check_settings(device: str | torch.device, dtype: torch.dtype | None, runtim
     """Raise LatencyError for an unknown device, type or runtime, or a number of threads that is none."""
     choice = RUNTIMES.pick(runtime)
     check_integer("threads", threads, LatencyError)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        needed = "a floating point type, such as torch.float16, or None"
-        raise LatencyError.at("dtype", got=repr(dtype), needed=needed)
+    check_dtype(dtype, LatencyError)
     name_device(device)
     choice.check(torch.device(device))
 

@@ -165,22 +165,22 @@ def _is_in_order(shape: tuple[int, ...], order: Sequence[int]) -> bool:
     return long == sorted(long)
 
 
-def numbers_in(value: Any) -> Iterator[int]:
+def collect_numbers(value: Any) -> Iterator[int]:
     """Yield every integer in described arguments, in their order."""
     if isinstance(value, TensorSpec):
         yield from value.shape
     elif isinstance(value, (tuple, list)):
         for part in value:
-            yield from numbers_in(part)
+            yield from collect_numbers(part)
     elif isinstance(value, dict):
         for part in value.values():
-            yield from numbers_in(part)
+            yield from collect_numbers(part)
     elif isinstance(value, int) and not isinstance(value, bool):
         yield int(value)
 
 
 def replace_numbers(value: Any, numbers: Iterator[int]) -> Any:
-    """Return described arguments with other integers in place of theirs, in the order of `numbers_in`."""
+    """Return described arguments with other integers in place of theirs, in the order of `collect_numbers`."""
     if isinstance(value, TensorSpec):
         return TensorSpec(value.dtype, tuple(next(numbers) for _ in value.shape), value.order)
     if isinstance(value, (tuple, list)):

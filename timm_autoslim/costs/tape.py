@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_autoslim.costs.infer import FormulaFinder
-from timm_autoslim.costs.recorder import Operator, Storage, TapeRecorder, numbers_in, replace_numbers
+from timm_autoslim.costs.recorder import Operator, Storage, TapeRecorder, collect_numbers, replace_numbers
 from timm_autoslim.errors import TraceError
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.supernet.supernet import Supernet
@@ -70,14 +70,14 @@ class Run:
     def form(self) -> tuple[Any, ...]:
         """Return what must be the same in all runs."""
         return (
-            [(o.name, sum(1 for _ in numbers_in((o.args, o.kwargs)))) for o in self.operators],
+            [(o.name, sum(1 for _ in collect_numbers((o.args, o.kwargs)))) for o in self.operators],
             [(len(s.numbers), s.born, s.last) for s in self.storages],
         )
 
     def numbers(self) -> tuple[list[int], list[int]]:
         """Return every number of the operators, and of the storages."""
         return (
-            [n for o in self.operators for n in numbers_in((o.args, o.kwargs))],
+            [n for o in self.operators for n in collect_numbers((o.args, o.kwargs))],
             [n for s in self.storages for n in (*s.numbers, *(s.unless_equal or ()))],
         )
 

@@ -120,6 +120,16 @@ def check_callable(name: str, value: Any, error: type[AutoSlimError], needed: st
         raise error.at(name, got=quote(value), needed=needed)
 
 
+def check_dtype(value: Any, error: type[AutoSlimError]) -> None:
+    """Make sure that `dtype` is a floating point type, or None.
+
+    Raises:
+        AutoSlimError: of the type `error`: it is neither.
+    """
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise error.at("dtype", got=repr(value), needed="a floating point type, such as torch.float16, or None")
+
+
 def check_path(name: str, value: Any, error: type[AutoSlimError]) -> Path:
     """Return an argument as a path.
 
