@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from timm_autoslim import batch_statistics, calibrate, convert, sandwich_step
 from timm_autoslim.errors import DataError, StaleStatisticsError
+from timm_autoslim.recipes.benchmarks.lib.interrupts import Condition, Interrupt
 from timm_autoslim.training.calibration import check_batch_statistics
 
 
@@ -154,6 +155,31 @@ def test_batch_statistics_normalise_by_the_batch_and_touch_no_buffer(name):
         assert torch.equal(outputs, other(inputs))
     assert_same(before, state(model))
     assert flags(model) == modes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["batch_statistics", "calibrate"])
+def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(way):
+    model = nn.Sequential(nn.BatchNorm1d(2, momentum=0.2), nn.Linear(2, 2)).train()
+    images = torch.randn(4, 2)
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    before = Condition(model)
+
+    def act():
+        if way == "calibrate":
+            calibrate(model, [images])
+        else:
+            with batch_statistics(model), torch.no_grad():
+                model(images)
+
+    act()  # what Python and torch do once alone is done
+    interrupt = Interrupt()
+    interrupt.run(act)
+    for line in range(1, interrupt.lines + 1):
+        assert not Interrupt(line).run(act), line
+        torch.set_grad_enabled(True)  # torch's own no_grad may be left open, as in any program
+        model.load_state_dict(values)  # new statistics may be complete
+        assert before.list_changes(model) == [], line
 
 
 def test_batch_statistics_restore_after_an_error():

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from timm_autoslim.recipes.benchmarks.lib.interrupts import Interrupt
 from timm_autoslim.training.dropout import disable_dropout
 
 
@@ -36,3 +37,21 @@ def test_flags_of_modules_are_restored_after_an_error():
         assert [module.training for module in model] == [False, False, True]
         raise ArithmeticError
     assert [module.training for module in model] == [True, False, True]
+
+
+def test_an_interrupt_at_any_line_leaves_dropout_as_it_was():
+    model, inputs = nn.Sequential(nn.Dropout(0.5)).train(), torch.ones(64)
+
+    def act():
+        with disable_dropout(model):
+            model(inputs)
+            torch.dropout(inputs, 0.5, True)
+
+    act()  # what Python and torch do once alone is done
+    interrupt = Interrupt()
+    interrupt.run(act)
+    for line in range(1, interrupt.lines + 1):
+        assert not Interrupt(line).run(act), line
+        assert model[0].training
+        assert 0 < model(inputs).count_nonzero() < 64
+        assert 0 < torch.dropout(inputs, 0.5, True).count_nonzero() < 64

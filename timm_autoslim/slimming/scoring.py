@@ -19,6 +19,7 @@ from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.calibration import batch_statistics, check_batch_statistics
 from timm_autoslim.utils.arguments import check_callable, check_flag, quote
+from timm_autoslim.utils.restoring import restoring
 from timm_autoslim.utils.tensors import collect_tensors
 
 Subnet = Callable[[Tensor], Tensor]
@@ -269,8 +270,11 @@ def _count_images(model: nn.Module) -> Iterator[list[int]]:
         first = next((t for t in collect_tensors((inputs, named)) if t.dim()), None)
         images.append(1 if first is None else len(first))
 
-    handle = model.register_forward_pre_hook(count, with_kwargs=True)
-    try:
+    def restore() -> None:  # not by the handle, which an interrupt may come before
+        for number in [number for number, hook in model._forward_pre_hooks.items() if hook is count]:
+            model._forward_pre_hooks_with_kwargs.pop(number, None)
+            model._forward_pre_hooks.pop(number, None)
+
+    with restoring(restore):
+        model.register_forward_pre_hook(count, with_kwargs=True)
         yield images
-    finally:
-        handle.remove()

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_autoslim.errors import DataError, StaleStatisticsError
 from timm_autoslim.utils.arguments import check_flag, check_module
+from timm_autoslim.utils.restoring import restoring
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor], *, distributed: bool = False) -> None:
@@ -71,17 +72,18 @@ def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Tensor
     """Replace the statistics by the average over these batches; return how many batches there were."""
     momenta = [norm.momentum for norm in norms]
     count = 0
-    try:
-        with _set_modes(model, training=set(norms)), torch.no_grad():
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # cumulative average
-            for inputs in batches:
-                model(inputs)
-                count += 1
-    finally:
+
+    def restore() -> None:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+    with restoring(restore), _set_modes(model, training=set(norms)), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # cumulative average
+        for inputs in batches:
+            model(inputs)
+            count += 1
     return count
 
 
@@ -179,14 +181,15 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         torch.Size([8, 10])
     """
     norms = [norm for norm in _list_norms(model) if norm.track_running_stats]
-    try:
-        with _set_modes(model, training=set(norms)):
-            for norm in norms:
-                norm.track_running_stats = False  # in training mode: normalise by the batch, update nothing
-            yield
-    finally:
+
+    def restore() -> None:
         for norm in norms:
             norm.track_running_stats = True
+
+    with restoring(restore), _set_modes(model, training=set(norms)):
+        for norm in norms:
+            norm.track_running_stats = False  # in training mode: normalise by the batch, update nothing
+        yield
 
 
 def check_batch_statistics(model: nn.Module) -> None:
@@ -215,15 +218,17 @@ def _list_norms(model: nn.Module) -> list[_BatchNorm]:
 def _set_modes(model: nn.Module, training: set[_BatchNorm]) -> Iterator[None]:
     """Put `training` in training mode and all other modules in evaluation mode; restore every flag after the block."""
     flags = {module: module.training for module in model.modules()}
-    try:
+
+    def restore() -> None:
+        model.train()
+        model.train(flags[model])
+        for module, flag in flags.items():
+            module.training = flag
+
+    with restoring(restore):
         # Through train(): modules that override it (LeViT's attention) clear their caches of other widths there.
         model.train()
         model.eval()
         for norm in training:
             norm.training = True
         yield
-    finally:
-        model.train()
-        model.train(flags[model])
-        for module, flag in flags.items():
-            module.training = flag

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from timm_autoslim.utils.restoring import restoring
 
 # By name, so that torchvision need not be imported, and copies of these classes in other libraries count too.
 _DROP_MODULES = frozenset(
@@ -31,14 +33,21 @@ def disable_dropout(model: nn.Module) -> Iterator[None]:
     functions of `torch.nn.functional` that a forward calls directly, attention's dropout included.
     """
     modules = [module for module in model.modules() if module.training and _is_dropout(module)]
-    try:
-        for module in modules:
-            module.training = False  # not eval(), which would also reach the module's children
-        with _IgnoreDropout():
-            yield
-    finally:
+    mode = _IgnoreDropout()
+
+    def restore() -> None:
+        mode.active = False  # below another mode that an interrupt left open it stays, without effect
+        stack = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+        if stack and stack[-1] is mode:  # an interrupt may have come while torch had taken it off
+            mode.__exit__(None, None, None)
         for module in modules:
             module.training = True
+
+    with restoring(restore):
+        for module in modules:
+            module.training = False  # not eval(), which would also reach the module's children
+        mode.__enter__()  # type: ignore[no-untyped-call]
+        yield
 
 
 def _is_dropout(module: nn.Module) -> bool:
@@ -48,10 +57,18 @@ def _is_dropout(module: nn.Module) -> bool:
 
 
 class _IgnoreDropout(TorchFunctionMode):
-    """Makes the dropout functions return their input: many models call them without a module."""
+    """Makes the dropout functions return their input: many models call them without a module.
+
+    Attributes:
+        active: whether it does.
+    """
+
+    active = True
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if not self.active:
+            return func(*args, **kwargs)
         if func in _DROP_FUNCTIONS:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:

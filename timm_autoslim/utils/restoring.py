@@ -1,0 +1,34 @@
+"""Changes that are taken back at the end of a block, wherever an interrupt comes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def restoring(restore: Callable[[], object]) -> Iterator[None]:
+    """Call `restore` at the end of a block; where an interrupt ends it half-way, call it again.
+
+    It may be called before all changes were made, and twice. So it sets what was there before, and asks for nothing.
+
+    Example:
+        >>> values = [1]
+        >>> def restore():
+        ...     values[0] = 1
+        >>> with restoring(restore):
+        ...     values[0] = 2
+        >>> values
+        [1]
+    """
+    restored = False
+    try:
+        try:
+            yield
+        finally:
+            restore()
+            restored = True
+    except BaseException:
+        if not restored:
+            restore()
+        raise
