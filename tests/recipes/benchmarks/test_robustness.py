@@ -23,6 +23,7 @@ def test_threads_get_the_outputs_of_their_own_widths():
     assert robustness.call_from_threads(400, 4) == {"right": 400, "named": 0, "wrong": 0}
 
 
+@pytest.mark.slow
 def test_a_fault_is_seen(monkeypatch):
     def leave_training(bench):
         flags = vars(bench.supernet.model.bn1)
