@@ -17,10 +17,10 @@ from timm_autoslim.recipes.lib.trainer import Trainer, use_average
 from timm_autoslim.recipes.lib.training import prepare
 
 
-def make_training(folder, *argv, images=8):
-    args = parse_train(folder, "-b", "4", *argv)
+def make_training(folder, *argv, images=8, batch=4):
+    args = parse_train(folder, "-b", str(batch), *argv)
     accelerator, model = make_accelerator(args), torch.nn.Linear(3, 10)
-    loader = DataLoader(TensorDataset(torch.randn(images, 3), torch.arange(images)), 4)
+    loader = DataLoader(TensorDataset(torch.randn(images, 3), torch.arange(images)), batch)
     return prepare(accelerator, args, find_start(accelerator, args, folder, {}), model, model, loader)
 
 
@@ -48,6 +48,19 @@ def test_without_epochs_nothing_is_trained(tmp_path):
     assert Trainer(training, learn).fit() == {}
     assert all(torch.equal(value, before[name]) for name, value in training.model.state_dict().items())
     assert training.updates == 0
+
+
+def test_gradients_that_are_accumulated_are_those_of_all_images_together(tmp_path):
+    weights = []
+    for batch, flags in ((8, ()), (4, ("--grad-accum-steps", "2"))):
+        torch.manual_seed(0)
+        folder = tmp_path / str(batch)
+        folder.mkdir()
+        training = make_training(folder, *flags, batch=batch)
+        Trainer(training, learn).fit()
+        assert training.updates == 1
+        weights.append(training.model.weight)
+    torch.testing.assert_close(*weights)
 
 
 def test_images_that_do_not_fill_an_update_are_refused(tmp_path):
