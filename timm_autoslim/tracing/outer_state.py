@@ -7,43 +7,28 @@ finds. So such state is noted before the run and put back after it, caches start
 
 from __future__ import annotations
 
-import dis
 import functools
-import sys
-import types
-from collections import OrderedDict, UserDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
+from timm_autoslim.tracing.reachable import LRU_CACHED, MISSING, Container, Place, Walk
 from timm_autoslim.tracing.sizes import Size
 
 T = TypeVar("T")
-
-# Packages whose code keeps nothing that depends on one model.
-_SKIPPED = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "timm_autoslim"}
-_MISSING = object()
-_PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
-_DICTS = (dict, OrderedDict, defaultdict)
-_CONTAINERS = (*_DICTS, list, set, deque)
-_WRAPPED_DICTS = (UserDict, WeakKeyDictionary, WeakValueDictionary)
-_CACHED = type(functools.lru_cache(lambda: None))
-_WRITES = frozenset({"setdefault", "update", "append", "appendleft", "extend", "insert", "add"})
-_STORES = frozenset({"STORE_GLOBAL", "STORE_ATTR", "STORE_DEREF"})
-_LARGE = 1000  # containers of more members are data, and not looked into
+EmptyCaches = Callable[[nn.Module | None], None]
 
 
-def with_empty_caches(model: nn.Module, action: Callable[[Callable[[], None]], T]) -> T:
+def with_empty_caches(model: nn.Module, action: Callable[[EmptyCaches], T]) -> T:
     """Return what `action` returns, and put all state back that the code of `model` keeps outside of it.
 
     Args:
         model: the code of its modules says which state there is.
         action: it runs meta copies of the model. The caches are empty when it starts, and it gets a function that
-            empties them again. It is called again if something that was emptied is no cache, because no run filled it.
+            empties them again, and those in the modules of a copy. It is called again if something that was emptied is
+            no cache, because no run filled it.
     """
     state = OuterState(model)
     try:
@@ -61,123 +46,30 @@ def with_empty_caches(model: nn.Module, action: Callable[[Callable[[], None]], T
         state.restore()
 
 
-@dataclass(eq=False)
-class _Place:
-    """One name in a namespace (a dict, a class, or the cell of a closure), with its value at the start."""
-
-    holder: Any
-    name: str
-    value: Any
-
-    def read(self) -> Any:
-        """Return the value that stands there now."""
-        if isinstance(self.holder, types.CellType):
-            return _read_cell(self.holder)
-        store = vars(self.holder) if isinstance(self.holder, type) else self.holder
-        return store.get(self.name, _MISSING)
-
-    def write(self, value: Any) -> None:
-        """Put a value there; `_MISSING` takes the name away."""
-        missing = value is _MISSING
-        if isinstance(self.holder, types.CellType):
-            if missing:
-                del self.holder.cell_contents
-            else:
-                self.holder.cell_contents = value
-        elif isinstance(self.holder, type):
-            type.__delattr__(self.holder, self.name) if missing else type.__setattr__(self.holder, self.name, value)
-        elif missing:
-            self.holder.pop(self.name, None)
-        else:
-            self.holder[self.name] = value
-
-    def restore(self) -> None:
-        """Put the value of the start back."""
-        if self.read() is not self.value:
-            self.write(self.value)
-
-
-@dataclass(eq=False)
-class _Container:
-    """A container of Python, with its members at the start, and the names that it is reached by."""
-
-    value: Any
-    members: Any = field(init=False)
-    names: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.members = dict(self.value) if isinstance(self.value, dict) else list(self.value)
-
-    def restore(self) -> None:
-        """Put the members of the start back, if there are others now."""
-        now = dict(self.value) if isinstance(self.value, dict) else list(self.value)
-        if len(now) != len(self.members) or not all(map(_is_same, _entries(now), _entries(self.members))):
-            _fill(self.value, self.members)
-
-    def is_filled(self) -> bool:
-        """Whether it has members that follow from sizes, as those of a cache do."""
-        return any(map(_follows_sizes, _entries(self.value)))
-
-    def empty(self) -> None:
-        """Take out the members that follow from sizes."""
-        if isinstance(self.value, dict):
-            _fill(self.value, {key: v for key, v in self.value.items() if not _follows_sizes((key, v))})
-        else:
-            _fill(self.value, [member for member in self.value if not _follows_sizes((member,))])
-
-
-def _entries(container: Any) -> Iterable[tuple[Any, ...]]:
-    return container.items() if isinstance(container, dict) else ((member,) for member in container)
-
-
-def _fill(container: Any, members: Any) -> None:
-    container.clear()
-    (container.update if isinstance(container, (dict, set)) else container.extend)(members)
-
-
-def _is_same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return all(x is y for x, y in zip(a, b, strict=True))
-
-
-def _follows_sizes(entry: tuple[Any, ...]) -> bool:
-    """Whether an entry holds a tensor, or, in a dict, an integer: these are what a cache of tables or shapes holds."""
-    return any(_holds(value, (Tensor, int) if len(entry) == 2 else Tensor) for value in entry)
-
-
-def _holds(value: Any, kinds: Any) -> bool:
-    if type(value) in (tuple, list):
-        return any(_holds(member, kinds) for member in value)
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
-def _read_cell(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # it is empty yet
-        return _MISSING
-
-
 class OuterState:
     """The state that the code of a model can reach by names, as it was at the start."""
 
     def __init__(self, model: nn.Module) -> None:
-        walk = _Walk()
+        walk = Walk()
         for module in model.modules():
-            walk.add(type(module))
-            for value in vars(module).values():
-                if type(value) not in _PLAIN and (callable(value) or type(value) in _DICTS):
-                    walk.add_callables(value)
+            walk.add_module(module)
         walk.run()
         self._places, self._containers = list(walk.places.values()), list(walk.containers.values())
         self._namespaces = walk.namespaces
-        self._cached = [place for place in self._places if type(_unwrap(place.value)) is _CACHED]
-        self._caches = [*walk.list_caches()]
+        self._cached = [place for place in self._places if type(_unwrap(place.value)) is LRU_CACHED]
+        self._written = walk.find_written_names()
+        self._caches: list[Place | Container] = [*walk.list_caches(self._written)]
+        self._constants: set[str] = set()  # dicts of modules that are no caches
+        self._dicts: dict[str, Container] = {}  # by path, the dicts of the modules of a copy that were emptied
 
-    def empty_caches(self) -> None:
-        """Put everything back, then empty the caches."""
+    def empty_caches(self, meta_copy: nn.Module | None = None) -> None:
+        """Put everything back, then empty the caches, and those in the modules of a copy too."""
         self.restore()
+        self._dicts = {} if meta_copy is None else dict(self._list_dicts(meta_copy))
+        for container in self._dicts.values():
+            container.empty()
         for cache in self._caches:
-            cache.empty() if isinstance(cache, _Container) else cache.write(None)
+            cache.empty() if isinstance(cache, Container) else cache.write(None)
         for place in self._cached:
             bypass = _bypass(_unwrap(place.value))
             place.write(staticmethod(bypass) if isinstance(place.value, staticmethod) else bypass)
@@ -191,11 +83,22 @@ class OuterState:
         Returns:
             Whether there are any.
         """
-        filled = [c for c in self._caches if (c.is_filled() if isinstance(c, _Container) else c.read() is not None)]
+        filled = [c for c in self._caches if (c.is_filled() if isinstance(c, Container) else c.read() is not None)]
+        constants = {path for path, container in self._dicts.items() if not container.is_filled()}
+        if failed and not constants and len(self._caches) == len(filled):
+            filled, constants = [], set(self._dicts)
         before, self._caches = self._caches, filled
-        if failed and len(before) == len(filled):
-            self._caches = []
-        return len(self._caches) < len(before)
+        self._constants |= constants
+        return bool(constants) or len(self._caches) < len(before)
+
+    def _list_dicts(self, model: nn.Module) -> Iterator[tuple[str, Container]]:
+        """Yield the dicts in which modules keep sizes from one call to the next, by path."""
+        for path, module in model.named_modules():
+            for name, value in vars(module).items() if type(module).__module__[:9] != "torch.nn." else ():
+                if isinstance(value, dict) and name in self._written and f"{path}.{name}" not in self._constants:
+                    container = Container(value)
+                    if container.has_size_keys():
+                        yield f"{path}.{name}", container
 
     def restore(self) -> None:
         """Put everything back."""
@@ -206,7 +109,7 @@ class OuterState:
         for holder, names in self._namespaces:
             for name in [*(vars(holder) if isinstance(holder, type) else holder)]:
                 if name not in names and not name.startswith("__"):
-                    _Place(holder, name, _MISSING).restore()
+                    Place(holder, name, MISSING).restore()
 
 
 def _unwrap(value: Any) -> Any:
@@ -235,151 +138,3 @@ def _belongs_to_run(values: Iterable[Any]) -> bool:
         if isinstance(value, (tuple, list)) and _belongs_to_run(value):
             return True
     return False
-
-
-# -- finding the state ----------------------------------------------------------------------------------------------
-
-
-class _Walk:
-    """Follows the code of classes and functions by the names in it, to all that it can read and write.
-
-    Attributes:
-        places: names in namespaces, by holder and name.
-        namespaces: classes, and the dicts of objects and functions, each with all names in it.
-        containers: by id.
-    """
-
-    def __init__(self) -> None:
-        self.places: dict[tuple[int, str], _Place] = {}
-        self.namespaces: list[tuple[Any, frozenset[str]]] = []
-        self.containers: dict[int, _Container] = {}
-        self._todo: list[tuple[Any, frozenset[str], str]] = []  # a value, the names in the code that uses it, its name
-        self._ids: set[int] = set()
-        self._names: dict[int, set[str]] = {}  # by id of a namespace, the names that were followed
-        self._codes: list[tuple[types.CodeType, frozenset[str]]] = []
-        self._keep: list[Any] = []  # so that no id is used twice
-
-    def add(self, value: Any, names: frozenset[str] = frozenset(), name: str = "") -> None:
-        """Follow a value later: what it holds, and what its code names."""
-        if type(value) not in _PLAIN:
-            self._todo.append((value, names, name))
-
-    def add_callables(self, value: Any) -> None:
-        """Follow an attribute of a module if it is a callable, or a dict with callables such as hooks."""
-        for member in value.values() if isinstance(value, dict) else (value,):
-            if callable(member) and not isinstance(member, nn.Module):
-                self.add(member)
-
-    def run(self) -> None:
-        """Follow all values."""
-        while self._todo:
-            value, names, name = self._todo.pop()
-            if isinstance(value, types.ModuleType):
-                if not _is_skipped(value.__name__):
-                    self._follow_namespace(vars(value), names)
-            elif type(value) in _CONTAINERS:
-                self._follow_container(value, name)
-            elif id(value) not in self._ids:
-                self._ids.add(id(value))
-                self._keep.append(value)
-                self._follow(value)
-
-    def list_caches(self) -> Iterator[_Place | _Container]:
-        """Yield what the code fills as it runs: containers that it writes to, and names that it stores tensors in."""
-        writers: set[str] = set()
-        for code, names in self._codes:
-            if dis.opmap["STORE_SUBSCR"] in code.co_code[::2] or not _WRITES.isdisjoint(names):
-                writers |= names
-        for container in self.containers.values():
-            if not writers.isdisjoint(container.names) and container.is_filled():
-                yield container
-        tables = [place for place in self.places.values() if _holds(place.value, Tensor)]
-        if tables:
-            instructions = (i for code, _ in self._codes for i in dis.get_instructions(code))
-            stored = {i.argval for i in instructions if i.opname in _STORES}
-            yield from (place for place in tables if place.name in stored)
-
-    def _follow(self, value: Any) -> None:
-        if isinstance(value, type):
-            if not _is_skipped(value.__module__):
-                self._note_all(value, vars(value))
-                for base in value.__mro__[1:]:
-                    self.add(base)
-        elif isinstance(value, types.FunctionType):
-            self._follow_function(value)
-        elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
-            self.add(value.__func__)
-        elif isinstance(value, property):
-            for function in (value.fget, value.fset):
-                self.add(function)
-        elif isinstance(value, (functools.partial, functools.partialmethod)):
-            for member in (value.func, *value.args, *value.keywords.values()):
-                self.add(member)
-        elif type(value) is _CACHED:
-            self.add(value.__wrapped__)
-        elif isinstance(value, _WRAPPED_DICTS):
-            self.add(vars(value)["data"])
-        elif not isinstance(value, (nn.Module, Tensor)) and not _is_skipped(type(value).__module__):
-            attributes = getattr(value, "__dict__", {})  # of an object that keeps a cache
-            self._note_all(attributes, attributes)
-            self.add(type(value))
-
-    def _follow_function(self, function: types.FunctionType) -> None:
-        if _is_skipped(function.__module__):
-            self.add(getattr(function, "__wrapped__", None))  # a decorator of torch or functools around the model's own
-            for cell in function.__closure__ or ():
-                self.add(_read_cell(cell))
-            return
-        names = self._read_code(function.__code__)
-        self._follow_namespace(function.__globals__, names)
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            self._note(cell, name, _read_cell(cell))
-        self._note_all(function.__dict__, function.__dict__)
-        arguments = function.__code__.co_varnames[: function.__code__.co_argcount]
-        defaults = function.__defaults__ or ()
-        named = zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)
-        for name, member in (*named, *(function.__kwdefaults__ or {}).items()):
-            self.add(member, name=name)
-
-    def _read_code(self, code: types.CodeType) -> frozenset[str]:
-        """Return the global names in the code of a function, and of those inside it."""
-        names = frozenset(code.co_names)  # an argument that has the name of a global is not that one
-        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        self._codes.append((code, names.union(code.co_freevars, code.co_cellvars, arguments)))
-        inside = [self._read_code(constant) for constant in code.co_consts if isinstance(constant, types.CodeType)]
-        return names.union(*inside)
-
-    def _follow_namespace(self, namespace: dict[str, Any], names: frozenset[str]) -> None:
-        """Follow the names of a Python module's namespace that some code names."""
-        followed = self._names.setdefault(id(namespace), set())
-        for name in names - followed:
-            value = namespace.get(name, _MISSING)
-            self._note(namespace, name, value)
-            if isinstance(value, types.ModuleType):
-                self.add(value, names)
-        followed |= names
-
-    def _note_all(self, holder: Any, namespace: Mapping[str, Any]) -> None:
-        self.namespaces.append((holder, frozenset(namespace)))
-        for name, value in list(namespace.items()):
-            self._note(holder, name, value)
-
-    def _note(self, holder: Any, name: str, value: Any) -> None:
-        self.places.setdefault((id(holder), name), _Place(holder, name, value))
-        if value is not _MISSING and not isinstance(value, types.ModuleType):
-            self.add(value, name=name)
-
-    def _follow_container(self, value: Any, name: str) -> None:
-        container = self.containers.get(id(value))
-        if container is not None and name in container.names:
-            return
-        if container is None:
-            container = self.containers[id(value)] = _Container(value)
-        container.names.add(name)
-        if len(value) <= _LARGE:
-            for member in list(value.values()) if isinstance(value, dict) else list(value):
-                self.add(member, name=name)
-
-
-def _is_skipped(module: str | None) -> bool:
-    return module is None or module.partition(".")[0] in _SKIPPED

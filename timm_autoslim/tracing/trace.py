@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label, Vector
 from timm_autoslim.tracing.observe import observe
-from timm_autoslim.tracing.outer_state import with_empty_caches
+from timm_autoslim.tracing.outer_state import EmptyCaches, with_empty_caches
 from timm_autoslim.tracing.prove import Disagreement, Prover, list_suspects
 from timm_autoslim.tracing.record import LabelRecorder, RunRecord
 from timm_autoslim.tracing.refusals import check_example, check_model, explain_failure
@@ -95,7 +95,7 @@ class Tracer:
             self.flow.set_labels(tensor, labels)
         return labels
 
-    def run(self, empty_caches: Callable[[], None]) -> Trace:
+    def run(self, empty_caches: EmptyCaches) -> Trace:
         """Trace in both modes, solve, prove, repair.
 
         Args:
@@ -106,7 +106,7 @@ class Tracer:
             NothingToSlimError: no channel can be removed.
             WidthError: a glob of `whole_heads` matches no module that splits channels into heads.
         """
-        empty_caches()  # of another trace
+        empty_caches(self.copy)  # of another trace, or of an earlier run
         self.describer.watch_features()
         self._record(training=True)
         self._record(training=False)
@@ -361,7 +361,7 @@ def trace_model(model: nn.Module, example: Any, keep_output: bool = True, whole_
 
 
 def _find_best(
-    model: nn.Module, example: Any, keep_output: bool, whole_heads: Sequence[str], empty_caches: Callable[[], None]
+    model: nn.Module, example: Any, keep_output: bool, whole_heads: Sequence[str], empty_caches: EmptyCaches
 ) -> Trace:
     """Return a trace; where much is fixed, that of whole heads if it removes more."""
     best = Tracer(model, example, keep_output, whole_heads).run(empty_caches)
