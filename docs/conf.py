@@ -60,6 +60,7 @@ Concepts and glossary <docs/concepts>
 :hidden:
 :caption: How to
 
+Slim without training <docs/howto/reconstruct>
 Set budgets <docs/howto/budgets>
 Freeze layers and limit widths <docs/howto/freezing>
 Slim transformers <docs/howto/transformers>

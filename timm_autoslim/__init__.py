@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from timm_autoslim.training.distillation import DISTILLATION_LOSSES as DISTILLATION_LOSSES
     from timm_autoslim.training.distillation import adaptive_alpha_divergence as adaptive_alpha_divergence
     from timm_autoslim.training.distillation import soft_cross_entropy as soft_cross_entropy
+    from timm_autoslim.training.reconstruction import LayerReconstruction as LayerReconstruction
+    from timm_autoslim.training.reconstruction import Reconstruction as Reconstruction
+    from timm_autoslim.training.reconstruction import reconstruct as reconstruct
     from timm_autoslim.training.residual import zero_last_norms as zero_last_norms
     from timm_autoslim.training.samplers import SAMPLERS as SAMPLERS
     from timm_autoslim.training.sandwich import SandwichStep as SandwichStep
@@ -73,6 +76,7 @@ _MODULES = {
     "DISTILLATION_LOSSES": "training.distillation",
     "Found": "slimming.result",
     "HeldOut": "slimming.scoring",
+    "LayerReconstruction": "training.reconstruction",
     "LatencyReport": "costs.fit",
     "LatencyTable": "costs.latency",
     "METRICS": "costs.metrics",
@@ -81,6 +85,7 @@ _MODULES = {
     "REFINEMENTS": "slimming.refinement",
     "RUNTIMES": "costs.runtimes",
     "Reach": "costs.reach",
+    "Reconstruction": "training.reconstruction",
     "SAMPLERS": "training.samplers",
     "SandwichStep": "training.sandwich",
     "SearchResult": "slimming.result",
@@ -106,6 +111,7 @@ _MODULES = {
     "parse_budgets": "slimming.goals",
     "push": "artifact.hub",
     "reach": "costs.reach",
+    "reconstruct": "training.reconstruction",
     "reorder_channels": "supernet.order",
     "sandwich_step": "training.sandwich",
     "search": "slimming.search",

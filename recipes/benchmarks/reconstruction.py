@@ -1,0 +1,186 @@
+"""Accuracy of slim models without training: cut out and calibrated, and reconstructed; a table in docs/benchmarks.md.
+
+    python recipes/benchmarks/reconstruction.py --table docs/benchmarks.md                   # digits: 45 s a model
+    python recipes/benchmarks/reconstruction.py --cases lite0 --checkpoint FILE --data-dir DIR    # your own
+
+Small models of many kinds are trained on scikit-learn's digits first, for a few epochs. The case "lite0" takes
+tf_efficientnet_lite0 with the weights in `--checkpoint`, on the images of `--data-dir` (train.tar and test.tar, or
+folders, of class folders) at `--size` pixels. Each model is cut uniformly to shares of its MACs, with channels in order
+of their L1 norm; three draws of images.
+
+Results are one JSON line each; a run that is started again goes on with what it lacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from timm_autoslim import calibrate, convert, cost, reconstruct, uniform_at
+from timm_autoslim.recipes.benchmarks.lib.results import Results, put_table
+
+DIGITS: dict[str, Callable[[], nn.Module]] = {
+    "vit": lambda: timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3, embed_dim=96, num_heads=3, num_classes=10
+    ),
+    "swin": lambda: timm.create_model(
+        "swin_tiny_patch4_window7_224", img_size=32, window_size=4, embed_dim=32, depths=(1, 1, 2, 1),
+        num_heads=(2, 2, 4, 4), num_classes=10,
+    ),
+    "mixer": lambda: timm.models.mlp_mixer.MlpMixer(
+        img_size=32, patch_size=8, embed_dim=64, num_blocks=3, num_classes=10
+    ),
+    "convnext": lambda: timm.create_model("convnext_atto", num_classes=10, depths=(1, 1, 2, 1), dims=(32, 48, 64, 96)),
+    "resnet": lambda: timm.create_model("resnet10t", num_classes=10, channels=(16, 32, 64, 64), stem_width=8),
+    "regnet": lambda: timm.create_model("regnetx_002", num_classes=10),
+    "densenet": lambda: timm.create_model("densenet121", block_config=(2, 2, 2, 2), growth_rate=16, num_classes=10),
+    "mobilenet": lambda: timm.create_model("mobilenetv3_small_050", num_classes=10),
+    "nfnet": lambda: timm.create_model("test_nfnet", num_classes=10),
+    "torchvision's vit": lambda: torchvision.models.VisionTransformer(32, 8, 3, 3, 96, 192, num_classes=10),
+}  # fmt: skip
+Images = tuple[Tensor, Tensor]
+
+
+def load_digits(seed: int) -> tuple[Images, Images]:
+    """Return training and test images (N, 3, 32, 32) of the digits, and their classes (N,)."""
+    import sklearn.datasets
+
+    digits = sklearn.datasets.load_digits()
+    images = F.interpolate(torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, 32).expand(-1, 3, -1, -1)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    images, targets = images[order].contiguous(), torch.tensor(digits.target)[order]
+    return (images[:1200], targets[:1200]), (images[1200:], targets[1200:])
+
+
+def train(model: nn.Module, images: Images, epochs: int, seed: int) -> None:
+    """Train with AdamW and one cycle of the learning rate."""
+    inputs, targets = images
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.05)
+    steps = -(-len(inputs) // 64)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * steps)
+    model.train()
+    for _ in range(epochs):
+        for batch in torch.split(torch.randperm(len(inputs), generator=generator), 64):
+            F.cross_entropy(model(inputs[batch]), targets[batch]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+
+
+def read_folder(path: Path, size: int, count: int, seed: int) -> Images:
+    """Return images (N, 3, size, size), in -1 to 1, and classes (N,) of class folders, or of one .tar file of them."""
+    dataset = timm.data.create_dataset("", root=str(path))
+    transform = torchvision.transforms.Compose([
+        torchvision.transforms.Resize((size, size), torchvision.transforms.InterpolationMode.BICUBIC),
+        torchvision.transforms.ToTensor(),
+    ])  # fmt: skip
+    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    pairs = [dataset[index] for index in chosen]
+    images = torch.stack([transform(image.convert("RGB")) for image, _ in pairs])
+    return images * 2 - 1, torch.tensor([target for _, target in pairs])
+
+
+def find_part(folder: Path, name: str) -> Path:
+    """Return the .tar file or folder of one part of the images."""
+    return folder / f"{name}.tar" if (folder / f"{name}.tar").exists() else folder / name
+
+
+@torch.no_grad()
+def test(model: nn.Module, images: Images) -> float:
+    """Return the top-1 accuracy in per cent."""
+    outputs = torch.cat([model.eval()(part) for part in torch.split(images[0], 250)])  # (N, classes)
+    return 100 * float((outputs.argmax(1) == images[1]).float().mean())
+
+
+def measure(case: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return one row for each share of the MACs."""
+    torch.manual_seed(seed)
+    if case == "lite0":
+        model = timm.create_model("tf_efficientnet_lite0", num_classes=10)
+        model.load_state_dict(load_file(args.checkpoint))
+        training = read_folder(find_part(args.data_dir, "train"), args.size, 2000, seed)
+        testing = read_folder(find_part(args.data_dir, "test"), args.size, 10000, 0)
+    else:
+        model, (training, testing) = DIGITS[case](), load_digits(seed)
+        train(model, training, 12, seed)
+    original, inputs = test(model, testing), training[0]
+    supernet = convert(model.eval(), inputs[:2], order="l1").eval()
+    rows = []
+    for share in (0.5, 0.25):
+        slim = supernet.extract(uniform_at(supernet, "macs", share * cost(supernet).macs))
+        calibrate(slim, torch.split(inputs, 250))
+        raw, start = test(slim, testing), time.perf_counter()
+        report = reconstruct(slim, supernet, torch.split(inputs, 250))
+        seconds = time.perf_counter() - start
+        left: dict[str, int] = {}
+        for layer in report.layers:
+            if layer.reason:
+                left[layer.reason] = left.get(layer.reason, 0) + 1
+        rows.append({"case": case, "seed": seed, "share": share, "original": original, "raw": raw,
+                     "reconstructed": test(slim, testing), "seconds": seconds, "images": report.images,
+                     "layers": len(report.layers), "left": left})  # fmt: skip
+    return rows
+
+
+def make_table(rows: list[dict[str, Any]]) -> str:
+    """Return a line for each model, with means over the seeds."""
+    lines = ["| model | seeds | original | MACs | cut out | reconstructed | seconds |", "|---|---|---|---|---|---|---|"]
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["case"], row["share"]), []).append(row)
+    for (case, share), members in cells.items():
+        means = {
+            key: sum(row[key] for row in members) / len(members)
+            for key in ("original", "raw", "reconstructed", "seconds")
+        }
+        lines.append(
+            f"| {case} | {len(members)} | {means['original']:.1f} | {share:.0%} | {means['raw']:.1f} "
+            f"| {means['reconstructed']:.1f} | {means['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what has no result yet, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("docs/results/reconstruction.jsonl"))
+    parser.add_argument("--table", type=Path, help="write the table into this page")
+    parser.add_argument("--only-table", action="store_true", help="measure nothing")
+    parser.add_argument("--cases", nargs="+", choices=(*DIGITS, "lite0"), default=list(DIGITS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--checkpoint", type=Path, help="weights of the case lite0")
+    parser.add_argument("--data-dir", type=Path, help="images of the case lite0")
+    parser.add_argument("--size", type=int, default=64, help="side of the images of the case lite0")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    if "lite0" in args.cases and not args.only_table and not (args.checkpoint and args.data_dir):
+        parser.error("the case lite0 needs --checkpoint and --data-dir")
+    torch.set_num_threads(args.threads)
+    results = Results(args.results)
+    done = {(row["case"], row["seed"]) for row in results}
+    jobs = [(case, seed) for seed in args.seeds for case in args.cases if (case, seed) not in done]
+    with contextlib.closing(tqdm([] if args.only_table else jobs, unit="model")) as bar:
+        for case, seed in bar:
+            bar.set_postfix_str(f"{case}, seed {seed}")
+            for row in measure(case, seed, args):
+                results.add(row)
+    print(make_table(results))
+    if args.table:
+        put_table(args.table, "reconstruction", make_table(results))
+
+
+if __name__ == "__main__":
+    main()

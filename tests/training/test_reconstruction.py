@@ -1,0 +1,207 @@
+"""Reconstruction: the weights of least squares, layer by layer."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from helpers.models import TwoGroups
+from torch import nn
+
+from timm_autoslim import LayerReconstruction, calibrate, convert, export, reconstruct
+from timm_autoslim.errors import ConfigError, DataError
+
+
+class Redundant(nn.Module):
+    """Every second channel of the hidden layer is a mixture of the others, so that half of it says all."""
+
+    def __init__(self, kernel=1, groups=1):
+        super().__init__()
+        self.inner = nn.Conv2d(4, 16, kernel, padding=kernel // 2)
+        self.outer = nn.Conv2d(16, 8, kernel, padding=kernel // 2, groups=groups)
+        self.head = nn.Linear(8, 3)
+        with torch.no_grad():
+            mixture = torch.randn(8, 8)
+            self.inner.weight[8:] = torch.einsum("ij,jckl->ickl", mixture, self.inner.weight[:8])
+            self.inner.bias[8:] = mixture @ self.inner.bias[:8]
+
+    def forward(self, x):
+        return self.head(self.outer(self.inner(x)).mean((2, 3)))
+
+
+def make_images(n=100, side=6, channels=4):
+    return torch.randn(n, channels, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def narrow(supernet, **widths):
+    return supernet.extract(supernet.space.max().replace("inner", widths["inner"])).eval()
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_what_is_redundant_is_removed_without_a_trace(kernel):
+    torch.manual_seed(0)
+    model, images = Redundant(kernel).eval(), make_images()
+    supernet = convert(model, images[:2])
+    slim = narrow(supernet, inner=8)
+    with torch.no_grad():
+        assert not torch.allclose(slim(images), model(images), atol=0.1)
+        report = reconstruct(slim, supernet, images.split(25))
+        # a padded border is the only thing that the mixture's bias says and the others do not
+        atol = 1e-3 if kernel == 1 else 0.05
+        assert torch.allclose(slim(images), model(images), atol=atol)
+    outer = next(layer for layer in report.layers if layer.name == "outer")
+    assert outer.after < 0.05 * outer.before
+    assert report.images == 100
+    assert [layer.name for layer in report.layers] == ["inner", "outer", "head"]
+
+
+def test_grouped_convolutions_are_solved_group_by_group():
+    torch.manual_seed(0)
+    model, images = Redundant(groups=2).eval(), make_images()
+    supernet = convert(model, images[:2])
+    slim = supernet.extract(supernet.space.uniform(0.75)).eval()
+    assert slim.outer.groups == 2
+    report = reconstruct(slim, supernet, [images])
+    outer = next(layer for layer in report.layers if layer.name == "outer")
+    assert outer.inputs == slim.outer.weight[0].numel()
+    assert outer.after < outer.before
+
+
+def test_the_widest_subnet_is_left_as_it_is():
+    torch.manual_seed(0)
+    model, images = TwoGroups().eval(), torch.randn(40, 3, 8, 8)
+    calibrate(model, [images])
+    supernet = convert(model, images[:2])
+    slim = supernet.extract()
+    weights = {name: value.clone() for name, value in slim.named_parameters()}
+    report = reconstruct(slim, supernet, [images])
+    assert all(torch.equal(value, weights[name]) for name, value in slim.named_parameters())
+    assert {layer.reason for layer in report.layers} == {"its outputs are right"}
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(slim.buffers(), model.buffers(), strict=True)
+        if ours.is_floating_point()
+    )
+
+
+def test_batch_norms_have_the_statistics_of_the_slim_model_and_it_can_be_exported(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=10, channels=(8, 16, 16, 16), stem_width=8)
+    images = torch.randn(60, 3, 32, 32)
+    calibrate(model, [images])
+    supernet = convert(model.eval(), images[:2])
+    slim = supernet.extract(supernet.space.uniform(0.5)).train()
+    flags = [module.training for module in (*slim.modules(), *supernet.modules())]
+    reconstruct(slim, supernet, images.split(20))
+    assert flags == [module.training for module in (*slim.modules(), *supernet.modules())]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in supernet.modules())
+    calibrated = copy.deepcopy(slim)
+    calibrate(calibrated, [images])
+    for ours, theirs in zip(slim.buffers(), calibrated.buffers(), strict=True):
+        if ours.is_floating_point():
+            torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-4)  # the last stage has 60 values
+    export(slim, tmp_path / "slim")
+    again = timm.create_model(f"local-dir:{tmp_path}/slim", pretrained=True).eval()
+    assert torch.equal(again(images), slim.eval()(images))
+
+
+def test_transformers_are_reconstructed_and_the_original_may_be_the_ordered_model():
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=10, img_size=32, patch_size=8).eval()
+    images = torch.randn(80, 3, 32, 32)
+    supernet = convert(model, images[:2], order="l1")
+    slim = supernet.extract(supernet.space.uniform(0.5)).eval()
+    raw = copy.deepcopy(slim)
+    report = reconstruct(slim, supernet.model, images.split(40))
+    assert {layer.name for layer in report.layers if layer.reason is None} >= {"blocks.0.attn.qkv", "blocks.0.mlp.fc2"}
+    fresh = torch.randn(40, 3, 32, 32)
+    with torch.no_grad():
+        target = model(fresh)
+        assert (slim(fresh) - target).norm() < 0.7 * (raw(fresh) - target).norm()
+
+
+def test_with_little_memory_fewer_images_are_used_where_layers_are_large():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 4, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 4, 1)
+    )
+    model = nn.Sequential(net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    images = torch.randn(300, 3, 64, 64)
+    supernet = convert(model, images[:2])
+    slim = supernet.extract(supernet.space.uniform(0.5)).eval()
+    size = 2 * 8 * 64 * 64 * 4  # bytes of what enters and leaves the first ReLU, of one image
+    report = reconstruct(slim, supernet, images.split(50), memory_mib=max(1, 20 * 6 * size >> 20))
+    rows = {layer.name: layer.rows for layer in report.layers}
+    assert rows["0.0"] <= 30 * 64 * 64
+    assert 30 < report.images <= 300
+    assert rows["3"] == pytest.approx(0.8 * report.images, abs=2)
+
+
+def test_layers_that_cannot_be_solved_for_are_left_with_a_reason():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.shared = nn.Linear(6, 12), nn.Linear(12, 12)
+            self.tied, self.head = nn.Linear(12, 12), nn.Linear(12, 3)
+            self.tied.weight = self.shared.weight
+
+        def forward(self, x):
+            x = self.inner(x).relu()
+            return self.head(self.tied(self.shared(self.shared(x)).relu()))
+
+    torch.manual_seed(0)
+    model, inputs = Twice().eval(), torch.randn(100, 6)
+    supernet = convert(model, inputs[:2])
+    slim = supernet.extract(supernet.space.uniform(0.5)).eval()
+    report = reconstruct(slim, supernet, [inputs])
+    reasons = {layer.name: layer.reason for layer in report.layers}
+    assert reasons["shared"] == "it runs several times in a forward"
+    assert reasons["tied"] == "its weight is shared with another layer"
+    assert reasons["head"] is None
+    assert "shared" in str(report)
+    assert "left: it runs several times" in str(report)
+
+
+def test_an_error_on_the_way_leaves_both_models_as_they_were():
+    torch.manual_seed(0)
+    model, images = Redundant().train(), make_images()
+    supernet = convert(model, images[:2])
+    slim = narrow(supernet, inner=8)
+    before = {name: value.clone() for name, value in slim.state_dict().items()}
+
+    def break_off(layer: LayerReconstruction):
+        if layer.name == "outer":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        reconstruct(slim, supernet, [images], on_layer=break_off)
+    assert all(torch.equal(value, before[name]) for name, value in slim.state_dict().items())
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in supernet.modules())
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], r"^batches: got none; needed: an iterable of input tensors"),
+        ([(torch.zeros(1), torch.zeros(1))], r"^batches: got a tuple; needed: input tensors \(N, C, H, W\)"),
+    ],
+)
+def test_what_is_no_batch_is_named(batches, message):
+    supernet = convert(Redundant().eval(), make_images(2))
+    with pytest.raises(DataError, match=message):
+        reconstruct(narrow(supernet, inner=8), supernet, batches)
+
+
+def test_another_original_or_no_slim_model_is_refused():
+    images = make_images(4)
+    supernet = convert(Redundant().eval(), images)
+    slim = narrow(supernet, inner=8)
+    with pytest.raises(ConfigError, match=r"^the slim model: got a Redundant that does not say its widths"):
+        reconstruct(Redundant(), supernet, [images])
+    with pytest.raises(ConfigError, match=r"^the original: got another model than that of the slim model's widths"):
+        reconstruct(slim, TwoGroups().eval(), [torch.zeros(2, 3, 8, 8)])
+    with pytest.raises(ConfigError, match=r"^the slim model: got inner.weight of the shape \(8, 4, 1, 1\)"):
+        reconstruct(slim, Redundant(kernel=3).eval(), [images])
+    with pytest.raises(ConfigError, match=r"^memory_mib: got 0"):
+        reconstruct(slim, supernet, [images], memory_mib=0)

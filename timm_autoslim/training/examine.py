@@ -1,0 +1,163 @@
+"""What reconstruction has to know of two models: their layers in order, which of them can be solved for, and sizes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from timm_autoslim.training.least_squares import Layer, get_weight, take_outputs, take_rows
+from timm_autoslim.utils.tensors import collect_tensors
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The way through a slim model.
+
+    Attributes:
+        layers: those with weights that inputs are multiplied with.
+        norms: BatchNorms with running statistics, by path.
+        stops: paths of both, in the order of the forward.
+        sizes: by stop, the bytes of one image that go into and out of any module from there on, at most.
+    """
+
+    layers: tuple[Layer, ...]
+    norms: Mapping[str, _BatchNorm]
+    stops: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Call:
+    path: str
+    inputs: Tensor
+    outputs: Tensor
+
+
+def examine(slim: nn.Module, original: nn.Module, images: Tensor) -> Plan:
+    """Run both models on a few images (N, C, H, W), and find out what can be solved for.
+
+    Args:
+        slim, original: the models, in evaluation mode.
+        images: at least one.
+    """
+    calls, original_calls = _record(slim, images), _record(original, images)
+    counts = Counter(call.path for call in calls)
+    owners = Counter(id(p) for m in slim.modules() for p in m._parameters.values() if p is not None)
+    followed = {id(call.inputs) for call in calls if isinstance(slim.get_submodule(call.path), _BatchNorm)}
+    bytes_by_path: Counter[str] = Counter()
+    for call in original_calls:
+        size = (call.inputs.nbytes + call.outputs.nbytes) // len(images)
+        bytes_by_path[call.path] = max(bytes_by_path[call.path], size)
+    layers: list[Layer] = []
+    norms: dict[str, _BatchNorm] = {}
+    stops: list[str] = []
+    sizes: list[int] = []
+    largest = 1
+    for call in reversed(calls):  # so that the size of what comes later is known
+        module = slim.get_submodule(call.path)
+        largest = max(largest, bytes_by_path[call.path])
+        if call.path in stops:
+            continue
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and counts[call.path] == 1:
+            norms[call.path] = module
+        elif isinstance(module, _LAYERS):
+            reason = _find_reason(module, call, counts[call.path], owners)
+            layers.append(Layer(call.path, module, id(call.outputs) in followed, reason))
+        else:
+            continue
+        stops.append(call.path)
+        sizes.append(largest)
+    return Plan(tuple(reversed(layers)), norms, tuple(reversed(stops)), tuple(reversed(sizes)))
+
+
+def _find_reason(
+    module: nn.Linear | nn.Conv1d | nn.Conv2d, call: _Call, count: int, owners: Counter[int]
+) -> str | None:
+    """Say why the weights of a layer cannot be solved for; None if they can."""
+    if "weight" not in module._parameters:
+        return "its weight is computed from others"
+    if count > 1:
+        return "it runs several times in a forward"
+    if owners[id(module.weight)] > 1:
+        return "its weight is shared with another layer"
+    if not isinstance(module, nn.Linear):
+        if module.groups > 1 and module.in_channels == module.groups:
+            return "depthwise"
+        if isinstance(module.padding, str) or module.padding_mode != "zeros":
+            return f"its padding ({module.padding if isinstance(module.padding, str) else module.padding_mode})"
+    outputs = take_outputs(module, call.outputs)
+    expected = (take_rows(module, call.inputs) @ get_weight(module)[:, None]).float()
+    if module.bias is not None:
+        expected = expected + module.bias.detach().reshape(len(expected), 1, 1, -1)
+    if expected.shape != outputs.shape or not torch.allclose(expected, outputs.float(), rtol=1e-2, atol=1e-3):
+        return "its forward is not that of its type"
+    return None
+
+
+def _record(model: nn.Module, images: Tensor) -> list[_Call]:
+    """Return the calls of layers, and of other modules without children, that take and return a tensor, in order."""
+    calls: list[_Call] = []
+    handles = []
+
+    def make_hook(path: str):  # type: ignore[no-untyped-def]
+        def record(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+            tensors = collect_tensors(inputs)
+            if tensors and isinstance(output, Tensor):
+                calls.append(_Call(path, tensors[0], output))
+
+        return record
+
+    try:
+        for path, module in model.named_modules():
+            if not len(module._modules) or isinstance(module, _LAYERS):
+                handles.append(module.register_forward_hook(make_hook(path)))
+        model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def take_channels(outputs: Tensor, module: nn.Module, channels: Tensor) -> Tensor:
+    """Return the channels that are left of what a layer of the original puts out."""
+    return outputs.index_select(-1 if isinstance(module, nn.Linear) else 1, channels)
+
+
+def renew_statistics(norm: _BatchNorm, inputs: list[Tensor], *, keep: bool = False) -> None:
+    """Set the running statistics of a BatchNorm to those of its inputs (N, C, ...), in all batches together.
+
+    With `keep` they stay, and only count as the model's own.
+    """
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.fill_(len(inputs))
+    if keep:
+        return
+    dims = [0, *range(2, inputs[0].dim())]
+    count = sum(x.numel() // x.shape[1] for x in inputs)
+    mean = torch.stack([x.double().sum(dims) for x in inputs]).sum(0) / count  # (C,)
+    square = torch.stack([x.double().square().sum(dims) for x in inputs]).sum(0) / count
+    variance = (square - mean**2).clamp_min(0) * (count / max(1, count - 1))
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+
+
+@contextlib.contextmanager
+def evaluate_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode for the length of a block."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag

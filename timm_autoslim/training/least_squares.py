@@ -1,0 +1,173 @@
+"""Least squares for one layer: its rows of inputs and outputs, their moments, and the weights that follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# Each layer gets so many rows for each input, but no fewer than this; more change little.
+ROWS_PER_INPUT, LEAST_ROWS = 8, 32768
+_HELD_OUT = 5  # every fifth image tests
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of the slim model.
+
+    Attributes:
+        name: its path.
+        module: a linear layer, or a convolution.
+        centered: the mean of its outputs does not matter, since a BatchNorm follows that subtracts it.
+        reason: why its weights are left; None if they can be solved for.
+    """
+
+    name: str
+    module: nn.Linear | nn.Conv1d | nn.Conv2d
+    centered: bool
+    reason: str | None = None
+
+    @property
+    def inputs(self) -> int:
+        """How many numbers one output is a sum over."""
+        return self.module.weight[0].numel()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of inputs and outputs, by group of the convolution: G groups, I inputs and O outputs in each.
+
+    Attributes:
+        count: of rows.
+        x, y: means (G, I) and (G, O).
+        xx, xy, yy: means of the products (G, I, I), (G, I, O), (G, O).
+    """
+
+    count: int
+    x: Tensor
+    y: Tensor
+    xx: Tensor
+    xy: Tensor
+    yy: Tensor
+
+    def move(self, x: Tensor, y: Tensor) -> Moments:
+        """Return the moments after (G, I) and (G, O) were added to all rows."""
+        sums, products = (
+            self.x[:, :, None] * x[:, None],
+            self.x[:, :, None] * y[:, None] + x[:, :, None] * self.y[:, None],
+        )
+        xx = self.xx + sums + sums.transpose(1, 2) + x[:, :, None] * x[:, None]
+        xy = self.xy + products + x[:, :, None] * y[:, None]
+        return Moments(self.count, self.x + x, self.y + y, xx, xy, self.yy + 2 * y * self.y + y**2)
+
+    def center(self) -> Moments:
+        """Return the moments about the means."""
+        xx = self.xx - self.x[:, :, None] * self.x[:, None, :]
+        xy = self.xy - self.x[:, :, None] * self.y[:, None, :]
+        return Moments(self.count, self.x, self.y, xx, xy, self.yy - self.y**2)
+
+
+def take_rows(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return what each output of a layer is a sum over: (G, N, positions, I), for inputs as the layer takes them."""
+    if isinstance(module, nn.Linear):
+        return inputs.reshape(1, len(inputs), -1, inputs.shape[-1])
+    assert isinstance(module, nn.Conv1d | nn.Conv2d)
+    kernel, stride, padding, dilation = (
+        (0 if i == 2 else 1, *value) if isinstance(module, nn.Conv1d) else value
+        for i, value in enumerate((module.kernel_size, module.stride, module.padding, module.dilation))
+    )
+    images = inputs[:, :, None] if isinstance(module, nn.Conv1d) else inputs
+    patches = F.unfold(images, kernel, dilation, padding, stride)  # type: ignore[arg-type]  # (N, C k k, positions)
+    return torch.unflatten(patches, 1, (module.groups, -1)).permute(1, 0, 3, 2)
+
+
+def take_outputs(module: nn.Module, outputs: Tensor) -> Tensor:
+    """Return the outputs of a layer as (G, N, positions, O), G groups of the layer."""
+    if isinstance(module, nn.Linear):
+        return outputs.reshape(1, len(outputs), -1, outputs.shape[-1])
+    assert isinstance(module, nn.Conv1d | nn.Conv2d)
+    return torch.unflatten(outputs.flatten(2), 1, (module.groups, -1)).permute(1, 0, 3, 2)
+
+
+def get_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a layer as (G, I, O)."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    groups = getattr(module, "groups", 1)
+    return weight.detach().reshape(groups, len(weight) // groups, -1).transpose(1, 2)
+
+
+def set_weight(module: nn.Module, weight: Tensor, shift: Tensor | None) -> None:
+    """Set the weight (G, I, O) and, if it has one, the bias (G, O) of a layer."""
+    assert isinstance(module.weight, Tensor)
+    with torch.no_grad():
+        module.weight.copy_(weight.transpose(1, 2).reshape(module.weight.shape))
+        if shift is not None and isinstance(module.bias, Tensor):
+            module.bias.copy_(shift.reshape(-1))
+
+
+def measure(layer: Layer, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Moments, Moments]:
+    """Return the moments of four images of five, and those of the fifth.
+
+    Args:
+        layer: the layer.
+        inputs: by batch, what enters it.
+        outputs: by batch, what should come out of it.
+    """
+    sums: list[list[Tensor]] = [[], []]
+    rows = [0, 0]
+    wanted = max(ROWS_PER_INPUT * layer.inputs, LEAST_ROWS)
+    first, origin = 0, None
+    total = sum(take_outputs(layer.module, y)[0, :, :, 0].numel() for y in outputs)
+    generator = torch.Generator().manual_seed(0)
+    for x, y in zip(inputs, outputs, strict=True):
+        all_rows, all_targets = take_rows(layer.module, x), take_outputs(layer.module, y)
+        positions = all_rows.shape[2]
+        share = max(1, min(positions, round(positions * wanted / total)))
+        if share < positions:
+            chosen = torch.randperm(positions, generator=generator)[:share].to(x.device)
+            all_rows, all_targets = all_rows[:, :, chosen], all_targets[:, :, chosen]
+        number = torch.arange(first, first + len(x), device=x.device) % _HELD_OUT
+        first += len(x)
+        for part, mask in enumerate((number != _HELD_OUT - 1, number == _HELD_OUT - 1)):
+            r, t = all_rows[:, mask].flatten(1, 2).float(), all_targets[:, mask].flatten(1, 2).float()
+            if origin is None:  # about it, since products of large means are not exact in float32
+                origin = r.mean(1, keepdim=True), t.mean(1, keepdim=True)
+            r, t = r - origin[0], t - origin[1]
+            products = [r.sum(1), t.sum(1), r.transpose(1, 2) @ r, r.transpose(1, 2) @ t, (t * t).sum(1)]
+            rows[part] += r.shape[1]
+            doubles = [p.double() for p in products]
+            sums[part] = [a + b for a, b in zip(sums[part], doubles, strict=True)] if sums[part] else doubles
+    assert origin is not None
+    solving, testing = (
+        Moments(n, *(value / max(1, n) for value in values)).move(*(x[:, 0].double() for x in origin))
+        for n, values in zip(rows, sums, strict=True)
+    )
+    return solving, testing
+
+
+def solve(moments: Moments, weight: Tensor, ridge: float) -> Tensor | None:
+    """Return the weight (G, I, O) of least squares with a ridge towards `weight`; None if the inputs say nothing."""
+    scale = moments.xx.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]  # (G, 1, 1)
+    if not bool((scale > 0).all()):
+        return None
+    penalty = ridge * scale
+    matrix = moments.xx + penalty * torch.eye(moments.xx.shape[1], dtype=moments.xx.dtype, device=moments.xx.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if bool(failed.any()):
+        return None
+    return torch.cholesky_solve(moments.xy + penalty * weight, factor)
+
+
+def compare(moments: Moments, weight: Tensor, shift: Tensor | None) -> float:
+    """Return the squared error of a weight (G, I, O) and a shift (G, O), over the variance of the outputs.
+
+    Without a shift the mean of the outputs does not matter.
+    """
+    centered = moments.center()
+    spread = centered.yy - 2 * (weight * centered.xy).sum(1) + (weight * (centered.xx @ weight)).sum(1)  # (G, O)
+    if shift is not None:
+        spread = spread + ((moments.x[:, None] @ weight)[:, 0] + shift - moments.y) ** 2
+    return max(0.0, float(spread.sum() / centered.yy.sum().clamp_min(1e-30)))

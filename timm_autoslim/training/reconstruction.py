@@ -1,0 +1,251 @@
+"""Reconstruction: weights for a slim model, in closed form and without labels, from what the original computes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from timm_autoslim.artifact.spec import Spec
+from timm_autoslim.errors import ConfigError, DataError, WidthError
+from timm_autoslim.supernet.convert import convert
+from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.training.examine import evaluate_mode, examine, renew_statistics, take_channels
+from timm_autoslim.training.least_squares import Layer, compare, get_weight, measure, set_weight, solve
+from timm_autoslim.training.lockstep import Lockstep
+from timm_autoslim.utils.arguments import check_integer
+
+# What holds weights near those that they had, relative to the mean variance of the inputs; tried for every layer.
+RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)
+# Errors up to this one are of rounding.
+EXACT = 1e-6
+
+
+@dataclass(frozen=True)
+class LayerReconstruction:
+    """What reconstruction did to one layer.
+
+    Attributes:
+        name: path of the layer.
+        rows: examples that the weights were solved from: images, times positions for a convolution or tokens.
+        inputs: numbers that one output is a sum over.
+        before, after: error with the sliced and with the new weights, relative to the variance of the original's
+            outputs, on images that were not solved with; None if the layer was left.
+        reason: why it was left as it was; None if it has new weights.
+
+    Example:
+        >>> LayerReconstruction("fc", rows=2000, inputs=256, before=0.53, after=0.31, reason=None).after
+        0.31
+    """
+
+    name: str
+    rows: int
+    inputs: int
+    before: float | None
+    after: float | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `reconstruct` did, layer by layer in the order of the forward.
+
+    Attributes:
+        layers: one for each layer that has weights to solve for.
+        images: how many images were used at most.
+
+    Example:
+        >>> layer = LayerReconstruction("fc", rows=2000, inputs=256, before=0.53, after=0.31, reason=None)
+        >>> print(Reconstruction((layer,), images=500))
+        layer      rows  inputs  before   after
+        fc         2000     256   0.530   0.310
+    """
+
+    layers: tuple[LayerReconstruction, ...]
+    images: int
+
+    def __str__(self) -> str:
+        """Return a table with a line for each layer."""
+        width = max((len(layer.name) for layer in self.layers), default=5)
+        lines = [f"{'layer':{width}}  {'rows':>8}  inputs  before   after"]
+        for layer in self.layers:
+            errors = [" " * 6 if value is None else f"{value:6.3f}" for value in (layer.before, layer.after)]
+            text = f"{layer.name:{width}}  {layer.rows:8}  {layer.inputs:6}  {'  '.join(errors)}"
+            lines.append(f"{text}  left: {layer.reason}" if layer.reason else text)
+        return "\n".join(lines)
+
+
+def reconstruct(
+    slim: nn.Module,
+    original: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    memory_mib: int = 2048,
+    on_layer: Callable[[LayerReconstruction], None] | None = None,
+) -> Reconstruction:
+    """Give a slim model the weights that reproduce the original's outputs, layer by layer. Nothing is trained.
+
+    Layers are taken in the order of the forward. For each, X are its inputs in the slim model as it stands by then, and
+    Y the outputs of the original at the channels that are left. Its weights become those that minimize
+    |X W + b - Y|^2 + r d |W - W0|^2, where W0 are the weights that it had, d is the mean variance of its inputs, and r
+    one of `RIDGES`: that with the least error on every fifth image, which is not solved with. BatchNorms get the
+    statistics of the slim model as soon as they are reached. Both models run in evaluation mode. (The closed form is
+    that of He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", arXiv 1707.06168, section 3.1, with
+    a ridge towards the weights that are there.)
+
+    A layer keeps its weights if the new ones do not lower its error on these images, or if it has fewer than two rows
+    for each input. Solved are linear layers and convolutions of one and two dimensions, grouped ones too; not
+    depthwise convolutions, layers that run several times in a forward, weights that other layers share, and those that
+    a forward reads without calling the layer, as torch's MultiheadAttention does.
+
+    Args:
+        slim: what `supernet.extract(widths)` returned, or such a model after training; changed in place, at the end.
+        original: the supernet, or the model that it was made of (with `order=`, `supernet.model`).
+        batches: inputs (N, C, H, W) on the models' device, without labels; 500 to 2,000 images are good.
+        memory_mib: MiB that activations may take, about; where they are large, fewer images are used.
+        on_layer: called after each layer.
+
+    Raises:
+        ConfigError: the slim model does not say its widths, or they are of another model than the original; or an
+            argument is out of range.
+        DataError: there are no batches, or they are no tensors.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert, reconstruct
+        >>> model = timm.create_model("test_vit", num_classes=10).eval()
+        >>> images = torch.randn(40, 3, 160, 160)
+        >>> supernet = convert(model)
+        >>> slim = supernet.extract(supernet.space.uniform(0.5)).eval()
+        >>> report = reconstruct(slim, supernet, images.split(10))
+        >>> layer = report.layers[1]
+        >>> layer.name, layer.after < layer.before
+        ('blocks.0.attn.qkv', True)
+    """
+    memory = check_integer("memory_mib", memory_mib, ConfigError) * 2**20
+    images = _check_batches(batches)
+    first = next(images)
+    kept, narrowed = _compare_channels(slim, original, first)
+    source = original.model if isinstance(original, Supernet) else original
+    result = copy.deepcopy(slim).eval()  # the slim model itself changes at the very end, and then at once
+    reports = []
+    with evaluate_mode(source), torch.no_grad():
+        plan = examine(result, source, first[:2])
+        layers = {layer.name: layer for layer in plan.layers}
+        solved = [name for name, layer in layers.items() if layer.reason is None]
+        norms = {name: norm for name, norm in plan.norms.items() if name in plan.stops}
+        sizes = [size for name, size in zip(plan.stops, plan.sizes, strict=True) if name in solved or name in norms]
+        changed = False  # before the first change the statistics are those of the original, and right
+        unsolved = {name for name, layer in layers.items() if layer.reason is not None and name in narrowed}
+        order = {name: index for index, name in enumerate(plan.stops)}
+        lockstep = Lockstep(result, source, solved, list(norms), sizes, itertools.chain([first], images), memory)
+        with lockstep:
+            for name, inputs, outputs in lockstep:
+                if name in norms:
+                    changed |= any(order[other] < order[name] for other in unsolved)
+                    renew_statistics(norms[name], inputs, keep=not changed)
+                    continue
+                if name in kept:
+                    outputs = [take_channels(output, layers[name].module, kept[name]) for output in outputs]
+                report = _solve(layers[name], inputs, outputs)
+                reports.append(report)
+                changed |= report.before is None or report.before > EXACT
+                if on_layer is not None:
+                    on_layer(report)
+    slim.load_state_dict(result.state_dict())
+    left = [_leave(layer, 0, layer.reason) for layer in plan.layers if layer.reason is not None]
+    reports = sorted((*reports, *left), key=lambda report: order[report.name])
+    return Reconstruction(tuple(reports), lockstep.images)
+
+
+def _check_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the batches.
+
+    Raises:
+        DataError: there is none, or one is no tensor of images.
+    """
+    empty = True
+    for batch in batches:
+        if not isinstance(batch, Tensor) or not batch.dim() or not len(batch):
+            got = f"a {type(batch).__name__}" if not isinstance(batch, Tensor) else f"the shape {tuple(batch.shape)}"
+            remedy = "if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`"
+            raise DataError.at("batches", got=got, needed="input tensors (N, C, H, W)", remedy=remedy)
+        empty = False
+        yield batch
+    if empty:
+        raise DataError.at("batches", got="none", needed="an iterable of input tensors (N, C, H, W)")
+
+
+def _compare_channels(slim: nn.Module, original: nn.Module, images: Tensor) -> tuple[dict[str, Tensor], set[str]]:
+    """Return, by path of a layer, which output channels the slim model has, if not all; and which have fewer inputs.
+
+    Raises:
+        ConfigError: the slim model is no subnet of the original.
+    """
+    spec = getattr(slim, "autoslim", None)
+    if not isinstance(spec, Spec) or not spec.widths:
+        got, needed = f"a {type(slim).__name__} that does not say its widths", "what supernet.extract(widths) returned"
+        raise ConfigError.at("the slim model", got=got, needed=needed)
+    supernet = original if isinstance(original, Supernet) else convert(original, images[:1])
+    remedy = "pass the supernet that the slim model was extracted from"
+    try:
+        slices = supernet.graph.slices(supernet.space.from_dict(dict(spec.widths)).values_)
+    except WidthError as error:
+        got, needed = f"another model than that of the slim model's widths ({error})", "the model that it was cut from"
+        raise ConfigError.at("the original", got=got, needed=needed, remedy=remedy) from None
+    tensors = dict(slim.state_dict(keep_vars=True))
+    kept: dict[str, Tensor] = {}
+    narrowed: set[str] = set()
+    for name, tensor in supernet.model.state_dict(keep_vars=True).items():
+        axes = slices.tensors.get(name, (None,) * tensor.dim())
+        shape = [
+            n if runs is None else sum(length for _, length in runs) for n, runs in zip(tensor.shape, axes, strict=True)
+        ]
+        if name not in tensors or list(tensors[name].shape) != shape:
+            got = f"{name} of the shape {tuple(tensors[name].shape) if name in tensors else 'none'}"
+            raise ConfigError.at("the slim model", got=got, needed=f"the shape {tuple(shape)}", remedy=remedy)
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and axes and axes[0] is not None:
+            channels = [i for start, length in axes[0] for i in range(start, start + length)]
+            kept[path] = torch.tensor(channels, device=tensor.device)
+        if leaf == "weight" and any(runs is not None for runs in axes[1:]):
+            narrowed.add(path)
+    return kept, narrowed
+
+
+def _solve(layer: Layer, inputs: list[Tensor], outputs: list[Tensor]) -> LayerReconstruction:
+    """Solve for the weights of one layer, and set them if they are better."""
+    solving, testing = measure(layer, inputs, outputs)
+    if solving.count < 2 * layer.inputs or not testing.count:
+        return _leave(layer, solving.count, "fewer than two rows for each input")
+    module, weight = layer.module, get_weight(layer.module).double()
+    has_bias = module.bias is not None
+    bias = torch.zeros_like(solving.y) if module.bias is None else module.bias.detach().double().view_as(solving.y)
+    moments = solving.center() if layer.centered or has_bias else solving  # is the outputs' mean free?
+    before = best = compare(testing, weight, None if layer.centered else bias)
+    if before <= EXACT:
+        return LayerReconstruction(layer.name, solving.count, layer.inputs, before, before, "its outputs are right")
+    after, found = float("inf"), None
+    for ridge in RIDGES:
+        solution = solve(moments, weight, ridge)
+        if solution is None:
+            continue
+        shift = solving.y - (solving.x[:, None] @ solution)[:, 0] if has_bias else bias
+        error = compare(testing, solution, None if layer.centered else shift)
+        after = min(after, error)
+        if error < best:
+            best, found = error, (solution, shift)
+    if after == float("inf"):
+        return _leave(layer, solving.count, "its inputs are constant")
+    if found is not None:
+        set_weight(module, *found)
+    reason = None if found else "no lower error"
+    return LayerReconstruction(layer.name, solving.count, layer.inputs, before, after, reason)
+
+
+def _leave(layer: Layer, rows: int, reason: str | None) -> LayerReconstruction:
+    return LayerReconstruction(layer.name, rows, layer.inputs, None, None, reason)
