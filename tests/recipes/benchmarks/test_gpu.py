@@ -49,7 +49,7 @@ def test_a_difference_is_relative_to_the_largest_entry():
 def test_all_parts_run_on_a_cpu(tmp_path):
     results = tmp_path / "rows.jsonl"
     cases = ["vit_tiny_patch16_224", "resnet10t", "overflow", "coarse"]
-    flags = ["--device", "cpu", "--toy", "--results", results, "--cases", *cases]
+    flags = ["--device", "cpu", "--toy", "--limit", "500", "--results", results, "--cases", *cases]
     done = launch(str(RECIPES / "benchmarks" / "gpu.py"), *map(str, flags), "--parts", *PARTS)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
