@@ -31,3 +31,12 @@ def test_what_is_no_score_is_told_by_its_key_and_kept(tmp_path, score):
     with pytest.raises(ConfigError, match=message):
         SavedScores(path, {}, Accelerator())
     assert path.read_text() == text
+
+
+def test_scores_go_on_and_those_of_other_settings_are_refused(tmp_path):
+    path = tmp_path / "search-progress.json"
+    with SavedScores(path, {"images": 64, "amp": False}, Accelerator()) as scores:
+        scores["8,8:0"] = [0.5, 64]
+    assert SavedScores(path, {"images": 64, "amp": False}, Accelerator()) == {"8,8:0": [0.5, 64]}
+    with pytest.raises(ConfigError, match=r"an interrupted search with other settings \(amp, batch_size\): give the"):
+        SavedScores(path, {"images": 64, "amp": True, "batch_size": 8}, Accelerator())
