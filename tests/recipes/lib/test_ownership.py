@@ -43,6 +43,7 @@ def own_and_die(folder):
         os._exit(0)
 
 
+@pytest.mark.slow
 def test_a_kill_gives_the_folder_free(tmp_path):
     assert run_apart(own_and_die, tmp_path / "run", cwd=tmp_path).returncode == -signal.SIGKILL
     assert (tmp_path / "run" / ".lock").is_file()
