@@ -17,6 +17,7 @@ from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace, trace_model
 from timm_autoslim.utils.arguments import check_flag, check_texts, check_type
+from timm_autoslim.utils.collecting import pause_collection
 
 # Tried one after the other if neither the user nor the model gives a size.
 _USUAL_SIZES = (224, 299, 256, 32)
@@ -78,6 +79,7 @@ def _freeze_modules(graph: ChannelGraph, globs: Sequence[str]) -> ChannelGraph:
     return graph
 
 
+@pause_collection()
 @torch.inference_mode(False)  # in this mode torch does not decompose operators
 def convert(
     model: nn.Module,

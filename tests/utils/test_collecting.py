@@ -1,0 +1,25 @@
+"""Garbage collection waits while many objects are made, and goes on afterwards."""
+
+import gc
+
+import pytest
+
+from timm_autoslim.utils.collecting import pause_collection
+
+
+def test_collection_goes_on_after_an_error():
+    assert gc.isenabled()
+    with pytest.raises(ValueError, match="inside"), pause_collection():
+        assert not gc.isenabled()
+        raise ValueError("inside")
+    assert gc.isenabled()
+
+
+def test_who_has_switched_it_off_keeps_it_off():
+    gc.disable()
+    try:
+        with pause_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
