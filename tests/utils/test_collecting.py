@@ -8,10 +8,16 @@ from timm_autoslim.utils.collecting import pause_collection
 
 
 def test_collection_goes_on_after_an_error():
-    assert gc.isenabled()
-    with pytest.raises(ValueError, match="inside"), pause_collection():
-        assert not gc.isenabled()
+    states = []
+
+    @pause_collection()
+    def fail():
+        states.append(gc.isenabled())
         raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert states == [False]
     assert gc.isenabled()
 
 
