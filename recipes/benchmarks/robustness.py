@@ -260,7 +260,7 @@ def make_table(results: list[dict[str, Any]]) -> str:
                 lines.append(f"| {what} | {row['calls']:,} | {row['right']:,} | {row['named']:,} | {row['wrong']:,} |")
             continue
         tried, wrong = sum(part["tried"] for part in parts), sum(len(part["faults"]) for part in parts)
-        every = f", every {parts[0]['every']}th of {parts[0]['lines']:,} lines" if parts[0]["every"] > 1 else ""
+        every = f", one in {parts[0]['every']:,} of {parts[0]['lines']:,} lines" if parts[0]["every"] > 1 else ""
         lines.append(
             f"| KeyboardInterrupt in {ACTIONS[action].text}{every} | {tried:,} | {tried - wrong:,} | | {wrong:,} |"
         )

@@ -528,7 +528,7 @@ def make_test(kind):
 COMMON = {"deadline": None, "suppress_health_check": [*HealthCheck], "database": None}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "vit" else k for k in KINDS])
 def test_a_few_uses_in_any_order_are_right(kind):
     short = settings(max_examples=2, stateful_step_count=6, derandomize=True, **COMMON)
     run_state_machine_as_test(make_test(kind), settings=short)

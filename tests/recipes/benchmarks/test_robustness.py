@@ -87,5 +87,5 @@ def test_a_run_goes_on_and_writes_its_table(tmp_path):
     ]
     done = launch(str(RECIPES / "benchmarks" / "robustness.py"), *map(str, arguments))
     assert done.returncode == 0, done.stderr
-    assert "| KeyboardInterrupt in a narrow forward, every 1000th of 18,000 lines | 18 | 18 | | 0 |" in page.read_text()
+    assert "| KeyboardInterrupt in a narrow forward, one in 1,000 of 18,000 lines | 18 | 18 | | 0 |" in page.read_text()
     assert "| 40 | 40 | 0 | 0 |" in page.read_text()
