@@ -73,9 +73,9 @@ def run_stages(run: Path, config: dict[str, Any], processes: int) -> None:
         if not result or result["widths"] != network.widths.to_dict():
             launch(processes, "finetune.py", run, "-c", path, "--network", name, "--resume")
 
-    results = read_results(run)
+    results = sort_results(networks, read_results(run))
     check_exported(run, path, results)
-    table = make_table(networks, results)
+    table = make_table(results)
     files.write_text(run / "table.md", table)
     print(f"\n{table}\nAll stages took {time.perf_counter() - begin:.0f} s. Results: {run}")
 
@@ -157,11 +157,15 @@ def check_exported(run: Path, config: Path, results: dict[str, Any]) -> None:
         print(f"loaded again: {name} {top1:.2f} %")
 
 
-def make_table(networks: Iterable[str], results: dict[str, dict[str, Any]]) -> str:
-    """Return a table of searched and uniform networks of each budget, side by side; those of earlier searches last."""
+def sort_results(networks: Iterable[str], results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the results in the order of the networks, budget by budget; those of earlier searches come last."""
+    return {name: results[name] for name in dict.fromkeys([*networks, *results])}
+
+
+def make_table(results: dict[str, dict[str, Any]]) -> str:
+    """Return a table of the networks, one line each."""
     rows = ["| budget | network | MACs | params | test top-1 |", "|---|---|---|---|---|"]
-    for name in dict.fromkeys([*networks, *results]):
-        row = results[name]
+    for row in results.values():
         rows.append(
             f"| {row['budget'].replace('<=', ' ')} | {row['method']} | {row['macs'] / 1e6:.2f}M | "
             f"{row['params'] / 1e6:.3f}M | {row['top1']:.2f} |"

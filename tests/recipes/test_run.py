@@ -50,6 +50,7 @@ def test_all_stages_with_one_command(tmp_path, monkeypatch, capsys):
     for table in ("summary.csv", "search.csv", f"finetune/{names[0]}/summary.csv"):
         assert len(list(csv.reader(io.StringIO((folder / table).read_text())))) > 1
     assert (folder / "table.md").read_text() in done.stdout
+    assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("loaded again")] == names
     for name in names:
         model = timm.create_model(f"local-dir:{folder / 'exported' / name}", pretrained=True)
         assert sum(parameter.numel() for parameter in model.parameters()) == results[name]["params"]
@@ -112,7 +113,7 @@ def test_all_stages_with_one_command(tmp_path, monkeypatch, capsys):
 def test_the_table_shows_networks_of_earlier_searches_too():
     row = {"budget": "macs<=50%", "method": "searched", "macs": 5_000_000, "params": 1000, "top1": 50.0}
     results = {"old": row, "first": row | {"budget": "macs<=9%"}, "second": row | {"method": "uniform"}}
-    lines = run.make_table(["first", "second"], results).splitlines()[2:]
+    lines = run.make_table(run.sort_results(["first", "second"], results)).splitlines()[2:]
     assert [line[:22] for line in lines] == [
         "| macs 9% | searched |",
         "| macs 50% | uniform |",
