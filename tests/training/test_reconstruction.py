@@ -205,3 +205,38 @@ def test_another_original_or_no_slim_model_is_refused():
         reconstruct(slim, Redundant(kernel=3).eval(), [images])
     with pytest.raises(ConfigError, match=r"^memory_mib: got 0"):
         reconstruct(slim, supernet, [images], memory_mib=0)
+
+
+def test_neither_the_callers_autocast_nor_inference_mode_nor_relus_in_place_change_anything():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 4),
+    ).eval()  # fmt: skip
+    images = torch.randn(60, 3, 8, 8)
+    supernet = convert(model, images[:2])
+    slims = [supernet.extract(supernet.space.uniform(0.5)).eval() for _ in range(3)]
+    report = reconstruct(slims[0], supernet, [images])
+    assert [layer.reason for layer in report.layers] == ["its outputs are right", None, None]
+    with torch.autocast("cpu", torch.bfloat16):
+        reconstruct(slims[1], supernet, [images])
+    with torch.inference_mode():
+        reconstruct(slims[2], supernet, [images])
+    for other in slims[1:]:
+        assert all(
+            torch.equal(ours, theirs) for ours, theirs in zip(slims[0].parameters(), other.parameters(), strict=True)
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_types_keep_their_type(dtype):
+    torch.manual_seed(0)
+    model, images = Redundant().eval().to(dtype), make_images().to(dtype)
+    supernet = convert(model, images[:2])
+    slim = narrow(supernet, inner=8)
+    raw = copy.deepcopy(slim)
+    reconstruct(slim, supernet, [images])
+    with torch.no_grad():
+        target = model(images)
+        assert (slim(images) - target).norm() < 0.1 * (raw(images) - target).norm()
+    assert {parameter.dtype for parameter in slim.parameters()} == {dtype}

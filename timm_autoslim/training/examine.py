@@ -15,6 +15,7 @@ from timm_autoslim.training.least_squares import Layer, get_weight, take_outputs
 from timm_autoslim.utils.tensors import collect_tensors
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+_ROUNDING = 0.02  # of half precision, with a margin
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Call:
+    """A call of a module: its first input and its output, and what was in them when the module returned.
+
+    A module that comes after may write into them; the tensors themselves tell what follows what.
+    """
+
     path: str
     inputs: Tensor
     outputs: Tensor
+    values: tuple[Tensor, Tensor]
 
 
 def examine(slim: nn.Module, original: nn.Module, images: Tensor) -> Plan:
@@ -93,11 +100,12 @@ def _find_reason(
             return "depthwise"
         if isinstance(module.padding, str) or module.padding_mode != "zeros":
             return f"its padding ({module.padding if isinstance(module.padding, str) else module.padding_mode})"
-    outputs = take_outputs(module, call.outputs)
-    expected = (take_rows(module, call.inputs) @ get_weight(module)[:, None]).float()
+    inputs, values = (value.float() for value in call.values)
+    outputs = take_outputs(module, values)
+    expected = take_rows(module, inputs) @ get_weight(module).float()[:, None]
     if module.bias is not None:
-        expected = expected + module.bias.detach().reshape(len(expected), 1, 1, -1)
-    if expected.shape != outputs.shape or not torch.allclose(expected, outputs.float(), rtol=1e-2, atol=1e-3):
+        expected = expected + module.bias.detach().float().reshape(len(expected), 1, 1, -1)
+    if expected.shape != outputs.shape or not bool((expected - outputs).norm() <= _ROUNDING * outputs.norm()):
         return "its forward is not that of its type"
     return None
 
@@ -108,10 +116,11 @@ def _record(model: nn.Module, images: Tensor) -> list[_Call]:
     handles = []
 
     def make_hook(path: str):  # type: ignore[no-untyped-def]
-        def record(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        def record(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
             tensors = collect_tensors(inputs)
             if tensors and isinstance(output, Tensor):
-                calls.append(_Call(path, tensors[0], output))
+                values = (tensors[0].clone(), output.clone()) if isinstance(module, _LAYERS) else (tensors[0], output)
+                calls.append(_Call(path, tensors[0], output, values))
 
         return record
 

@@ -123,7 +123,7 @@ def measure(layer: Layer, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[
     total = sum(take_outputs(layer.module, y)[0, :, :, 0].numel() for y in outputs)
     generator = torch.Generator().manual_seed(0)
     for x, y in zip(inputs, outputs, strict=True):
-        all_rows, all_targets = take_rows(layer.module, x), take_outputs(layer.module, y)
+        all_rows, all_targets = take_rows(layer.module, x.float()), take_outputs(layer.module, y)
         positions = all_rows.shape[2]
         share = max(1, min(positions, round(positions * wanted / total)))
         if share < positions:

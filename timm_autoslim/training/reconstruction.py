@@ -79,6 +79,7 @@ class Reconstruction:
         return "\n".join(lines)
 
 
+@torch.inference_mode(False)
 def reconstruct(
     slim: nn.Module,
     original: nn.Module,
@@ -133,7 +134,7 @@ def reconstruct(
     source = original.model if isinstance(original, Supernet) else original
     result = copy.deepcopy(slim).eval()  # the slim model itself changes at the very end, and then at once
     reports = []
-    with evaluate_mode(source), torch.no_grad():
+    with evaluate_mode(source), torch.no_grad(), torch.autocast(first.device.type, enabled=False):
         plan = examine(result, source, first[:2])
         layers = {layer.name: layer for layer in plan.layers}
         solved = [name for name, layer in layers.items() if layer.reason is None]
