@@ -92,8 +92,8 @@ def reconstruct(
 
     Layers are taken in the order of the forward. For each, X are its inputs in the slim model as it stands by then, and
     Y the outputs of the original at the channels that are left. Its weights become those that minimize
-    |X W + b - Y|^2 + r d |W - W0|^2, where W0 are the weights that it had, d is the mean variance of its inputs, and r
-    one of `RIDGES`: that with the least error on every fifth image, which is not solved with. BatchNorms get the
+    `|X W + b - Y|^2 + r d |W - W0|^2`, where W0 are the weights that it had, d is the mean variance of its inputs, and
+    r one of `RIDGES`: that with the least error on every fifth image, which is not solved with. BatchNorms get the
     statistics of the slim model as soon as they are reached. Both models run in evaluation mode. (The closed form is
     that of He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", arXiv 1707.06168, section 3.1, with
     a ridge towards the weights that are there.)
