@@ -5,7 +5,7 @@ import torch
 from timm.layers import ScaledStdConv2d
 from torch import nn
 
-from timm_autoslim.training.examine import evaluate_mode, examine, renew_statistics, take_channels
+from timm_autoslim.training.examine import examine, renew_statistics, take_channels
 
 
 def find_reasons(model, inputs):
@@ -42,13 +42,13 @@ def test_stops_are_in_the_order_of_the_forward_with_the_bytes_of_what_is_to_come
 
 def test_statistics_are_those_of_all_batches_together():
     norm, batches = nn.BatchNorm2d(3), [torch.randn(n, 3, 4, 4) + 2 for n in (2, 5)]
-    renew_statistics(norm, batches)
+    renew_statistics([norm], batches)
     values = torch.cat(batches).transpose(0, 1).flatten(1)
     torch.testing.assert_close(norm.running_mean, values.mean(1))
     torch.testing.assert_close(norm.running_var, values.var(1))
     assert int(norm.num_batches_tracked) == 2
     before = norm.running_mean.clone()
-    renew_statistics(norm, [batches[0] + 9], keep=True)
+    renew_statistics([norm], [batches[0] + 9], keep=True)
     assert torch.equal(norm.running_mean, before)
 
 
@@ -56,11 +56,3 @@ def test_channels_are_taken_where_the_layer_has_them():
     outputs, channels = torch.randn(2, 5, 4, 6), torch.tensor([0, 3])
     assert torch.equal(take_channels(outputs, nn.Conv2d(1, 5, 1), channels), outputs[:, [0, 3]])
     assert torch.equal(take_channels(outputs, nn.Linear(1, 6), channels), outputs[..., [0, 3]])
-
-
-def test_every_flag_comes_back_after_evaluation_mode():
-    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
-    model[1].eval()
-    with evaluate_mode(model):
-        assert not any(module.training for module in model.modules())
-    assert [module.training for module in model.modules()] == [True, True, False]

@@ -17,15 +17,17 @@ def make_models():
 
 def test_all_batches_stop_with_the_inputs_of_one_model_and_the_outputs_of_the_other():
     slim, original = make_models()
-    batches = [torch.randn(3, 4), torch.randn(2, 4)]
-    with Lockstep(slim, original, ["0", "2"], [], [1, 1], iter(batches), 1 << 20) as lockstep:
+    batches = [torch.randn(32, 4), torch.randn(2, 4)]  # small ones are joined
+    with Lockstep(
+        slim, original, ["0", "2"], [], [1, 1], iter([*batches[0].split(4), batches[1]]), 1 << 20
+    ) as lockstep:
         stops = [(name, inputs, outputs) for name, inputs, outputs in lockstep]
     assert [name for name, _, _ in stops] == ["0", "2"]
     for (_, inputs, outputs), ours, theirs in zip(stops, (slim[:0], slim[:2]), (original[:1], original), strict=True):
         for x, y, batch in zip(inputs, outputs, batches, strict=True):
             assert torch.equal(x, ours(batch))
             assert torch.equal(y, theirs(batch))
-    assert lockstep.images == 5
+    assert lockstep.images == 34
 
 
 def test_what_changes_at_a_stop_is_used_from_there_on_by_later_batches_too():
@@ -36,6 +38,7 @@ def test_what_changes_at_a_stop_is_used_from_there_on_by_later_batches_too():
         for name, inputs, _ in lockstep:
             if name == "0":
                 assert len(inputs) == 1
+                assert all(module.weight is slim[0].weight for module in lockstep.list_modules("0"))
                 slim[0].weight.zero_()
                 slim[0].bias.fill_(2.0)
             else:
@@ -69,7 +72,7 @@ def test_an_error_in_a_run_is_raised_and_paths_that_part_are_refused():
         def forward(self, x):
             return self.a(x) if x.sum() > 0 else self.b(x)
 
-    model, batches = Parting(), [torch.ones(1, 4), -torch.ones(1, 4)]
+    model, batches = Parting(), [torch.ones(32, 4), -torch.ones(32, 4)]
     with (
         pytest.raises(ConfigError, match=r"^the models: got runs that do not come to the same layers"),
         Lockstep(model, model, [], ["a", "b"], [1, 1], iter(batches), 1 << 20) as lockstep,

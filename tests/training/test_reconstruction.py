@@ -94,7 +94,6 @@ def test_batch_norms_have_the_statistics_of_the_slim_model_and_it_can_be_exporte
     flags = [module.training for module in (*slim.modules(), *supernet.modules())]
     reconstruct(slim, supernet, images.split(20))
     assert flags == [module.training for module in (*slim.modules(), *supernet.modules())]
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in supernet.modules())
     calibrated = copy.deepcopy(slim)
     calibrate(calibrated, [images])
     for ours, theirs in zip(slim.buffers(), calibrated.buffers(), strict=True):
@@ -183,8 +182,10 @@ def test_an_error_on_the_way_leaves_both_models_as_they_were():
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
+        (torch.zeros(2, 4, 6, 6), r"^batches: got a Tensor; .*; pass batches.split\(32\)"),
+        ([torch.full((2, 4, 6, 6), float("nan"))], "^batch 0: got numbers that are not finite"),
         ([], r"^batches: got none; needed: an iterable of input tensors"),
-        ([(torch.zeros(1), torch.zeros(1))], r"^batches: got a tuple; needed: input tensors \(N, C, H, W\)"),
+        ([(torch.zeros(1), torch.zeros(1))], r"^batches: got a tuple; needed: an iterable of input tensors"),
     ],
 )
 def test_what_is_no_batch_is_named(batches, message):
@@ -240,3 +241,88 @@ def test_models_of_other_types_keep_their_type(dtype):
         target = model(images)
         assert (slim(images) - target).norm() < 0.1 * (raw(images) - target).norm()
     assert {parameter.dtype for parameter in slim.parameters()} == {dtype}
+
+
+class Keeping(nn.Module):
+    """Keeps something in itself during its forward, and calls a layer by keyword."""
+
+    def __init__(self, keeps):
+        super().__init__()
+        self.keeps = keeps
+        self.inner, self.outer, self.head = nn.Conv2d(4, 16, 1), nn.Conv2d(16, 16, 1), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = skip = self.inner(x).relu()
+        if self.keeps:
+            self.skip = x
+        x = self.outer(x).relu() + (self.skip if self.keeps else skip)
+        return self.head(input=x.mean((2, 3)))
+
+
+def test_what_a_forward_keeps_in_a_module_meets_no_other_batch():
+    weights = []
+    for keeps in (False, True):
+        torch.manual_seed(0)
+        model, images = Keeping(keeps).eval(), make_images(80)
+        supernet = convert(model, images[:2])
+        slim = supernet.extract(supernet.space.uniform(0.5)).eval()
+        report = reconstruct(slim, supernet, [images[:50], images[50:]])
+        assert [layer.name for layer in report.layers] == ["inner", "outer", "head"]
+        weights.append(slim.head.weight)
+    assert torch.equal(*weights)
+
+
+def test_a_shared_bias_and_narrowed_positions_are_left():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Flatten(), nn.Linear(288, 2)
+    ).eval()
+    model[1].bias = model[2].bias
+    tied = convert(model, make_images(2))
+    report = reconstruct(tied.extract(tied.space.uniform(0.5)), tied, [make_images()])
+    assert [layer.reason for layer in report.layers[1:3]] == ["its bias is shared with another layer"] * 2
+    mixer = timm.models.mlp_mixer.MlpMixer(img_size=16, patch_size=4, embed_dim=16, num_blocks=1, num_classes=3).eval()
+    pictures = torch.randn(40, 3, 16, 16)
+    supernet = convert(mixer, pictures[:2])
+    report = reconstruct(supernet.extract(supernet.space.uniform(0.5)), supernet, [pictures])
+    reasons = {layer.name: layer.reason for layer in report.layers}
+    assert reasons["blocks.0.mlp_tokens.fc1"] == "it mixes positions that are narrowed"
+    assert reasons["blocks.0.mlp_channels.fc2"] is None
+
+
+def test_an_original_in_another_order_is_refused():
+    torch.manual_seed(0)
+    model, images = Redundant().eval(), make_images()
+    with torch.no_grad():
+        model.inner.weight.mul_(torch.rand(16, 1, 1, 1) + 0.1)
+    supernet = convert(model, images[:2], order="l1")
+    slim = narrow(supernet, inner=8)
+    with pytest.raises(ConfigError, match=r"^the original: got a model whose layer inner is another one"):
+        reconstruct(slim, model, [images])
+
+
+def test_norms_behind_layers_that_are_not_solved_for_are_renewed():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1),
+        nn.ConvTranspose2d(16, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 4, 1),
+    )
+    images = torch.randn(60, 3, 6, 6)
+    calibrate(model, [images])
+    supernet = convert(model.eval(), images[:2])
+    slim = supernet.extract(supernet.space.uniform(0.5)).eval()
+    reconstruct(slim, supernet, [images])
+    calibrated = copy.deepcopy(slim)
+    calibrate(calibrated, [images])
+    torch.testing.assert_close(slim[2].running_mean, calibrated[2].running_mean, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_of_inference_tensors_is_refused():
+    supernet = convert(Redundant().eval(), make_images(2))
+    with torch.inference_mode():
+        slim = narrow(supernet, inner=8)
+    with pytest.raises(ConfigError, match=r"^the slim model: got tensors that were made in torch.inference_mode"):
+        reconstruct(slim, supernet, [make_images()])

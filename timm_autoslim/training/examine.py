@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from timm_autoslim.slicing.replica import replicate
+from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.training.least_squares import Layer, get_weight, take_outputs, take_rows
 from timm_autoslim.utils.tensors import collect_tensors
 
@@ -46,19 +49,21 @@ class _Call:
     inputs: Tensor
     outputs: Tensor
     values: tuple[Tensor, Tensor]
+    versions: tuple[int, int]
 
 
 def examine(slim: nn.Module, original: nn.Module, images: Tensor) -> Plan:
     """Run both models on a few images (N, C, H, W), and find out what can be solved for.
 
     Args:
-        slim, original: the models, in evaluation mode.
+        slim, original: the models; replicas of them run in evaluation mode.
         images: at least one.
     """
     calls, original_calls = _record(slim, images), _record(original, images)
     counts = Counter(call.path for call in calls)
     owners = Counter(id(p) for m in slim.modules() for p in m._parameters.values() if p is not None)
-    followed = {id(call.inputs) for call in calls if isinstance(slim.get_submodule(call.path), _BatchNorm)}
+    norms_of = [call for call in calls if isinstance(slim.get_submodule(call.path), _BatchNorm)]
+    followed = {(id(call.inputs), call.versions[0]) for call in norms_of}  # and not written into before
     bytes_by_path: Counter[str] = Counter()
     for call in original_calls:
         size = (call.inputs.nbytes + call.outputs.nbytes) // len(images)
@@ -77,7 +82,8 @@ def examine(slim: nn.Module, original: nn.Module, images: Tensor) -> Plan:
             norms[call.path] = module
         elif isinstance(module, _LAYERS):
             reason = _find_reason(module, call, counts[call.path], owners)
-            layers.append(Layer(call.path, module, id(call.outputs) in followed, reason))
+            centered = (id(call.outputs), call.versions[1]) in followed
+            layers.append(Layer(call.path, module, centered, reason))
         else:
             continue
         stops.append(call.path)
@@ -93,8 +99,9 @@ def _find_reason(
         return "its weight is computed from others"
     if count > 1:
         return "it runs several times in a forward"
-    if owners[id(module.weight)] > 1:
-        return "its weight is shared with another layer"
+    for name in ("weight", "bias"):
+        if owners[id(getattr(module, name))] > 1:
+            return f"its {name} is shared with another layer"
     if not isinstance(module, nn.Linear):
         if module.groups > 1 and module.in_channels == module.groups:
             return "depthwise"
@@ -113,25 +120,19 @@ def _find_reason(
 def _record(model: nn.Module, images: Tensor) -> list[_Call]:
     """Return the calls of layers, and of other modules without children, that take and return a tensor, in order."""
     calls: list[_Call] = []
-    handles = []
 
-    def make_hook(path: str):  # type: ignore[no-untyped-def]
-        def record(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-            tensors = collect_tensors(inputs)
-            if tensors and isinstance(output, Tensor):
-                values = (tensors[0].clone(), output.clone()) if isinstance(module, _LAYERS) else (tensors[0], output)
-                calls.append(_Call(path, tensors[0], output, values))
+    def record(path: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        tensors = collect_tensors((inputs, named))
+        if tensors and isinstance(output, Tensor):
+            values = (tensors[0].clone(), output.clone()) if isinstance(module, _LAYERS) else (tensors[0], output)
+            versions = tensors[0]._version, output._version
+            calls.append(_Call(path, tensors[0], output, values, versions))
 
-        return record
-
-    try:
-        for path, module in model.named_modules():
-            if not len(module._modules) or isinstance(module, _LAYERS):
-                handles.append(module.register_forward_hook(make_hook(path)))
-        model(images)
-    finally:
-        for handle in handles:
-            handle.remove()
+    replica = replicate(model, Slices({}, {})).eval()  # the model itself gets no hooks
+    for path, module in replica.named_modules():
+        if not len(module._modules) or isinstance(module, _LAYERS):
+            module.register_forward_hook(functools.partial(record, path), with_kwargs=True)
+    replica(images)
     return calls
 
 
@@ -140,33 +141,27 @@ def take_channels(outputs: Tensor, module: nn.Module, channels: Tensor) -> Tenso
     return outputs.index_select(-1 if isinstance(module, nn.Linear) else 1, channels)
 
 
-def renew_statistics(norm: _BatchNorm, inputs: list[Tensor], *, keep: bool = False) -> None:
+def renew_statistics(norms: list[nn.Module], inputs: list[Tensor], *, keep: bool = False) -> None:
     """Set the running statistics of a BatchNorm to those of its inputs (N, C, ...), in all batches together.
 
     With `keep` they stay, and only count as the model's own.
+
+    Args:
+        norms: the BatchNorm, as it is in the model and in its runs.
+        inputs: by batch.
+        keep: see above.
     """
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.fill_(len(inputs))
-    if keep:
-        return
     dims = [0, *range(2, inputs[0].dim())]
     count = sum(x.numel() // x.shape[1] for x in inputs)
     mean = torch.stack([x.double().sum(dims) for x in inputs]).sum(0) / count  # (C,)
     square = torch.stack([x.double().square().sum(dims) for x in inputs]).sum(0) / count
     variance = (square - mean**2).clamp_min(0) * (count / max(1, count - 1))
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    norm.running_mean.copy_(mean)
-    norm.running_var.copy_(variance)
-
-
-@contextlib.contextmanager
-def evaluate_mode(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode for the length of a block."""
-    flags = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+    for norm in norms:
+        assert isinstance(norm, _BatchNorm)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.fill_(len(inputs))
+        if not keep:
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)

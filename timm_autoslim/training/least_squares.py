@@ -91,6 +91,11 @@ def take_outputs(module: nn.Module, outputs: Tensor) -> Tensor:
     return torch.unflatten(outputs.flatten(2), 1, (module.groups, -1)).permute(1, 0, 3, 2)
 
 
+def have_same_rows(module: nn.Module, inputs: Tensor, outputs: Tensor) -> bool:
+    """Whether inputs and outputs have the same images and positions: both may be channels of other layers."""
+    return take_rows(module, inputs[:1].float()).shape[2] == take_outputs(module, outputs[:1]).shape[2]
+
+
 def get_weight(module: nn.Module) -> Tensor:
     """Return the weight of a layer as (G, I, O)."""
     weight = module.weight

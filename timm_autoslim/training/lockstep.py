@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Sequence
-from types import TracebackType
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from timm_autoslim.errors import ConfigError
-
-_CURRENT = threading.local()  # `run`: what this thread runs
+from timm_autoslim.slicing.replica import replicate
+from timm_autoslim.slicing.slices import Slices
+from timm_autoslim.utils.tensors import collect_tensors
 
 # What is alive besides the inputs and outputs of one layer: residual sums and other branches.
 _ALIVE = 3
@@ -23,23 +25,43 @@ class _Cancelled(BaseException):
 
 
 class _Run:
-    """One forward, in a thread of its own, that stops whenever it reaches a module that stops it."""
+    """One forward, in a thread of its own, that stops whenever it reaches a module that stops it.
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
+    It runs a replica of the model, which shares its weights: what the forward keeps in modules meets no other run, and
+    the model itself gets no hook.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+        """Prepare a run.
+
+        Args:
+            model: the model.
+            images: a batch (N, C, H, W).
+            inputs: paths of modules at which it stops with what enters them.
+            outputs: paths of modules at which it stops with what leaves them.
+        """
+        self.replica = replicate(model, Slices({}, {})).eval()
+        for name in inputs:
+            module = self.replica.get_submodule(name)
+            module.register_forward_pre_hook(functools.partial(self._stop_before, name), with_kwargs=True)
+        for name in outputs:
+            self.replica.get_submodule(name).register_forward_hook(functools.partial(self._stop_after, name))
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._stop: tuple[str, Tensor] | None = None
         self._error: BaseException | None = None
         self._cancelled = False
-        self._thread = threading.Thread(target=self._work, args=(model, images), daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(images,), daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, which waits for `advance`."""
         self._thread.start()
 
-    def _work(self, model: nn.Module, images: Tensor) -> None:
+    def _work(self, images: Tensor) -> None:
         self._go.acquire()
-        _CURRENT.run = self
         try:
             if not self._cancelled:
                 with torch.no_grad():
-                    model(images)
+                    self.replica(images)
         except _Cancelled:
             pass
         except BaseException as error:  # raised in the thread that waits
@@ -47,8 +69,13 @@ class _Run:
         self._stop = None
         self._stopped.release()
 
-    def pause(self, name: str, tensor: Tensor) -> None:
-        """Stop here, with the tensor that is looked at, until `advance` is called."""
+    def _stop_before(self, name: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        self._pause(name, collect_tensors((inputs, named))[0])
+
+    def _stop_after(self, name: str, _: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
+        self._pause(name, output)
+
+    def _pause(self, name: str, tensor: Tensor) -> None:
         self._stop = name, tensor
         self._stopped.release()
         self._go.acquire()
@@ -67,15 +94,19 @@ class _Run:
         """End the run where it stands."""
         self._cancelled = True
         self._go.release()
-        self._thread.join()
+
+    def join(self) -> None:
+        """Wait until a run that was cancelled has come to its end."""
+        if self._thread.ident is not None:
+            self._thread.join()
 
 
 class Lockstep:
     """All runs of a slim model and of its original, stopped layer by layer.
 
-    As a context it registers hooks, and at its end removes them and ends all runs. As an iterator it yields the path of
-    every stop of the slim model in the order of its forward, with what enters there and, for layers, what comes out of
-    the original's layer: a list of tensors each, one for each batch.
+    As a context it ends all runs. As an iterator it yields the path of every stop, in the order of the forward, with
+    two lists of a tensor for each batch: what enters there in the slim model, and, of the original, what comes out of
+    a layer or enters a BatchNorm.
 
     Attributes:
         images: how many images run; more join as layers become smaller.
@@ -88,42 +119,33 @@ class Lockstep:
         """Take the models, and where they stop.
 
         Args:
-            slim, original: the models, in evaluation mode.
-            layers: paths of modules at which both stop.
-            norms: paths of modules at which the slim model stops.
+            slim, original: the models.
+            layers: paths of modules, of which the original's outputs are yielded.
+            norms: paths of modules, of which its inputs are yielded.
             sizes: by stop, the bytes of one image that its layer and all later ones have at most.
             images: batches (N, C, H, W).
             memory: how many bytes activations may take.
         """
-        self.slim, self.original = slim, original
-        self._layers, self._norms = frozenset(layers), frozenset(norms)
+        self._slim, self._original, self._layers, self._norms = slim, original, layers, norms
         self._capacities = [max(1, memory // (2 * _ALIVE * size)) for size in sizes]  # in images
-        self._batches = _divide(images, max(1, min(_LARGEST_BATCH, self._capacities[0] // 4)))
+        largest = min([_LARGEST_BATCH, *(capacity // 4 for capacity in self._capacities[:1])])
+        self._batches = _divide(images, max(1, largest))
         self._runs: list[tuple[_Run, _Run]] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.images = 0
 
     def __enter__(self) -> Lockstep:
-        try:
-            for name in (*self._layers, *self._norms):
-                module = self.slim.get_submodule(name)
-                self._handles.append(module.register_forward_pre_hook(_make_input_hook(name)))
-            for name in self._layers:
-                module = self.original.get_submodule(name)
-                self._handles.append(module.register_forward_hook(_make_output_hook(name)))
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for pair in self._runs:
-            for run in pair:
-                run.cancel()
+    def __exit__(self, *_: object) -> None:
+        runs = [run for pair in self._runs for run in pair]
+        for run in runs:  # all of them before any is waited for, which can be interrupted
+            run.cancel()
+        for run in runs:
+            run.join()
+
+    def list_modules(self, name: str) -> list[nn.Module]:
+        """Return a module of the slim model as it is in the model and in all of its runs."""
+        return [self._slim.get_submodule(name), *(slim.replica.get_submodule(name) for slim, _ in self._runs)]
 
     def __iter__(self) -> Iterator[tuple[str, list[Tensor], list[Tensor]]]:
         passed: list[str] = []
@@ -137,51 +159,33 @@ class Lockstep:
                 return
             passed.append(name)
             stops += self._admit(passed)
-            outputs = [self._find_output(original, name) for _, original in self._runs] if name in self._layers else []
+            outputs = [_advance_to(original, name)[1] for _, original in self._runs]
             yield name, [stop[1] for stop in stops if stop], outputs
 
     def _admit(self, passed: list[str]) -> list[tuple[str, Tensor] | None]:
         """Start runs of further batches as long as they fit, and let them come to where the others stand."""
-        capacity = self._capacities[max(0, len(passed) - 1)]
+        capacity = self._capacities[max(0, len(passed) - 1)] if self._capacities else 1
         stops: list[tuple[str, Tensor] | None] = []
         while self.images < capacity and (batch := next(self._batches, None)) is not None:
-            pair = _Run(self.slim, batch), _Run(self.original, batch)
-            self._runs.append(pair)
+            slim = _Run(self._slim, batch, (*self._layers, *self._norms), ())
+            original = _Run(self._original, batch, self._norms, self._layers)
+            self._runs.append((slim, original))
+            slim.start()
+            original.start()
             self.images += len(batch)
             stop: tuple[str, Tensor] | None = None
             for name in passed:
-                stop = pair[0].advance()
-                if stop is None or stop[0] != name:
-                    raise _make_path_error(name)
+                stop = _advance_to(slim, name)
             for name in passed[:-1]:
-                if name in self._layers:
-                    self._find_output(pair[1], name)
+                _advance_to(original, name)
             stops.append(stop)
         return stops
 
-    @staticmethod
-    def _find_output(original: _Run, name: str) -> Tensor:
-        stop = original.advance()
-        if stop is None or stop[0] != name:
-            raise _make_path_error(name)
-        return stop[1]
 
-
-def _make_input_hook(name: str):  # type: ignore[no-untyped-def]
-    def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        run: _Run | None = getattr(_CURRENT, "run", None)
-        if run is not None:
-            run.pause(name, inputs[0])
-
-    return stop
-
-
-def _make_output_hook(name: str):  # type: ignore[no-untyped-def]
-    def stop(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        run: _Run | None = getattr(_CURRENT, "run", None)
-        if run is not None:
-            run.pause(name, output)
-
+def _advance_to(run: _Run, name: str) -> tuple[str, Tensor]:
+    stop = run.advance()
+    if stop is None or stop[0] != name:
+        raise _make_path_error(name)
     return stop
 
 
@@ -191,6 +195,12 @@ def _make_path_error(name: str | None) -> ConfigError:
 
 
 def _divide(batches: Iterator[Tensor], count: int) -> Iterator[Tensor]:
-    """Yield the images of all batches, at most `count` at a time."""
-    for batch in batches:
-        yield from torch.split(batch, count)
+    """Yield the images of all batches, `count` at a time as far as they have one shape; less at the end."""
+    waiting: list[Tensor] = []
+    for part in (part for batch in batches for part in torch.split(batch, count)):
+        if waiting and (part.shape[1:] != waiting[0].shape[1:] or sum(map(len, waiting)) + len(part) > count):
+            yield torch.cat(waiting)
+            waiting = []
+        waiting.append(part)
+    if waiting:
+        yield torch.cat(waiting)

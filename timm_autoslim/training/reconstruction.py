@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +14,8 @@ from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import ConfigError, DataError, WidthError
 from timm_autoslim.supernet.convert import convert
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.training.examine import evaluate_mode, examine, renew_statistics, take_channels
-from timm_autoslim.training.least_squares import Layer, compare, get_weight, measure, set_weight, solve
+from timm_autoslim.training.examine import examine, renew_statistics, take_channels
+from timm_autoslim.training.least_squares import Layer, compare, get_weight, have_same_rows, measure, set_weight, solve
 from timm_autoslim.training.lockstep import Lockstep
 from timm_autoslim.utils.arguments import check_integer
 
@@ -23,6 +23,9 @@ from timm_autoslim.utils.arguments import check_integer
 RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)
 # Errors up to this one are of rounding.
 EXACT = 1e-6
+_FOREIGN = (
+    0.9  # layers that have nothing to do with each other differ by 2, those of a model that was trained on by less
+)
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,9 @@ def reconstruct(
         on_layer: called after each layer.
 
     Raises:
-        ConfigError: the slim model does not say its widths, or they are of another model than the original; or an
-            argument is out of range.
-        DataError: there are no batches, or they are no tensors.
+        ConfigError: the slim model does not say its widths, or they are of another model than the original, or its
+            channels are in another order; or an argument is out of range.
+        DataError: there are no batches, they are no tensors, or not finite.
 
     Example:
         >>> import timm, torch
@@ -128,39 +131,75 @@ def reconstruct(
         ('blocks.0.attn.qkv', True)
     """
     memory = check_integer("memory_mib", memory_mib, ConfigError) * 2**20
+    if any(tensor.is_inference() for tensor in slim.state_dict(keep_vars=True).values()):
+        got, needed = "tensors that were made in torch.inference_mode()", "a model that can be changed"
+        raise ConfigError.at("the slim model", got=got, needed=needed, remedy="extract or load it outside of that mode")
     images = _check_batches(batches)
     first = next(images)
-    kept, narrowed = _compare_channels(slim, original, first)
+    kept = _compare_channels(slim, original, first)
     source = original.model if isinstance(original, Supernet) else original
-    result = copy.deepcopy(slim).eval()  # the slim model itself changes at the very end, and then at once
+    result = copy.deepcopy(slim).eval()  # the slim model itself changes at the very end
     reports = []
-    with evaluate_mode(source), torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
         plan = examine(result, source, first[:2])
         layers = {layer.name: layer for layer in plan.layers}
         solved = [name for name, layer in layers.items() if layer.reason is None]
-        norms = {name: norm for name, norm in plan.norms.items() if name in plan.stops}
-        sizes = [size for name, size in zip(plan.stops, plan.sizes, strict=True) if name in solved or name in norms]
-        changed = False  # before the first change the statistics are those of the original, and right
-        unsolved = {name for name, layer in layers.items() if layer.reason is not None and name in narrowed}
-        order = {name: index for index, name in enumerate(plan.stops)}
-        lockstep = Lockstep(result, source, solved, list(norms), sizes, itertools.chain([first], images), memory)
+        sizes = [
+            size for name, size in zip(plan.stops, plan.sizes, strict=True) if name in solved or name in plan.norms
+        ]
+        lockstep = Lockstep(result, source, solved, list(plan.norms), sizes, itertools.chain([first], images), memory)
+        changed = False
         with lockstep:
-            for name, inputs, outputs in lockstep:
-                if name in norms:
-                    changed |= any(order[other] < order[name] for other in unsolved)
-                    renew_statistics(norms[name], inputs, keep=not changed)
+            for name, inputs, targets in lockstep:
+                if name in kept.outputs:
+                    module = result.get_submodule(name)
+                    targets = [take_channels(target, module, kept.outputs[name]) for target in targets]
+                if name in plan.norms:
+                    keep = all(_are_equal(x, y) for x, y in zip(inputs, targets, strict=True))
+                    renew_statistics(lockstep.list_modules(name), inputs, keep=keep)
+                    changed |= not keep
                     continue
-                if name in kept:
-                    outputs = [take_channels(output, layers[name].module, kept[name]) for output in outputs]
-                report = _solve(layers[name], inputs, outputs)
-                reports.append(report)
+                report = _solve(layers[name], inputs, targets)
+                if not changed and name not in kept.narrowed:
+                    _check_order(report)
                 changed |= report.before is None or report.before > EXACT
+                reports.append(report)
                 if on_layer is not None:
                     on_layer(report)
-    slim.load_state_dict(result.state_dict())
+    _set_state(slim, result)
     left = [_leave(layer, 0, layer.reason) for layer in plan.layers if layer.reason is not None]
+    order = {name: index for index, name in enumerate(plan.stops)}
     reports = sorted((*reports, *left), key=lambda report: order[report.name])
     return Reconstruction(tuple(reports), lockstep.images)
+
+
+def _set_state(slim: nn.Module, result: nn.Module) -> None:
+    """Give the slim model all that the result has; whatever interrupts it, it has its own again."""
+    before = {name: tensor.detach().clone() for name, tensor in slim.state_dict().items()}
+    try:
+        slim.load_state_dict(result.state_dict())
+    except BaseException:
+        slim.load_state_dict(before)
+        raise
+
+
+def _are_equal(inputs: Tensor, targets: Tensor) -> bool:
+    """Whether what enters a module is, but for rounding, what enters it in the original."""
+    if inputs.shape != targets.shape:
+        return False
+    difference, size = (inputs - targets).double().norm(), targets.double().norm()
+    return bool(difference**2 <= max(EXACT, torch.finfo(inputs.dtype).eps ** 2) * size**2)
+
+
+def _check_order(report: LayerReconstruction) -> None:
+    """Raise ConfigError if a layer with the inputs of the original does something else altogether."""
+    if report.before is not None and report.before > _FOREIGN:
+        raise ConfigError.at(
+            "the original",
+            got=f"a model whose layer {report.name} is another one than that of the slim model",
+            needed="the model that it was cut from, with its channels in the same order",
+            remedy="pass the supernet that it was extracted from: with order=, its model is a reordered copy",
+        )
 
 
 def _check_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -169,20 +208,33 @@ def _check_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     Raises:
         DataError: there is none, or one is no tensor of images.
     """
+    needed = "an iterable of input tensors (N, C, H, W), each the model's only input"
+    if isinstance(batches, Tensor):
+        raise DataError.at("batches", got="a Tensor", needed=needed, remedy="pass batches.split(32)")
     empty = True
-    for batch in batches:
+    for index, batch in enumerate(batches):
         if not isinstance(batch, Tensor) or not batch.dim() or not len(batch):
             got = f"a {type(batch).__name__}" if not isinstance(batch, Tensor) else f"the shape {tuple(batch.shape)}"
             remedy = "if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`"
-            raise DataError.at("batches", got=got, needed="input tensors (N, C, H, W)", remedy=remedy)
+            raise DataError.at("batches", got=got, needed=needed, remedy=remedy)
+        if not bool(batch.isfinite().all()):
+            raise DataError.at(f"batch {index}", got="numbers that are not finite", needed="images without NaN")
         empty = False
         yield batch
     if empty:
-        raise DataError.at("batches", got="none", needed="an iterable of input tensors (N, C, H, W)")
+        raise DataError.at("batches", got="none", needed=needed)
 
 
-def _compare_channels(slim: nn.Module, original: nn.Module, images: Tensor) -> tuple[dict[str, Tensor], set[str]]:
-    """Return, by path of a layer, which output channels the slim model has, if not all; and which have fewer inputs.
+@dataclass(frozen=True)
+class _Channels:
+    """What the slim model has of the original: by path, the output channels that are left; layers with fewer inputs."""
+
+    outputs: Mapping[str, Tensor]
+    narrowed: frozenset[str]
+
+
+def _compare_channels(slim: nn.Module, original: nn.Module, images: Tensor) -> _Channels:
+    """Return what the slim model has of the original.
 
     Raises:
         ConfigError: the slim model is no subnet of the original.
@@ -210,16 +262,18 @@ def _compare_channels(slim: nn.Module, original: nn.Module, images: Tensor) -> t
             got = f"{name} of the shape {tuple(tensors[name].shape) if name in tensors else 'none'}"
             raise ConfigError.at("the slim model", got=got, needed=f"the shape {tuple(shape)}", remedy=remedy)
         path, _, leaf = name.rpartition(".")
-        if leaf == "weight" and axes and axes[0] is not None:
+        if leaf in ("weight", "running_mean") and axes and axes[0] is not None:
             channels = [i for start, length in axes[0] for i in range(start, start + length)]
             kept[path] = torch.tensor(channels, device=tensor.device)
         if leaf == "weight" and any(runs is not None for runs in axes[1:]):
             narrowed.add(path)
-    return kept, narrowed
+    return _Channels(kept, frozenset(narrowed))
 
 
 def _solve(layer: Layer, inputs: list[Tensor], outputs: list[Tensor]) -> LayerReconstruction:
     """Solve for the weights of one layer, and set them if they are better."""
+    if any(not have_same_rows(layer.module, x, y) for x, y in zip(inputs, outputs, strict=True)):
+        return _leave(layer, 0, "it mixes positions that are narrowed")
     solving, testing = measure(layer, inputs, outputs)
     if solving.count < 2 * layer.inputs or not testing.count:
         return _leave(layer, solving.count, "fewer than two rows for each input")
@@ -228,13 +282,15 @@ def _solve(layer: Layer, inputs: list[Tensor], outputs: list[Tensor]) -> LayerRe
     bias = torch.zeros_like(solving.y) if module.bias is None else module.bias.detach().double().view_as(solving.y)
     moments = solving.center() if layer.centered or has_bias else solving  # is the outputs' mean free?
     before = best = compare(testing, weight, None if layer.centered else bias)
-    if before <= EXACT:
+    dtype = layer.module.weight.dtype
+    if before <= max(EXACT, torch.finfo(dtype).eps ** 2):
         return LayerReconstruction(layer.name, solving.count, layer.inputs, before, before, "its outputs are right")
     after, found = float("inf"), None
     for ridge in RIDGES:
         solution = solve(moments, weight, ridge)
         if solution is None:
             continue
+        solution = solution.to(dtype).double()  # as it will be stored
         shift = solving.y - (solving.x[:, None] @ solution)[:, 0] if has_bias else bias
         error = compare(testing, solution, None if layer.centered else shift)
         after = min(after, error)
