@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lint, types and tests in a virtual environment of their own: bash tests/check.sh [pytest arguments]
-# All tests take some ten minutes on two cores. In under 90 seconds, most breaks: bash tests/check.sh -m "not slow"
+# All tests take some ten minutes on two cores. In a minute and a half, most breaks: bash tests/check.sh -m "not slow"
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv

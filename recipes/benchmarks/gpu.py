@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/gpu.py --table docs/benchmarks.md              # all parts, on the first GPU
     python recipes/benchmarks/gpu.py --parts speed equality                  # some of them
-    python recipes/benchmarks/gpu.py --device cpu --toy --results /tmp/x     # on a CPU, small: shows that it runs
+    python recipes/benchmarks/gpu.py --device cpu --toy --results runs/toy.jsonl     # on a CPU, small: it runs
 
 The parts, what matters most first; each runs in processes of its own and is stopped at its time limit:
 
@@ -36,7 +36,7 @@ from typing import Any
 import torch
 
 from timm_autoslim.recipes.benchmarks.lib import gpu_checks, gpu_cifar, gpu_speed
-from timm_autoslim.recipes.benchmarks.lib.results import Results, put_table
+from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
 
 Row = dict[str, Any]
 
@@ -122,11 +122,8 @@ def make_tables(results: list[Row]) -> str:
 
 def main() -> None:
     """Run the parts that are asked for, and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "docs/results/gpu.jsonl")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--results", type=Path, default=Path("docs/results/gpu.jsonl"))
-    parser.add_argument("--table", type=Path, help="write the tables into this page")
-    parser.add_argument("--only-table", action="store_true", help="measure nothing")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--toy", action="store_true", help="small models, few repeats")
     parser.add_argument("--cases", nargs="+", help="only these cases of the parts")

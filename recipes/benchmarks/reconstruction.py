@@ -24,12 +24,13 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from timm_autoslim import calibrate, convert, cost, reconstruct, uniform_at
-from timm_autoslim.recipes.benchmarks.lib.results import Results, put_table
+from timm_autoslim.recipes.benchmarks.lib.images import Images, load_digits, measure_top1, read_images
+from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
 
 DIGITS: dict[str, Callable[[], nn.Module]] = {
     "vit": lambda: timm.create_model(
@@ -50,17 +51,13 @@ DIGITS: dict[str, Callable[[], nn.Module]] = {
     "nfnet": lambda: timm.create_model("test_nfnet", num_classes=10),
     "torchvision's vit": lambda: torchvision.models.VisionTransformer(32, 8, 3, 3, 96, 192, num_classes=10),
 }  # fmt: skip
-Images = tuple[Tensor, Tensor]
 
 
-def load_digits(seed: int) -> tuple[Images, Images]:
-    """Return training and test images (N, 3, 32, 32) of the digits, and their classes (N,)."""
-    import sklearn.datasets
-
-    digits = sklearn.datasets.load_digits()
-    images = F.interpolate(torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, 32).expand(-1, 3, -1, -1)
+def split_digits(seed: int) -> tuple[Images, Images]:
+    """Return training and test images of the digits."""
+    images, targets = load_digits()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    images, targets = images[order].contiguous(), torch.tensor(digits.target)[order]
+    images, targets = images[order], targets[order]
     return (images[:1200], targets[:1200]), (images[1200:], targets[1200:])
 
 
@@ -80,29 +77,15 @@ def train(model: nn.Module, images: Images, epochs: int, seed: int) -> None:
             schedule.step()
 
 
-def read_folder(path: Path, size: int, count: int, seed: int) -> Images:
+def read_scaled(path: Path, size: int, count: int, seed: int) -> Images:
     """Return images (N, 3, size, size), in -1 to 1, and classes (N,) of class folders, or of one .tar file of them."""
-    dataset = timm.data.create_dataset("", root=str(path))
-    transform = torchvision.transforms.Compose([
-        torchvision.transforms.Resize((size, size), torchvision.transforms.InterpolationMode.BICUBIC),
-        torchvision.transforms.ToTensor(),
-    ])  # fmt: skip
-    chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    pairs = [dataset[index] for index in chosen]
-    images = torch.stack([transform(image.convert("RGB")) for image, _ in pairs])
-    return images * 2 - 1, torch.tensor([target for _, target in pairs])
+    pixels, targets = read_images(path, count, seed, size)
+    return pixels.float() / 127.5 - 1, targets
 
 
 def find_part(folder: Path, name: str) -> Path:
     """Return the .tar file or folder of one part of the images."""
     return folder / f"{name}.tar" if (folder / f"{name}.tar").exists() else folder / name
-
-
-@torch.no_grad()
-def test(model: nn.Module, images: Images) -> float:
-    """Return the top-1 accuracy in per cent."""
-    outputs = torch.cat([model.eval()(part) for part in torch.split(images[0], 250)])  # (N, classes)
-    return 100 * float((outputs.argmax(1) == images[1]).float().mean())
 
 
 def measure(case: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -111,18 +94,18 @@ def measure(case: str, seed: int, args: argparse.Namespace) -> list[dict[str, An
     if case == "lite0":
         model = timm.create_model("tf_efficientnet_lite0", num_classes=10)
         model.load_state_dict(load_file(args.checkpoint))
-        training = read_folder(find_part(args.data_dir, "train"), args.size, 2000, seed)
-        testing = read_folder(find_part(args.data_dir, "test"), args.size, 10000, 0)
+        training = read_scaled(find_part(args.data_dir, "train"), args.size, 2000, seed)
+        testing = read_scaled(find_part(args.data_dir, "test"), args.size, 10000, 0)
     else:
-        model, (training, testing) = DIGITS[case](), load_digits(seed)
+        model, (training, testing) = DIGITS[case](), split_digits(seed)
         train(model, training, 12, seed)
-    original, inputs = test(model, testing), training[0]
+    original, inputs = measure_top1(model, testing), training[0]
     supernet = convert(model.eval(), inputs[:2], order="l1").eval()
     rows = []
     for share in (0.5, 0.25):
         slim = supernet.extract(uniform_at(supernet, "macs", share * cost(supernet).macs))
         calibrate(slim, torch.split(inputs, 250))
-        raw, start = test(slim, testing), time.perf_counter()
+        raw, start = measure_top1(slim, testing), time.perf_counter()
         report = reconstruct(slim, supernet, torch.split(inputs, 250))
         seconds = time.perf_counter() - start
         left: dict[str, int] = {}
@@ -130,7 +113,7 @@ def measure(case: str, seed: int, args: argparse.Namespace) -> list[dict[str, An
             if layer.reason:
                 left[layer.reason] = left.get(layer.reason, 0) + 1
         rows.append({"case": case, "seed": seed, "share": share, "original": original, "raw": raw,
-                     "reconstructed": test(slim, testing), "seconds": seconds, "images": report.images,
+                     "reconstructed": measure_top1(slim, testing), "seconds": seconds, "images": report.images,
                      "layers": len(report.layers), "left": left})  # fmt: skip
     return rows
 
@@ -155,10 +138,7 @@ def make_table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure what has no result yet, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("docs/results/reconstruction.jsonl"))
-    parser.add_argument("--table", type=Path, help="write the table into this page")
-    parser.add_argument("--only-table", action="store_true", help="measure nothing")
+    parser = make_parser(__doc__, "docs/results/reconstruction.jsonl")
     parser.add_argument("--cases", nargs="+", choices=(*DIGITS, "lite0"), default=list(DIGITS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--checkpoint", type=Path, help="weights of the case lite0")

@@ -16,14 +16,12 @@ Results are one JSON line each; a run that is started again goes on with what it
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -34,7 +32,7 @@ from tqdm import tqdm
 
 from timm_autoslim import AutoSlimError, Supernet, Widths, calibrate, convert, sandwich_step, search
 from timm_autoslim.recipes.benchmarks.lib.interrupts import Condition, Interrupt
-from timm_autoslim.recipes.benchmarks.lib.results import Results, put_table
+from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
 
 PART = 500  # lines that one result is of
 CHECKED = 10  # after every so many interrupts a training step is run too
@@ -269,10 +267,7 @@ def make_table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Try what has no result yet, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("docs/results/robustness.jsonl"))
-    parser.add_argument("--table", type=Path, help="write the table into this page")
-    parser.add_argument("--only-table", action="store_true", help="try nothing")
+    parser = make_parser(__doc__, "docs/results/robustness.jsonl")
     parser.add_argument("--actions", nargs="+", choices=[*ACTIONS, "threads"], default=[*ACTIONS, "threads"])
     parser.add_argument("--every", type=int, default=7, help="raise at every so many lines")
     parser.add_argument("--calls", type=int, default=10_000, help="from threads")

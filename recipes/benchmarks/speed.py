@@ -22,7 +22,6 @@ Results are one JSON line each; a run that is started again goes on with what it
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import multiprocessing
 import os
@@ -46,7 +45,7 @@ from timm_autoslim import (
     sandwich_step,
     soft_cross_entropy,
 )
-from timm_autoslim.recipes.benchmarks.lib.results import Results, put_table
+from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
 
 MODELS = ("resnet50", "mobilenetv2_100", "vit_tiny_patch16_224")
 QUESTIONS = ("half", "defaults", "step", "memory")
@@ -276,10 +275,7 @@ def _show_memory(result: dict[str, Any] | None) -> str:
 
 def main() -> None:
     """Measure what has no result yet, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("runs/speed.jsonl"))
-    parser.add_argument("--table", type=Path, help="write the table into this page")
-    parser.add_argument("--only-table", action="store_true", help="measure nothing")
+    parser = make_parser(__doc__, "runs/speed.jsonl")
     parser.add_argument("--models", nargs="+", default=MODELS, help="timm models")
     parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=QUESTIONS)
     parser.add_argument("--batches", nargs="+", type=int, default=[8, 32])

@@ -37,7 +37,7 @@ def test_stops_are_in_the_order_of_the_forward_with_the_bytes_of_what_is_to_come
     first, norm, second = (4 * 64 * (3 + 4), 4 * 64 * (4 + 4), 4 * (64 * 4 + 16 * 6))
     assert plan.sizes == (max(first, norm, second), max(norm, second), second)
     assert [layer.centered for layer in plan.layers] == [True, False]  # a BatchNorm takes the first one's mean
-    assert list(plan.norms) == ["1"]
+    assert plan.norms == ("1",)
 
 
 def test_statistics_are_those_of_all_batches_together():
@@ -53,6 +53,6 @@ def test_statistics_are_those_of_all_batches_together():
 
 
 def test_channels_are_taken_where_the_layer_has_them():
-    outputs, channels = torch.randn(2, 5, 4, 6), torch.tensor([0, 3])
+    outputs, channels = torch.randn(2, 5, 4, 6), ((0, 1), (3, 1))
     assert torch.equal(take_channels(outputs, nn.Conv2d(1, 5, 1), channels), outputs[:, [0, 3]])
     assert torch.equal(take_channels(outputs, nn.Linear(1, 6), channels), outputs[..., [0, 3]])

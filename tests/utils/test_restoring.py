@@ -3,7 +3,7 @@
 import pytest
 
 from timm_autoslim.recipes.benchmarks.lib.interrupts import Interrupt
-from timm_autoslim.utils.restoring import restoring
+from timm_autoslim.utils.restoring import restoring, restoring_on_error
 
 
 @pytest.mark.parametrize("error", [None, ValueError])
@@ -45,3 +45,20 @@ def test_an_interrupt_at_any_line_restores_all():
     for line in range(1, interrupt.lines + 1):
         assert not Interrupt(line).run(act)
         assert values == {"a": 1, "b": 1}, line
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_restores_and_an_end_without_one_does_not(error):
+    calls = []
+
+    def act(fail):
+        with restoring_on_error(lambda: calls.append("restored")):
+            calls.append("changed")
+            if fail:
+                raise error
+
+    act(fail=False)
+    assert calls == ["changed"]
+    with pytest.raises(error):
+        act(fail=True)
+    assert calls == ["changed", "changed", "restored"]

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_autoslim.errors import DataError, StaleStatisticsError
 from timm_autoslim.utils.arguments import check_flag, check_module
-from timm_autoslim.utils.restoring import restoring
+from timm_autoslim.utils.restoring import restoring, restoring_on_error
 
 
 def calibrate(model: nn.Module, batches: Iterable[Tensor], *, distributed: bool = False) -> None:
@@ -87,16 +87,15 @@ def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Tensor
     return count
 
 
-@contextlib.contextmanager
-def _restore_statistics_on_error(norms: list[_BatchNorm]) -> Iterator[None]:
+def _restore_statistics_on_error(norms: list[_BatchNorm]) -> contextlib.AbstractContextManager[None]:
     buffers = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
-    try:
-        yield
-    except BaseException:
+
+    def restore() -> None:
         for norm, values in zip(norms, buffers, strict=True):
             for name, value in values.items():
                 norm.get_buffer(name).copy_(value)
-        raise
+
+    return restoring_on_error(restore)
 
 
 def _get_device(norms: list[_BatchNorm]) -> torch.device:

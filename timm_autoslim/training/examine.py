@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
+from timm_autoslim.slicing.tensors import Axis, take_slice
 from timm_autoslim.training.least_squares import Layer, get_weight, take_outputs, take_rows
 from timm_autoslim.utils.tensors import collect_tensors
 
@@ -27,13 +27,13 @@ class Plan:
 
     Attributes:
         layers: those with weights that inputs are multiplied with.
-        norms: BatchNorms with running statistics, by path.
+        norms: paths of BatchNorms with running statistics.
         stops: paths of both, in the order of the forward.
         sizes: by stop, the bytes of one image that go into and out of any module from there on, at most.
     """
 
     layers: tuple[Layer, ...]
-    norms: Mapping[str, _BatchNorm]
+    norms: tuple[str, ...]
     stops: tuple[str, ...]
     sizes: tuple[int, ...]
 
@@ -69,7 +69,7 @@ def examine(slim: nn.Module, original: nn.Module, images: Tensor) -> Plan:
         size = (call.inputs.nbytes + call.outputs.nbytes) // len(images)
         bytes_by_path[call.path] = max(bytes_by_path[call.path], size)
     layers: list[Layer] = []
-    norms: dict[str, _BatchNorm] = {}
+    norms: list[str] = []
     stops: list[str] = []
     sizes: list[int] = []
     largest = 1
@@ -79,7 +79,7 @@ def examine(slim: nn.Module, original: nn.Module, images: Tensor) -> Plan:
         if call.path in stops:
             continue
         if isinstance(module, _BatchNorm) and module.running_mean is not None and counts[call.path] == 1:
-            norms[call.path] = module
+            norms.append(call.path)
         elif isinstance(module, _LAYERS):
             reason = _find_reason(module, call, counts[call.path], owners)
             centered = (id(call.outputs), call.versions[1]) in followed
@@ -88,7 +88,7 @@ def examine(slim: nn.Module, original: nn.Module, images: Tensor) -> Plan:
             continue
         stops.append(call.path)
         sizes.append(largest)
-    return Plan(tuple(reversed(layers)), norms, tuple(reversed(stops)), tuple(reversed(sizes)))
+    return Plan(tuple(reversed(layers)), tuple(reversed(norms)), tuple(reversed(stops)), tuple(reversed(sizes)))
 
 
 def _find_reason(
@@ -136,9 +136,11 @@ def _record(model: nn.Module, images: Tensor) -> list[_Call]:
     return calls
 
 
-def take_channels(outputs: Tensor, module: nn.Module, channels: Tensor) -> Tensor:
+def take_channels(outputs: Tensor, module: nn.Module, channels: Axis) -> Tensor:
     """Return the channels that are left of what a layer of the original puts out."""
-    return outputs.index_select(-1 if isinstance(module, nn.Linear) else 1, channels)
+    axes: list[Axis] = [None] * outputs.dim()
+    axes[-1 if isinstance(module, nn.Linear) else 1] = channels
+    return take_slice(outputs, tuple(axes))
 
 
 def renew_statistics(norms: list[nn.Module], inputs: list[Tensor], *, keep: bool = False) -> None:

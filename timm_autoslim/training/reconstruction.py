@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import ConfigError, DataError, WidthError
+from timm_autoslim.slicing.tensors import Axis
 from timm_autoslim.supernet.convert import convert
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.examine import examine, renew_statistics, take_channels
 from timm_autoslim.training.least_squares import Layer, compare, get_weight, have_same_rows, measure, set_weight, solve
 from timm_autoslim.training.lockstep import Lockstep
 from timm_autoslim.utils.arguments import check_integer
+from timm_autoslim.utils.restoring import restoring_on_error
 
 # What holds weights near those that they had, relative to the mean variance of the inputs; tried for every layer.
 RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)
@@ -147,7 +149,7 @@ def reconstruct(
         sizes = [
             size for name, size in zip(plan.stops, plan.sizes, strict=True) if name in solved or name in plan.norms
         ]
-        lockstep = Lockstep(result, source, solved, list(plan.norms), sizes, itertools.chain([first], images), memory)
+        lockstep = Lockstep(result, source, solved, plan.norms, sizes, itertools.chain([first], images), memory)
         changed = False
         with lockstep:
             for name, inputs, targets in lockstep:
@@ -176,11 +178,8 @@ def reconstruct(
 def _set_state(slim: nn.Module, result: nn.Module) -> None:
     """Give the slim model all that the result has; whatever interrupts it, it has its own again."""
     before = {name: tensor.detach().clone() for name, tensor in slim.state_dict().items()}
-    try:
+    with restoring_on_error(lambda: slim.load_state_dict(before)):
         slim.load_state_dict(result.state_dict())
-    except BaseException:
-        slim.load_state_dict(before)
-        raise
 
 
 def _are_equal(inputs: Tensor, targets: Tensor) -> bool:
@@ -229,7 +228,7 @@ def _check_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
 class _Channels:
     """What the slim model has of the original: by path, the output channels that are left; layers with fewer inputs."""
 
-    outputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Axis]
     narrowed: frozenset[str]
 
 
@@ -251,7 +250,7 @@ def _compare_channels(slim: nn.Module, original: nn.Module, images: Tensor) -> _
         got, needed = f"another model than that of the slim model's widths ({error})", "the model that it was cut from"
         raise ConfigError.at("the original", got=got, needed=needed, remedy=remedy) from None
     tensors = dict(slim.state_dict(keep_vars=True))
-    kept: dict[str, Tensor] = {}
+    kept: dict[str, Axis] = {}
     narrowed: set[str] = set()
     for name, tensor in supernet.model.state_dict(keep_vars=True).items():
         axes = slices.tensors.get(name, (None,) * tensor.dim())
@@ -263,8 +262,7 @@ def _compare_channels(slim: nn.Module, original: nn.Module, images: Tensor) -> _
             raise ConfigError.at("the slim model", got=got, needed=f"the shape {tuple(shape)}", remedy=remedy)
         path, _, leaf = name.rpartition(".")
         if leaf in ("weight", "running_mean") and axes and axes[0] is not None:
-            channels = [i for start, length in axes[0] for i in range(start, start + length)]
-            kept[path] = torch.tensor(channels, device=tensor.device)
+            kept[path] = axes[0]
         if leaf == "weight" and any(runs is not None for runs in axes[1:]):
             narrowed.add(path)
     return _Channels(kept, frozenset(narrowed))

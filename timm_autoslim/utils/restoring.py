@@ -32,3 +32,21 @@ def restoring(restore: Callable[[], object]) -> Iterator[None]:
         if not restored:
             restore()
         raise
+
+
+@contextlib.contextmanager
+def restoring_on_error(restore: Callable[[], object]) -> Iterator[None]:
+    """Call `restore` if the block ends by an error or an interrupt.
+
+    Example:
+        >>> values = [1]
+        >>> with contextlib.suppress(KeyError), restoring_on_error(values.clear):
+        ...     values.append({}["no such key"])
+        >>> values
+        []
+    """
+    try:
+        yield
+    except BaseException:
+        restore()
+        raise

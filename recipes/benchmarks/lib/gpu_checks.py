@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_autoslim import HeldOut, Supernet, Widths, calibrate, convert, export, sandwich_step, search
+from timm_autoslim.recipes.benchmarks.lib.images import load_digits
 
 Row = dict[str, Any]
 
@@ -155,17 +156,6 @@ def make_equality_table(rows: list[Row]) -> str:
     return "\n".join(lines) if cells else ""
 
 
-def load_digits(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return scikit-learn's digits as images (N, 3, 32, 32), and their classes (N,)."""
-    import sklearn.datasets
-
-    digits = sklearn.datasets.load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # (N, 1, 8, 8)
-    return F.interpolate(images, 32).expand(-1, 3, -1, -1).contiguous().to(device), torch.tensor(digits.target).to(
-        device
-    )
-
-
 def list_searches(args: argparse.Namespace) -> list[str]:
     """Return the names of the models that are searched."""
     return ["resnet10t"] if args.toy else ["resnet10t", "mobilenetv2_050", "vit_tiny_patch16_224"]
@@ -176,7 +166,7 @@ def measure_search(name: str, args: argparse.Namespace) -> Iterator[Row]:
     device, cpu = torch.device(args.device), torch.device("cpu")
     torch.manual_seed(0)
     kwargs: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 3} if "vit" in name else {}
-    images, targets = load_digits(device)
+    images, targets = (tensor.to(device) for tensor in load_digits())
     supernet = convert(timm.create_model(name, num_classes=10, **kwargs), torch.zeros(2, 3, 32, 32)).to(device)
     supernet.train()
     optimizer = torch.optim.AdamW(supernet.parameters(), 1e-3)
@@ -305,7 +295,7 @@ def measure_overflow(args: argparse.Namespace) -> Row:
     torch.manual_seed(0)
     supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(2, 3, 32, 32)).train()
     network, optimizer = accelerator.prepare(supernet, torch.optim.SGD(supernet.parameters(), 0.1))
-    images, targets = (tensor[:64] for tensor in load_digits(device))
+    images, targets = (tensor[:64].to(device) for tensor in load_digits())
     skipped, moved, finite, scales = [], [], [], []
     for index in range(40 if half else 2):
         before = [parameter.detach().clone() for parameter in supernet.parameters()]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import io
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_autoslim import HeldOut, SearchResult, calibrate, convert, cost, search, soft_cross_entropy
+from timm_autoslim.recipes.benchmarks.lib.images import measure_top1, read_images
 
 Row = dict[str, Any]
 
@@ -70,20 +68,6 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def read_images(path: Path) -> tuple[Tensor, Tensor]:
-    """Read class folders in a .tar file: images (N, 3, 32, 32) of bytes, and classes (N,)."""
-    images, names = [], []
-    with tarfile.open(path) as archive:
-        for member in archive:
-            file = archive.extractfile(member) if member.isfile() else None
-            if file is not None:
-                images.append(np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB")))
-                names.append(member.name.split("/")[-2])
-    classes = sorted(set(names))
-    stacked = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
-    return stacked, torch.tensor([classes.index(name) for name in names])
-
-
 class Cifar:
     """CIFAR-10 on one device, normalised.
 
@@ -97,10 +81,9 @@ class Cifar:
         mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
         parts = []
         for name in ("train", "test"):
-            images, targets = read_images(folder / f"{name}.tar")
-            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit]
-            pixels = (images[order].to(device).float() / 255 - mean) / std
-            parts.append((pixels.contiguous(memory_format=torch.channels_last), targets[order].to(device)))
+            images, targets = read_images(folder / f"{name}.tar", limit)
+            pixels = (images.to(device).float() / 255 - mean) / std
+            parts.append((pixels.contiguous(memory_format=torch.channels_last), targets.to(device)))
         (train, self.targets), self.test = parts
         self.padded = F.pad(train, (4, 4, 4, 4))
         self.device = device
@@ -218,16 +201,6 @@ def fit(
             say(f"epoch {epoch + 1}/{epochs}, loss {step.loss.item():.3f}, {time.perf_counter() - start:.0f} s")
 
 
-@torch.no_grad()
-def test(model: nn.Module, data: Cifar) -> float:
-    """Return the top-1 accuracy on the test images, in per cent."""
-    model.eval()
-    images, targets = data.test
-    outputs = torch.cat([model(part) for part in torch.split(images, 500)])  # (M, classes)
-    hits = int((outputs.argmax(1) == targets).sum())
-    return 100 * hits / len(targets)
-
-
 def list_stages(args: argparse.Namespace) -> list[str]:
     """Return the stages, each of which needs those before it; none without data."""
     return ["base", "search", *RATIOS] if args.data_dir else []
@@ -249,7 +222,8 @@ def measure_stage(name: str, args: argparse.Namespace) -> Iterator[Row]:
     if name == "base":
         fit(base, data, count, args.epochs[0], 0.2)
         torch.save(base.state_dict(), path)
-        yield {"question": "cifar10", "network": "base", "epochs": args.epochs[0], "top1": test(base, data),
+        top1 = measure_top1(base, data.test)
+        yield {"question": "cifar10", "network": "base", "epochs": args.epochs[0], "top1": top1,
                "params": sum(p.numel() for p in base.parameters()), "seconds": time.perf_counter() - start}  # fmt: skip
         return
     base.load_state_dict(torch.load(path))
@@ -269,11 +243,12 @@ def measure_stage(name: str, args: argparse.Namespace) -> Iterator[Row]:
     slim = supernet.extract(widths)
     generator = torch.Generator().manual_seed(1)
     calibrate(slim, torch.split(data.draw_epoch(count, generator)[0][:4096], 512))
-    raw = test(slim, data)
+    raw = measure_top1(slim, data.test)
     teacher = make_model(args, data)
     teacher.load_state_dict(torch.load(path))
     fit(slim, data, len(data.targets), args.epochs[1], 0.1, teacher=teacher.eval())
-    yield {"question": "cifar10", "network": name, "epochs": args.epochs[1], "top1": test(slim, data), "raw_top1": raw,
+    top1 = measure_top1(slim, data.test)
+    yield {"question": "cifar10", "network": name, "epochs": args.epochs[1], "top1": top1, "raw_top1": raw,
            "macs": cost(supernet, widths).macs, "macs_base": macs,
            "params": sum(p.numel() for p in slim.parameters()), "seconds": time.perf_counter() - start}  # fmt: skip
     torch.save(slim.state_dict(), args.checkpoints / f"{name}.pt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,15 @@ class Results(list[dict[str, Any]]):
         self.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def make_parser(description: str | None, results: str) -> argparse.ArgumentParser:
+    """Return the command line of a benchmark that keeps its rows in a file, by default `results`, and makes a table."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path(results), help="rows; what is there is not done again")
+    parser.add_argument("--table", type=Path, help="write the table into this page")
+    parser.add_argument("--only-table", action="store_true", help="measure nothing")
+    return parser
 
 
 def put_table(page: Path, name: str, text: str) -> None:

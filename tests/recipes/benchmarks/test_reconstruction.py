@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from timm_autoslim.recipes.benchmarks.reconstruction import find_part, make_table, measure, read_folder
+from timm_autoslim.recipes.benchmarks.reconstruction import find_part, make_table, measure, read_scaled
 
 
 def test_the_table_has_the_means_over_the_seeds():
@@ -21,7 +21,7 @@ def test_images_of_class_folders_are_read_in_the_models_range(tmp_path):
     for name, color in (("a", 0), ("b", 255)):
         (tmp_path / "train" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8), (color,) * 3).save(tmp_path / "train" / name / "0.png")
-    images, targets = read_folder(find_part(tmp_path, "train"), 16, 2, seed=0)
+    images, targets = read_scaled(find_part(tmp_path, "train"), 16, 2, seed=0)
     assert images.shape == (2, 3, 16, 16)
     assert [float(image.mean()) for image in images[targets.argsort()]] == [-1.0, 1.0]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from timm_autoslim.recipes.benchmarks.lib.results import Results, put_table
+from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
 
 
 def test_rows_are_read_again_without_the_one_that_a_kill_cut(tmp_path):
@@ -32,3 +32,10 @@ def test_a_page_without_markers_is_refused_and_kept(tmp_path, text):
     with pytest.raises(SystemExit, match=r"page.md lacks the lines <!-- one --> and <!-- /one -->"):
         put_table(page, "one", "table")
     assert page.read_text() == text
+
+
+def test_the_command_line_of_a_benchmark_names_its_rows_and_its_page():
+    parser = make_parser("What it measures.", "runs/rows.jsonl")
+    args = parser.parse_args(["--table", "page.md"])
+    assert (str(args.results), str(args.table), args.only_table) == ("runs/rows.jsonl", "page.md", False)
+    assert parser.description == "What it measures."
