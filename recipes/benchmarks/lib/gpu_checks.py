@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_autoslim import HeldOut, Supernet, Widths, calibrate, convert, export, sandwich_step, search
+from timm_autoslim.recipes.benchmarks.lib.gpu_speed import capture
 from timm_autoslim.recipes.benchmarks.lib.images import load_digits
 
 Row = dict[str, Any]
@@ -195,7 +196,28 @@ def measure_search(name: str, args: argparse.Namespace) -> Iterator[Row]:
                         default=0),
         "evaluations": ours.evaluations, "seconds": seconds[device.type], "seconds_cpu": seconds["cpu"],
         "ms_per_evaluation": 1e3 * seconds[device.type] / ours.evaluations,
+        **time_graph(supernet.eval(), images[:128]),
     }  # fmt: skip
+
+
+@torch.no_grad()
+def time_graph(supernet: Supernet, images: Tensor) -> Row:
+    """Time a candidate on 4 and on 20 batches, as calls and as a CUDA graph that is recorded and replayed."""
+    if images.device.type != "cuda":
+        return {}
+    row: Row = {}
+    for count in (4, 20):
+        for kind in ("calls", "graph") * 2:  # the second time counts
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            subnet = supernet.subnet(supernet.space.uniform(0.5))
+            run = functools.partial(subnet, images)
+            replay = run if kind == "calls" else capture(run).replay
+            for _ in range(count):
+                replay()
+            torch.cuda.synchronize()
+            row[f"{kind}_{count}_ms"] = 1e3 * (time.perf_counter() - start)
+    return row
 
 
 def score(subnet: Any, batch: Any) -> float:
@@ -323,6 +345,17 @@ def measure_overflow(args: argparse.Namespace) -> Row:
     }  # fmt: skip
 
 
+def make_graph_sentence(row: Row) -> str:
+    """Return what a CUDA graph of one candidate costs; empty if it was not timed."""
+    if "graph_4_ms" not in row:
+        return ""
+    says = (
+        f"{row[f'graph_{n}_ms']:.0f} ms as a CUDA graph on {n} batches, {row[f'calls_{n}_ms']:.0f} without"
+        for n in (4, 20)
+    )
+    return f" One subnet takes {', '.join(says)}."
+
+
 def make_training_table(rows: list[Row]) -> str:
     """Return a list of what searches and trainings gave; empty if there are no rows."""
     lines = []
@@ -333,6 +366,7 @@ def make_training_table(rows: list[Row]) -> str:
                 f"- Search on {row['case']}: {row['steps_that_agree']} of {row['steps']} steps as on the CPU (losses "
                 f"differ by at most {row['loss_gap']:.1e}), the same widths for {sum(row['same_widths'])} of "
                 f"{len(row['same_widths'])} budgets; {row['ms_per_evaluation']:.1f} ms for a subnet."
+                + make_graph_sentence(row)
             )
         elif question == "training":
             summary = row["summary"]

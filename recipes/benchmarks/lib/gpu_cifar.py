@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_autoslim import HeldOut, SearchResult, calibrate, convert, cost, search, soft_cross_entropy
+from timm_autoslim import (
+    HeldOut,
+    SearchResult,
+    calibrate,
+    convert,
+    cost,
+    reconstruct,
+    search,
+    soft_cross_entropy,
+)
 from timm_autoslim.recipes.benchmarks.lib.images import measure_top1, read_images
 
 Row = dict[str, Any]
@@ -203,7 +212,7 @@ def fit(
 
 def list_stages(args: argparse.Namespace) -> list[str]:
     """Return the stages, each of which needs those before it; none without data."""
-    return ["base", "search", *RATIOS] if args.data_dir else []
+    return ["base", "search", "reconstruct", *RATIOS] if args.data_dir else []
 
 
 def make_model(args: argparse.Namespace, data: Cifar) -> nn.Module:
@@ -213,7 +222,7 @@ def make_model(args: argparse.Namespace, data: Cifar) -> nn.Module:
 
 
 def measure_stage(name: str, args: argparse.Namespace) -> Iterator[Row]:
-    """Train the base, search, or fine-tune one network; what a later stage needs is left in the checkpoints' folder."""
+    """Train the base, search, reconstruct both networks, or fine-tune one; later stages read the checkpoints."""
     data = load_cifar(args.data_dir, args.device, 600 if args.toy else None)
     count = len(data.targets) - min(HELD_OUT, len(data.targets) // 4)
     args.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -239,10 +248,22 @@ def measure_stage(name: str, args: argparse.Namespace) -> Iterator[Row]:
                "seconds": time.perf_counter() - start}  # fmt: skip
         return
     networks = SearchResult.load(args.checkpoints / "search.json").networks
-    widths = supernet.space.from_dict(networks[list(RATIOS).index(name)].widths.to_dict())
-    slim = supernet.extract(widths)
+    all_widths = [supernet.space.from_dict(network.widths.to_dict()) for network in networks]
     generator = torch.Generator().manual_seed(1)
-    calibrate(slim, torch.split(data.draw_epoch(count, generator)[0][:4096], 512))
+    batches = torch.split(data.draw_epoch(count, generator)[0][:4096], 512)
+    if name == "reconstruct":
+        for ratio, widths in zip(RATIOS, all_widths, strict=True):
+            start, slim = time.perf_counter(), supernet.extract(widths)
+            calibrate(slim, batches)
+            raw = measure_top1(slim, data.test)
+            reconstruct(slim, supernet, batches[:4])
+            torch.save(slim.state_dict(), args.checkpoints / f"{ratio}-start.pt")
+            yield {"question": "reconstruct", "network": ratio, "raw_top1": raw, "top1": measure_top1(slim, data.test),
+                   "seconds": time.perf_counter() - start}  # fmt: skip
+        return
+    widths = all_widths[list(RATIOS).index(name)]
+    slim = supernet.extract(widths)
+    slim.load_state_dict(torch.load(args.checkpoints / f"{name}-start.pt"))
     raw = measure_top1(slim, data.test)
     teacher = make_model(args, data)
     teacher.load_state_dict(torch.load(path))
@@ -260,7 +281,7 @@ def make_table(rows: list[Row]) -> str:
     if len(rows) < 2:  # the base alone says nothing
         return ""
     lines = [
-        "| ResNet-56 | MACs | params | before fine-tuning | epochs | test top-1 | seconds |",
+        "| ResNet-56 | MACs | params | reconstructed, before fine-tuning | epochs | test top-1 | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
