@@ -18,6 +18,7 @@ from timm_autoslim.errors import BudgetError
         ({"batch_size": 2.5}, "batch_size: got 2.5; needed: a positive integer"),
         ({"dtype": torch.int8}, "dtype: got torch.int8; needed: a floating point type"),
         ({"dtype": "half"}, "dtype: got 'half'; needed: a floating point type"),
+        ({"latency": 3}, "latency: got 3; needed: an object with a method predict(supernet, widths)"),
     ],
 )
 def test_bad_conditions_are_refused(given, message):

@@ -19,9 +19,10 @@ def test_made_up_numbers_are_ordinary_and_move_no_generator():
 
 def test_inputs_of_any_form_are_placed():
     image, index = torch.zeros(1, 3, 8, 8), torch.tensor([2])
-    placed = place_inputs({"x": (image, index), "flag": True}, CPU, torch.float64)
+    placed = place_inputs({"x": (image, index), "flag": True, "levels": [image]}, CPU, torch.float64)
     assert placed["x"][0].dtype == torch.float64
     assert placed["x"][1] is index
     assert placed["flag"] is True
+    assert placed["levels"][0].dtype == torch.float64
     made = place_inputs(image.to("meta"), CPU, None)
     assert (made.device, made.shape, made.dtype) == (CPU, image.shape, torch.float32)

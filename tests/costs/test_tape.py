@@ -159,6 +159,20 @@ def test_batch_and_type():
     assert cost(supernet, widths, dtype=torch.float64).peak_bytes - counters == (one - counters) * 2
 
 
+class InAList(TwoGroups):
+    """TwoGroups whose images come in a list, in a dict."""
+
+    def forward(self, inputs):
+        return super().forward(inputs["images"][0])
+
+
+def test_the_type_is_that_of_inputs_in_any_nesting():
+    torch.manual_seed(0)
+    example = torch.zeros(1, 3, 8, 8)
+    nested = cost(convert(InAList(), ({"images": [example]},)), dtype=torch.float16)
+    assert nested.peak_bytes == cost(convert(TwoGroups(), example), dtype=torch.float16).peak_bytes
+
+
 class Attention(nn.Module):
     """Attention of two heads over tokens (N, L, 16), with projections of its own for queries, keys and values."""
 

@@ -103,7 +103,7 @@ def test_no_batches_is_an_error_that_changes_nothing():
     before, modes = state(model), flags(model)
     with pytest.raises(DataError, match=r"^batches: got none, and Sequential has 1 BatchNorms to measure; needed"):
         calibrate(model, [])
-    message = r"^batches: got a tuple as the first batch; .* pass `\(inputs for inputs, _ in loader\)`"
+    message = r"^batches\[0\]: got a tuple; .* pass `\(inputs for inputs, _ in loader\)`"
     with pytest.raises(DataError, match=message):
         calibrate(model, [(batches()[0], torch.zeros(8))])
     assert_same(before, state(model))

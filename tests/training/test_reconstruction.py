@@ -179,19 +179,14 @@ def test_an_error_on_the_way_leaves_both_models_as_they_were():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in supernet.modules())
 
 
-@pytest.mark.parametrize(
-    ("batches", "message"),
-    [
-        (torch.zeros(2, 4, 6, 6), r"^batches: got a Tensor; .*; pass batches.split\(32\)"),
-        ([torch.full((2, 4, 6, 6), float("nan"))], "^batch 0: got numbers that are not finite"),
-        ([], r"^batches: got none; needed: an iterable of input tensors"),
-        ([(torch.zeros(1), torch.zeros(1))], r"^batches: got a tuple; needed: an iterable of input tensors"),
-    ],
-)
-def test_what_is_no_batch_is_named(batches, message):
+def test_batches_are_checked_and_needed():
     supernet = convert(Redundant().eval(), make_images(2))
-    with pytest.raises(DataError, match=message):
-        reconstruct(narrow(supernet, inner=8), supernet, batches)
+    for batches, message in (
+        ([], "^batches: got none; needed: an iterable"),
+        ([3], r"^batches\[0\]: got"),
+    ):
+        with pytest.raises(DataError, match=message):
+            reconstruct(narrow(supernet, inner=8), supernet, batches)
 
 
 def test_another_original_or_no_slim_model_is_refused():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, get_attributes, named_tensors
+from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, get_attributes, map_tensors, named_tensors
 
 A, B, C = torch.zeros(1), torch.zeros(2), torch.zeros(3)
 Pair = collections.namedtuple("Pair", "first second")
@@ -33,27 +33,27 @@ class OneSlot(Slots):
     __slots__ = "third"
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        (A, B, C),
-        [A, [B, (C, None)]],
-        {"a": A, "b": {"c": B}, "d": [C]},
-        collections.deque([A, B, C]),
-        collections.OrderedDict(a=A, b=(B, C)),
-        Pair(A, Pair(B, C)),
-        Record(A, {"b": B, "c": C}),
-        Slots(A, [B, C]),
-        types.SimpleNamespace(a=A, name="b", number=3, pair=(B, C)),
-    ],
-    ids=lambda value: type(value).__name__,
-)
+NESTED = [
+    (A, B, C),
+    [A, [B, (C, None)]],
+    {"a": A, "b": {"c": B}, "d": [C]},
+    collections.deque([A, B, C]),
+    collections.OrderedDict(a=A, b=(B, C)),
+    Pair(A, Pair(B, C)),
+    Record(A, {"b": B, "c": C}),
+    Slots(A, [B, C]),
+    types.SimpleNamespace(a=A, name="b", number=3, pair=(B, C)),
+]
+WITHOUT = [None, 3, 2.0, "text", b"text", int, nn.Linear(2, 2), [], {}, object()]
+
+
+@pytest.mark.parametrize("value", NESTED, ids=lambda value: type(value).__name__)
 def test_tensors_of_nested_values_come_in_their_order(value):
     tensors = collect_tensors(value)
     assert [id(t) for t in tensors] == [id(A), id(B), id(C)]
 
 
-@pytest.mark.parametrize("value", [None, 3, 2.0, "text", b"text", int, nn.Linear(2, 2), [], {}, object()])
+@pytest.mark.parametrize("value", WITHOUT)
 def test_values_without_tensors_have_none(value):
     assert collect_tensors(value) == []
 
@@ -63,6 +63,28 @@ def test_an_object_that_holds_itself_is_walked_once():
     value.itself = value
     assert len(collect_tensors([value, value])) == 1
     assert len(collect_tensors([A, A])) == 2  # a tensor counts at each of its places
+
+
+@pytest.mark.parametrize("value", NESTED, ids=lambda value: type(value).__name__)
+def test_every_tensor_is_replaced_and_all_else_stays(value):
+    result = map_tensors(lambda tensor: tensor + 1, value)
+    assert type(result) is type(value)
+    assert [t.tolist() for t in collect_tensors(result)] == [[1], [1, 1], [1, 1, 1]]
+    assert [id(t) for t in collect_tensors(value)] == [id(A), id(B), id(C)]
+
+
+@pytest.mark.parametrize("value", WITHOUT)
+def test_values_without_tensors_stay(value):
+    assert map_tensors(lambda tensor: tensor + 1, value) == value
+
+
+def test_an_object_that_holds_itself_is_copied_once():
+    value = types.SimpleNamespace(tensor=A, number=3)
+    value.itself = value
+    result = map_tensors(lambda tensor: tensor + 1, [value, value])
+    assert result[0] is result[1] is result[0].itself is not value
+    assert (result[0].tensor.item(), result[0].number, value.tensor.item()) == (1, 3, 0)
+    assert map_tensors(lambda tensor: tensor + 1, types.MappingProxyType({"a": A})) == {"a": A + 1}
 
 
 def test_attributes_are_those_of_dict_and_slots():

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from timm_autoslim.errors import BudgetError, ConfigError
+from timm_autoslim.errors import AutoSlimError, BudgetError, ConfigError
 from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.utils.arguments import check_dtype, check_integer, quote
@@ -45,9 +45,18 @@ class Conditions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "batch_size", check_integer("batch_size", self.batch_size, BudgetError))
         check_dtype(self.dtype, BudgetError)
-        if self.latency is not None and not callable(getattr(self.latency, "predict", None)):
-            needed = "an object with a method predict(supernet, widths), such as a LatencyTable, or None"
-            raise BudgetError.at("latency", got=repr(self.latency), needed=needed)
+        check_latency(self.latency, BudgetError)
+
+
+def check_latency(latency: object, error: type[AutoSlimError]) -> None:
+    """Make sure that a latency predicts, or is None.
+
+    Raises:
+        AutoSlimError: of the type `error`: it has no method `predict`.
+    """
+    if latency is not None and not callable(getattr(latency, "predict", None)):
+        needed = "an object with a method predict(supernet, widths), such as a LatencyTable, or None"
+        raise error.at("latency", got=quote(latency), needed=needed)
 
 
 def check_conditions(conditions: Conditions | None) -> Conditions:

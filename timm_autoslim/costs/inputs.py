@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from timm_autoslim.utils.tensors import map_tensors
 
-def place_inputs(value: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
+
+def place_inputs(inputs: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
     """Return inputs on the device, floating point tensors in the type; tensors on the meta device get numbers."""
-    if isinstance(value, Tensor):
-        wanted = dtype if value.is_floating_point() else None
-        return make_tensor(value.shape, wanted or value.dtype, device) if value.is_meta else value.to(device, wanted)
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(place_inputs(v, device, dtype) for v in value)
-    if isinstance(value, Mapping):
-        return {key: place_inputs(v, device, dtype) for key, v in value.items()}
-    return value
+
+    def place(tensor: Tensor) -> Tensor:
+        type_ = dtype if tensor.is_floating_point() else None
+        return make_tensor(tensor.shape, type_ or tensor.dtype, device) if tensor.is_meta else tensor.to(device, type_)
+
+    return map_tensors(place, inputs)
 
 
 def make_tensor(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

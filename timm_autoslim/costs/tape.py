@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from timm_autoslim.costs.infer import FormulaFinder
 from timm_autoslim.costs.recorder import Operator, Storage, TapeRecorder, collect_numbers, replace_numbers
@@ -27,7 +27,7 @@ from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.outer_state import with_empty_caches
 from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.utils.meta import copy_to_meta, make_meta_example
-from timm_autoslim.utils.tensors import collect_tensors, named_tensors
+from timm_autoslim.utils.tensors import collect_tensors, map_tensors, named_tensors
 
 RUNS = 4  # subnets beside the widest that a tape is recorded from; one more each time two lengths look alike
 MAX_RUNS = 10
@@ -111,7 +111,7 @@ class Tape:
         example = make_meta_example(example, batch_size)
         if dtype is not None:
             meta_copy = meta_copy.to(dtype)
-            example = _cast(example, dtype)
+            example = map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, example)
         self._inputs = sum(t.untyped_storage().nbytes() for t in collect_tensors(example))
         runs = with_empty_caches(model, lambda _: _record_runs(meta_copy, example, graph))
         # after the runs: some modules keep tensors from then on
@@ -177,17 +177,6 @@ def _make_size_terms(
             conditions.append((i, Terms(finder.lengths, groups, rows[at : at + 2])))
             at += 2
     return Terms(finder.lengths, groups, products), conditions
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Return an example with its floating point tensors in this type."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple) and not hasattr(value, "_fields"):
-        return tuple(_cast(v, dtype) for v in value)
-    if isinstance(value, dict):
-        return {key: _cast(v, dtype) for key, v in value.items()}
-    return value
 
 
 # -- recording ------------------------------------------------------------------------------------------------------

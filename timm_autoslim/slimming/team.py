@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from timm_autoslim.costs.conditions import Conditions, Latency, check_conditions
+from timm_autoslim.costs.conditions import Conditions, Latency, check_conditions, check_latency
 from timm_autoslim.errors import AutoSlimError, ConfigError, LatencyError
 from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.utils.arguments import check_callable, check_integer, check_type, quote
+from timm_autoslim.utils.arguments import check_callable, check_integer, check_type
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,7 @@ class SharedLatency:
             raise LatencyError.at(
                 "SharedLatency()", got="no latency in the first process", needed="a LatencyTable there"
             )
-        if latency is not None and not callable(getattr(latency, "predict", None)):
-            needed = "an object with a method predict(supernet, widths), such as a LatencyTable"
-            raise LatencyError.at("latency", got=quote(latency), needed=needed)
+        check_latency(latency, LatencyError)
         self.latency, self.team = latency, team
         self._predictions: dict[Widths, float] = {}
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_autoslim.errors import DataError, StaleStatisticsError
+from timm_autoslim.training.batches import check_batches, make_empty_error
 from timm_autoslim.utils.arguments import check_flag, check_module
 from timm_autoslim.utils.restoring import restoring, restoring_on_error
 
@@ -32,7 +33,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, distributed: bool 
 
     Raises:
         DataError: `batches` is no iterable, or is a tensor itself; it is empty (with `distributed`, in every process);
-            an item is not a tensor; or a model with `SyncBatchNorm` gets more batches in one process than in another.
+            a batch is no tensor, has no images, or is not finite; or a model with `SyncBatchNorm` gets more batches in
+            one process than in another.
         ConfigError: another argument is of the wrong type.
 
     Example:
@@ -46,26 +48,17 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, distributed: bool 
     """
     norms = [norm for norm in _list_norms(model) if norm.track_running_stats and norm.running_mean is not None]
     check_flag("distributed", distributed)
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
-        needed = "an iterable of input tensors (N, C, H, W)"
-        remedy = "pass [images] for a single batch" if isinstance(batches, Tensor) else ""
-        raise DataError.at("batches", got=f"a {type(batches).__name__}", needed=needed, remedy=remedy)
+    inputs = check_batches(batches)
     if not norms:
         return
     parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     synchronized = parallel and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     with _restore_statistics_on_error(norms):
-        inputs = _check_batches(batches)
         count = _measure(model, norms, _iterate_together(inputs, _get_device(norms)) if synchronized else inputs)
         if distributed and parallel:
             count = _average_over_processes(norms, count)
         if not count:
-            raise DataError.at(
-                "batches",
-                got=f"none, and {type(model).__name__} has {len(norms)} BatchNorms to measure",
-                needed="an iterable of at least one input tensor (N, C, H, W)",
-                remedy="a generator that was read before is empty",
-            )
+            raise make_empty_error(f"none, and {type(model).__name__} has {len(norms)} BatchNorms to measure")
 
 
 def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Tensor]) -> int:
@@ -100,19 +93,6 @@ def _restore_statistics_on_error(norms: list[_BatchNorm]) -> contextlib.Abstract
 
 def _get_device(norms: list[_BatchNorm]) -> torch.device:
     return next(norms[0].buffers(recurse=False)).device
-
-
-def _check_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the batches; raise DataError at the first that is not a tensor."""
-    for index, inputs in enumerate(batches):
-        if not isinstance(inputs, Tensor):
-            raise DataError.at(
-                "batches",
-                got=f"a {type(inputs).__name__} as the first batch" if not index else f"a {type(inputs).__name__}",
-                needed="input tensors (N, C, H, W)",
-                remedy="if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`",
-            )
-        yield inputs
 
 
 def _iterate_together(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:

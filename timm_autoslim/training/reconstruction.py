@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from timm_autoslim.artifact.spec import Spec
-from timm_autoslim.errors import ConfigError, DataError, WidthError
+from timm_autoslim.errors import ConfigError, WidthError
 from timm_autoslim.slicing.tensors import Axis
 from timm_autoslim.supernet.convert import convert
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.training.batches import check_batches, make_empty_error
 from timm_autoslim.training.examine import examine, renew_statistics, take_channels
 from timm_autoslim.training.least_squares import Layer, compare, get_weight, have_same_rows, measure, set_weight, solve
 from timm_autoslim.training.lockstep import Lockstep
@@ -136,8 +137,10 @@ def reconstruct(
     if any(tensor.is_inference() for tensor in slim.state_dict(keep_vars=True).values()):
         got, needed = "tensors that were made in torch.inference_mode()", "a model that can be changed"
         raise ConfigError.at("the slim model", got=got, needed=needed, remedy="extract or load it outside of that mode")
-    images = _check_batches(batches)
-    first = next(images)
+    images = check_batches(batches)
+    first = next(images, None)
+    if first is None:
+        raise make_empty_error()
     kept = _compare_channels(slim, original, first)
     source = original.model if isinstance(original, Supernet) else original
     result = copy.deepcopy(slim).eval()  # the slim model itself changes at the very end
@@ -199,29 +202,6 @@ def _check_order(report: LayerReconstruction) -> None:
             needed="the model that it was cut from, with its channels in the same order",
             remedy="pass the supernet that it was extracted from: with order=, its model is a reordered copy",
         )
-
-
-def _check_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the batches.
-
-    Raises:
-        DataError: there is none, or one is no tensor of images.
-    """
-    needed = "an iterable of input tensors (N, C, H, W), each the model's only input"
-    if isinstance(batches, Tensor):
-        raise DataError.at("batches", got="a Tensor", needed=needed, remedy="pass batches.split(32)")
-    empty = True
-    for index, batch in enumerate(batches):
-        if not isinstance(batch, Tensor) or not batch.dim() or not len(batch):
-            got = f"a {type(batch).__name__}" if not isinstance(batch, Tensor) else f"the shape {tuple(batch.shape)}"
-            remedy = "if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`"
-            raise DataError.at("batches", got=got, needed=needed, remedy=remedy)
-        if not bool(batch.isfinite().all()):
-            raise DataError.at(f"batch {index}", got="numbers that are not finite", needed="images without NaN")
-        empty = False
-        yield batch
-    if empty:
-        raise DataError.at("batches", got="none", needed=needed)
 
 
 @dataclass(frozen=True)

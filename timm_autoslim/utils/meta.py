@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_autoslim.errors import TraceError, quote_error
-from timm_autoslim.utils.tensors import collect_tensors, get_attributes, named_tensors
+from timm_autoslim.utils.tensors import collect_tensors, map_tensors, named_tensors
 
 
 def copy_to_meta(model: nn.Module) -> nn.Module:
@@ -82,25 +82,9 @@ def make_meta_example(example: Any, batch_size: int) -> Any:
     long; numbers, flags and other tensors stay as they are.
     """
     images = next((len(t) for t in collect_tensors(example) if t.dim()), 0)
-    return _replace_tensors(example, images, batch_size)
 
+    def replace(tensor: Tensor) -> Tensor:
+        shape = (batch_size, *tensor.shape[1:]) if tensor.dim() and len(tensor) == images else tensor.shape
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
 
-def _replace_tensors(value: Any, images: int, batch_size: int) -> Any:
-    """Return a copy of a nested value with meta tensors: `batch_size` long where they were `images` long."""
-    if isinstance(value, Tensor):
-        shape = (batch_size, *value.shape[1:]) if value.dim() and len(value) == images else value.shape
-        return torch.empty(shape, dtype=value.dtype, device="meta")
-    if isinstance(value, (tuple, list)):
-        members = [_replace_tensors(member, images, batch_size) for member in value]
-        return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
-    if isinstance(value, Mapping):
-        result: Any = copy.copy(value) if isinstance(value, MutableMapping) else {}
-        for key, member in value.items():
-            result[key] = _replace_tensors(member, images, batch_size)
-        return result
-    if collect_tensors(value):  # a dataclass, or another object
-        result = copy.copy(value)
-        for name, member in get_attributes(value).items():
-            object.__setattr__(result, name, _replace_tensors(member, images, batch_size))
-        return result
-    return value
+    return map_tensors(replace, example)

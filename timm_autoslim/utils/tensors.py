@@ -1,9 +1,10 @@
-"""Find the tensors of a model, or of any nested value."""
+"""The tensors of a model, or of any nested value: find them, or put others in their places."""
 
 from __future__ import annotations
 
+import copy
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +31,37 @@ def _walk_tensors(value: Any, ids: set[int]) -> Iterator[Tensor]:
         members = list(get_attributes(value).values())
     for member in members:
         yield from _walk_tensors(member, ids)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a copy of a nested value with `function(tensor)` at the place of each tensor; all else stays.
+
+    It reaches the tensors that `collect_tensors` returns. Tuples, lists, dicts and objects keep their types; a mapping
+    that cannot be written to becomes a dict.
+    """
+    return _map_tensors(function, value, {})
+
+
+def _map_tensors(function: Callable[[Tensor], Tensor], value: Any, copies: dict[int, Any]) -> Any:
+    """Map a nested value; `copies` are those of the objects that were entered, for an object may hold itself."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list, deque)):
+        members = [_map_tensors(function, member, copies) for member in value]
+        return type(value)(*members) if hasattr(value, "_fields") else type(value)(members)
+    if isinstance(value, Mapping):
+        result: Any = copy.copy(value) if isinstance(value, MutableMapping) else {}
+        for key, member in value.items():
+            result[key] = _map_tensors(function, member, copies)
+        return result
+    if id(value) in copies:
+        return copies[id(value)]
+    if not collect_tensors(value):
+        return value
+    copies[id(value)] = result = copy.copy(value)  # a dataclass, or another object
+    for name, member in get_attributes(value).items():
+        object.__setattr__(result, name, _map_tensors(function, member, copies))
+    return result
 
 
 def get_attributes(value: object) -> dict[str, Any]:

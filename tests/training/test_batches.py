@@ -1,0 +1,47 @@
+"""Batches: what is none is named, with its position and what to do."""
+
+import pytest
+import torch
+
+from timm_autoslim.errors import DataError
+from timm_autoslim.training.batches import check_batches, make_empty_error
+
+IMAGES = torch.zeros(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (IMAGES, r"^batches: got a Tensor; .*; pass \[images\] for a single batch, or images.split\(32\)$"),
+        (3, "^batches: got a int; needed: an iterable of at least one input tensor"),
+    ],
+)
+def test_what_holds_no_batches_is_refused_at_once(batches, message):
+    with pytest.raises(DataError, match=message):
+        check_batches(batches)
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        (
+            (IMAGES, torch.zeros(2)),
+            r"got a tuple; .*; if the loader yields \(inputs, targets\), pass `\(inputs for",
+        ),
+        (torch.zeros(()), r"got the shape \(\); needed: an input tensor \(N, C, H, W\) of at least one image"),
+        (IMAGES[:0], r"got the shape \(0, 3, 4, 4\); needed: an input tensor"),
+        (IMAGES / 0, "got numbers that are not finite; needed: images without NaN or infinity"),
+    ],
+)
+def test_what_is_no_batch_is_refused_when_it_is_reached(batch, message):
+    inputs = check_batches([IMAGES, batch])
+    assert next(inputs) is IMAGES
+    with pytest.raises(DataError, match=rf"^batches\[1\]: {message}"):
+        next(inputs)
+
+
+def test_tokens_are_batches_and_none_is_an_error_of_the_callers():
+    tokens = torch.zeros(2, 5, dtype=torch.long)
+    assert list(check_batches(iter([tokens]))) == [tokens]
+    assert list(check_batches([])) == []
+    assert str(make_empty_error()).startswith("batches: got none; needed: an iterable of at least one input tensor")
