@@ -1,6 +1,6 @@
 """All stages with one command: train a supernet, search, fine-tune the networks, export, load again, compare.
 
-    python recipes/run.py
+    python -m timm_autoslim all        # or, in the repository: python recipes/run.py
     python recipes/run.py -c recipes/configs/cifar10_resnet.yaml --data-dir data/cifar10 --num-processes 1
 
 Any key of the configuration may be given as a flag too, prefixes included: --train-epochs 3 --budgets macs=40%.
@@ -11,7 +11,6 @@ recipe leaves there.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
 from timm_autoslim.recipes.lib.networks import is_searched, read_networks
 from timm_autoslim.recipes.lib.ownership import own_folder
+from timm_autoslim.recipes.lib.parser import Parser
 from timm_autoslim.recipes.lib.processes import make_accelerator
 from timm_autoslim.recipes.lib.results import read_result, read_results
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args
@@ -43,10 +43,8 @@ RECIPES = Path(__file__).resolve().parent
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all stages."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("-c", "--config", default=str(RECIPES / "configs" / "digits.yaml"), help="flat YAML file")
+    parser = Parser(description=__doc__)
+    parser.add_argument("-c", "--config", default="digits", help="flat YAML file, or the name of one of the recipes'")
     parser.add_argument("--num-processes", type=int, default=1, help="processes of each stage (GPUs, or CPU processes)")
     args, rest = parser.parse_known_args(argv)
     config = {"output": "runs", "experiment": Path(args.config).stem, **read_config(args.config), **read_flags(rest)}

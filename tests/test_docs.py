@@ -17,7 +17,7 @@ from helpers.marks import slow_but
 from helpers.subprocesses import run_apart
 
 import timm_autoslim
-from timm_autoslim.__main__ import main
+from timm_autoslim.__main__ import RECIPES, main
 from timm_autoslim.recipes import run
 from timm_autoslim.recipes.lib.configuration import parse_args, pick_values
 
@@ -91,12 +91,20 @@ def test_commands_are_understood(page, monkeypatch, capsys):
         scripts = [i for i, word in enumerate(words) if word.endswith((".py", ".sh"))]
         if scripts:
             check_script(words[scripts[0]], words[scripts[0] + 1 :])
-        elif words[:4] == ["python", "-m", "timm_autoslim", "inspect"]:
-            assert main(words[3:]) == 0
+        elif "timm_autoslim" in words:
+            check_command(words[words.index("timm_autoslim") + 1 :])
             capsys.readouterr()
         else:
             assert words[:2] in (["pip", "install"], ["python3", "-m"]) or words[0] in TOOLS, words
     assert all((ROOT / word).exists() for words in commands(page) for word in words if word.startswith("recipes/"))
+
+
+def check_command(words):
+    """Hold the arguments of a command to the parser of its recipe; `inspect` runs."""
+    if words[0] in RECIPES:
+        check_script(f"recipes/{RECIPES[words[0]][0]}.py", words[1:])
+    else:
+        assert words[0] == "recipes" or main(words) == 0
 
 
 def check_script(script, arguments):

@@ -234,8 +234,9 @@ def test_what_is_no_script_is_refused(script, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["run"], "run: error: the following arguments are required: SCRIPT\n"),
-        (["run", "--flag", "x.py"], "error: unrecognized arguments: --flag"),
+        (["run"], "run: error: the following arguments are required: SCRIPT"),
+        (["run", "-c", "digits"], "(all stages of the recipes are the command `all`)"),
+        (["run", "--flag", "x.py"], "error: unknown flag --flag"),
         ([], "error: the following arguments are required: command"),
     ],
 )

@@ -1,9 +1,9 @@
-"""Command line: `python -m timm_autoslim inspect MODEL`, `... report RUN` and `... run SCRIPT [ARGS...]`."""
+"""Command line: `python -m timm_autoslim COMMAND`, or `autoslim COMMAND` for short; `--help` lists the commands."""
 
 from __future__ import annotations
 
-import argparse
 import builtins
+import importlib
 import os
 import sys
 import time
@@ -11,12 +11,15 @@ import types
 from collections import Counter
 from pathlib import Path
 
+import timm
 import torch
 
+from timm_autoslim import __version__
 from timm_autoslim.artifact.bases import create_meta_base
 from timm_autoslim.costs.cost import cost_by_module
 from timm_autoslim.costs.reach import reach
 from timm_autoslim.errors import ArtifactError, AutoSlimError, TraceError
+from timm_autoslim.recipes.lib.parser import Parser
 from timm_autoslim.supernet.convert import convert
 from timm_autoslim.supernet.supernet import Supernet
 
@@ -126,10 +129,52 @@ def run(script: str, args: list[str]) -> int:
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m timm_autoslim", description="Slim any timm or torchvision model.")
+PROG = "python -m timm_autoslim"
+
+# Commands that are recipes: the module, and what it does. Each has a parser of its own.
+RECIPES = {
+    "train": ("train", "train a slimmable supernet"),
+    "search": ("search", "search the networks of a run for some budgets"),
+    "finetune": ("finetune", "fine-tune, test and export a network of a search"),
+    "all": ("run", "all of the three, and compare the networks; by default on scikit-learn's digits"),
+}
+
+
+def run_recipe(command: str, args: list[str]) -> None:
+    """Run a recipe; errors end the process with a message, as when it is run as a script.
+
+    Args:
+        command: a key of `RECIPES`.
+        args: the recipe's own arguments.
+    """
+    try:
+        recipe = importlib.import_module(f"timm_autoslim.recipes.{RECIPES[command][0]}")
+        shell = importlib.import_module("timm_autoslim.recipes.lib.shell")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {command} needs {error.name}: pip install 'timm-autoslim[recipes]'")
+    sys.argv = [f"{PROG} {command}", *args]  # the name that the recipe's messages have
+    shell.run_command(lambda: recipe.main(args))
+
+
+def copy(folder: Path) -> str:
+    """Copy the recipes to a new folder; return what can be done there.
+
+    Raises:
+        OutputExistsError: the folder holds something already.
+    """
+    from timm_autoslim.recipes.lib.copies import copy_recipes
+
+    scripts = copy_recipes(folder)
+    return "\n".join([f"Copied to {folder}, with all that they share. Start with:", *map(str, scripts)])
+
+
+def _make_parser() -> Parser:
+    parser = Parser(prog=PROG, description="Slim any timm or torchvision model.")
+    versions = f"timm-autoslim {__version__} (torch {torch.__version__}, timm {timm.__version__})"
+    parser.add_argument("--version", action="version", version=versions)
     commands = parser.add_subparsers(dest="command", required=True)
+    for name, (_, text) in RECIPES.items():
+        commands.add_parser(name, help=text, add_help=False)  # the recipe itself parses what follows
     look = commands.add_parser(
         "inspect", help="show the channel groups of a model, its reach, and what is fixed and why"
     )
@@ -138,20 +183,37 @@ def main(argv: list[str] | None = None) -> int:
     look.add_argument("--modules", action="store_true", help="also list the MACs of every module")
     show = commands.add_parser("report", help="write RUN/report.html and figures of all RUN/search/*.json")
     show.add_argument("run", metavar="RUN", type=Path, help="folder of a run that was searched")
+    copies = commands.add_parser("recipes", help="copy the recipes to a new folder, to change them there")
+    copies.add_argument("folder", metavar="DIR", type=Path, help="the folder to create")
     start = commands.add_parser(
         "run",
         help="run a script, such as timm's validate.py, that is to load exported folders: --model local-dir:FOLDER",
     )
-    start.add_argument("script", metavar="SCRIPT", help="path of a Python script")
+    start.add_argument("script", metavar="SCRIPT", help="path of a Python script (for all stages of the recipes: all)")
     start.add_argument("args", metavar="ARGS", nargs="*", default=[], help="the script's own arguments")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["run"] and len(words) > 1 and not words[1].startswith("-"):
         return run(words[1], words[2:])  # past argparse, which would drop a `--` among the script's arguments
-    args = parser.parse_args(words)
+    if words and words[0] in RECIPES:
+        run_recipe(words[0], words[1:])
+        return 0
+    if words[:1] == ["run"] and (len(words) == 1 or words[1] in ("-c", "--config", "--num-processes", "--output")):
+        print("(all stages of the recipes are the command `all`)", file=sys.stderr)
+    args = _make_parser().parse_args(words)
     if args.command == "run":  # after a `--`
         return run(args.script, args.args)
     try:
-        print(report(args.run) if args.command == "report" else inspect(args.model, args.size, args.modules))
+        if args.command == "report":
+            print(report(args.run))
+        elif args.command == "recipes":
+            print(copy(args.folder))
+        else:
+            print(inspect(args.model, args.size, args.modules))
     except AutoSlimError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

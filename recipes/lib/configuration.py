@@ -18,6 +18,9 @@ import yaml
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.checks import check_values
 from timm_autoslim.recipes.lib.flags import FLAGS, ON_OFF, KeyValues
+from timm_autoslim.recipes.lib.parser import Parser
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,12 +30,12 @@ def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) 
         ConfigError: the file cannot be read, a key is unknown, or a value is of the wrong type or out of range.
     """
     parser = _make_parser(recipe, doc)
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser = Parser(add_help=False)
     config_parser.add_argument("-c", "--config")
     path = config_parser.parse_known_args(argv)[0].config
     if path:
         parser.set_defaults(**pick_values(recipe, read_config(path)))
-    args = parser.parse_args(argv)
+    args: argparse.Namespace = parser.parse_args(argv)
     check_values(args)
     return args
 
@@ -52,11 +55,14 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 def read_config(path: str | Path) -> dict[str, Any]:
     """Read one flat YAML file and check its keys and values; dashes and underscores mean the same.
 
+    The path may be the name of a file that comes with the recipes, such as digits.
+
     Raises:
         ConfigError: the file cannot be read, a key is unknown, or a value is of the wrong type.
     """
+    file = find_config(path)
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise ConfigError(f"The configuration {path} cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -65,6 +71,25 @@ def read_config(path: str | Path) -> dict[str, Any]:
     for recipe in FLAGS:  # all keys and values are checked, not only those of the recipe that reads the file
         pick_values(recipe, config, where=str(path))
     return config
+
+
+def find_config(path: str | Path) -> Path:
+    """Return a configuration's file: the path itself, or the file of this name that comes with the recipes.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    if Path(path).exists():
+        return Path(path)
+    names = {file.stem: file for file in sorted(CONFIGS.glob("*.yaml"))}
+    name = Path(path).name.removesuffix(".yaml")
+    if name in names and Path(path).parent.name in ("", "configs"):
+        return names[name]
+    near = difflib.get_close_matches(name, names, n=1)
+    raise ConfigError(
+        f"The configuration {path} cannot be read: there is no such file, and none of {', '.join(names)}."
+        + (f" Did you mean {near[0]}?" if near else "")
+    )
 
 
 def pick_values(recipe: str, config: Mapping[str, Any], where: str = "the configuration") -> dict[str, Any]:
@@ -94,10 +119,8 @@ def _nearest(key: str, spellings: set[str]) -> str:
     return rest if rest in spellings else difflib.get_close_matches(key, sorted(spellings), n=1, cutoff=0.0)[0]
 
 
-def _make_parser(recipe: str, doc: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def _make_parser(recipe: str, doc: str | None = None) -> Parser:
+    parser = Parser(description=doc)
     for add_flags in FLAGS[recipe]:
         add_flags(parser)
     return parser

@@ -44,7 +44,12 @@ class KeyValues(ParseKwargs):  # type: ignore[misc]
 def add_general_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of every recipe."""
     group = parser.add_argument_group("general")
-    group.add_argument("-c", "--config", metavar="FILE", help="flat YAML file with values for these flags")
+    group.add_argument(
+        "-c",
+        "--config",
+        metavar="FILE",
+        help="flat YAML file with values for these flags, or a name of those that come with the recipes: digits",
+    )
     group.add_argument(
         "--data-dir",
         metavar="DIR",

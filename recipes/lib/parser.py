@@ -1,0 +1,44 @@
+"""An ArgumentParser whose errors say what was meant, in one line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+MANY = 20  # flags, from which on a usage of all of them would hide the error
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes whole names of flags only; an unknown one is told with the nearest that there is."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **kwargs}
+        super().__init__(**kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse the flags; those that are left over are an error."""
+        values, rest = self.parse_known_args(args, namespace)
+        if rest:
+            flags = [word for word in rest if word.startswith("-")]
+            self.error(self._describe_unknown(flags[0].partition("=")[0]) if flags else f"unexpected: {' '.join(rest)}")
+        return values
+
+    def _describe_unknown(self, flag: str) -> str:
+        near = difflib.get_close_matches(flag, self._list_spellings(), n=1)
+        return f"unknown flag {flag}" + (f": did you mean {near[0]}?" if near else "")
+
+    def _list_spellings(self) -> list[str]:
+        spellings = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                spellings += [flag for parser in action.choices.values() for flag in parser._list_spellings()]
+        return spellings
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong, and exit; a long usage is left to --help."""
+        if len(self._actions) < MANY:
+            self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all flags.\n")
