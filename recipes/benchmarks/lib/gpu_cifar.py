@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +23,7 @@ from timm_autoslim import (
     search,
     soft_cross_entropy,
 )
+from timm_autoslim.recipes.benchmarks.lib.fitting import Loss, Pictures, fit
 from timm_autoslim.recipes.benchmarks.lib.images import measure_top1, read_images
 
 Row = dict[str, Any]
@@ -81,8 +81,7 @@ class Cifar:
     """CIFAR-10 on one device, normalised.
 
     Attributes:
-        padded: training images with 4 zeros around them (N, 3, 40, 40); the last `HELD_OUT` are for searches.
-        targets: their classes (N,).
+        pictures: training images; the last `HELD_OUT` are for searches.
         test: images (M, 3, 32, 32) and classes (M,).
     """
 
@@ -93,26 +92,18 @@ class Cifar:
             images, targets = read_images(folder / f"{name}.tar", limit)
             pixels = (images.to(device).float() / 255 - mean) / std
             parts.append((pixels.contiguous(memory_format=torch.channels_last), targets.to(device)))
-        (train, self.targets), self.test = parts
-        self.padded = F.pad(train, (4, 4, 4, 4))
-        self.device = device
-
-    def draw_epoch(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return the first `count` training images, shuffled, cropped and flipped at random, and their classes."""
-        device = self.device
-        order = torch.randperm(count, generator=generator).to(device)
-        top, left = (torch.randint(9, (count, 1), generator=generator).to(device) for _ in range(2))
-        flip = torch.randint(2, (count, 1), generator=generator).to(device).bool()
-        steps = torch.arange(32, device=device)
-        columns = left + torch.where(flip, 31 - steps, steps)  # (N, 32)
-        images = self.padded[order[:, None, None], :, (top + steps)[:, :, None], columns[:, None, :]]  # (N, 32, 32, 3)
-        return images.permute(0, 3, 1, 2), self.targets[order]
+        self.pictures, self.test, self.device = Pictures(*parts[0]), parts[1], device
+        self.held = min(HELD_OUT, len(self.pictures.targets) // 4)
+        self.count = len(self.pictures.targets) - self.held
 
     def list_held_out(self, part: int = 500) -> list[tuple[Tensor, Tensor]]:
         """Return the images that no training sees before the search, in parts."""
-        held = min(HELD_OUT, len(self.targets) // 4)
-        images, targets = self.padded[-held:, :, 4:36, 4:36], self.targets[-held:]
+        images, targets = self.pictures.padded[-self.held :, :, 4:36, 4:36], self.pictures.targets[-self.held :]
         return list(zip(torch.split(images, part), torch.split(targets, part), strict=True))
+
+    def list_batches(self, count: int = 4096, batch: int = 512) -> list[Tensor]:
+        """Return some of the training images, for statistics."""
+        return list(torch.split(self.pictures.padded[: min(count, self.count), :, 4:36, 4:36], batch))
 
 
 @functools.cache
@@ -121,93 +112,38 @@ def load_cifar(folder: Path, device: str, limit: int | None) -> Cifar:
     return Cifar(folder, torch.device(device), limit)
 
 
-class Step:
-    """One training step on a batch of fixed size; on a GPU a CUDA graph of it."""
+def make_loss(teacher: nn.Module | None) -> Loss:
+    """Return the cross-entropy; with a teacher the mean of it and of the distance from the teacher's logits."""
 
-    def __init__(
-        self, model: nn.Module, teacher: nn.Module | None, optimizer: torch.optim.Optimizer, example: Tensor
-    ) -> None:
-        self.model, self.teacher, self.optimizer = model, teacher, optimizer
-        self.images = torch.zeros_like(example)
-        self.targets = torch.zeros(len(example), dtype=torch.long, device=example.device)
-        self.loss = torch.zeros((), device=example.device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if example.is_cuda:
-            self._capture()
-
-    def __call__(self, images: Tensor, targets: Tensor) -> None:
-        """Train on images (N, 3, 32, 32) and classes (N,)."""
-        self.images.copy_(images)
-        self.targets.copy_(targets)
-        if self.graph:
-            self.graph.replay()
-        else:
-            self._run()
-
-    def _run(self) -> None:
-        device = self.images.device.type
-        self.optimizer.zero_grad()
+    def measure(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        device = images.device.type
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda", cache_enabled=False):
-            outputs = self.model(self.images)
-            loss = F.cross_entropy(outputs, self.targets)
-            if self.teacher is not None:
+            outputs = model(images)
+            loss = F.cross_entropy(outputs, targets)
+            if teacher is not None:
                 with torch.no_grad():
-                    taught = self.teacher(self.images)
+                    taught = teacher(images)
                 loss = 0.5 * loss + 0.5 * soft_cross_entropy(outputs, taught, temperature=2.0)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.loss.copy_(loss.detach())
+        return loss
 
-    def _capture(self) -> None:
-        """Record the graph; the runs that warm up leave the weights as they were."""
-        state = {name: value.clone() for name, value in self.model.state_dict().items()}
-        torch.cuda.synchronize()
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-            for _ in range(3):
-                self._run()
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        self.optimizer.zero_grad()
-        with torch.cuda.graph(self.graph):
-            self._run()
-        self.model.load_state_dict(state)
-        for buffers in self.optimizer.state.values():
-            buffers["momentum_buffer"].zero_()
+    return measure
 
 
-def fit(
-    model: nn.Module, data: Cifar, count: int, epochs: int, rate: float, *, teacher: nn.Module | None = None,
-    say: Callable[[str], None] = print,
-) -> None:  # fmt: skip
+def train(
+    model: nn.Module, data: Cifar, count: int, epochs: int, rate: float, *, teacher: nn.Module | None = None
+) -> None:
     """Train by SGD with Nesterov's momentum: a short warm-up, then a cosine."""
-    device = data.device
-    model.train()
-    rate_now = torch.tensor(0.0, device=device)
-    fused: dict[str, Any] = {"fused": True} if device.type == "cuda" else {}
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=rate_now if fused else 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, **fused
-    )
-    generator = torch.Generator().manual_seed(0)
-    batch = min(BATCH, count)
-    step, updates = (
-        Step(
-            model, teacher, optimizer, data.padded[:batch, :, 4:36, 4:36].contiguous(memory_format=torch.channels_last)
-        ),
-        count // batch,
-    )
     start = time.perf_counter()
-    for epoch in range(epochs):
-        images, targets = data.draw_epoch(count, generator)
-        for index in range(updates):
-            share = (epoch + index / updates) / epochs
-            value = rate * min(share * epochs / 2, 1.0) * 0.5 * (1 + np.cos(np.pi * share))
-            if fused:
-                rate_now.fill_(value)
-            else:
-                optimizer.param_groups[0]["lr"] = value
-            step(images[index * batch :][:batch], targets[index * batch :][:batch])
-        if (epoch + 1) % 20 == 0:
-            say(f"epoch {epoch + 1}/{epochs}, loss {step.loss.item():.3f}, {time.perf_counter() - start:.0f} s")
+
+    def say(epoch: int, loss: float) -> None:
+        if epoch % 20 == 0:
+            print(f"epoch {epoch}/{epochs}, loss {loss:.3f}, {time.perf_counter() - start:.0f} s")
+
+    fit(
+        model, data.pictures, lambda images: images, make_loss(teacher),
+        functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=5e-4),
+        epochs=epochs, batch=BATCH, rate=rate, warmup=2, count=count, on_epoch=say,
+    )  # fmt: skip
 
 
 def list_stages(args: argparse.Namespace) -> list[str]:
@@ -224,12 +160,11 @@ def make_model(args: argparse.Namespace, data: Cifar) -> nn.Module:
 def measure_stage(name: str, args: argparse.Namespace) -> Iterator[Row]:
     """Train the base, search, reconstruct both networks, or fine-tune one; later stages read the checkpoints."""
     data = load_cifar(args.data_dir, args.device, 600 if args.toy else None)
-    count = len(data.targets) - min(HELD_OUT, len(data.targets) // 4)
     args.checkpoints.mkdir(parents=True, exist_ok=True)
     base = make_model(args, data)
     start, path = time.perf_counter(), args.checkpoints / "base.pt"
     if name == "base":
-        fit(base, data, count, args.epochs[0], 0.2)
+        train(base, data, data.count, args.epochs[0], 0.2)
         torch.save(base.state_dict(), path)
         top1 = measure_top1(base, data.test)
         yield {"question": "cifar10", "network": "base", "epochs": args.epochs[0], "top1": top1,
@@ -249,8 +184,7 @@ def measure_stage(name: str, args: argparse.Namespace) -> Iterator[Row]:
         return
     networks = SearchResult.load(args.checkpoints / "search.json").networks
     all_widths = [supernet.space.from_dict(network.widths.to_dict()) for network in networks]
-    generator = torch.Generator().manual_seed(1)
-    batches = torch.split(data.draw_epoch(count, generator)[0][:4096], 512)
+    batches = data.list_batches()
     if name == "reconstruct":
         for ratio, widths in zip(RATIOS, all_widths, strict=True):
             start, slim = time.perf_counter(), supernet.extract(widths)
@@ -267,7 +201,7 @@ def measure_stage(name: str, args: argparse.Namespace) -> Iterator[Row]:
     raw = measure_top1(slim, data.test)
     teacher = make_model(args, data)
     teacher.load_state_dict(torch.load(path))
-    fit(slim, data, len(data.targets), args.epochs[1], 0.1, teacher=teacher.eval())
+    train(slim, data, len(data.pictures.targets), args.epochs[1], 0.1, teacher=teacher.eval())
     top1 = measure_top1(slim, data.test)
     yield {"question": "cifar10", "network": name, "epochs": args.epochs[1], "top1": top1, "raw_top1": raw,
            "macs": cost(supernet, widths).macs, "macs_base": macs,
