@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from timm_autoslim import calibrate, convert, cost, reconstruct, uniform_at
-from timm_autoslim.recipes.benchmarks.lib.images import Images, load_digits, measure_top1, read_images
+from timm_autoslim.recipes.benchmarks.lib.images import Images, find_part, load_digits, measure_top1, read_images
 from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
 
 DIGITS: dict[str, Callable[[], nn.Module]] = {
@@ -81,11 +81,6 @@ def read_scaled(path: Path, size: int, count: int, seed: int) -> Images:
     """Return images (N, 3, size, size), in -1 to 1, and classes (N,) of class folders, or of one .tar file of them."""
     pixels, targets = read_images(path, count, seed, size)
     return pixels.float() / 127.5 - 1, targets
-
-
-def find_part(folder: Path, name: str) -> Path:
-    """Return the .tar file or folder of one part of the images."""
-    return folder / f"{name}.tar" if (folder / f"{name}.tar").exists() else folder / name
 
 
 def measure(case: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -43,6 +43,11 @@ def read_images(path: Path, count: int | None = None, seed: int = 0, size: int |
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(targets)
 
 
+def find_part(folder: Path, name: str) -> Path:
+    """Return the .tar file or folder of one part of the images."""
+    return folder / f"{name}.tar" if (folder / f"{name}.tar").exists() else folder / name
+
+
 @torch.no_grad()
 def measure_top1(model: nn.Module, images: Images, batch: int = 250) -> float:
     """Return the top-1 accuracy in per cent; the model is in evaluation mode afterwards."""
