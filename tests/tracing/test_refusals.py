@@ -206,10 +206,10 @@ def raises(self, x):
 
 # the forward, and the type of the exception on the meta device
 READS = {
-    "item": (lambda s, x: s.logits(s.maps(x) * s.bn.weight.mean().item()), "RuntimeError"),
+    "item": (lambda s, x: s.logits(s.maps(x) * (s.bn.weight.mean() * x.mean()).item()), "RuntimeError"),
     "if": (lambda s, x: s.logits(s.maps(x if x.mean() > 0 else -x)), "RuntimeError"),
     "int": (lambda s, x: s.logits(s.maps(x) * int(x.amax())), "RuntimeError"),
-    "any": (lambda s, x: s.logits(s.maps(x.nan_to_num() if x.isnan().any() else x)), "RuntimeError"),
+    "any": (lambda s, x: s.logits(s.maps(x.nan_to_num() if (x > 9).any() else x)), "RuntimeError"),
     "nonzero": (lambda s, x: s.logits(s.maps(x))[x.mean((1, 2, 3)).nonzero()[:, 0]], "NotImplementedError"),
     "a boolean mask": (lambda s, x: s.maps(x)[x[:, :1].expand(-1, 8, -1, -1) > 0], "NotImplementedError"),
     "unique": (lambda s, x: s.maps(x).unique(), "NotImplementedError"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,8 +62,8 @@ class TapeRecorder(Recorder):
         storages: what was allocated; complete after `finish`.
     """
 
-    def __init__(self, model: nn.Module, example: Any) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, example: Any, data: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__(model, data=data)
         self.operators: list[Operator] = []
         self.storages: list[Storage] = []
         self._fused = 0  # above 0 inside a function that counts as one operator

@@ -7,7 +7,7 @@ graph. Reading it at any widths then takes a few array operations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -113,7 +113,8 @@ class Tape:
             meta_copy = meta_copy.to(dtype)
             example = map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, example)
         self._inputs = sum(t.untyped_storage().nbytes() for t in collect_tensors(example))
-        runs = with_empty_caches(model, lambda _: _record_runs(meta_copy, example, graph))
+        data = named_tensors(model)
+        runs = with_empty_caches(model, lambda _: _record_runs(meta_copy, example, graph, data))
         # after the runs: some modules keep tensors from then on
         self._weights = graph.make_size_terms(
             {n: (t.element_size(), *t.shape) for n, t in named_tensors(meta_copy).items()}
@@ -182,7 +183,9 @@ def _make_size_terms(
 # -- recording ------------------------------------------------------------------------------------------------------
 
 
-def _record_runs(meta_copy: nn.Module, example: Any, graph: ChannelGraph) -> list[tuple[list[int], Run]]:
+def _record_runs(
+    meta_copy: nn.Module, example: Any, graph: ChannelGraph, data: Mapping[str, Tensor]
+) -> list[tuple[list[int], Run]]:
     """Run the widest and as many random subnets as tell all lengths apart; return widths and runs.
 
     Raises:
@@ -190,15 +193,15 @@ def _record_runs(meta_copy: nn.Module, example: Any, graph: ChannelGraph) -> lis
     """
     rng = np.random.default_rng(0)
     sizes = list(graph.group_sizes)
-    _warm_up(meta_copy, example)
-    runs = [(sizes, _record(meta_copy, example, graph, sizes))]
+    _warm_up(meta_copy, example, data)
+    runs = [(sizes, _record(meta_copy, example, graph, sizes, data))]
     form = runs[0][1].form()
     while len(runs) <= MAX_RUNS:
         lows = [max(low, n // 2, min(n - 1, 2)) for low, n in zip(graph.floors, sizes, strict=True)]  # 1 is no length
         widths = [int(rng.integers(low, n + 1)) for low, n in zip(lows, sizes, strict=True)]
-        run = _record(meta_copy, example, graph, widths)
+        run = _record(meta_copy, example, graph, widths, data)
         if run.form() != form:  # it filled a cache that is kept outside of the model, as the warm-up did at the widest
-            run = _record(meta_copy, example, graph, widths)
+            run = _record(meta_copy, example, graph, widths, data)
         runs.append((widths, run))
         if run.form() != form:
             raise TraceError(
@@ -212,26 +215,28 @@ def _record_runs(meta_copy: nn.Module, example: Any, graph: ChannelGraph) -> lis
 
 def record(model: nn.Module, example: Any, graph: ChannelGraph, widths: Sequence[int]) -> Run:
     """Return what one forward of the subnet of these widths does, on inputs of the example's shapes."""
-    meta_copy = copy_to_meta(model).eval()
+    meta_copy, data = copy_to_meta(model).eval(), named_tensors(model)
 
     def run(_: object) -> Run:
-        _warm_up(meta_copy, example)
-        return _record(meta_copy, example, graph, widths)
+        _warm_up(meta_copy, example, data)
+        return _record(meta_copy, example, graph, widths, data)
 
     return with_empty_caches(model, run)
 
 
-def _warm_up(meta_copy: nn.Module, example: Any) -> None:
+def _warm_up(meta_copy: nn.Module, example: Any, data: Mapping[str, Tensor]) -> None:
     """Run the model once: some modules keep tensors that they make in their first run."""
-    recorder = Recorder(meta_copy)
+    recorder = Recorder(meta_copy, data=data)
     try:
         recorder.run(example)
     finally:
         recorder.stack.release()
 
 
-def _record(meta_copy: nn.Module, example: Any, graph: ChannelGraph, widths: Sequence[int]) -> Run:
-    recorder = TapeRecorder(replicate(meta_copy, graph.slices(widths)), example)
+def _record(
+    meta_copy: nn.Module, example: Any, graph: ChannelGraph, widths: Sequence[int], data: Mapping[str, Tensor]
+) -> Run:
+    recorder = TapeRecorder(replicate(meta_copy, graph.slices(widths)), example, data)
     out = recorder.run(example)
     recorder.finish()
     del out

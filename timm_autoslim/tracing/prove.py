@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
@@ -46,7 +46,12 @@ class _Lockstep(Recorder):
     """
 
     def __init__(
-        self, subnet: nn.Module, record: RunRecord, active: NDArray[np.bool_], scales: ScaleTracker | None = None
+        self,
+        subnet: nn.Module,
+        record: RunRecord,
+        active: NDArray[np.bool_],
+        scales: ScaleTracker | None = None,
+        data: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Compare the next run of `subnet` with a record.
 
@@ -55,8 +60,9 @@ class _Lockstep(Recorder):
             record: the run of the widest.
             active: true for the atoms that the subnet has.
             scales: it follows the numbers that multiply attention scores.
+            data: by name, the model's tensors with data.
         """
-        super().__init__(subnet)
+        super().__init__(subnet, data=data)
         self.exits, self.active, self.position = record.exits, active, 0
         self.record, self.scales = record, scales
 
@@ -118,7 +124,12 @@ class Prover:
     """Runs a meta copy of a model as any subnet, and compares it with the records of the widest."""
 
     def __init__(
-        self, model: nn.Module, example: Any, records: Sequence[RunRecord], numbers: Mapping[str, Factor] | None = None
+        self,
+        model: nn.Module,
+        example: Any,
+        records: Sequence[RunRecord],
+        numbers: Mapping[str, Factor] | None = None,
+        data: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Prepare proofs.
 
@@ -127,8 +138,10 @@ class Prover:
             example: inputs of it.
             records: the runs of the widest.
             numbers: the tensors of the model that stand for one number.
+            data: by name, the tensors with data.
         """
         self.model, self.example, self.records, self.numbers = model, example, records, dict(numbers or {})
+        self.data = data
 
     def find_faults(self, graph: ChannelGraph) -> Iterator[Disagreement]:
         """Yield the disagreements at half, narrowest and random widths, in both modes."""
@@ -150,7 +163,7 @@ class Prover:
         slices = graph.slices(widths)
         subnet = replicate(self.model, slices)
         scales = self._follow_scales(subnet, slices) if check_scales and record.scores else None
-        lockstep = _Lockstep(subnet, record, graph.find_active(widths), scales)
+        lockstep = _Lockstep(subnet, record, graph.find_active(widths), scales, self.data)
         try:
             lockstep.run(example)
             lockstep.compare_scales()

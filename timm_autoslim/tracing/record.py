@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from types import FunctionType
@@ -22,6 +22,7 @@ from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.scales import Factor, ScaleTracker, Scores
 from timm_autoslim.tracing.sizes import FromExpression, FunctionCall, Size
+from timm_autoslim.tracing.values import KnownValues
 from timm_autoslim.utils.meta import fix_seed, run_model
 from timm_autoslim.utils.running import ModuleStack
 from timm_autoslim.utils.tensors import collect_tensors, named_tensors
@@ -37,8 +38,19 @@ class Recorder:
         stack: its modules that are running.
     """
 
-    def __init__(self, model: nn.Module, stack: ModuleStack | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, stack: ModuleStack | None = None, data: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Prepare a model.
+
+        Args:
+            model: a meta copy, or a replica of one.
+            stack: it follows the modules that run.
+            data: by name, the tensors with data; the model's code may read those that have the shape of its own.
+        """
         self.model, self.stack = model, ModuleStack() if stack is None else stack
+        tensors = {n: t for n, t in named_tensors(model).items() if n in (data or {})}
+        self.values = KnownValues([(t, (data or {})[n]) for n, t in tensors.items()], self.note_read, self.check_tensor)
         self.stack.follow(model, self.enter, self.leave)
         self._function_mode = _FunctionMode(self)
 
@@ -47,6 +59,12 @@ class Recorder:
 
     def leave(self, path: str, module: nn.Module, out: Any) -> None:
         """Do something when a module returns; by default nothing."""
+
+    def note_read(self, tensors: Sequence[Tensor]) -> None:
+        """Do something when the model's code reads data that follow from these of its tensors; by default nothing."""
+
+    def check_tensor(self, tensor: Tensor) -> None:
+        """Do something about a tensor with data that the model's code brings with it; by default nothing."""
 
     def run_function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function. A recurrent layer runs as one step: as operators it would be thousands."""
@@ -78,7 +96,7 @@ class _FunctionMode(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.recorder.run_function(func, args, kwargs or {})
+        return self.recorder.values.run_function(func, args, kwargs or {}, self.recorder.run_function)
 
 
 class _OperatorMode(TorchDispatchMode):
@@ -89,7 +107,7 @@ class _OperatorMode(TorchDispatchMode):
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.recorder.run_operator(func, args, kwargs or {})
+        return self.recorder.values.run_operator(func, args, kwargs or {}, self.recorder.run_operator)
 
 
 # -- what a trace records -------------------------------------------------------------------------------------------
@@ -152,6 +170,7 @@ class LabelRecorder(Recorder):
         foreign_ids: frozenset[int],
         describer: Describer,
         numbers: Mapping[str, Factor] | None = None,
+        data: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Prepare a model.
 
@@ -161,12 +180,14 @@ class LabelRecorder(Recorder):
             foreign_ids: ids of the tensors of the user's model, which no operator may read.
             describer: it gets every module that starts and returns.
             numbers: the tensors of the model that stand for one number.
+            data: by name, the tensors with data.
         """
-        super().__init__(model, flow.stack)
+        super().__init__(model, flow.stack, data)
         self.flow, self.foreign_ids, self.describer = flow, foreign_ids, describer
         self.last_path, self.last_shapes = "", list[tuple[int, ...]]()
         self.used_ids: set[int] = set()
         tensors = named_tensors(model)
+        self._names = {id(tensor): name for name, tensor in tensors.items()}
         self.scales = ScaleTracker({id(tensors[name]): factor for name, factor in (numbers or {}).items()})
         self._operators: list[OperatorLabels] = []
         self._exits: list[Exit] = []
@@ -182,6 +203,35 @@ class LabelRecorder(Recorder):
         """Return the record since `start`."""
         operators, exits = tuple(self._operators), tuple(self._exits)
         return RunRecord(self.model.training, operators, exits, tuple(self._list_scores()))
+
+    def note_read(self, tensors: Sequence[Tensor]) -> None:
+        """Freeze the channels of tensors that decide what the model's code reads: a width must not decide it."""
+        for tensor in tensors:
+            self.used_ids.add(id(tensor))
+            reason = f"its code reads numbers that are computed from {self._names[id(tensor)]}"
+            self.flow.freeze_labels(self.flow.get_labels(tensor), reason)
+
+    def check_tensor(self, tensor: Tensor) -> None:
+        """Make sure that no weight of the user's model takes part in the run of a copy.
+
+        Raises:
+            TraceError: it is one.
+        """
+        if id(tensor) in self.foreign_ids:
+            raise TraceError.at(
+                self.flow.path or "the model",
+                got="a forward that, in a copy of the model, still reads the weights of the model itself (a lambda or "
+                "closure over the model as its forward?)",
+                needed="a forward that finds its weights through self, such as types.MethodType(function, model)",
+            )
+
+    def has_read_data(self, error: BaseException | None) -> bool:
+        """Whether an exception was raised because the model's code asked for data that nobody knows."""
+        return any(error is other for other in self.values.errors)
+
+    def list_returned(self) -> list[str]:
+        """Return the paths of the modules that returned in this run."""
+        return [e.path for e in self._exits]
 
     def enter(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hand the module to the describer, and keep its path and shapes for error messages."""
@@ -234,13 +284,8 @@ class LabelRecorder(Recorder):
     def run_operator(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator and its rule, and record which labels it read and set."""
         op = ops.bind(func, args, kwargs, None)
-        if not self.foreign_ids.isdisjoint(map(id, op.tensors)):
-            raise TraceError.at(
-                self.flow.path or "the model",
-                got="a forward that, in a copy of the model, still reads the weights of the model itself (a lambda or "
-                "closure over the model as its forward?)",
-                needed="a forward that finds its weights through self, such as types.MethodType(function, model)",
-            )
+        for tensor in op.tensors:
+            self.check_tensor(tensor)
         out = super().run_operator(func, args, kwargs)
         op = replace(op, out=out)
         self.used_ids.update(map(id, op.tensors))

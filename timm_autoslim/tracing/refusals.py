@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import traceback
+from collections.abc import Iterable
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +37,9 @@ _QUANTISED = re.compile(
 # torch.ao's modules that compute with floating point numbers; torchvision's models have them before quantisation.
 _FLOATING = ("FloatFunctional", "FXFloatFunctional")
 _QUANTISED_TYPES = (torch.int8, torch.uint8)
+# Folders of code that is not the model's, and names of code that stands in no file.
+_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<frozen")
+_LARGE_PART = 0.2  # of the parameters
 
 
 def check_model(model: nn.Module) -> None:
@@ -101,7 +108,14 @@ def check_example(example: Any) -> None:
         raise TraceError.at("example_input", got=f"a tensor of the shape {empty[0]}, which is empty", needed=needed)
 
 
-def explain_failure(error: Exception, model: nn.Module, last: str, got: list[tuple[int, ...]]) -> str:
+def explain_failure(
+    error: Exception,
+    model: nn.Module,
+    last: str,
+    got: list[tuple[int, ...]],
+    reads_data: bool = True,
+    returned: Iterable[str] = (),
+) -> str:
     """Return the text of the error for a forward that raised: where, why, and what to do.
 
     Args:
@@ -109,6 +123,8 @@ def explain_failure(error: Exception, model: nn.Module, last: str, got: list[tup
         model: the model that ran.
         last: path of the module that was entered last.
         got: shapes of the tensors that entered it.
+        reads_data: whether the code asked for the data of a tensor.
+        returned: paths of the modules that had returned by then.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     raised, frame = last, error.__traceback__
@@ -118,9 +134,39 @@ def explain_failure(error: Exception, model: nn.Module, last: str, got: list[tup
     where = f"given inputs of the shapes {got}"
     if raised != last:
         where = f"in the code of {raised or 'the model'} after {last} had run"
+    remedy = "give another example_input, or look at this line: without convert, it may raise too"
+    if reads_data:
+        part = _find_part(model, returned)
+        remedy = "replace .item(), `if tensor`, nonzero and boolean masks there by operations such as torch.where"
+        if part is not None:
+            name, share = part
+            remedy += (
+                f"; or convert a part that has run before it: model.{name} has {share:.0%} of the parameters, and what "
+                "extract() returns of it takes its place"
+            )
     return (
         f"{last or 'the model'}: its forward raised {type(error).__name__} in "
-        f"{'train' if model.training else 'eval'}() mode on the meta device ({quote_error(error)}), {where}; needed: a "
-        "forward that runs on example_input without reading data values; give another example_input, or replace "
-        ".item(), `if tensor`, nonzero and boolean masks by operations such as torch.where"
+        f"{'train' if model.training else 'eval'}() mode on the meta device{_quote_line(error)} "
+        f"({quote_error(error)}), {where}; needed: a forward that runs on example_input without reading data values; "
+        f"{remedy}"
     )
+
+
+def _quote_line(error: Exception) -> str:
+    """Return the file, the number and the text of the line of the model's code that raised; empty if there is none."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_MODEL)]
+    if not frames:
+        return ""
+    path = Path(frames[-1].filename)
+    with contextlib.suppress(ValueError):
+        path = path.relative_to(Path.cwd())
+    text = f", `{frames[-1].line}`" if frames[-1].line else ""
+    return f" at {path}:{frames[-1].lineno}{text}"
+
+
+def _find_part(model: nn.Module, returned: Iterable[str]) -> tuple[str, float] | None:
+    """Return the largest part that had returned, and its share of the parameters; None if all are small."""
+    total = sum(p.numel() for p in model.parameters()) or 1
+    shares = {path: sum(p.numel() for p in model.get_submodule(path).parameters()) / total for path in returned if path}
+    largest = max(shares, key=lambda path: (shares[path], -len(path)), default="")
+    return (largest, shares[largest]) if largest and shares[largest] >= _LARGE_PART else None

@@ -81,8 +81,9 @@ class Tracer:
         self.tensors = named_tensors(self.copy)
         self.labels = {n: self._label_tensor(n, t) for n, t in self.tensors.items() if t.is_floating_point()}
         self.describer = Describer(self.flow, self.copy)
-        foreign_ids = frozenset(map(id, named_tensors(model).values()))
-        self.recorder = LabelRecorder(self.copy, self.flow, foreign_ids, self.describer, self.numbers)
+        data = named_tensors(model)
+        foreign_ids = frozenset(map(id, data.values()))
+        self.recorder = LabelRecorder(self.copy, self.flow, foreign_ids, self.describer, self.numbers, data)
         self.records: list[RunRecord] = []
 
     def _label_tensor(self, name: str, tensor: Tensor) -> list[Label]:
@@ -108,8 +109,7 @@ class Tracer:
         """
         empty_caches(self.copy)  # of another trace, or of an earlier run
         self.describer.watch_features()
-        self._record(training=True)
-        self._record(training=False)
+        notes = self._record_both_modes()
         for glob in set(self.flow.whole_heads) - self.flow.matching_globs:
             got, needed = (
                 f"a glob ({glob!r}) that matches no such module",
@@ -134,7 +134,7 @@ class Tracer:
         positional = len(example) if isinstance(example, tuple) else 0 if isinstance(example, Mapping) else 1
         example, written = make_meta_example(example, 1), frozenset(self._list_written())
         constants = tuple(dict.fromkeys(self._list_constants(graph)))
-        return Trace(graph, unruled, tuple(repairs), positional, example, written, constants)
+        return Trace(graph, unruled, (*notes, *repairs), positional, example, written, constants)
 
     def _list_constants(self, graph: ChannelGraph) -> Iterator[str]:
         """Yield the numbers that multiply attention scores and are no scale, where the channels can shrink."""
@@ -161,6 +161,22 @@ class Tracer:
         uses, tied_names = self.describer.uses, find_tied_names(self.copy)
         return ChannelGraph.from_observations(observe(self.flow, self.labels, shapes, parameters, uses, tied_names))
 
+    def _record_both_modes(self) -> list[str]:
+        """Run the model in both modes; that it reads data in train() mode alone is no obstacle, but noted."""
+        try:
+            self._record(training=True)
+        except TraceError as error:
+            if not self.recorder.has_read_data(error.__cause__):
+                raise
+            try:
+                self._record(training=False)
+            except TraceError:
+                raise error from error.__cause__
+            reason = str(error).partition("; needed:")[0]
+            return [f"{reason}; so its forward in eval() mode alone was traced, and that in train() mode is unproven"]
+        self._record(training=False)
+        return []
+
     def _record(self, training: bool) -> None:
         """Run the model once, with labels on all tensors, and record the run."""
         self.copy.train(training)
@@ -185,7 +201,11 @@ class Tracer:
         except TraceError:
             raise
         except Exception as error:
-            raise TraceError(explain_failure(error, self.copy, recorder.last_path, recorder.last_shapes)) from error
+            reads_data, returned = recorder.has_read_data(error), recorder.list_returned()
+            text = explain_failure(
+                error, self.copy, recorder.last_path, recorder.last_shapes, reads_data=reads_data, returned=returned
+            )
+            raise TraceError(text) from error
         self._freeze_outputs(out, training)
 
     def _freeze_outputs(self, out: Any, training: bool) -> None:
@@ -298,9 +318,8 @@ class Tracer:
         Returns:
             The proven graph, and the reasons for which more was frozen.
         """
-        prover = Prover(
-            copy_to_meta(self.model), self.example, self.records, self.numbers
-        )  # a copy without labels and hooks
+        meta_copy, data = copy_to_meta(self.model), named_tensors(self.model)  # a copy without labels and hooks
+        prover = Prover(meta_copy, self.example, self.records, self.numbers, data)
         repairs: list[str] = []
         failure = ""  # of a width of 1, after which the floor became 2
         for _ in range(MAX_REPAIRS):
