@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from timm_autoslim.costs.infer import FormulaFinder
 from timm_autoslim.costs.recorder import Operator, Storage, TapeRecorder, collect_numbers, replace_numbers
