@@ -107,7 +107,7 @@ class Tape:
             TraceError: narrower subnets run other operators than the widest.
         """
         self.graph = graph
-        meta_copy = copy_to_meta(model).eval()
+        meta_copy = with_empty_caches(model, lambda _: copy_to_meta(model)).eval()
         example = make_meta_example(example, batch_size)
         if dtype is not None:
             meta_copy = meta_copy.to(dtype)
@@ -215,7 +215,8 @@ def _record_runs(
 
 def record(model: nn.Module, example: Any, graph: ChannelGraph, widths: Sequence[int]) -> Run:
     """Return what one forward of the subnet of these widths does, on inputs of the example's shapes."""
-    meta_copy, data = copy_to_meta(model).eval(), named_tensors(model)
+    meta_copy = with_empty_caches(model, lambda _: copy_to_meta(model)).eval()
+    data = named_tensors(model)
 
     def run(_: object) -> Run:
         _warm_up(meta_copy, example, data)

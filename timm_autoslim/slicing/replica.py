@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_autoslim.slicing.attributes import set_attributes
-from timm_autoslim.slicing.slices import Slices, find_entries, is_cache
+from timm_autoslim.slicing.slices import Slices, find_entries, is_cache, list_cached_properties
 from timm_autoslim.slicing.tensors import clone_tensors, slice_for_call
 
 M = TypeVar("M", bound=nn.Module)
@@ -69,6 +69,8 @@ class _Replication:
         self._copy_state(modules, variables)
         for module, values in zip(modules, variables, strict=True):
             namespace = self._copy_namespace(module.__dict__, values)
+            for name in list_cached_properties(type(module)):
+                namespace.pop(name, None)
             object.__setattr__(self.memo[id(module)], "__dict__", namespace)
         self.replica = self.memo[id(model)]
         set_attributes(self.replica, slices.attributes, copy_objects=True)  # it shares them with the model

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -103,6 +104,17 @@ def _holds_tensor(value: Any) -> bool:
     return isinstance(value, Tensor) or (type(value) in (tuple, list) and any(map(_holds_tensor, value)))
 
 
+_PROPERTIES: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()  # a class is looked at once
+
+
+def list_cached_properties(kind: type) -> frozenset[str]:
+    """Return the names of the attributes of a class that are computed once for each object (`cached_property`)."""
+    if kind not in _PROPERTIES:
+        names = (n for base in kind.__mro__ for n, v in vars(base).items() if isinstance(v, cached_property))
+        _PROPERTIES[kind] = frozenset(names)
+    return _PROPERTIES[kind]
+
+
 def clear_caches(modules: Iterable[nn.Module]) -> None:
     """Empty the dicts in which modules cache tensors from one call to the next, such as LeViT's attention biases."""
     for module in modules:
@@ -110,6 +122,13 @@ def clear_caches(modules: Iterable[nn.Module]) -> None:
             continue  # torch's own modules have no such caches, and are many
         for name in [name for name, value in module.__dict__.items() if is_cache(name, value)]:
             module.__dict__[name] = {}
+        forget_properties(module)
+
+
+def forget_properties(module: nn.Module) -> None:
+    """Let a module compute anew what a `cached_property` has computed."""
+    for name in list_cached_properties(type(module)):
+        module.__dict__.pop(name, None)
 
 
 def extract_model(model: M, slices: Slices) -> M:
@@ -130,6 +149,8 @@ def extract_model(model: M, slices: Slices) -> M:
                 memo.setdefault(id(value), value.detach().clone())
     extracted = copy.deepcopy(model, memo)
     clear_caches({entry.module for entry in find_entries(extracted, slices)})
+    for module in extracted.modules() if slices.attributes else ():
+        forget_properties(module)
     set_attributes(extracted, slices.attributes)
     return extracted
 

@@ -1,13 +1,14 @@
 """What the code of a model keeps outside of the model: on classes, in Python's modules, in closures and in caches.
 
 A run on the meta device must not leave meta tensors there, and what earlier runs left there must not change what it
-finds. So such state is noted before the run and put back after it, caches start empty, and functions with an
-`lru_cache` bypass it where they are called with what belongs to the run.
+finds. So such state is noted before the run and put back after it, caches start empty, functions with an `lru_cache`
+get another one for the run, and generators of random numbers start from the same seed in every run.
 """
 
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from timm_autoslim.tracing.reachable import LRU_CACHED, MISSING, Container, Place, Walk
 from timm_autoslim.tracing.sizes import Size
+from timm_autoslim.utils.meta import sharing_generators
 
 T = TypeVar("T")
 EmptyCaches = Callable[[nn.Module | None], None]
@@ -35,7 +37,8 @@ def with_empty_caches(model: nn.Module, action: Callable[[EmptyCaches], T]) -> T
         while True:
             state.empty_caches()
             try:
-                result = action(state.empty_caches)
+                with sharing_generators(state.generators):
+                    result = action(state.empty_caches)
             except Exception:
                 if state.keep_constants(failed=True):
                     continue
@@ -56,7 +59,10 @@ class OuterState:
         walk.run()
         self._places, self._containers = list(walk.places.values()), list(walk.containers.values())
         self._namespaces = walk.namespaces
-        self._cached = [place for place in self._places if type(_unwrap(place.value)) is LRU_CACHED]
+        modules = [Place(vars(m), n, v) for m in model.modules() for n, v in vars(m).items() if _is_cached(v)]
+        self._cached = [*modules, *(place for place in self._places if _is_cached(place.value))]
+        self._cached_members = [c for c in self._containers if any(map(_is_cached, c.list_members()))]
+        self.generators = walk.list_generators()
         self._written = walk.find_written_names()
         self._caches: list[Place | Container] = [*walk.list_caches(self._written)]
         self._constants: set[str] = set()  # dicts of modules that are no caches
@@ -70,9 +76,11 @@ class OuterState:
             container.empty()
         for cache in self._caches:
             cache.empty() if isinstance(cache, Container) else cache.write(None)
+        results: dict[Any, Any] = {}
         for place in self._cached:
-            bypass = _bypass(_unwrap(place.value))
-            place.write(staticmethod(bypass) if isinstance(place.value, staticmethod) else bypass)
+            place.write(_bypass(place.value, results))
+        for container in self._cached_members:
+            container.replace(lambda member: _bypass(member, results))
 
     def keep_constants(self, failed: bool = False) -> bool:
         """Note which of the emptied caches the last run did not fill again: they are constants, and are not emptied.
@@ -94,15 +102,16 @@ class OuterState:
     def _list_dicts(self, model: nn.Module) -> Iterator[tuple[str, Container]]:
         """Yield the dicts in which modules keep sizes from one call to the next, by path."""
         for path, module in model.named_modules():
-            for name, value in vars(module).items() if type(module).__module__[:9] != "torch.nn." else ():
-                if isinstance(value, dict) and name in self._written and f"{path}.{name}" not in self._constants:
+            for name, value in _list_attributes(module) if type(module).__module__[:9] != "torch.nn." else ():
+                leaf = name.rpartition(".")[2]
+                if isinstance(value, dict) and leaf in self._written and f"{path}.{name}" not in self._constants:
                     container = Container(value)
                     if container.has_size_keys():
                         yield f"{path}.{name}", container
 
     def restore(self) -> None:
         """Put everything back."""
-        for place in self._places:
+        for place in (*self._places, *self._cached):
             place.restore()
         for container in self._containers:
             container.restore()
@@ -112,18 +121,44 @@ class OuterState:
                     Place(holder, name, MISSING).restore()
 
 
-def _unwrap(value: Any) -> Any:
-    return value.__func__ if isinstance(value, staticmethod) else value
+def _list_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the attributes of a module, and those of the objects that it holds."""
+    for name, value in vars(module).items():
+        yield name, value
+        if not isinstance(value, (nn.Module, Tensor, type)):
+            for inner, member in getattr(value, "__dict__", {}).items() if not callable(value) else ():
+                yield f"{name}.{inner}", member
 
 
-def _bypass(function: Any) -> Callable[..., Any]:
-    """Return a function with an `lru_cache` that computes anew whatever belongs to a run on the meta device."""
+def _is_cached(value: Any) -> bool:
+    """Whether a value is a function with an `lru_cache`, or a static method or partial of one."""
+    if isinstance(value, (staticmethod, types.MethodType)):
+        return _is_cached(value.__func__)
+    return _is_cached(value.func) if isinstance(value, functools.partial) else type(value) is LRU_CACHED
 
+
+def _bypass(value: Any, results: dict[Any, Any]) -> Any:
+    """Return what takes the place of a function with an `lru_cache` in a run: its results are kept in `results`."""
+    if not _is_cached(value):
+        return value
+    if isinstance(value, staticmethod):
+        return staticmethod(_bypass(value.__func__, results))
+    if isinstance(value, types.MethodType):
+        return types.MethodType(_bypass(value.__func__, results), value.__self__)
+    if isinstance(value, functools.partial):
+        return functools.partial(_bypass(value.func, results), *value.args, **value.keywords)
+    return _bypass_function(value, results)
+
+
+def _bypass_function(function: Any, results: dict[Any, Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if _belongs_to_run((*args, *kwargs.values())):
             return function.__wrapped__(*args, **kwargs)
-        return function(*args, **kwargs)
+        key = id(function), args, tuple(kwargs.items())
+        if key not in results:
+            results[key] = function.__wrapped__(*args, **kwargs)
+        return results[key]
 
     call.__dict__.update(cache_info=function.cache_info, cache_clear=function.cache_clear)
     return call

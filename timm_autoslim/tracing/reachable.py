@@ -7,13 +7,15 @@ import functools
 import sys
 import types
 from collections import OrderedDict, UserDict, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+
+from timm_autoslim.utils.meta import is_generator
 
 # Packages whose code keeps nothing that depends on one model.
 _SKIPPED = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "timm_autoslim"}
@@ -80,6 +82,17 @@ class Container:
         now = dict(self.value) if isinstance(self.value, dict) else list(self.value)
         if len(now) != len(self.members) or not all(map(_is_same, _entries(now), _entries(self.members))):
             _fill(self.value, self.members)
+
+    def list_members(self) -> list[Any]:
+        """Return the members at the start, of a dict the values."""
+        return list(self.members.values()) if isinstance(self.members, dict) else list(self.members)
+
+    def replace(self, change: Callable[[Any], Any]) -> None:
+        """Put others in place of the members that there are now."""
+        if isinstance(self.value, dict):
+            _fill(self.value, {key: change(member) for key, member in self.value.items()})
+        else:
+            _fill(self.value, [change(member) for member in self.value])
 
     def is_filled(self) -> bool:
         """Whether it has members that follow from sizes, as those of a cache do."""
@@ -174,6 +187,12 @@ class Walk:
                 self._ids.add(id(value))
                 self._keep.append(value)
                 self._follow(value)
+
+    def list_generators(self) -> list[Any]:
+        """Return the generators of random numbers."""
+        values = [place.value for place in self.places.values()]
+        values += [member for container in self.containers.values() for member in container.list_members()]
+        return list({id(value): value for value in values if is_generator(value)}.values())
 
     def find_written_names(self) -> set[str]:
         """Return the names in all code that writes to a container, except as an object is made."""

@@ -23,7 +23,7 @@ from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.scales import Factor, ScaleTracker, Scores
 from timm_autoslim.tracing.sizes import FromExpression, FunctionCall, Size
 from timm_autoslim.tracing.values import KnownValues
-from timm_autoslim.utils.meta import fix_seed, run_model
+from timm_autoslim.utils.meta import fix_seed, list_generators, run_model
 from timm_autoslim.utils.running import ModuleStack
 from timm_autoslim.utils.tensors import collect_tensors, named_tensors
 
@@ -79,7 +79,7 @@ class Recorder:
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
         """Record what runs inside the block, without gradients and with the same random numbers each time."""
-        with torch.no_grad(), fix_seed(), self._function_mode, _OperatorMode(self):
+        with torch.no_grad(), fix_seed(list_generators(self.model)), self._function_mode, _OperatorMode(self):
             yield
 
     def run(self, example: Any) -> Any:

@@ -66,6 +66,8 @@ class Tracer:
         describer: it collects the attributes that only describe modules.
         recorder: it runs the copy.
         records: the runs so far.
+        written: paths of attributes that hold integers, and that a run changed.
+        attributes: paths of the attributes that the modules had before any run.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Tracer:
         self.flow = Flow(whole_heads)
         self.copy = copy_to_meta(model)
         clear_caches(self.copy.modules())  # what an earlier run left there is of plain sizes
+        self.attributes = {f"{path}.{name}" for path, m in self.copy.named_modules() for name in m.__dict__}
         wrap_attributes(self.copy)
         wrap_floats(self.copy)
         self.numbers = find_number_tensors(model)
@@ -85,6 +88,7 @@ class Tracer:
         foreign_ids = frozenset(map(id, data.values()))
         self.recorder = LabelRecorder(self.copy, self.flow, foreign_ids, self.describer, self.numbers, data)
         self.records: list[RunRecord] = []
+        self.written: set[str] = set()
 
     def _label_tensor(self, name: str, tensor: Tensor) -> list[Label]:
         """Label every axis of a weight with new atoms, except height and width of a convolution's kernel."""
@@ -132,7 +136,7 @@ class Tracer:
         unruled = frozenset(name.rpartition(".")[0] for name in names if not ops.has_rule(name))
         example = self.example
         positional = len(example) if isinstance(example, tuple) else 0 if isinstance(example, Mapping) else 1
-        example, written = make_meta_example(example, 1), frozenset(self._list_written())
+        example, written = make_meta_example(example, 1), frozenset(self.written)
         constants = tuple(dict.fromkeys(self._list_constants(graph)))
         return Trace(graph, unruled, (*notes, *repairs), positional, example, written, constants)
 
@@ -158,8 +162,18 @@ class Tracer:
         """Return the channel graph of all observations so far."""
         shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
         parameters = [n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)]
-        uses, tied_names = self.describer.uses, find_tied_names(self.copy)
+        uses, tied_names = (
+            [use for use in self.describer.uses if not self._is_new(use.path)],
+            find_tied_names(self.copy),
+        )
         return ChannelGraph.from_observations(observe(self.flow, self.labels, shapes, parameters, uses, tied_names))
+
+    def _is_new(self, path: str) -> bool:
+        """Whether a run has set an attribute that its module did not have: a subnet has it only once it ran."""
+        module, _, name = path.rpartition(".")
+        with contextlib.suppress(AttributeError):  # what stands in a list or dict of a module is no new attribute
+            return name in self.copy.get_submodule(module).__dict__ and f"{module}.{name}" not in self.attributes
+        return False
 
     def _record_both_modes(self) -> list[str]:
         """Run the model in both modes; that it reads data in train() mode alone is no obstacle, but noted."""
@@ -207,6 +221,7 @@ class Tracer:
             )
             raise TraceError(text) from error
         self._freeze_outputs(out, training)
+        self.written.update(self._list_written())
 
     def _freeze_outputs(self, out: Any, training: bool) -> None:
         tensors = collect_tensors(out)
@@ -260,7 +275,9 @@ class Tracer:
         for path, vectors in self.flow.contracted_vectors.items():
             for name, value in self.copy.get_submodule(path).__dict__.items():
                 for vector in vectors:
-                    if not self.flow.is_frozen(vector):  # tokens may be as many as channels
+                    if f"{path}.{name}" in self.attributes and not self.flow.is_frozen(
+                        vector
+                    ):  # tokens may be as many as channels
                         self._bind_by_name(f"{path}.{name}" if path else name, name, value, vector, scales)
         self.flow.constraints.attributes += scales
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from timm_autoslim.errors import ConfigError, quote_error
 from timm_autoslim.tracing.outer_state import with_empty_caches
 from timm_autoslim.utils.arguments import check_module, quote
-from timm_autoslim.utils.meta import copy_to_meta, fix_seed, make_meta_example, run_model
+from timm_autoslim.utils.meta import copy_to_meta, fix_seed, list_generators, make_meta_example, run_model
 from timm_autoslim.utils.tensors import collect_tensors
 
 # Operators that may follow the BatchNorm before the addition: they map zero to zero, and their gradient at zero is not
@@ -58,7 +58,7 @@ def zero_last_norms(model: nn.Module, example: Any) -> list[str]:
         needed = "a tensor (N, C, H, W), or the inputs of the model's forward as a tuple or a dict"
         raise ConfigError.at("example", got=quote(example), needed=needed)
     meta = copy_to_meta(model).train()
-    with torch.enable_grad(), fix_seed():
+    with torch.enable_grad(), fix_seed(list_generators(meta)):
         try:
             outputs = with_empty_caches(meta, lambda _: run_model(meta, make_meta_example(example, 2)))
         except (TypeError, RuntimeError) as error:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -48,22 +49,75 @@ def _find_obstacle(model: nn.Module, memo: dict[int, Any]) -> str:
     return "the model"
 
 
+# Generators of random numbers that models use, beside those of torch, numpy and Python themselves.
+_GENERATOR_TYPES = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_SHARED: ContextVar[tuple[Any, ...]] = ContextVar("generators outside of the model", default=())
+
+
+def is_generator(value: Any) -> bool:
+    """Whether a value is a generator of random numbers with a state (that of the operating system has none)."""
+    return isinstance(value, _GENERATOR_TYPES) and not isinstance(value, random.SystemRandom)
+
+
+def list_generators(model: nn.Module) -> list[Any]:
+    """Return the generators of random numbers that the modules of a model hold as attributes, or in lists and dicts."""
+    generators = []
+    for module in model.modules():
+        for value in module.__dict__.values():
+            members = value if type(value) in (list, tuple) else value.values() if type(value) is dict else (value,)
+            generators += [member for member in members if is_generator(member)]
+    return generators
+
+
 @contextlib.contextmanager
-def fix_seed() -> Iterator[None]:
+def sharing_generators(generators: Sequence[Any]) -> Iterator[None]:
+    """Let every `fix_seed` inside the block take care of these generators too, which models use but do not hold."""
+    token = _SHARED.set(tuple(generators))
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+@contextlib.contextmanager
+def fix_seed(generators: Sequence[Any] = ()) -> Iterator[None]:
     """Run the block with the generators of torch (CPU), numpy and Python at seed 0, and put them back after it.
 
-    A model that skips layers at random then takes the same path in every such block.
+    A model that skips layers at random then takes the same path in every such block. Generators of numpy that are made
+    in it without a seed are the same in every block too.
+
+    Args:
+        generators: other generators that the model holds.
     """
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.default_generator.manual_seed(0)
+        for generator in (random._inst, np.random.mtrand._rand, *_SHARED.get(), *generators):
+            stack.callback(_seed(generator))
+        bits: Any = np.random.bit_generator  # where numpy gets the entropy of generators without a seed
+        stack.callback(setattr, bits, "randbits", bits.randbits)
+        bits.randbits = lambda count: 0
+        yield
+
+
+def _seed(generator: Any) -> Callable[[], object]:
+    """Set a generator to seed 0; return the function that puts its state back."""
+    if isinstance(generator, random.Random):
+        state: Any = generator.getstate()
+        generator.seed(0)
+        return lambda: generator.setstate(state)
+    if isinstance(generator, np.random.RandomState):
+        state = generator.get_state()
+        generator.seed(0)
+        return lambda: generator.set_state(state)
+    if isinstance(generator, np.random.Generator):
+        bits = generator.bit_generator
+        state = bits.state
+        bits.state = type(bits)(0).state
+        return lambda: setattr(bits, "state", state)
+    state = generator.get_state()
+    generator.manual_seed(0)
+    return lambda: generator.set_state(state)
 
 
 def run_model(model: nn.Module, example: Any) -> Any:
