@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_autoslim.artifact.bases import create_base
-from timm_autoslim.artifact.card import check_figures, draw_widths, measure
+from timm_autoslim.artifact.card import check_figures, count_costs, list_channels
 from timm_autoslim.artifact.export import export
 from timm_autoslim.errors import ArtifactError
 
@@ -75,7 +75,7 @@ def test_a_forward_that_fails_on_meta_leaves_the_macs_out():
         def forward(self, x):
             return super().forward(x) * float(x.sum())
 
-    assert measure(Reads(4, 4), (3, 2, 4)) == {"parameters": 20}
+    assert count_costs(Reads(4, 4), (3, 2, 4)) == {"parameters": 20}
 
 
 def test_figures_are_text_in_one_line():
@@ -87,5 +87,6 @@ def test_figures_are_text_in_one_line():
         check_figures("x")
 
 
-def test_models_without_layers_in_common_have_no_figure(tmp_path):
-    assert not draw_widths(tmp_path / "x.png", nn.Linear(2, 2), nn.Identity())
+def test_the_figure_shows_the_layers_that_model_and_base_share():
+    assert list_channels(nn.Linear(2, 2), nn.Linear(2, 5)) == ((5, 2),)
+    assert list_channels(nn.Linear(2, 2), nn.Identity()) == ()

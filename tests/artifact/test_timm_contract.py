@@ -11,7 +11,6 @@ import os
 import pytest
 import timm
 import torch
-from helpers.marks import slow_but
 from helpers.members import MEMBERS
 from helpers.timm_contract import calibrated, facts, maker, scripted
 from helpers.zoo import TIMM
@@ -41,7 +40,6 @@ SHORT = {
     "torchvision/googlenet": {"init_weights": False},
 }
 SCRIPTED = ["test_resnet", "test_efficientnet", "test_vit"]
-QUICK = ["test_vit"]
 
 
 def cases():
@@ -73,7 +71,8 @@ def raised(fact, value):
     return isinstance(value, str) and fact != "output_fmt"
 
 
-@pytest.mark.parametrize("name", slow_but(QUICK, CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_a_slim_model_keeps_the_contract_of_its_base(name, tmp_path):
     base, slim, pixels = exported(name, tmp_path / "out")
     expected, got = facts(base, pixels), facts(slim, pixels)

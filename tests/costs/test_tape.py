@@ -199,7 +199,7 @@ def test_attention_that_no_fused_kernel_takes_makes_the_scores(masked):
     assert peaks[1] > 2 * peaks[0]
 
 
-@pytest.mark.parametrize("name", slow_but(["test_vit", "test_convnext"], ["test_vit", "test_convnext", "shvit_s1"]))
+@pytest.mark.parametrize("name", slow_but(["test_vit"], ["test_vit", "test_convnext", "shvit_s1"]))
 def test_the_tape_tells_every_size_at_every_width(name):  # shvit splits by differences
     """What it says at widths that it was not made from is what a run at these widths does."""
     with torch.device("meta"):

@@ -246,6 +246,7 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
 # -- progress bar, bad input ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_bar_tells_layer_width_loss_and_distance(folder, capsys):
     steps = run_search(folder, "--budgets", "macs=60%", "macs=40%").steps
     bar = capsys.readouterr().err

@@ -26,6 +26,7 @@ def run_search(folder, *argv):
     return SearchResult.load(folder / "search" / "searched.json")
 
 
+@pytest.mark.slow
 def test_budgets_of_memory_and_latency(folder, monkeypatch, capsys):
     measured = fake_times(monkeypatch)
     argv = ["--budgets", "peak_bytes=80%", "macs<=70% and latency_ms<=90%", "--cost-batch-size", "4", "--baselines"]

@@ -38,7 +38,8 @@ def test_options_that_cannot_be_are_refused(tmp_path, flags, message):
 
 
 def test_mixup_clipping_and_no_epochs(tmp_path):
-    run_train(tmp_path, "mixed", "--mixup", "0.2", "--clip-grad", "1", "--channels-last", "--lr-base", "0.1")
+    run_train(tmp_path, "mixed", "--mixup", "0.2", "--clip-grad", "1", "--channels-last", "--lr-base", "0.1",
+              limit_train=96)  # fmt: skip
     assert (run_train(tmp_path, "untrained", epochs=0) / "supernet.safetensors").is_file()
 
 
@@ -49,14 +50,18 @@ def test_bfloat16_trains_in_bfloat16(tmp_path):
     )
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        run = run_train(tmp_path, "bf16", "--amp", "--channels-last", "--recovery-interval", "3", img_size=32)
+        run = run_train(
+            tmp_path, "bf16", "--amp", "--channels-last", "--recovery-interval", "1", img_size=32, limit_train=96
+        )
     finally:
         hook.remove()
         AcceleratorState._reset_state(reset_partial_state=True)
     assert torch.bfloat16 in dtypes
     weights = load_file(run / "supernet.safetensors")
     assert all(value.dtype == torch.float32 for name, value in weights.items() if "num_batches" not in name)
-    full = load_file(run_train(tmp_path, "fp32", "--channels-last", img_size=32) / "supernet.safetensors")
+    full = load_file(
+        run_train(tmp_path, "fp32", "--channels-last", img_size=32, limit_train=96) / "supernet.safetensors"
+    )
     assert any(not torch.equal(value, full[name]) for name, value in weights.items())
 
 
@@ -72,11 +77,12 @@ def test_channels_last_reaches_weights_and_images(tmp_path, monkeypatch):
     monkeypatch.setattr(Sandwich, "__call__", look)
     color = {"in_chans": 3, "mean": [0.5] * 3, "std": [0.5] * 3}
     for flags, expected in ((["--channels-last"], True), ([], False)):
-        run_train(tmp_path, str(expected), *flags, **color)
+        run_train(tmp_path, str(expected), *flags, **color, limit_train=64)
         assert layouts[-1][0] == expected
         assert all(layouts[-1]) == expected
 
 
+@pytest.mark.slow
 def test_synchronised_norms_are_ordinary_ones_in_one_process(tmp_path):
     runs = [run_train(tmp_path, name, *flags) for name, flags in {"ordinary": (), "sync": ("--sync-bn",)}.items()]
     first, second = (load_file(folder / "supernet.safetensors") for folder in runs)
@@ -99,8 +105,8 @@ def test_the_moving_average_is_the_teacher_if_the_flags_say_so(tmp_path, monkeyp
 
     monkeypatch.setattr(train, "Sandwich", Noting)
     monkeypatch.setattr(train, "prepare", note)
-    run_train(tmp_path, "widest", "--model-ema")
-    run_train(tmp_path, "ema", "--model-ema", "--distill-teacher", "ema")
+    run_train(tmp_path, "widest", "--model-ema", limit_train=64)
+    run_train(tmp_path, "ema", "--model-ema", "--distill-teacher", "ema", limit_train=64)
     assert teachers == [None, averages[1]]
 
 

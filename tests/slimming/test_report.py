@@ -12,6 +12,7 @@ from PIL import Image
 from timm_autoslim import SearchResult, baseline, search
 from timm_autoslim.__main__ import main
 from timm_autoslim.errors import ArtifactError
+from timm_autoslim.slimming import report
 from timm_autoslim.slimming.report import read_results
 
 BUDGETS = ["macs<=60%", "macs<=30%"]
@@ -32,6 +33,12 @@ def run(tmp_path, results):
     for result in results:
         replace(result, base="<Branches>", seconds=1.5).save(tmp_path / "search" / f"{result.method}.json")
     return tmp_path
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Draw the figures, but leave out what takes most of the time of a report: their pixels."""
+    monkeypatch.setattr(report, "render_png", lambda figure: b"a picture")
 
 
 def in_folder(run):
@@ -76,6 +83,7 @@ def write_test(run, name, **row):
     (folder / "result.json").write_text(json.dumps(row))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_accuracies_are_shown_where_there_are_some(run, results):
     uniform = {"method": "uniform", "budget": BUDGETS[0], "macs": 5, "params": 6}
     write_test(run, "macs-60pct-uniform", **uniform, top1=76.54321, widths=results[1].networks[0].widths.to_dict())
@@ -87,6 +95,7 @@ def test_accuracies_are_shown_where_there_are_some(run, results):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_pictures")
 def test_fine_tuned_networks_of_earlier_searches_stay(run, results):
     row = {"budget": "macs<=50%", "macs": 5, "params": 6, "top1": 76.54321}
     write_test(run, "macs-50pct-searched", **row, method="searched", widths={"a": 1})
@@ -107,6 +116,7 @@ def test_baselines_alone_have_no_descent(run):
     assert "The descent" not in (run / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_of_several_limits_the_one_that_is_used_most_counts(tmp_path, results):
     network = results[0].networks[0]
     most = max(network.cost.macs, network.cost.params) * 1.01
@@ -134,6 +144,7 @@ def test_broken_accuracies_are_told_and_nothing_is_written(run, capsys, text):
 
 
 @pytest.mark.parametrize("name", ["report", "report.html"])
+@pytest.mark.usefixtures("no_pictures")
 def test_what_stands_in_the_way_of_the_report_is_kept(run, capsys, name):
     if name == "report":
         (run / name).write_text("mine")

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from helpers.marks import slow_but
 from helpers.searches import LatencyFunction, held_out, in_step, make_supernet
 
 from timm_autoslim import Conditions, SharedLatency, Team, baseline, search
@@ -42,7 +43,7 @@ def together(count, work):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", slow_but([3], [2, 3]))
 def test_a_team_finds_what_one_finds_and_shares_the_work(method, count):
     alone = METHODS[method](one := make_supernet(), held_out(one))
     seen = [[] for _ in range(count)]

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from helpers.comparisons import equal
-from helpers.marks import slow_but
 from helpers.models import randomise
 from helpers.widths import arbitrary_widths
 from torchvision import models
@@ -31,7 +30,8 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(["r3d_18"], CASES))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_models_of_other_tasks_convert_and_are_extracted(name):
     build, inputs = CASES[name]
     model = randomise(build()).eval()

@@ -1,12 +1,13 @@
-"""The model card of an exported folder: what the model is and costs, how to load it, and a figure of its widths."""
+"""The model card of an exported folder: what the model is and costs, how to load it, and a figure of its channels."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
+import io
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ def create_comparable_base(config: Config) -> nn.Module:
     return create_meta_base(config.spec.require_base(), **args)
 
 
-def measure(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
+def count_costs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
     """Count `MACs` (one multiply-add each, of one image, on the meta device) and `parameters` of a model.
 
     The MACs are left out of the result where the forward cannot run on the meta device.
@@ -70,7 +71,7 @@ def measure(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int
 def write_card(
     path: Path, name: str, config: Config, figures: Mapping[str, str], model: nn.Module, timm_code: str
 ) -> None:
-    """Write the card, and beside it the figure of the widths if matplotlib is installed.
+    """Write the card, and beside it the figure of the channels if matplotlib is installed.
 
     Args:
         path: of the card, in a folder that exists.
@@ -85,9 +86,12 @@ def write_card(
     head = ["---", "library_name: timm", "pipeline_tag: image-classification", "tags:", "- timm", "- timm-autoslim"]
     if data.license:
         head.append(f"license: {data.license}")
-    counts, base_counts = measure(model, data.input_size), measure(base, data.input_size)
+    counts, base_counts = count_costs(model, data.input_size), count_costs(base, data.input_size)
     labels = [label for label in counts if label in base_counts]
-    has_figure = draw_widths(path.with_name(FIGURE), model, base)
+    channels = list_channels(model, base)
+    has_figure = bool(channels) and importlib.util.find_spec("matplotlib") is not None
+    if has_figure:
+        path.with_name(FIGURE).write_bytes(draw_channels(channels))
     lines = [
         *(*head, "---", "", f"# {name}", ""),
         f"`{spec.base}`, slimmed by timm-autoslim, in {len(spec.widths)} channel groups. Input: "
@@ -125,28 +129,32 @@ def describe_preparation(data: PretrainedCfg) -> str:
     )
 
 
-def draw_widths(path: Path, model: nn.Module, base: nn.Module) -> bool:
-    """Draw the output channels of every layer of a slim model over those of its base.
-
-    Returns:
-        Whether there is a figure: not without matplotlib, and not without layers.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        return False
-    from matplotlib.figure import Figure
-
+def list_channels(model: nn.Module, base: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Return how many output channels every layer that both have has in the base, and how many in the slim model."""
     layers = {n: p.shape[0] for n, p in base.named_parameters() if p.ndim > 1 and n.endswith("weight")}
     channels = {name: parameter.shape[0] for name, parameter in model.named_parameters()}
-    pairs = [(full, channels[name]) for name, full in layers.items() if name in channels]
-    if not pairs:
-        return False
+    return tuple((number, channels[name]) for name, number in layers.items() if name in channels)
+
+
+def draw_channels(channels: Sequence[tuple[int, int]]) -> bytes:
+    """Draw the output channels of every layer of a slim model over those of its base, as `list_channels` lists them.
+
+    Returns:
+        A picture as PNG.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 2.5), dpi=100)
     axes = figure.add_subplot()
-    positions = range(len(pairs))
-    axes.fill_between(positions, [full for full, _ in pairs], step="mid", color="0.85", label="base")
-    axes.fill_between(positions, [width for _, width in pairs], step="mid", color="tab:blue", label="this model")
-    axes.set(xlabel="layer", ylabel="output channels", xlim=(0, max(1, len(pairs) - 1)), ylim=(0, None))
-    axes.set_xticks([*{0, len(pairs) // 2, len(pairs) - 1}])
+    positions, last = range(len(channels)), len(channels) - 1
+    axes.fill_between(positions, [number for number, _ in channels], step="mid", color="0.85", label="base")
+    axes.fill_between(positions, [number for _, number in channels], step="mid", color="tab:blue", label="this model")
+    axes.set(xlabel="layer", ylabel="output channels", xlim=(0, max(1, last)), ylim=(0, None))
+    axes.set_xticks([*{0, len(channels) // 2, last}])
     axes.legend(frameon=False)
-    figure.savefig(path, bbox_inches="tight", metadata={"Software": None})
-    return True
+    picture = io.BytesIO()
+    figure.savefig(picture, bbox_inches="tight", metadata={"Software": None})
+    return picture.getvalue()

@@ -10,7 +10,7 @@ import timm
 from timm.models import push_to_hf_hub
 from timm.models._hub import has_hf_hub
 
-from timm_autoslim.artifact.card import check_figures, create_comparable_base, measure
+from timm_autoslim.artifact.card import check_figures, count_costs, create_comparable_base
 from timm_autoslim.artifact.folder import CONFIG, read_config
 from timm_autoslim.artifact.spec import ARCHITECTURE
 from timm_autoslim.errors import ArtifactError
@@ -61,8 +61,8 @@ def push(folder: str | Path, repo_id: str, *, card: Mapping[str, object] | None 
     spec = config.spec
     model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     size = tuple(model.pretrained_cfg["input_size"])
-    base_counts = measure(create_comparable_base(config), size)
-    counts = {label: f"{value:,}" for label, value in measure(model, size).items()}
+    base_counts = count_costs(create_comparable_base(config), size)
+    counts = {label: f"{value:,}" for label, value in count_costs(model, size).items()}
     counts |= {f"{label} of the base": f"{value:,}" for label, value in base_counts.items()}
     usage = f'import timm, timm_autoslim\nmodel = timm.create_model("hf-hub:{repo_id}", pretrained=True)'
     push_to_hf_hub(

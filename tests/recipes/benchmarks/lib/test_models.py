@@ -1,11 +1,13 @@
 """The models that benchmarks run on."""
 
+import pytest
 import timm
 import torch
 
 from timm_autoslim.recipes.benchmarks.lib.models import export_half
 
 
+@pytest.mark.slow
 def test_an_exported_half_is_kept(tmp_path):
     base = export_half("test_vit", tmp_path / "half")
     first = (tmp_path / "half" / "model.safetensors").read_bytes()
