@@ -26,6 +26,8 @@ class Describer:
 
     Attributes:
         uses: these attributes, each with the channels that it counts.
+        inputs: by module, the labels of its first input tensor.
+        outputs: by module, the labels of all tensors that it returned last.
     """
 
     def __init__(self, flow: Flow, model: nn.Module) -> None:
@@ -33,8 +35,8 @@ class Describer:
         self.flow, self.model = flow, model
         self.uses: list[AttributeUse] = []
         self._features: Any = None  # what `forward_features` returned
-        self._outputs: dict[str, list[Label]] = {}  # by module, the labels of all tensors that it returned last
-        self._inputs: dict[str, list[Label]] = {}  # by module, the labels of its first input tensor
+        self.outputs: dict[str, list[Label]] = {}
+        self.inputs: dict[str, list[Label]] = {}
         self._returns: dict[
             str, tuple[tuple[Label, ...], ...]
         ] = {}  # by module, the labels of what it returned first in this run
@@ -45,13 +47,13 @@ class Describer:
 
     def enter(self, path: str, module: nn.Module, labels: list[Label]) -> None:
         """Note the attributes that describe the input of a module; `labels` are those of its first tensor."""
-        self._inputs[path] = labels
+        self.inputs[path] = labels
         self._note_all(path, module, _DESCRIBES_INPUT, labels)
 
     def leave(self, path: str, module: nn.Module, labels: tuple[tuple[Label, ...], ...]) -> None:
         """Note the attributes that describe the output of a module; `labels` are those of every tensor in it."""
         self._returns.setdefault(path, labels)
-        self._outputs[path] = [label for tensor in labels for label in tensor]
+        self.outputs[path] = [label for tensor in labels for label in tensor]
         if labels:
             self._note_all(path, module, _DESCRIBES_OUTPUT, labels[0])
 
@@ -113,7 +115,7 @@ class Describer:
         features = collect_tensors(self._features)
         attributes: Mapping[str, Any] = self.model.__dict__
         if isinstance(out := attributes.get("out_features"), int):  # of an encoder that projects its features
-            self.note("out_features", out, self._outputs[""])
+            self.note("out_features", out, self.outputs[""])
         width, hidden, dims = (attributes.get(n) for n in ("num_features", "head_hidden_size", "embed_dim"))
         names = [n for n in ("num_features", "embed_dim") if isinstance(width, int) and attributes.get(n) == width]
         matches = [self.note(n, int(attributes[n]), self.flow.get_labels(features[0])) for n in names if features]
@@ -134,13 +136,13 @@ class Describer:
         try:
             return self.flow.get_labels(forward_head(self._features, pre_logits=True))
         except NotImplementedError:  # an encoder, which has no head: a head would read its output
-            return self._outputs[""]
+            return self.outputs[""]
 
     def _find_tap(self, path: str, info: Any) -> list[Label]:
         """Return the labels of the channels that one item of the `feature_info` of the module `path` describes."""
         if not isinstance(info, dict) or not info.get("module"):
             return []
-        tensors = self._inputs if info.get("hook_type") == "forward_pre" else self._outputs
+        tensors = self.inputs if info.get("hook_type") == "forward_pre" else self.outputs
         labels = tensors.get(f"{path}.{info['module']}" if path else info["module"], [])
         return [v for v in labels if v is not None and len(v) == info.get("num_chs")]
 

@@ -19,6 +19,7 @@ from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label, Vector
 from timm_autoslim.tracing.observe import observe
+from timm_autoslim.tracing.other_methods import Surroundings
 from timm_autoslim.tracing.outer_state import EmptyCaches, with_empty_caches
 from timm_autoslim.tracing.prove import Disagreement, Prover, list_suspects
 from timm_autoslim.tracing.record import LabelRecorder, RunRecord
@@ -123,6 +124,9 @@ class Tracer:
         self._bind_attention_scales()
         self._freeze_unused_tensors()
         self._constrain_unsaved_tensors(self.labels.keys() - set(self.copy.state_dict()))
+        described = self.describer
+        uses = [*self.flow.constraints.attributes, *described.uses]
+        described.uses += Surroundings(self.copy, uses, described.inputs, described.outputs, self.labels).find_uses()
         graph, repairs = self._prove(self._freeze_tables(self._solve()))
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):

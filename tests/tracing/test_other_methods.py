@@ -1,0 +1,137 @@
+"""Attributes that only other methods than the forward read follow the widths, and so those methods work."""
+
+import copy
+
+import pytest
+import torch
+from helpers.models import randomise
+from timm.utils import reparameterize_model
+from torch import nn
+
+from timm_autoslim import convert
+from timm_autoslim.tracing.other_methods import counts_channels, list_names_read
+
+
+class Branches(nn.Module):
+    """A depthwise or dense convolution and a BatchNorm in parallel, which become one convolution."""
+
+    def __init__(self, cin, c_out, groups):
+        super().__init__()
+        self.cin, self.c_out, self.groups, self.kernel_size = cin, c_out, groups, 3
+        self.conv = nn.Conv2d(cin, c_out, 3, padding=1, groups=groups)
+        self.identity = nn.BatchNorm2d(cin) if cin == c_out else None
+        self.fused = None
+
+    def forward(self, x):
+        if self.fused is not None:
+            return self.fused(x)
+        return self.conv(x) + (0 if self.identity is None else self.identity(x))
+
+    def reparameterize(self):
+        weight, bias = self.conv.weight.clone(), self.conv.bias.clone()
+        if self.identity is not None:
+            norm, each = self.identity, self.cin // self.groups
+            scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+            for i in range(self.cin):
+                weight.data[i, i % each, 1, 1] += scale[i]
+            bias = bias + norm.bias - norm.running_mean * scale
+        self.fused = nn.Conv2d(self.cin, self.c_out, self.kernel_size, padding=1, groups=self.groups)
+        self.fused.weight.data, self.fused.bias.data = weight.data, bias.data
+
+
+class Norm(nn.Module):
+    """A BatchNorm that becomes a depthwise convolution; no convolution tells how many groups that has."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.dim, self.groups = dim, dim
+        self.norm, self.fused = nn.BatchNorm2d(dim), None
+
+    def forward(self, x):
+        return self.norm(x) if self.fused is None else self.fused(x)
+
+    def reparameterize(self):
+        scale = self.norm.weight / (self.norm.running_var + self.norm.eps).sqrt()
+        self.fused = nn.Conv2d(self.dim, self.dim, 1, groups=self.groups)
+        self.fused.weight.data = scale.detach().view(self.dim, self.dim // self.groups, 1, 1)
+        self.fused.bias.data = (self.norm.bias - self.norm.running_mean * scale).detach()
+
+
+class Head(nn.Module):
+    """A classifier that can be replaced."""
+
+    def __init__(self, in_dim, hidden_size, stages):
+        super().__init__()
+        self.in_dim, self.hidden_size, self.stage_dims = in_dim, hidden_size, stages
+        self.inner, self.outer = nn.Linear(in_dim, hidden_size), nn.Linear(hidden_size, 5)
+
+    def forward(self, x):
+        return self.outer(self.inner(x.mean((2, 3))).relu())
+
+    def reset(self, classes):
+        self.inner = nn.Linear(self.in_dim, self.hidden_size)
+        self.outer = nn.Linear(self.hidden_size, classes)
+
+    def list_stages(self):
+        return self.stage_dims
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1), Norm(16)
+        self.dense, self.depthwise, self.wide = Branches(16, 16, 1), Branches(16, 16, 16), Branches(16, 32, 1)
+        self.grouped = Branches(32, 32, 2)
+        self.head = Head(32, 24, [16, 32])
+
+    def forward(self, x):
+        x = self.depthwise(self.dense(self.norm(self.stem(x)).relu()).relu()).relu()
+        return self.head(self.grouped(self.wide(x).relu()).relu())
+
+
+def build():
+    torch.manual_seed(0)
+    return randomise(Net()).eval()
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_branches_of_a_narrow_model_fuse(share):
+    images = torch.randn(2, 3, 8, 8)
+    supernet = convert(build(), images[:1])
+    slim = supernet.extract(supernet.space.uniform(share)).eval()
+    with torch.no_grad():
+        fused = reparameterize_model(slim)
+        torch.testing.assert_close(fused(images), slim(images), rtol=1e-4, atol=1e-4)
+    assert fused.dense.fused is not None
+    assert slim.depthwise.groups == slim.depthwise.cin == slim.stem.out_channels
+    assert slim.norm.groups == slim.norm.dim == slim.stem.out_channels
+    assert (slim.dense.groups, slim.grouped.groups) == (1, slim.grouped.conv.groups)
+    assert slim.dense.kernel_size == 3
+
+
+def test_a_head_of_a_narrow_model_is_replaced():
+    images = torch.randn(2, 3, 8, 8)
+    supernet = convert(build(), images[:1])
+    slim = supernet.extract(supernet.space.uniform(0.5)).eval()
+    head = slim.head
+    assert (head.in_dim, head.hidden_size) == (head.inner.in_features, head.outer.in_features) == (16, 12)
+    assert head.stage_dims == [8, 16]
+    other = copy.deepcopy(slim)
+    other.head.reset(7)
+    assert other(images).shape == (2, 7)
+
+
+def test_names_that_only_the_forward_reads_are_left_to_the_trace():
+    assert {"cin", "c_out", "groups", "kernel_size"} <= list_names_read(Branches)
+    assert "stem" not in list_names_read(Net)
+    assert list_names_read(nn.Conv2d) == frozenset()
+
+
+@pytest.mark.parametrize("name", ["c", "c1", "cin", "in_chs", "dim_out", "hidden_size", "hiddenDim", "num_features"])
+def test_names_that_count_channels(name):
+    assert counts_channels(name)
+
+
+@pytest.mark.parametrize("name", ["img_size", "kernel_size", "num_heads", "window", "feature_ends", "feat_ratio", "k"])
+def test_names_that_count_something_else(name):
+    assert not counts_channels(name)

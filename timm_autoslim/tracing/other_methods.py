@@ -1,0 +1,152 @@
+"""Bind the attributes that no forward reads, but other methods do: `reparameterize`, `fuse`, `reset` and the like."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+from timm_autoslim.tracing.labels import AttributeUse, Label
+
+# Words of names of attributes that count channels (`in_chs`, `dim_out`, `hidden_size`, `c1`), and of some that do not.
+_CHANNELS = {"c", "cin", "cout", "ch", "chan", "chans", "channel", "channels", "chn", "chs", "cmid", "dim", "dims"}
+_CHANNELS |= {"embd", "embed", "feat", "feats", "feature", "features", "filter", "filters", "growth", "hidden", "inc"}
+_CHANNELS |= {"inp", "inplanes", "nc", "nf", "oup", "outc", "outplanes", "plane", "planes", "units", "width", "widths"}
+_WITH_SIZE = {"in", "out", "input", "output", "hidden", "embed"}
+_OTHERS = {"classes", "depth", "end", "ends", "head", "heads", "height", "image", "img", "index", "kernel", "layers"}
+_OTHERS |= {"pad", "padding", "patch", "ratio", "rank", "reduction", "resolution", "scale", "spatial", "stride"}
+_OTHERS |= {"tokens", "window"}
+_INPUT = {"c", "cin", "dim", "in", "inc", "inp", "inplanes", "input"}
+_OUTPUT = {"cout", "out", "outc", "output", "oup", "outplanes"}
+
+
+@cache
+def _list_words(name: str) -> tuple[str, ...]:
+    return tuple(word.rstrip("0123456789") for word in re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().split("_"))
+
+
+@cache
+def counts_channels(name: str) -> bool:
+    """Whether an attribute of this name counts channels, as far as a name can tell."""
+    words = frozenset(_list_words(name))
+    wanted = _WITH_SIZE if "size" in words else _CHANNELS
+    return words.isdisjoint(_OTHERS) and not words.isdisjoint(wanted)
+
+
+@cache
+def list_names_read(cls: type) -> frozenset[str]:
+    """Return the names that methods of a class mention which neither the constructor nor the forward calls."""
+    methods: dict[str, set[str]] = {}
+    for owner in cls.__mro__:
+        if owner is object or owner.__module__.startswith("torch."):
+            continue
+        for name, member in vars(owner).items():
+            function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
+            if isinstance(code := getattr(function, "__code__", None), CodeType):
+                methods.setdefault(name, set()).update(_list_code_names(code))
+    reached, waiting = set[str](), ["forward", "__init__"]
+    while waiting:
+        name = waiting.pop()
+        if name in methods and name not in reached:
+            reached.add(name)
+            waiting += methods[name]
+    return frozenset(name for method, names in methods.items() if method not in reached for name in names)
+
+
+def _list_code_names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _list_code_names(constant)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a trace knows of a model.
+
+    Attributes:
+        model: the meta copy.
+        uses: the attributes that are bound already.
+        inputs: by module, the labels of its first input.
+        outputs: by module, the labels of its outputs.
+        weights: by name, the labels of the tensors of the model.
+    """
+
+    model: nn.Module
+    uses: Sequence[AttributeUse]
+    inputs: Mapping[str, Sequence[Label]]
+    outputs: Mapping[str, Sequence[Label]]
+    weights: Mapping[str, Sequence[Label]]
+
+    def find_uses(self) -> Iterator[AttributeUse]:
+        """Yield the uses of attributes that other methods than the forward read, in modules that are not torch's own.
+
+        One whose name says that it counts channels follows the first channels that are as many: of the module's input,
+        of its output, or of a weight in it. One that has the name and the value of an attribute of a module below
+        (`groups`) follows that one.
+        """
+        modules = list(self.model.named_modules())
+        read = frozenset[str]().union(*map(list_names_read, {type(module) for _, module in modules}))
+        bound = {use.path for use in self.uses}
+        for path, module in modules:
+            if type(module).__module__.startswith("torch."):
+                continue
+            for name in [n for n in module.__dict__ if n in read and not n.startswith("_")]:
+                for leaf, value in _list_integers(name, module.__dict__[name]):
+                    full = f"{path}.{leaf}" if path else leaf
+                    use = None if full in bound else self._find_use(path, name, value, leaf != name)
+                    if use is not None:
+                        yield AttributeUse(full, value, use.vector, use.power)
+
+    def _find_use(self, path: str, name: str, value: int, is_item: bool) -> AttributeUse | None:
+        """Return a use of the channels that an attribute of this value counts; None if there is none.
+
+        Args:
+            path: the module.
+            name: the attribute.
+            value: its value, or that of an item of it.
+            is_item: whether it is a list, which may count channels of other modules too.
+        """
+        prefix = f"{path}." if path else ""
+        if not counts_channels(name):
+            below = [u for u in self.uses if u.path.startswith(prefix) and u.path.rpartition(".")[2] == name]
+            use = next((u for u in below if u.value == value), None)
+            if use is not None or name != "groups" or self._is_below(prefix, name, value):
+                return use
+        further = [label for labels in self.outputs.values() for label in labels] if is_item else []
+        labels = (*self._order_labels(path, prefix, name), *further)
+        match = next((label for label in labels if label is not None and len(label) == value), None)
+        return None if match is None else AttributeUse(path, value, match)
+
+    def _is_below(self, prefix: str, name: str, value: int) -> bool:
+        """Whether a module below has an attribute of this name and value, such as the `groups` of a convolution."""
+        modules = dict(self.model.named_modules())
+        below = (module for path, module in modules.items() if path.startswith(prefix) and path != prefix[:-1])
+        return any(vars(module).get(name) == value for module in below)
+
+    def _order_labels(self, path: str, prefix: str, name: str) -> Iterator[Label]:
+        """Yield the labels that an attribute may count: those that its name suggests first, then others near it."""
+        words = frozenset(_list_words(name))
+        ends = [*self.inputs.get(path, ()), *self.outputs.get(path, ())]
+        if not words.isdisjoint(_OUTPUT):
+            ends = [*self.outputs.get(path, ()), *self.inputs.get(path, ())]
+        near = sorted((w for w in self.weights if w.startswith(prefix)), key=lambda w: w.count("."))
+        within = [label for weight in near for label in self.weights[weight]]
+        is_inner = "hidden" in words or words.isdisjoint(_INPUT | _OUTPUT)
+        yield from (*within, *ends) if is_inner else (*ends, *within)
+
+
+def _list_integers(name: str, value: Any) -> Iterator[tuple[str, int]]:
+    """Yield the integers above 1 of an attribute, each with its path in the module."""
+    items: Iterable[tuple[str, Any]] = [(name, value)]
+    if isinstance(value, list | tuple) and all(isinstance(item, int) for item in value):
+        items = [(f"{name}.{i}", item) for i, item in enumerate(value)]
+    for path, item in items:
+        if isinstance(item, int) and not isinstance(item, bool) and item > 1:
+            yield path, int(item)
