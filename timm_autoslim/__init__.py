@@ -7,7 +7,7 @@ loading a slimmed model waits for neither tracing nor search.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from timm_autoslim.artifact import load as load  # registers the entrypoint of slimmed models with timm
+from timm_autoslim.artifact import load as _load  # noqa: F401  (registers the entrypoint of slim models with timm)
 from timm_autoslim.errors import AutoSlimError as AutoSlimError
 
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from timm_autoslim.artifact.export import export as export
     from timm_autoslim.artifact.folder import check_folder as check_folder
     from timm_autoslim.artifact.hub import push as push
+    from timm_autoslim.artifact.own import load as load
+    from timm_autoslim.artifact.own import save as save
     from timm_autoslim.costs.conditions import Conditions as Conditions
     from timm_autoslim.costs.cost import Cost as Cost
     from timm_autoslim.costs.cost import cost as cost
@@ -107,6 +109,7 @@ _MODULES = {
     "create_base": "artifact.bases",
     "create_meta_base": "artifact.bases",
     "export": "artifact.export",
+    "load": "artifact.own",
     "measure_latency": "costs.measure",
     "parse_budgets": "slimming.goals",
     "push": "artifact.hub",
@@ -114,6 +117,7 @@ _MODULES = {
     "reconstruct": "training.reconstruction",
     "reorder_channels": "supernet.order",
     "sandwich_step": "training.sandwich",
+    "save": "artifact.own",
     "search": "slimming.search",
     "soft_cross_entropy": "training.distillation",
     "uniform_at": "slimming.goals",

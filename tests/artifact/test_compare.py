@@ -77,7 +77,7 @@ def test_modules_that_run_in_training_alone_are_unused():
     model = Headed().train()
     assert find_unused_modules(model, (3, 200, 200)) == {"head"}
     assert model.training
-    assert find_unused_modules(model, (3, 64, 64)) == set()  # it takes no such image, so nothing is known of it
+    assert find_unused_modules(model, (3, 64, 64)) == set()  # it takes none
 
 
 def test_weights_at_zero_hide_nothing():

@@ -15,6 +15,8 @@ from timm_autoslim.slicing.tensors import Axis
 from timm_autoslim.utils.arguments import is_int
 
 MAX_HEAD_DIM = 2**16
+# The powers of the number of channels that attention scores are multiplied or divided by.
+SCALES = (-0.5, -1.0, 0.5, 1.0)
 
 
 def apply_spec(model: nn.Module, spec: Spec) -> nn.Module:
@@ -30,7 +32,7 @@ def apply_spec(model: nn.Module, spec: Spec) -> nn.Module:
     Raises:
         ArtifactError: the spec does not fit the model; the model is unchanged.
     """
-    _apply(model, spec.sizes, spec.attributes)
+    shrink_model(model, find_slices(model, spec.sizes, spec.attributes))
     model.autoslim = spec  # type: ignore[assignment]
     return model
 
@@ -51,12 +53,27 @@ def apply_common(model: nn.Module, base: nn.Module, spec: Spec) -> nn.Module:
         if _read_attribute(model, modules, path) == _read_attribute(base, base_modules, path)
     }
     apply_spec(base, spec)
-    _apply(model, sizes, attributes)
+    shrink_model(model, find_slices(model, sizes, attributes))
     model.autoslim = spec  # type: ignore[assignment]
     return model
 
 
-def _apply(model: nn.Module, sizes: Mapping[str, tuple[Size, ...]], attributes: Mapping[str, Value]) -> None:
+def find_slices(
+    model: nn.Module,
+    sizes: Mapping[str, tuple[Size, ...]],
+    attributes: Mapping[str, Value],
+    powers: Sequence[float] = (-0.5,),
+) -> Slices:
+    """Return the slices of a model that a spec describes; the model stays as it is.
+
+    Args:
+        model: the original.
+        sizes, attributes: of a spec.
+        powers: floats may follow widths as such powers of the number of channels.
+
+    Raises:
+        ArtifactError: these do not fit the model.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
     slices: dict[str, tuple[Axis, ...]] = {}
     shared: dict[int, tuple[str, tuple[Axis, ...]]] = {}
@@ -70,8 +87,8 @@ def _apply(model: nn.Module, sizes: Mapping[str, tuple[Size, ...]], attributes: 
         for leaf, parameter in module._parameters.items():
             if id(parameter) in shared:  # tied parameters stay tied, whichever of their names the spec lists
                 slices[f"{path}.{leaf}" if path else leaf] = shared[id(parameter)][1]
-    values = {path: _check_attribute(model, modules, path, value) for path, value in attributes.items()}
-    shrink_model(model, Slices(tensors=slices, attributes=values))
+    values = {path: _check_attribute(model, modules, path, value, powers) for path, value in attributes.items()}
+    return Slices(tensors=slices, attributes=values)
 
 
 def _find_tensor(modules: Mapping[str, nn.Module], name: str) -> Tensor | None:
@@ -127,7 +144,9 @@ def _read_attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: st
     return value
 
 
-def _check_attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: str, value: Value) -> Any:
+def _check_attribute(
+    model: nn.Module, modules: Mapping[str, nn.Module], path: str, value: Value, powers: Sequence[float]
+) -> Any:
     """Return a value of the type that the base has under this path; it may only be smaller."""
     where = f"attributes.{path}"
     full = _read_attribute(model, modules, path)
@@ -136,8 +155,10 @@ def _check_attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: s
             raise make_spec_error(where, value, f"an integer from 1 to {full}")
         return value
     if isinstance(full, float):
-        if not _is_narrower_scale(value, full) or "drop" in path.rpartition(".")[2]:
-            needed = f"n ** -0.5 of a head of n channels, where the base has such a scale of more, not {full}"
+        scaled = any(_is_narrower_scale(value, full, power) for power in powers)
+        if not scaled or "drop" in path.rpartition(".")[2]:
+            power = " or ".join(f"n ** {power:g}" for power in powers)
+            needed = f"{power} of a head of n channels, where the base has such a scale of more, not {full}"
             raise make_spec_error(where, value, needed)
         return value
     if isinstance(full, Sequence) and not isinstance(full, str) and full and all(map(is_int, full)):
@@ -150,16 +171,16 @@ def _check_attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: s
     )
 
 
-def _is_narrower_scale(scale: object, full: float) -> bool:
-    """Whether both scale attention scores by head_dim ** -0.5: no other floats follow widths."""
-    head_dim, full_head_dim = _find_head_dim(scale), _find_head_dim(full)
-    return head_dim is not None and full_head_dim is not None and head_dim <= full_head_dim
+def _is_narrower_scale(scale: object, full: float, power: float) -> bool:
+    """Whether both are this power of a number of channels, `scale` of no more: no other floats follow widths."""
+    channels, full_channels = _find_channels(scale, power), _find_channels(full, power)
+    return channels is not None and full_channels is not None and channels <= full_channels
 
 
-def _find_head_dim(scale: object) -> int | None:
-    """Return the n of which a number is n ** -0.5."""
-    if isinstance(scale, float) and MAX_HEAD_DIM**-0.5 <= scale <= 1:
-        n = round(scale**-2)
-        if math.isclose(n**-0.5, scale, rel_tol=1e-6):  # scales of two following n differ by 7e-6 or more
+def _find_channels(scale: object, power: float) -> int | None:
+    """Return the n of which a number is this power."""
+    if isinstance(scale, float) and min(1, MAX_HEAD_DIM**power) <= scale <= max(1, MAX_HEAD_DIM**power):
+        n: int = round(scale ** (1 / power))
+        if math.isclose(n**power, scale, rel_tol=1e-6):  # scales of two following n differ by 7e-6 or more
             return n
     return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from timm_autoslim.artifact.torchvision import SMALL_IMAGE
 from timm_autoslim.slicing.slices import Slices, clear_caches, extract_model
+from timm_autoslim.utils.meta import run_model
 
 USUAL_SIZES = (32, 64, 96, 160, 192, 224, 256, 288, 320, 384, 448, 512)  # pixels
 SMALL_WEIGHT = 1e-2  # parameters below it, such as a LayerScale of 1e-6, hide the branch that they scale
@@ -40,7 +42,7 @@ def find_difference(model: nn.Module, other: nn.Module, size: Sequence[int]) -> 
                 parameter.normal_(0, 0.1)
         copied.load_state_dict(other.state_dict(), assign=True)
         _share_buffers(copied, other)
-        for image in _make_images(size):
+        for image in make_images(size):
             outputs = _run_model(copied, image)
             if not isinstance(outputs, Exception):
                 gap = _describe_gap(outputs, _run_model(other, image))
@@ -50,10 +52,34 @@ def find_difference(model: nn.Module, other: nn.Module, size: Sequence[int]) -> 
 
 
 @torch.no_grad()
-def find_unused_modules(model: nn.Module, size: Sequence[int]) -> set[str]:
-    """Return the paths of the modules that do not run in evaluation, such as an auxiliary head; `size` as above.
+def find_failure(model: nn.Module, create_base: Callable[[], nn.Module], size: Sequence[int]) -> str:
+    """Return what a model raises on images that its base takes; empty if it takes one, or if the base takes none.
 
-    There are none where `model` takes no image of these sizes.
+    Args:
+        model: a model on any device, of any type; it stays as it is.
+        create_base: returns its base, on the meta device or the CPU; it is called if the model takes no image.
+        size: the shape (C, H, W) of an image that they are made for; others are tried too, as above.
+    """
+    copied, images, failure = _copy_model(model).float(), list(make_images(size)), ""
+    for image in images:
+        outputs = _run_model(copied, image)
+        if not isinstance(outputs, Exception):
+            return ""
+        failure = failure or f"{type(outputs).__name__}: {str(outputs)[:200]}"
+    base = create_base().eval()
+    device = next((p.device for p in base.parameters()), torch.device("cpu"))
+    runs = any(not isinstance(_run_model(base, image.to(device)), Exception) for image in images)
+    return failure if runs else ""
+
+
+@torch.no_grad()
+def find_unused_modules(model: nn.Module, examples: Iterable[Any]) -> set[str]:
+    """Return the paths of the modules that do not run in evaluation, such as an auxiliary head.
+
+    Args:
+        model: a model on any device, of any type; it stays as it is.
+        examples: inputs to try, one after the other, such as `make_images(size)`. There are no unused modules where the
+            model takes none of them.
     """
     copied = _copy_model(model).float()
     paths = {path for path, _ in copied.named_modules()}
@@ -61,7 +87,7 @@ def find_unused_modules(model: nn.Module, size: Sequence[int]) -> set[str]:
     for path, module in copied.named_modules():
         module.register_forward_pre_hook(lambda *_, path=path: used.add(path))
     with torch.random.fork_rng(devices=[]):
-        if any(not isinstance(_run_model(copied, image), Exception) for image in _make_images(size)):
+        if any(not isinstance(_run_model(copied, example), Exception) for example in examples):
             return paths - used
     return set()
 
@@ -72,8 +98,8 @@ def _copy_model(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _make_images(size: Sequence[int]) -> Iterator[Tensor]:
-    """Yield images (1, C, H, W) to try."""
+def make_images(size: Sequence[int]) -> Iterator[Tensor]:
+    """Yield images (1, C, H, W) to try, of a size (C, H, W) and of usual ones."""
     channels, *sides = size
     small = tuple(min(side, SMALL_IMAGE) for side in sides)
     for shape in dict.fromkeys([small, tuple(sides), *((side, side) for side in USUAL_SIZES)]):
@@ -90,10 +116,10 @@ def _share_buffers(model: nn.Module, other: nn.Module) -> None:
                 module._buffers[name] = exact if same else buffer.to(exact.dtype)
 
 
-def _run_model(model: nn.Module, image: Tensor) -> list[Tensor] | Exception:
+def _run_model(model: nn.Module, example: Any) -> list[Tensor] | Exception:
     torch.manual_seed(0)
     try:
-        return [leaf for leaf in tree_leaves(model(image)) if isinstance(leaf, Tensor)]
+        return [leaf for leaf in tree_leaves(run_model(model, example)) if isinstance(leaf, Tensor)]
     except Exception as error:  # whatever a model raises on an image that it is not made for
         return error
 

@@ -15,18 +15,20 @@ from safetensors.torch import save_file
 from timm.models import FeatureInfo, PretrainedCfg
 from torch import Tensor, nn
 
-from timm_autoslim.artifact.bases import build_on_meta, get_base_settings
+from timm_autoslim.artifact.bases import build_on_meta, create_meta_base, get_base_settings
 from timm_autoslim.artifact.build import build_slim, find_pool_type
 from timm_autoslim.artifact.card import check_figures, write_card
-from timm_autoslim.artifact.compare import find_difference, find_unused_modules
+from timm_autoslim.artifact.compare import find_difference, find_failure, find_unused_modules, make_images
 from timm_autoslim.artifact.config import Config, parse_settings
 from timm_autoslim.artifact.drafts import create_folder, refuse_existing
 from timm_autoslim.artifact.folder import CONFIG, WEIGHTS
+from timm_autoslim.artifact.parts import advise
 from timm_autoslim.artifact.preparation import measure_pool_size, merge_settings
 from timm_autoslim.artifact.pruned import PRUNED, write_pruned
+from timm_autoslim.artifact.refusals import refuse_stale, refuse_without_numbers, require_spec
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.artifact.torchvision import list_taps
-from timm_autoslim.errors import ArtifactError, StaleStatisticsError
+from timm_autoslim.errors import ArtifactError
 from timm_autoslim.utils.arguments import check_path
 from timm_autoslim.utils.files import replace_file
 
@@ -84,12 +86,13 @@ def export(
     refuse_existing(folder)
     figures = check_figures(card)
     spec = _find_spec(model, base, base_args)
-    _refuse_without_numbers(model)
+    refuse_without_numbers(model)
     with torch.random.fork_rng(devices=[]):  # building draws random numbers
         rebuilt, changes = _rebuild(model, spec)
         config = _make_config(model, rebuilt, spec, changes)
         size = config.data.input_size
-        _refuse_stale(model, spec, size)
+        _refuse_failing(model, spec, size)
+        refuse_stale(model, spec, lambda: find_unused_modules(model, make_images(size)))
         # clones: safetensors refuses tensors that share memory, and tied parameters need both of their names
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
         with create_folder(folder) as draft:
@@ -109,25 +112,13 @@ def export(
 
 def _find_spec(model: nn.Module, base: str | None, base_args: Mapping[str, object] | None) -> Spec:
     """Return the model's spec, with its base."""
-    kind = type(model).__name__
-    if hasattr(model, "_orig_mod"):
-        raise ArtifactError.at(
-            kind, got="a compiled model", needed="the model that it was made of", remedy="export(model._orig_mod, ...)"
-        )
-    spec = getattr(model, "autoslim", None)
-    if not isinstance(spec, Spec):
-        raise ArtifactError.at(
-            kind,
-            got="no spec" if spec is None else f"an `autoslim` attribute {reprlib.repr(spec)}, which is no spec",
-            needed="a slim model, with its spec as `autoslim` attribute",
-            remedy="use supernet.extract(widths), and unwrap DistributedDataParallel or a compiled model first",
-        )
+    kind, spec = type(model).__name__, require_spec(model)
     if isinstance(getattr(model, "feature_info", None), FeatureInfo):
         raise ArtifactError.at(
             kind,
             got="a backbone (features_only=True), which no folder describes",
             needed="the model that it is made of",
-            remedy="slim and export that, and load it with features_only=True, or keep widths and state_dict yourself",
+            remedy="slim and export that, and load it with features_only=True, or write this one by timm_autoslim.save",
         )
     if base_args is not None and not isinstance(base_args, Mapping):
         raise ArtifactError.at("base_args", got=reprlib.repr(base_args), needed="a mapping from names of arguments")
@@ -139,36 +130,22 @@ def _find_spec(model: nn.Module, base: str | None, base_args: Mapping[str, objec
             kind,
             got="a spec without a base",
             needed="the name that creates the model before slimming",
-            remedy="pass base= (a timm name or 'torchvision/NAME') and base_args= to export() or convert()",
+            remedy="pass base= (a timm name or 'torchvision/NAME') and base_args= to export() or convert(); "
+            f"{advise(model)}",
         )
     return spec
 
 
-def _refuse_without_numbers(model: nn.Module) -> None:
-    for name, tensor in model.state_dict().items():
-        if tensor.is_meta or tensor.isnan().any():
-            got = "a tensor on the meta device" if tensor.is_meta else "weights that are NaN"
-            raise ArtifactError.at(name, got=got, needed="numbers", remedy="export a model that works")
-
-
-def _refuse_stale(model: nn.Module, spec: Spec, size: Sequence[int]) -> None:
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    batches = {name: int(m.num_batches_tracked) for name, m in norms.items() if m.num_batches_tracked is not None}
-    stale = {name: count for name, count in batches.items() if count < 1}
-    if not spec.sizes or not stale:
-        return
-    # What calibrate() does not reach does not run in evaluation either. It is the parent that counts: it may use the
-    # tensors of its BatchNorm without calling it.
-    unused = find_unused_modules(model, size)
-    for name, count in stale.items():
-        if name.rpartition(".")[0] not in unused:
-            raise StaleStatisticsError.at(
-                name,
-                got="BatchNorm statistics that are those of the widest subnet, or were "
-                f"{1 - count} batches of training short of being this narrower model's",
-                needed="statistics of this model",
-                remedy="call timm_autoslim.calibrate(model, batches), or fine-tune it for longer, before export",
-            )
+def _refuse_failing(model: nn.Module, spec: Spec, size: Sequence[int]) -> None:
+    """Raise ArtifactError for a model that takes no image, though its base does."""
+    failure = find_failure(model, lambda: create_meta_base(spec.require_base(), **spec.copy_arguments()), size)
+    if failure:
+        raise ArtifactError.at(
+            type(model).__name__,
+            got=f"a forward that raises {failure}",
+            needed="one that takes images, as the base's does",
+            remedy="if this was a part of another model, which left out its head, call reset_classifier(0) on it first",
+        )
 
 
 def _rebuild(model: nn.Module, spec: Spec) -> tuple[nn.Module, dict[str, Any]]:

@@ -185,9 +185,14 @@ def check_weights(
             raise _make_error(
                 header.path, f"{reprlib.repr(name)}: {got}", f"{needed}, as config.json describes the model"
             )
-        kind = header.dtypes[name]
-        if kind not in (FLOATS if tensor.is_floating_point() else INTEGERS):
-            raise _make_error(header.path, f"{name!r} of type {kind}", f"numbers like {tensor.dtype}")
+        if not is_kind(header.dtypes[name], tensor):
+            got = f"{name!r} of type {header.dtypes[name]}"
+            raise _make_error(header.path, got, f"numbers like {tensor.dtype}")
+
+
+def is_kind(dtype: str, tensor: Tensor) -> bool:
+    """Whether a type, in safetensors' notation, is of the kind of a tensor's: floating point or integers."""
+    return dtype in (FLOATS if tensor.is_floating_point() else INTEGERS)
 
 
 def _list_names(value: str | Sequence[str] | None) -> tuple[str, ...]:

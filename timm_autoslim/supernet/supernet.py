@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_autoslim.artifact.parts import describe_parts
 from timm_autoslim.artifact.preparation import find_image_size, write_input_size
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import WidthError
@@ -231,8 +232,9 @@ class Supernet(nn.Module):
     def extract(self, widths: Widths | None = None) -> nn.Module:
         """Return the subnet as an ordinary model of the same type, with weights of its own.
 
-        Its attribute `autoslim` is its spec: how it differs from its base. Its `pretrained_cfg` says the size of the
-        images that the supernet was traced with, for timm, `export` and its card.
+        Its attribute `autoslim` is its spec: how it differs from its base. Models of timm in it have such specs too, so
+        that `export(model.body, folder)` works. Its `pretrained_cfg` says the size of the images that the supernet was
+        traced with, for timm, `export` and its card.
 
         A narrower subnet has the widest's BatchNorm statistics, which are not its own. `num_batches_tracked` marks
         them: it is 0 or less until `calibrate`, or training for as many batches as leave them a hundredth (44 at a
@@ -266,6 +268,7 @@ class Supernet(nn.Module):
                     tracked.fill_(1 - _batches_to_own(getattr(module, "momentum", None)))
         spec = self._spec.narrow(slices, saved=set(self.model.state_dict()), widths=widths.to_dict())
         model.autoslim = spec  # type: ignore[assignment]
+        describe_parts(model, slices, widths.to_dict(), self._trace.input_shapes)
         size = find_image_size(self._trace.example)
         if size and (spec.base is not None or isinstance(getattr(model, "pretrained_cfg", None), Mapping)):
             write_input_size(model, size)

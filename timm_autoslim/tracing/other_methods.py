@@ -39,7 +39,6 @@ def counts_channels(name: str) -> bool:
     return words.isdisjoint(_OTHERS) and not words.isdisjoint(wanted)
 
 
-@cache
 def list_names_read(cls: type) -> frozenset[str]:
     """Return the names that methods of a class mention which neither the constructor nor the forward calls."""
     methods: dict[str, set[str]] = {}
@@ -92,7 +91,7 @@ class Surroundings:
         (`groups`) follows that one.
         """
         modules = list(self.model.named_modules())
-        read = frozenset[str]().union(*map(list_names_read, {type(module) for _, module in modules}))
+        read = frozenset(name for kind in {type(module) for _, module in modules} for name in list_names_read(kind))
         bound = {use.path for use in self.uses}
         for path, module in modules:
             if type(module).__module__.startswith("torch."):

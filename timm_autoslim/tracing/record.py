@@ -159,6 +159,7 @@ class LabelRecorder(Recorder):
 
     Attributes:
         last_path, last_shapes: the module that was entered last, and the shapes of its input tensors.
+        input_shapes: by module with a `pretrained_cfg`, the shape of the first tensor that it got last.
         used_ids: ids of the tensors that an operator or function read.
         scales: it follows the numbers that multiply attention scores.
     """
@@ -185,6 +186,7 @@ class LabelRecorder(Recorder):
         super().__init__(model, flow.stack, data)
         self.flow, self.foreign_ids, self.describer = flow, foreign_ids, describer
         self.last_path, self.last_shapes = "", list[tuple[int, ...]]()
+        self.input_shapes: dict[str, tuple[int, ...]] = {}
         self.used_ids: set[int] = set()
         tensors = named_tensors(model)
         self._names = {id(tensor): name for name, tensor in tensors.items()}
@@ -238,6 +240,8 @@ class LabelRecorder(Recorder):
         tensors = collect_tensors([args, kwargs])
         self.last_path, self.last_shapes = path, [tuple(t.shape) for t in tensors]
         if tensors:
+            if hasattr(module, "pretrained_cfg"):
+                self.input_shapes[path] = tuple(tensors[0].shape)
             self.describer.enter(path, module, self.flow.get_labels(tensors[0]))
 
     def leave(self, path: str, module: nn.Module, out: Any) -> None:

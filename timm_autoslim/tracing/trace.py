@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class Trace:
         example: the example on the meta device.
         written: paths of attributes that hold integers, and that the forward changes.
         constants: the numbers that multiply attention scores over channels that can shrink, and that stay, in words.
+        input_shapes: by module with a `pretrained_cfg`, the shape of its first input.
     """
 
     graph: ChannelGraph
@@ -54,6 +55,7 @@ class Trace:
     example: Any
     written: frozenset[str] = frozenset()
     constants: tuple[str, ...] = ()
+    input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 class Tracer:
@@ -142,7 +144,8 @@ class Tracer:
         positional = len(example) if isinstance(example, tuple) else 0 if isinstance(example, Mapping) else 1
         example, written = make_meta_example(example, 1), frozenset(self.written)
         constants = tuple(dict.fromkeys(self._list_constants(graph)))
-        return Trace(graph, unruled, (*notes, *repairs), positional, example, written, constants)
+        shapes = self.recorder.input_shapes
+        return Trace(graph, unruled, (*notes, *repairs), positional, example, written, constants, shapes)
 
     def _list_constants(self, graph: ChannelGraph) -> Iterator[str]:
         """Yield the numbers that multiply attention scores and are no scale, where the channels can shrink."""

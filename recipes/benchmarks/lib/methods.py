@@ -18,6 +18,7 @@ _COMMON = frozenset(dir(nn.Module)) | frozenset(dir(nn.Sequential)) | frozenset(
 # How far outputs may move when BatchNorm is folded into weights, as a share of the largest output: those of a base that
 # keeps its outputs, and those of its slim models.
 KEPT, KEPT_BY_SLIM = 2e-5, 2e-4
+DRAWING = ("init", "reset_parameters", "reset_running")  # in names of methods that set weights or statistics anew
 CLASSES = 7
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -152,7 +153,7 @@ def _run_after(model: nn.Module, before: list[Tensor], call: Call, images: Tenso
             return describe(features.forward_intermediates(inputs, indices=[0], intermediates_only=True)), {}
     if call.method in ("set_distilled_training", "set_grad_checkpointing"):
         outputs = model.train()(inputs)
-        sum(out.float().mean() for out in _flatten(outputs)).backward()
+        torch.autograd.backward(torch.stack([out.float().mean() for out in _flatten(outputs)]).sum())
         trained = [p.grad is not None for p in model.parameters() if p.requires_grad]
         return describe(outputs), {"parameters with gradients": sum(trained)}
     with torch.no_grad():
@@ -160,7 +161,10 @@ def _run_after(model: nn.Module, before: list[Tensor], call: Call, images: Tenso
     after, change = _flatten(outputs), math.inf
     if [a.shape for a in after] == [b.shape for b in before]:
         change = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(after, before, strict=True))
-    return describe(outputs), {"change": change, "tensors": len(model.state_dict())}
+    facts: dict[str, float] = {"tensors": len(model.state_dict())}
+    if not any(word in call.method for word in DRAWING):
+        facts["change"] = change
+    return describe(outputs), facts
 
 
 def _flatten(value: Any) -> list[Tensor]:

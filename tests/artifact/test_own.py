@@ -1,0 +1,186 @@
+"""Slim models of any class: saved to a folder, and made again of a freshly built original."""
+
+import json
+
+import pytest
+import timm
+import torch
+from helpers.models import randomise
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import timm_autoslim
+from timm_autoslim import calibrate, convert, load, save
+from timm_autoslim.errors import ArtifactError, OutputExistsError, StaleStatisticsError
+
+IMAGES = torch.randn(4, 3, 16, 16)
+
+
+class Attention(nn.Module):
+    """Attention whose scale is a divisor, an attribute of the power +0.5."""
+
+    def __init__(self, dim, heads=2):
+        super().__init__()
+        self.heads, self.head_dim, self.root = heads, dim // heads, (dim // heads) ** 0.5
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        n, length, _ = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        out = (q @ k.transpose(-2, -1) / self.root).softmax(-1) @ v
+        return self.proj(out.transpose(1, 2).reshape(n, length, self.heads * self.head_dim))
+
+
+class Net(nn.Module):
+    """Two heads on a tower with attention, an auxiliary head in training, and a table that no checkpoint holds."""
+
+    def __init__(self, classes=5):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16)
+        self.wide = nn.Conv2d(16, 32, 3, 2, 1, groups=2)
+        self.attention = Attention(32)
+        self.aux = nn.Sequential(nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8))
+        self.first, self.second = nn.Linear(32, classes), nn.Linear(32, 2)
+        self.register_buffer("table", torch.linspace(0, 1, 16)[:, None, None], persistent=False)
+
+    def forward(self, x):
+        x = self.norm(self.stem(x)).relu() + self.table
+        aux = self.aux(x).mean((2, 3)) if self.training else None
+        h = self.attention(self.wide(x).relu().flatten(2).transpose(1, 2)).mean(1)
+        out = {"first": self.first(h), "second": self.second(h)}
+        return {**out, "aux": aux} if self.training else out
+
+
+def build(**arguments):
+    torch.manual_seed(1)
+    return Net(**arguments)
+
+
+def make_slim(share=0.5, trained=True):
+    supernet = convert(randomise(build()), IMAGES[:1])
+    slim = supernet.extract(supernet.space.uniform(share))
+    if trained:
+        for module in slim.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.num_batches_tracked.fill_(1)
+    return slim
+
+
+def equal(model, other):
+    with torch.no_grad():
+        ours, others = model.eval()(IMAGES), other.eval()(IMAGES)
+    return all(torch.equal(ours[key], others[key]) for key in ("first", "second"))
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_a_saved_model_is_made_again_of_a_fresh_original(share, tmp_path):
+    slim, original = make_slim(share), build()
+    loaded = load(save(slim, tmp_path / "slim"), original)
+    assert loaded is original
+    assert equal(loaded, slim)
+    assert loaded.autoslim == slim.autoslim
+    assert loaded.attention.head_dim == slim.attention.head_dim
+    assert loaded.attention.root == slim.attention.root
+    assert {p.name for p in (tmp_path / "slim").iterdir()} == {"config.json", "model.safetensors"}
+    again = load(save(loaded, tmp_path / "again"), build())
+    assert equal(again, slim)
+
+
+def test_a_model_of_another_type_and_mode_keeps_them(tmp_path):
+    folder = save(make_slim(), tmp_path / "slim")
+    original = build().double().eval().requires_grad_(False)
+    loaded = load(folder, original)
+    assert loaded.stem.weight.dtype == torch.float64
+    assert not loaded.training
+    assert not loaded.stem.weight.requires_grad
+
+
+def test_a_layer_without_statistics_is_refused_unless_it_does_not_run(tmp_path):
+    slim = make_slim(trained=False)
+    with pytest.raises(StaleStatisticsError, match=r"calibrate"):
+        save(slim, tmp_path / "slim")
+    calibrate(slim, [IMAGES])
+    with pytest.raises(StaleStatisticsError, match=r"aux\.1: .*example_input"):
+        save(slim, tmp_path / "slim")
+    assert not (tmp_path / "slim").exists()
+    assert equal(load(save(slim, tmp_path / "slim", example_input=IMAGES), build()), slim)
+
+
+def test_an_original_of_another_shape_is_refused_and_stays(tmp_path):
+    folder, original = save(make_slim(), tmp_path / "slim"), build(classes=6)
+    before = {name: value.clone() for name, value in original.state_dict().items()}
+    with pytest.raises(ArtifactError, match=r"first\.(weight|bias).*got shape .*nothing was loaded"):
+        load(folder, original)
+    assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
+    assert not hasattr(original, "autoslim")
+    with pytest.raises(ArtifactError, match=r"which has none of this name"):
+        load(folder, nn.Linear(2, 2))
+
+
+def change_spec(folder, change):
+    content = json.loads((folder / "config.json").read_text())
+    change(content)
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["spec"]["sizes"].update({"stem.weight": [99, None, None, None]}), "sizes.stem.weight"),
+        (lambda c: c["spec"]["attributes"].update({"attention.root": 7.7}), "attention.root"),
+        (lambda c: c["spec"]["attributes"].update({"attention.head_dim": 99}), "attention.head_dim"),
+        (lambda c: c["spec"]["attributes"].update({"__class__": 3}), "__class__"),
+        (lambda c: c.pop("spec"), "timm_autoslim.save"),
+        (lambda c: c.update(kind="other"), "timm_autoslim.save"),
+        (lambda c: c.update(model_args={}), "create_model"),
+    ],
+)
+def test_a_folder_that_says_something_else_is_refused(change, message, tmp_path):
+    folder = save(make_slim(), tmp_path / "slim")
+    change_spec(folder, change)
+    with pytest.raises(ArtifactError, match=message):
+        load(folder, build())
+
+
+def test_weights_that_are_not_the_model_s_are_refused(tmp_path):
+    folder = save(make_slim(), tmp_path / "slim")
+    weights = load_file(folder / "model.safetensors")
+    save_file({**weights, "further": torch.zeros(2)}, folder / "model.safetensors")
+    with pytest.raises(ArtifactError, match=r"further.*needed: no such tensor"):
+        load(folder, build())
+    weights["first.bias"] = weights["first.bias"].long()
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ArtifactError, match=r"first\.bias.*I64.*numbers like torch.float32"):
+        load(folder, build())
+
+
+def test_what_cannot_be_saved_is_told(tmp_path):
+    with pytest.raises(ArtifactError, match=r"no spec.*supernet\.extract"):
+        save(build(), tmp_path / "slim")
+    slim = make_slim()
+    slim.attention = Attention(32)
+    with pytest.raises(ArtifactError, match=r"attention.*as in the model that was extracted"):
+        save(slim, tmp_path / "slim")
+    slim = make_slim()
+    slim.first.weight.data[0] = float("nan")
+    with pytest.raises(ArtifactError, match=r"first\.weight.*NaN"):
+        save(slim, tmp_path / "slim")
+    save(make_slim(), tmp_path / "slim")
+    with pytest.raises(OutputExistsError):
+        save(make_slim(), tmp_path / "slim")
+    with pytest.raises(ArtifactError, match=r"meta"):
+        load(tmp_path / "slim", build().to("meta"))
+
+
+def test_a_timm_model_is_saved_too(tmp_path):
+    def create():
+        return timm.create_model("resnet10t", channels=(16, 24, 32, 40), stem_width=8, num_classes=3)
+
+    supernet = convert(create(), torch.zeros(1, 3, 32, 32))
+    slim = supernet.extract(supernet.space.uniform(0.5))
+    calibrate(slim, [IMAGES])
+    loaded = load(save(slim, tmp_path / "slim"), create())
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(IMAGES), slim.eval()(IMAGES))
+    assert loaded.num_features == slim.num_features
+    assert timm_autoslim.load is load

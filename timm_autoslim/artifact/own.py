@@ -1,0 +1,185 @@
+"""Slim models of any class: a folder of widths, sizes and weights, which is applied to a freshly built original."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from timm_autoslim.artifact.apply import SCALES, find_slices
+from timm_autoslim.artifact.compare import find_unused_modules
+from timm_autoslim.artifact.drafts import create_folder, refuse_existing
+from timm_autoslim.artifact.folder import CONFIG, WEIGHTS, Header, is_kind, read_header, read_json
+from timm_autoslim.artifact.parts import describe_parts
+from timm_autoslim.artifact.refusals import refuse_stale, refuse_without_numbers, require_spec
+from timm_autoslim.artifact.spec import Spec
+from timm_autoslim.errors import ArtifactError
+from timm_autoslim.slicing.slices import Slices, shrink_model
+from timm_autoslim.utils.arguments import check_module, check_path
+from timm_autoslim.utils.files import replace_file
+
+KIND = "timm_autoslim.save"  # what config.json says of itself
+M = TypeVar("M", bound=nn.Module)
+
+
+def save(model: nn.Module, out: str | Path, *, example_input: Any = None) -> Path:
+    """Write a slim model of any class to a new folder, from which `load` makes it again.
+
+    The folder holds `config.json`, which says how the model differs from its original, and the weights as safetensors.
+    It appears at once or not at all. `export` writes folders that need no original, of timm's and torchvision's models.
+
+    Args:
+        model: a slim model, as `supernet.extract` returns it, fine-tuned or calibrated.
+        out: the folder to create.
+        example_input: inputs as `convert` takes them. With them a BatchNorm that does not run in evaluation, such as
+            one of an auxiliary head, need not have statistics of its own.
+
+    Returns:
+        The folder's path.
+
+    Raises:
+        OutputExistsError: `out` exists.
+        StaleStatisticsError: BatchNorm statistics of a narrowed model are not its own.
+        ArtifactError: the model has no spec or was changed since it got it, has weights that are NaN or on the meta
+            device, or a state that safetensors cannot hold.
+
+    Example:
+        >>> import tempfile, timm, torch
+        >>> from timm_autoslim import convert, load, save
+        >>> def build():
+        ...     return torch.nn.Sequential(timm.create_model("resnet10t", num_classes=0), torch.nn.Linear(512, 3))
+        >>> supernet = convert(build(), torch.zeros(1, 3, 32, 32))
+        >>> slim = supernet.extract()
+        >>> with tempfile.TemporaryDirectory() as runs:
+        ...     folder = save(slim, f"{runs}/slim")
+        ...     again = load(folder, build())
+        >>> torch.equal(again[1].weight, slim[1].weight)
+        True
+    """
+    folder = check_path("out", out, ArtifactError)
+    refuse_existing(folder)
+    spec = require_spec(model)
+    refuse_without_numbers(model)
+    _refuse_changes(model, spec)
+    if example_input is None:
+        refuse_stale(model, spec, set, "before save; give example_input= if the layer does not run in evaluation")
+    else:
+        refuse_stale(model, spec, lambda: find_unused_modules(model, [example_input]), "before save")
+    # clones: safetensors refuses tensors that share memory, and tied parameters need both of their names
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    content = {"kind": KIND, "class": type(model).__name__, "spec": spec.to_dict()}
+    with create_folder(folder) as draft:
+        with replace_file(draft / WEIGHTS) as part:  # gives it the rights that any new file has
+            try:
+                save_file(tensors, part, metadata={"format": "pt"})
+            except (SafetensorError, ValueError, KeyError) as error:
+                got = f"a state that safetensors cannot hold ({type(error).__name__}: {str(error)[:200]})"
+                raise ArtifactError.at(type(model).__name__, got=got, needed="tensors of numbers") from error
+        (draft / CONFIG).write_text(f"{json.dumps(content, indent=2, allow_nan=False)}\n", encoding="utf-8")
+        _prove_folder(draft, spec, tensors)
+    return folder
+
+
+def load(folder: str | Path, model: M) -> M:
+    """Make a freshly built original the slim model that a folder of `save` holds: its widths, and its weights.
+
+    Everything is checked before anything changes, so folders from strangers are safe to load: they hold no code.
+
+    Args:
+        folder: as `save` wrote it.
+        model: built as the model that was converted, on any device; changed in place.
+
+    Returns:
+        The same model, with its spec as `autoslim` attribute.
+
+    Raises:
+        ArtifactError: a file is missing or malformed, or does not fit the model, which is then unchanged.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from timm_autoslim import convert, load, save
+        >>> def build():
+        ...     return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> supernet = convert(build(), torch.zeros(1, 4))
+        >>> slim = supernet.extract(supernet.space.uniform(0.5))
+        >>> with tempfile.TemporaryDirectory() as runs:
+        ...     again = load(save(slim, f"{runs}/slim"), build())
+        >>> again[0].weight.shape, torch.equal(again(torch.ones(1, 4)), slim(torch.ones(1, 4)))
+        (torch.Size([4, 4]), True)
+    """
+    place = check_path("folder", folder, ArtifactError)
+    check_module("model", model, ArtifactError)
+    spec, header = _read_config(place / CONFIG), read_header(place / WEIGHTS)
+    if any(isinstance(t, Tensor) and t.is_meta for t in model.state_dict().values()):
+        raise ArtifactError.at("model", got="one on the meta device", needed="a model with data")
+    slices = find_slices(model, spec.sizes, spec.attributes, SCALES)
+    _check_header(header, model, slices)
+    shrink_model(model, slices)
+    model.load_state_dict(load_file(header.path))
+    model.autoslim = spec  # type: ignore[assignment]
+    describe_parts(model, slices, spec.widths)
+    return model
+
+
+def _read_config(path: Path) -> Spec:
+    """Return the spec in a config.json that `save` wrote."""
+    content = read_json(path)
+    remedy = "nothing was loaded"
+    if isinstance(content, Mapping) and "model_args" in content:
+        got, remedy = "that of an exported folder", "timm.create_model('local-dir:FOLDER', pretrained=True) loads those"
+        raise ArtifactError.at(str(path), got=got, needed="that of timm_autoslim.save", remedy=remedy)
+    if not isinstance(content, Mapping) or content.get("kind") != KIND or "spec" not in content:
+        raise ArtifactError.at(str(path), got="other JSON", needed="that of timm_autoslim.save", remedy=remedy)
+    return Spec.parse(content["spec"])
+
+
+def _check_header(header: Header, model: nn.Module, slices: Slices) -> None:
+    """Raise ArtifactError where a file's tensors are not those of the model with these slices."""
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for name in (*state, *(header.shapes.keys() - state.keys())):
+        tensor, got, needed = state.get(name), "no such tensor", "no such tensor"
+        if name in header.shapes:
+            got = f"shape {header.shapes[name]} of type {header.dtypes[name]}"
+        if tensor is not None:
+            axes = slices.tensors.get(name, (None,) * tensor.dim())
+            pairs = zip(tensor.shape, axes, strict=True)
+            shape = tuple(n if runs is None else sum(length for _, length in runs) for n, runs in pairs)
+            needed = f"shape {shape} and numbers like {tensor.dtype}"
+            if header.shapes.get(name) == shape and is_kind(header.dtypes[name], tensor):
+                continue
+        raise ArtifactError.at(
+            f"{header.path}: {name[:200]!r}",
+            got=got,
+            needed=f"{needed}, as config.json and the model say",
+            remedy="nothing was loaded; give load() the original, built as it was for convert()",
+        )
+
+
+def _refuse_changes(model: nn.Module, spec: Spec) -> None:
+    """Raise ArtifactError where a tensor no longer has the sizes that the spec says."""
+    for name, tensor in model.state_dict().items():
+        sizes = spec.sizes.get(name, (None,) * tensor.dim())
+        lengths = [s if s is None or isinstance(s, int) else sum(n for _, n in s) for s in sizes]
+        expected = tuple(n if s is None else s for s, n in zip(lengths, tensor.shape, strict=False))
+        if len(sizes) != tensor.dim() or expected != tuple(tensor.shape):
+            raise ArtifactError.at(
+                name,
+                got=f"shape {tuple(tensor.shape)}",
+                needed=f"{lengths}, with any size for None, as in the model that was extracted",
+                remedy="undo changes by hand before save(), and make them on the loaded model",
+            )
+
+
+def _prove_folder(draft: Path, spec: Spec, tensors: Mapping[str, Tensor]) -> None:
+    """Read what was written, and compare it with what should have been."""
+    read = load_file(draft / WEIGHTS)
+    differing = [n for n, t in tensors.items() if not (n in read and torch.equal(read[n], t))]
+    if _read_config(draft / CONFIG) != spec or differing or len(read) != len(tensors):
+        got = f"other content, in {differing[0] if differing else CONFIG}, when the folder was read again"
+        raise ArtifactError.at(str(draft), got=got, needed="what was written", remedy="check the disk")

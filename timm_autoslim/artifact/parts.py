@@ -1,0 +1,61 @@
+"""The parts of a model that are models of timm or torchvision themselves: each gets a spec of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torchvision
+from timm.models import FeatureInfo
+from torch import nn
+
+from timm_autoslim.artifact.preparation import write_input_size
+from timm_autoslim.artifact.spec import Spec, derive_spec
+from timm_autoslim.slicing.slices import Slices
+
+
+def list_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the parts, by path: timm's have a `pretrained_cfg`, torchvision's are of one of its model classes."""
+    for path, module in model.named_modules():
+        kind = type(module)
+        named = isinstance(getattr(module, "pretrained_cfg", None), Mapping)
+        if path and (named or getattr(torchvision.models, kind.__name__, None) is kind):
+            yield path, module
+
+
+def describe_parts(
+    model: nn.Module, slices: Slices, widths: Mapping[str, int], shapes: Mapping[str, Sequence[int]] | None = None
+) -> None:
+    """Give every part a spec as `autoslim` attribute, so that `export(model.body, folder)` works.
+
+    Args:
+        model: a slim model.
+        slices: what it keeps of its original.
+        widths: the width of each channel group.
+        shapes: by path, the shape (N, C, H, W) of a part's images, which its `pretrained_cfg` then says.
+    """
+    for path, part in list_parts(model):
+        prefix = f"{path}."
+        of_part = Slices(_cut(slices.tensors, prefix), _cut(slices.attributes, prefix))
+        spec = derive_spec(part).narrow(of_part, saved=set(part.state_dict()), widths=_cut(widths, prefix))
+        part.autoslim = spec  # type: ignore[assignment]
+        shape = (shapes or {}).get(path, ())
+        if len(shape) == 4 and isinstance(getattr(part, "pretrained_cfg", None), Mapping):
+            write_input_size(part, shape[1:])
+
+
+def advise(model: nn.Module) -> str:
+    """Say which parts of a model can be exported, and how the model itself is written, which no name creates."""
+    calls = []
+    for path, part in list_parts(model):
+        spec: Any = getattr(part, "autoslim", None)
+        if isinstance(spec, Spec) and not isinstance(getattr(part, "feature_info", None), FeatureInfo):
+            place = f"model.{path}" if path.isidentifier() else f"model.get_submodule({path!r})"
+            calls.append(f"export({place}, folder{', base=...' if spec.base is None else ''})")
+    rest = "timm_autoslim.save(model, folder) writes a model of any class"
+    return f"{' or '.join(calls[:3])} exports a part; {rest}" if calls else rest
+
+
+def _cut(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Return the values whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}

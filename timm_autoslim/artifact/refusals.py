@@ -1,0 +1,71 @@
+"""What is refused before a slim model is written: a model without a spec, without numbers, or with old statistics."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable
+
+from torch import nn
+
+from timm_autoslim.artifact.spec import Spec
+from timm_autoslim.errors import ArtifactError, StaleStatisticsError
+
+
+def require_spec(model: nn.Module) -> Spec:
+    """Return the spec of a slim model.
+
+    Raises:
+        ArtifactError: the model is compiled, or has none.
+    """
+    kind = type(model).__name__
+    if hasattr(model, "_orig_mod"):
+        raise ArtifactError.at(
+            kind, got="a compiled model", needed="the model that it was made of", remedy="pass model._orig_mod"
+        )
+    spec = getattr(model, "autoslim", None)
+    if not isinstance(spec, Spec):
+        raise ArtifactError.at(
+            kind,
+            got="no spec" if spec is None else f"an `autoslim` attribute {reprlib.repr(spec)}, which is no spec",
+            needed="a slim model, with its spec as `autoslim` attribute",
+            remedy="use supernet.extract(widths), and unwrap DistributedDataParallel or a compiled model first",
+        )
+    return spec
+
+
+def refuse_without_numbers(model: nn.Module) -> None:
+    """Raise ArtifactError for a tensor on the meta device, or with NaN in it."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta or tensor.isnan().any():
+            got = "a tensor on the meta device" if tensor.is_meta else "weights that are NaN"
+            raise ArtifactError.at(name, got=got, needed="numbers", remedy="export a model that works")
+
+
+def refuse_stale(
+    model: nn.Module, spec: Spec, find_unused: Callable[[], set[str]], advice: str = "before export"
+) -> None:
+    """Raise StaleStatisticsError for a BatchNorm whose statistics are not those of this narrower model.
+
+    Args:
+        model: the slim model.
+        spec: its spec.
+        find_unused: returns the paths of the modules that do not run in evaluation.
+        advice: the end of the message.
+    """
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    batches = {name: int(m.num_batches_tracked) for name, m in norms.items() if m.num_batches_tracked is not None}
+    stale = {name: count for name, count in batches.items() if count < 1}
+    if not spec.sizes or not stale:
+        return
+    # What calibrate() does not reach does not run in evaluation either. It is the parent that counts: it may use the
+    # tensors of its BatchNorm without calling it.
+    unused = find_unused()
+    for name, count in stale.items():
+        if name.rpartition(".")[0] not in unused:
+            raise StaleStatisticsError.at(
+                name,
+                got="BatchNorm statistics that are those of the widest subnet, or were "
+                f"{1 - count} batches of training short of being this narrower model's",
+                needed="statistics of this model",
+                remedy=f"call timm_autoslim.calibrate(model, batches), or fine-tune it for longer, {advice}",
+            )
