@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from timm_autoslim.artifact.compare import find_difference, find_unused_modules
+from timm_autoslim.artifact.compare import find_difference, find_failure, find_unused_modules, make_images
 
 
 class Fixed(nn.Module):
@@ -75,9 +75,16 @@ class Headed(Fixed):
 
 def test_modules_that_run_in_training_alone_are_unused():
     model = Headed().train()
-    assert find_unused_modules(model, (3, 200, 200)) == {"head"}
+    assert find_unused_modules(model, make_images((3, 200, 200))) == {"head"}
     assert model.training
-    assert find_unused_modules(model, (3, 64, 64)) == set()  # it takes none
+    assert find_unused_modules(model, make_images((3, 64, 64))) == set()  # it takes none
+
+
+def test_a_model_fails_where_its_base_runs():
+    assert find_failure(Fixed(), Fixed, (3, 200, 200)) == ""
+    assert find_failure(Fixed(side=210), Fixed, (3, 200, 200)) == "ValueError: not that size"
+    assert find_failure(Fixed(side=210), lambda: Fixed().to("meta"), (3, 200, 200)) == "ValueError: not that size"
+    assert find_failure(Fixed(side=210), lambda: Fixed(side=210), (3, 200, 200)) == ""  # neither runs
 
 
 def test_weights_at_zero_hide_nothing():

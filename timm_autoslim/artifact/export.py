@@ -91,7 +91,6 @@ def export(
         rebuilt, changes = _rebuild(model, spec)
         config = _make_config(model, rebuilt, spec, changes)
         size = config.data.input_size
-        _refuse_failing(model, spec, size)
         refuse_stale(model, spec, lambda: find_unused_modules(model, make_images(size)))
         # clones: safetensors refuses tensors that share memory, and tied parameters need both of their names
         tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
@@ -112,7 +111,7 @@ def export(
 
 def _find_spec(model: nn.Module, base: str | None, base_args: Mapping[str, object] | None) -> Spec:
     """Return the model's spec, with its base."""
-    kind, spec = type(model).__name__, require_spec(model)
+    kind, spec = type(model).__name__, require_spec(model, "export")
     if isinstance(getattr(model, "feature_info", None), FeatureInfo):
         raise ArtifactError.at(
             kind,
@@ -190,6 +189,7 @@ def _prove_folder(
             needed="the same model",
             remedy=_advise(spec),
         )
+    _refuse_failing(model, spec, size)
 
 
 def _advise(spec: Spec) -> str:

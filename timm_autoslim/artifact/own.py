@@ -64,7 +64,7 @@ def save(model: nn.Module, out: str | Path, *, example_input: Any = None) -> Pat
     """
     folder = check_path("out", out, ArtifactError)
     refuse_existing(folder)
-    spec = require_spec(model)
+    spec = require_spec(model, "save")
     refuse_without_numbers(model)
     _refuse_changes(model, spec)
     if example_input is None:

@@ -11,8 +11,12 @@ from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import ArtifactError, StaleStatisticsError
 
 
-def require_spec(model: nn.Module) -> Spec:
+def require_spec(model: nn.Module, function: str) -> Spec:
     """Return the spec of a slim model.
+
+    Args:
+        model: the model.
+        function: what is called with it, for messages.
 
     Raises:
         ArtifactError: the model is compiled, or has none.
@@ -20,7 +24,10 @@ def require_spec(model: nn.Module) -> Spec:
     kind = type(model).__name__
     if hasattr(model, "_orig_mod"):
         raise ArtifactError.at(
-            kind, got="a compiled model", needed="the model that it was made of", remedy="pass model._orig_mod"
+            kind,
+            got="a compiled model",
+            needed="the model that it was made of",
+            remedy=f"{function}(model._orig_mod, ...)",
         )
     spec = getattr(model, "autoslim", None)
     if not isinstance(spec, Spec):
