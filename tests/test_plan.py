@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -138,6 +139,15 @@ def test_the_library_knows_neither_recipes_nor_their_tools():
             "slimming.figures": {"matplotlib"},
         }
         assert not tops & (foreign - own.get(name, set())), name
+
+
+def test_the_library_imports_all_that_it_requires():
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    required = re.search(r"^dependencies = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)[1]
+    names = [re.match(r"[\w-]+", name)[0].replace("-", "_") for name in re.findall(r'"([^"]+)"', required)]
+    assert len(names) > 5
+    source = "\n".join(path.read_text() for path in files().values())
+    assert [name for name in names if not re.search(rf"^ *(?:import|from) {name}\b", source, re.MULTILINE)] == []
 
 
 def test_the_reader_of_imports_sees_every_kind():

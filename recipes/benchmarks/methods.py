@@ -29,16 +29,13 @@ from timm_autoslim.recipes.benchmarks.lib.methods import compare, list_calls, ru
 from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
 
 
-def randomise(model: nn.Module) -> nn.Module:
-    """Move every weight and statistic away from what constructors set, so that each of them counts."""
+def randomise(model: nn.Module, images: Tensor) -> nn.Module:
+    """Move weights away from what constructors set, so that each of them counts, and measure the statistics."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.03)
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
-                module.running_mean.normal_(0, 0.1)
-                module.get_buffer("running_var").uniform_(0.5, 1.5)
+    calibrate(model, [images])
     return model.eval()
 
 
@@ -49,7 +46,8 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any], Tensor]:
     arguments = {"num_classes": 10, **{k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}}
     if "img_size" in inspect.signature(type(create_meta_base(name, **arguments)).__init__).parameters:
         arguments["img_size"] = side
-    return randomise(create_base(name, **arguments)), arguments, torch.randn(2, 3, side, side)
+    images = torch.randn(2, 3, side, side)
+    return randomise(create_base(name, **arguments), images), arguments, images
 
 
 def narrow(name: str, model: nn.Module, arguments: dict[str, Any], images: Tensor) -> tuple[nn.Module, nn.Module]:

@@ -129,3 +129,10 @@ def test_only_caches_of_tensors_are_cleared():
 )
 def test_two_slices_of_an_axis_are_one(runs, earlier, expected):
     assert compose_runs(runs, earlier) == expected
+
+
+def test_slices_within_a_module():
+    half = ((0, 4),)
+    slices = Slices({"body.a.weight": (half, None), "body2.b": (half,)}, {"body.a.groups": 4, "groups": 2})
+    assert slices.within("body") == Slices({"a.weight": (half, None)}, {"a.groups": 4})
+    assert slices.within("body.a") == Slices({"weight": (half, None)}, {"groups": 4})

@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_autoslim.artifact.preparation import write_input_size
 from timm_autoslim.artifact.spec import Spec, derive_spec
-from timm_autoslim.slicing.slices import Slices
+from timm_autoslim.slicing.slices import Slices, cut_prefix
 
 
 def list_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -35,9 +35,8 @@ def describe_parts(
         shapes: by path, the shape (N, C, H, W) of a part's images, which its `pretrained_cfg` then says.
     """
     for path, part in list_parts(model):
-        prefix = f"{path}."
-        of_part = Slices(_cut(slices.tensors, prefix), _cut(slices.attributes, prefix))
-        spec = derive_spec(part).narrow(of_part, saved=set(part.state_dict()), widths=_cut(widths, prefix))
+        saved, of_part = set(part.state_dict()), cut_prefix(widths, f"{path}.")
+        spec = derive_spec(part).narrow(slices.within(path), saved, of_part)
         part.autoslim = spec  # type: ignore[assignment]
         shape = (shapes or {}).get(path, ())
         if len(shape) == 4 and isinstance(getattr(part, "pretrained_cfg", None), Mapping):
@@ -54,8 +53,3 @@ def advise(model: nn.Module) -> str:
             calls.append(f"export({place}, folder{', base=...' if spec.base is None else ''})")
     rest = "timm_autoslim.save(model, folder) writes a model of any class"
     return f"{' or '.join(calls[:3])} exports a part; {rest}" if calls else rest
-
-
-def _cut(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Return the values whose names begin with a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}

@@ -16,6 +16,7 @@ from timm_autoslim.slicing.attributes import Value, set_attributes
 from timm_autoslim.slicing.tensors import Axis, copy_slice
 
 M = TypeVar("M", bound=nn.Module)
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class Slices:
     tensors: Mapping[str, tuple[Axis, ...]]
     attributes: Mapping[str, Value]
 
+    def within(self, path: str) -> Slices:
+        """Return what these slices say of one module, by names in that module."""
+        return Slices(cut_prefix(self.tensors, f"{path}."), cut_prefix(self.attributes, f"{path}."))
+
     @cached_property
     def _by_module(self) -> list[tuple[list[str], list[tuple[str, tuple[Axis, ...]]]]]:
         """The tensors by module: the parts of the module's path, and for each of its tensors the name and the axes."""
@@ -38,6 +43,11 @@ class Slices:
             path, _, leaf = name.rpartition(".")
             modules.setdefault(path, []).append((leaf, axes))
         return [(path.split(".") if path else [], members) for path, members in modules.items()]
+
+
+def cut_prefix(values: Mapping[str, V], prefix: str) -> dict[str, V]:
+    """Return the values whose names begin with a prefix, by their names without it."""
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
 def compose_runs(

@@ -10,8 +10,10 @@ from functools import cache
 from types import CodeType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from timm_autoslim.slicing.slices import Slices, extract_model
 from timm_autoslim.tracing.labels import AttributeUse, Label
 
 # Words of names of attributes that count channels (`in_chs`, `dim_out`, `hidden_size`, `c1`), and of some that do not.
@@ -40,7 +42,43 @@ def counts_channels(name: str) -> bool:
 
 
 def list_names_read(cls: type) -> frozenset[str]:
-    """Return the names that methods of a class mention which neither the constructor nor the forward calls."""
+    """Return the names that methods of a class mention, but for the constructor and what the forward calls."""
+    methods = _list_methods(cls)
+    reached = _reach(methods, ("forward",)) | {"__init__"}
+    return frozenset(name for method, names in methods.items() if method not in reached for name in names)
+
+
+def find_refilled(module: nn.Module, slices: Slices) -> set[str]:
+    """Return the buffers that timm's `init_non_persistent_buffers` of a narrower module fills with other numbers.
+
+    timm calls it after a model was built on the meta device. Zeros and indexes, for example, are the same as the wide
+    buffer's slice. Without data only shapes are compared.
+
+    Args:
+        module: a module of the model.
+        slices: what a subnet keeps of it.
+    """
+    if not hasattr(module, "init_non_persistent_buffers"):
+        return set()
+    narrow: Any = extract_model(module, slices)
+    before = {name: buffer.clone() for name, buffer in narrow.named_buffers(recurse=False)}
+    try:
+        with torch.no_grad():
+            narrow.init_non_persistent_buffers()
+    except Exception:  # whatever a method raises that knows the wide sizes alone
+        return set(before)
+    after = dict(narrow.named_buffers(recurse=False))
+    return {name for name, buffer in before.items() if not _is_same(buffer, after.get(name))}
+
+
+def _is_same(buffer: Tensor, other: Tensor | None) -> bool:
+    if other is None or buffer.shape != other.shape:
+        return False
+    return buffer.is_meta or torch.equal(buffer, other)
+
+
+def _list_methods(cls: type) -> dict[str, set[str]]:
+    """Return the methods of a class that are not torch's, each with the names that its code mentions."""
     methods: dict[str, set[str]] = {}
     for owner in cls.__mro__:
         if owner is object or owner.__module__.startswith("torch."):
@@ -49,13 +87,18 @@ def list_names_read(cls: type) -> frozenset[str]:
             function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
             if isinstance(code := getattr(function, "__code__", None), CodeType):
                 methods.setdefault(name, set()).update(_list_code_names(code))
-    reached, waiting = set[str](), ["forward", "__init__"]
+    return methods
+
+
+def _reach(methods: Mapping[str, set[str]], start: Sequence[str]) -> set[str]:
+    """Return the methods that these mention, and which those mention, and so on."""
+    reached, waiting = set[str](), list(start)
     while waiting:
         name = waiting.pop()
         if name in methods and name not in reached:
             reached.add(name)
             waiting += methods[name]
-    return frozenset(name for method, names in methods.items() if method not in reached for name in names)
+    return reached
 
 
 def _list_code_names(code: CodeType) -> Iterator[str]:

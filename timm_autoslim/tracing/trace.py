@@ -19,7 +19,7 @@ from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Label, Vector
 from timm_autoslim.tracing.observe import observe
-from timm_autoslim.tracing.other_methods import Surroundings
+from timm_autoslim.tracing.other_methods import Surroundings, find_refilled
 from timm_autoslim.tracing.outer_state import EmptyCaches, with_empty_caches
 from timm_autoslim.tracing.prove import Disagreement, Prover, list_suspects
 from timm_autoslim.tracing.record import LabelRecorder, RunRecord
@@ -129,7 +129,7 @@ class Tracer:
         described = self.describer
         uses = [*self.flow.constraints.attributes, *described.uses]
         described.uses += Surroundings(self.copy, uses, described.inputs, described.outputs, self.labels).find_uses()
-        graph, repairs = self._prove(self._freeze_tables(self._solve()))
+        graph, repairs = self._prove(self._freeze_computed(self._freeze_tables(self._solve())))
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):
                 return Tracer(self.model, self.example, self.keep_output, ["*"]).run(empty_caches)
@@ -275,6 +275,20 @@ class Tracer:
             if label is not None and not strands.isdisjoint(graph.places[name, axis].strand.tolist())
         ]
         return graph.freeze(columns, "the columns of a table that no module computes") if columns else graph
+
+    def _freeze_computed(self, graph: ChannelGraph) -> ChannelGraph:
+        """Freeze buffers that no checkpoint holds, if their module would fill narrower ones with other numbers."""
+        narrow, unsaved = {name for name, _ in graph.lengths}, self.labels.keys() - set(self.copy.state_dict())
+        slices = graph.slices([max(1, n // 2) for n in graph.group_sizes])
+        differing: dict[type, set[str]] = {}  # by class, as many modules may be of one
+        for name in sorted(narrow & unsaved):
+            path, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(path)
+            if type(module) not in differing:
+                differing[type(module)] = find_refilled(module, slices.within(path) if path else slices)
+            if leaf in differing[type(module)]:
+                graph = graph.freeze(self.labels[name], f"{name}: init_non_persistent_buffers computes it again")
+        return graph
 
     def _bind_attention_scales(self) -> None:
         """Bind the numbers that multiply attention scores, and the sizes of heads, to the channels of the heads."""
