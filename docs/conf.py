@@ -60,6 +60,7 @@ Concepts and glossary <docs/concepts>
 :hidden:
 :caption: How to
 
+Slim with one command <docs/howto/slim>
 Slim without training <docs/howto/reconstruct>
 Set budgets <docs/howto/budgets>
 Freeze layers and limit widths <docs/howto/freezing>

@@ -3,29 +3,33 @@
     python recipes/finetune.py runs/digits -c recipes/configs/digits.yaml --network macs-50pct-searched
 
 The network is extracted from the supernet, with the supernet's weights (or fresh ones: --from-scratch), trained on all
-training images, and tested once. RUN/exported/NETWORK then loads through timm.create_model, and holds the accuracies in
-result.json. RUN/finetune/NETWORK holds the flags, summary.csv and checkpoints. Several networks may be fine-tuned at
-the same time, each by a command of its own.
+training images, by their labels and a --teacher, and tested once. RUN/exported/NETWORK then loads through
+timm.create_model, and holds the accuracies in result.json. RUN/finetune/NETWORK holds the flags, summary.csv and
+checkpoints. Several networks may be fine-tuned at the same time, each by a command of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from timm_autoslim import calibrate, export
+from timm_autoslim import DISTILLATION_LOSSES, LayerReconstruction, Supernet, calibrate, export, reconstruct
 from timm_autoslim.errors import OutputExistsError
+from timm_autoslim.recipes.lib.checkpoints import Checkpoints
 from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import load_calibration_batches, make_evaluation_loader, make_training_loader
 from timm_autoslim.recipes.lib.models import (
-    choose_base_args,
+    describe_base,
     describe_input,
     load_supernet,
     make_images,
@@ -39,6 +43,7 @@ from timm_autoslim.recipes.lib.resume import find_start
 from timm_autoslim.recipes.lib.run_folder import read_args, write_args
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.splits import read_all_training
+from timm_autoslim.recipes.lib.teacher import choose_teacher, create_teacher
 from timm_autoslim.recipes.lib.trainer import Backward, Trainer
 from timm_autoslim.recipes.lib.training import make_loss, prepare
 from timm_autoslim.recipes.lib.validation import check_batch, evaluate
@@ -58,17 +63,19 @@ def main(argv: list[str] | None = None) -> None:
         elif (folder / "checkpoints").exists() and not args.resume:
             raise OutputExistsError(f"{folder} holds a training already: add --resume, or remove the folder.")
         else:
-            finetune(accelerator, args, run, network)
+            finetune(accelerator, args, run, network, exported)
     accelerator.end_training()
 
 
-def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, network: Network) -> None:
+def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, network: Network, exported: Path) -> None:
     """Train, test and export one network."""
-    folder, exported = run / "finetune" / network.name, run / "exported" / network.name
+    folder = run / "finetune" / network.name
     images = open_images(args)
     training = read_all_training(run, len(images.train))
     set_seed(args.seed)
-    model = extract(accelerator, args, run, network)
+    fresh = not (args.resume and Checkpoints(folder, args.checkpoint_hist).list_paths())  # else weights are there
+    reconstruction = training[: args.reconstruct] if fresh and not args.from_scratch else []
+    model = extract(accelerator, args, run, network, make_evaluation_loader(args, images.train, reconstruction))
     start = find_start(accelerator, args, folder, {
         "network": network.name, "widths": network.widths.to_dict(), "training_images": len(training),
         "from_scratch": args.from_scratch,
@@ -79,19 +86,12 @@ def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, netw
     accelerator.print(f"{network.name}: {cost.macs / 1e6:.2f}M MACs, {cost.params / 1e6:.3f}M parameters, "
                       f"{len(training)} training images")  # fmt: skip
 
-    loss_fn = make_loss(args)
     calibration = load_calibration_batches(args, images.train, training, accelerator)
-
-    def step(network: nn.Module, inputs: Tensor, targets: Tensor, update: int, backward: Backward) -> dict[str, Tensor]:
-        loss = loss_fn(network(inputs), targets)
-        backward(loss)
-        return {"loss": loss}
-
     loop = prepare(accelerator, args, start, model, model, make_training_loader(args, images.train, training))
-    Trainer(loop, step).fit()
+    Trainer(loop, Lesson(accelerator, args)).fit()
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     calibrate(model, calibration, distributed=True)
-    test = evaluate(accelerator, model, accelerator.prepare(make_evaluation_loader(args, images.test)))
+    test = evaluate(accelerator, model, accelerator.prepare(make_evaluation_loader(args, images.test)), network.name)
 
     if accelerator.is_main_process:
         card = {
@@ -100,9 +100,10 @@ def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, netw
         }  # fmt: skip
         describe_input(model, args)
         model.cpu().eval()
-        export(model, exported, base=args.model, base_args=choose_base_args(args), card=card)
+        export(model, exported, card=card, **describe_base(args))
         write_result(exported, network, test | {"epochs": args.epochs})
         print(f"{network.name}: test top-1 {test['top1']:.2f} %, loss {test['loss']:.4f}\nExported: {exported}")
+    accelerator.wait_for_everyone()
 
 
 def finish(accelerator: Accelerator, args: argparse.Namespace, network: Network, exported: Path) -> None:
@@ -125,8 +126,17 @@ def finish(accelerator: Accelerator, args: argparse.Namespace, network: Network,
         print(f"{network.name}: test top-1 {test['top1']:.2f} %, loss {test['loss']:.4f}\nExported before: {exported}")
 
 
-def extract(accelerator: Accelerator, args: argparse.Namespace, run: Path, network: Network) -> nn.Module:
+def extract(
+    accelerator: Accelerator, args: argparse.Namespace, run: Path, network: Network, loader: DataLoader[Any]
+) -> nn.Module:
     """Extract the network from the run's supernet, on its device, with trained or fresh weights.
+
+    Args:
+        accelerator: Accelerate's.
+        args: the flags.
+        run: the run folder.
+        network: what to extract.
+        loader: images to reconstruct its layers with; none for the supernet's weights as they are.
 
     Raises:
         ConfigError: the supernet is not trained, or a batch is too small for BatchNorm.
@@ -134,12 +144,58 @@ def extract(accelerator: Accelerator, args: argparse.Namespace, run: Path, netwo
     supernet = make_supernet(args) if args.from_scratch else load_supernet(run, args)
     widths = supernet.space.from_dict(network.widths.to_dict())
     model = supernet.extract(widths).to(accelerator.device)
+    if len(loader):
+        repair(accelerator, model, supernet.to(accelerator.device), loader)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if args.sync_bn:
         synchronize_norms(accelerator, model)
     check_batch(model, model, make_images(args, args.batch_size, accelerator.device), accelerator.num_processes)
     return model
+
+
+def repair(accelerator: Accelerator, model: nn.Module, supernet: Supernet, loader: DataLoader[Any]) -> None:
+    """Give the model, in place, the weights that reproduce what the widest subnet computes."""
+    layers = sum(isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) for module in model.modules())
+    quiet = not accelerator.is_main_process
+    with tqdm(total=layers, desc="reconstruct", unit="layer", leave=False, disable=quiet) as bar:
+
+        def show(_: LayerReconstruction) -> None:
+            bar.update()
+
+        batches = (inputs.to(accelerator.device) for inputs, _ in loader)
+        report = reconstruct(model, supernet, batches, on_layer=show)
+    better = sum(layer.reason is None for layer in report.layers)
+    accelerator.print(f"reconstructed: {better} of {len(report.layers)} layers, from {report.images} images")
+
+
+class Lesson:
+    """The training step of a fine-tuning: the loss on the labels, and that of the teacher if there is one."""
+
+    def __init__(self, accelerator: Accelerator, args: argparse.Namespace) -> None:
+        self.accelerator, self.share, self.loss_fn = accelerator, args.teach, make_loss(args)
+        self.temperature, self.distill = args.distill_temperature, DISTILLATION_LOSSES[args.distill_loss]
+        name = choose_teacher(args) if args.epochs and args.teach else None
+        self.teacher: nn.Module | None = None
+        if name:
+            self.teacher = create_teacher(argparse.Namespace(**vars(args) | {"teacher": name})).to(accelerator.device)
+            if args.channels_last:
+                self.teacher.to(memory_format=torch.channels_last)
+            accelerator.print(f"teacher: {name}, with {args.teach:g} of the loss")
+
+    def __call__(
+        self, network: nn.Module, inputs: Tensor, targets: Tensor, update: int, backward: Backward
+    ) -> dict[str, Tensor]:
+        """Add the gradients of one batch; returns the loss."""
+        outputs = network(inputs)
+        loss = self.loss_fn(outputs, targets)
+        if self.teacher:
+            with torch.no_grad(), self.accelerator.autocast():
+                logits = self.teacher(inputs)
+            lesson = self.distill(outputs, logits, temperature=self.temperature)
+            loss = (1 - self.share) * loss + self.share * lesson
+        backward(loss)
+        return {"loss": loss}
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from timm_autoslim.recipes.lib.parser import Parser
 from timm_autoslim.recipes.lib.processes import make_accelerator
 from timm_autoslim.recipes.lib.results import read_result, read_results
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args
+from timm_autoslim.recipes.lib.settings import keep_settings
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.validation import evaluate
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_stages(run: Path, config: dict[str, Any], processes: int) -> None:
     """Run the stages that are not finished, then load and compare the networks."""
     path = run / "config.yaml"
-    keep_config(path, config)
+    keep_settings(path, config, begun=any((run / name).exists() for name in (SUPERNET, "checkpoints")))
     begin = time.perf_counter()
 
     if not (run / SUPERNET).exists():
@@ -103,23 +104,6 @@ def _read_value(text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:  # such as @name, which is text on a command line
         return text
-
-
-def keep_config(path: Path, config: dict[str, Any]) -> None:
-    """Write the configuration to the run folder; a finished stage must not be taken for one of other settings.
-
-    Raises:
-        ConfigError: the folder has another configuration, and its training has begun.
-    """
-    if path.is_file() and any((path.parent / name).exists() for name in (SUPERNET, "checkpoints")):
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        changes = sorted(key for key in before.keys() | config.keys() if before.get(key) != config.get(key))
-        if changes:
-            raise ConfigError(
-                f"{path.parent} was begun with other settings ({', '.join(changes)}): give the same ones to go on, "
-                "or another --experiment."
-            )
-    files.write_text(path, yaml.safe_dump(config, sort_keys=False))
 
 
 def launch(processes: int, recipe: str, *arguments: object) -> None:

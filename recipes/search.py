@@ -81,16 +81,26 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def search_networks(accelerator: Accelerator, args: argparse.Namespace, run: Path, texts: list[str]) -> None:
-    """Search the networks of all budgets, and choose those of the baselines; `texts` are the budgets."""
+def search_networks(
+    accelerator: Accelerator, args: argparse.Namespace, run: Path, texts: list[str], titles: Sequence[str] = ()
+) -> None:
+    """Search the networks of all budgets, and choose those of the baselines.
+
+    Args:
+        accelerator: Accelerate's.
+        args: the flags.
+        run: the run folder.
+        texts: the budgets.
+        titles: other texts for them in what is written, by which their networks are named.
+    """
     supernet = load_supernet(run, args)
     team = Team(accelerator.process_index, accelerator.num_processes, gather_object)
     conditions = make_conditions(args, texts, team)
     budgets = list(dict.fromkeys(parse_budgets(supernet, texts, conditions=conditions)))  # refuses those out of reach
     texts = [budget.text for budget in budgets]
-    for budget in budgets:
+    for title, budget in zip(titles or texts, budgets, strict=True):
         limits = " and ".join(METRICS[metric].format(limit) for metric, limit in budget.limits)
-        accelerator.print(f"budget {budget.text}: at most {limits}; within reach")
+        accelerator.print(f"budget {title}: at most {limits}; within reach")
     batches = load_held_out(args, run, accelerator)
     supernet.to(accelerator.device)
     if args.channels_last:
@@ -125,6 +135,8 @@ def search_networks(accelerator: Accelerator, args: argparse.Namespace, run: Pat
                 supernet, texts, evaluate, method, candidates=args.candidates, criterion=args.criterion, **shared
             )
     if accelerator.is_main_process:
+        if titles:
+            results = {method: retitle(result, titles) for method, result in results.items()}
         write_steps(run / "search.csv", results[SEARCHED].steps)
         write_results(run, results)  # which marks the end
         print_results(results)
@@ -136,6 +148,14 @@ def write_budgets(flags: Sequence[str]) -> list[str]:
     """Return --budgets as texts that the search reads: `macs=50%` is `macs<=50%`; several limits at once stay so."""
     texts = [flag if "<=" in flag else flag.replace("=", "<=", 1) for flag in flags]
     return list(dict.fromkeys(" ".join(text.split()) for text in texts))
+
+
+def retitle(result: SearchResult, titles: Sequence[str]) -> SearchResult:
+    """Return a result whose budgets have other texts."""
+    pairs = zip(result.networks, titles, strict=True)
+    return dataclasses.replace(
+        result, networks=tuple(dataclasses.replace(network, text=text) for network, text in pairs)
+    )
 
 
 def make_conditions(args: argparse.Namespace, texts: Sequence[str], team: Team) -> Conditions:
@@ -169,14 +189,12 @@ def load_held_out(args: argparse.Namespace, run: Path, accelerator: Accelerator)
     """Load the run's held-out images in batches: inputs (N, C, H, W) and targets (N,).
 
     Raises:
-        DataError: the run's split holds out none, or fewer than --images.
+        DataError: the run's split holds out none.
     """
     images = open_images(args)
     _, held_out = read_split(run, len(images.train))
     if not held_out:
         raise DataError(f"{run}/{SPLIT} lists no held-out images: train a supernet with --held-out above 0.")
-    if args.images > len(held_out):
-        raise DataError(f"--images {args.images}: {run}/{SPLIT} lists {len(held_out)} only; 0 takes all of them.")
     return load_batches(args, images.train, held_out[: args.images or None], accelerator)
 
 

@@ -2,6 +2,7 @@
 
 import email
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -32,8 +33,13 @@ def run(*command, cwd):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
+    sources = folder / "sources"  # of their own: a build leaves files in its folder, which a later one would take up
+    for name in ("timm_autoslim", "recipes"):
+        shutil.copytree(ROOT / name, sources / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, sources)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    run(*pip, "wheel", ROOT, "--no-deps", "--no-build-isolation", "--quiet", "-w", folder, cwd=folder)
+    run(*pip, "wheel", sources, "--no-deps", "--no-build-isolation", "--quiet", "-w", folder, cwd=folder)
     (path,) = folder.glob("*.whl")
     return path
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from timm_autoslim.slimming.scoring import HeldOut as HeldOut
     from timm_autoslim.slimming.scoring import check_scores as check_scores
     from timm_autoslim.slimming.search import search as search
+    from timm_autoslim.slimming.slim import slim as slim
     from timm_autoslim.slimming.team import SharedLatency as SharedLatency
     from timm_autoslim.slimming.team import Team as Team
     from timm_autoslim.supernet.convert import convert as convert
@@ -119,6 +120,7 @@ _MODULES = {
     "sandwich_step": "training.sandwich",
     "save": "artifact.own",
     "search": "slimming.search",
+    "slim": "slimming.slim",
     "soft_cross_entropy": "training.distillation",
     "uniform_at": "slimming.goals",
     "zero_last_norms": "training.residual",

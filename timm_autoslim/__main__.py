@@ -133,6 +133,7 @@ PROG = "python -m timm_autoslim"
 
 # Commands that are recipes: the module, and what it does. Each has a parser of its own.
 RECIPES = {
+    "slim": ("slim", "slim a trained model to some budgets: search, reconstruct, fine-tune, export, compare"),
     "train": ("train", "train a slimmable supernet"),
     "search": ("search", "search the networks of a run for some budgets"),
     "finetune": ("finetune", "fine-tune, test and export a network of a search"),

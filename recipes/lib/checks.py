@@ -58,8 +58,9 @@ _BELOW_ONE = Range(0, 1, "a number from 0 to below 1", below=True)
 # By flag. A test makes sure that no flag of numbers lacks one.
 RANGES = {
     **dict.fromkeys(
-        ("threads", "workers", "images", "epochs", "recovery_interval", "mixup_off_epoch", "warmup_epochs", "warmup_lr",
-         "lr", "lr_base", "min_lr", "weight_decay", "clip_grad", "color_jitter", "mixup", "cutmix", "opt_eps"),
+        ("threads", "workers", "images", "reconstruct", "epochs", "recovery_interval", "mixup_off_epoch",
+         "warmup_epochs", "warmup_lr", "lr", "lr_base", "min_lr", "weight_decay", "clip_grad", "color_jitter", "mixup",
+         "cutmix", "opt_eps"),
         _at_least(0),
     ),
     **dict.fromkeys(
@@ -82,6 +83,7 @@ RANGES = {
     "sandwich": Range(2, math.inf, "2 or more: the widest and the narrowest are always trained"),
     "sandwich_delay": Range(0, 1, "a share of the steps, from 0 to below 1", below=True),
     "subnet_sizes": Range(1, math.inf, "sides of images, in pixels"),
+    "teach": _SHARE,
     "teach_widest": _SHARE,
     "val_widths": Range(0, 1, "shares of the channels, above 0 and at most 1", above=True),
     "seed": Range(0, 2**32 - 1, f"a number from 0 to {2**32 - 1}"),
@@ -104,8 +106,9 @@ def check_values(args: argparse.Namespace) -> None:
         _check_name("interpolation", args.interpolation, INTERPOLATIONS)
     for flag in ("mean", "std"):
         numbers = getattr(args, flag, None)
-        if numbers is not None and len(numbers) not in (1, args.in_chans):
-            raise ConfigError(f"--{flag} {numbers}: needed one number, or one for each of --in-chans {args.in_chans}.")
+        if numbers is not None and len(numbers) not in (1, args.in_chans or 3):
+            chans = args.in_chans or 3
+            raise ConfigError(f"--{flag} {numbers}: needed one number, or one for each of --in-chans {chans}.")
     if hasattr(args, "opt"):
         _check_optimizer(args)
         _check_schedule(args)

@@ -17,7 +17,8 @@ import yaml
 
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.checks import check_values
-from timm_autoslim.recipes.lib.flags import FLAGS, ON_OFF, KeyValues
+from timm_autoslim.recipes.lib.flags import DEFAULTS, FLAGS, ON_OFF, KeyValues
+from timm_autoslim.recipes.lib.names import read_data_settings, resolve_name
 from timm_autoslim.recipes.lib.parser import Parser
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -36,17 +37,30 @@ def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) 
     if path:
         parser.set_defaults(**pick_values(recipe, read_config(path)))
     args: argparse.Namespace = parser.parse_args(argv)
+    _join_data(args)
+    if hasattr(args, "model"):
+        args.model = resolve_name(args.model)
+        if args.in_chans is None:
+            args.in_chans = read_data_settings(args.model, **args.model_kwargs)["input_size"][0]
     check_values(args)
     return args
 
 
+def _join_data(args: argparse.Namespace) -> None:
+    """Let DATA, as in timm's scripts, be --data-dir."""
+    data = vars(args).pop("data", None)
+    if data and args.data_dir not in (None, data):
+        raise ConfigError(f"{data} and --data-dir {args.data_dir} are two folders of images: give one of them.")
+    args.data_dir = data or args.data_dir
+
+
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Check the values that every recipe would take from a configuration.
+    """Check the values that the recipes of all stages would take from a configuration.
 
     Raises:
         ConfigError: a key is unknown, or a value is of the wrong type or out of range.
     """
-    for recipe in FLAGS:
+    for recipe in ("train", "search", "finetune"):
         parser = _make_parser(recipe)
         parser.set_defaults(**pick_values(recipe, config, where))
         check_values(parser.parse_args([] if recipe == "train" else ["RUN"]))
@@ -123,6 +137,7 @@ def _make_parser(recipe: str, doc: str | None = None) -> Parser:
     parser = Parser(description=doc)
     for add_flags in FLAGS[recipe]:
         add_flags(parser)
+    parser.set_defaults(**DEFAULTS.get(recipe, {}))
     return parser
 
 

@@ -74,8 +74,14 @@ def add_general_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Flags about the model and the images: given to train.py, which writes them to args.yaml of the run folder."""
+    parser.add_argument("data", nargs="?", metavar="DATA", help="folder of images: the same as --data-dir")
     group = parser.add_argument_group("model and data")
-    group.add_argument("--model", default="resnet18", help="a timm model, or torchvision/NAME")
+    group.add_argument(
+        "--model",
+        default="resnet18",
+        metavar="NAME",
+        help="a timm model, torchvision/NAME, a folder, or a repository of the Hub (hf-hub:OWNER/NAME)",
+    )
     group.add_argument(
         "--model-kwargs",
         nargs="*",
@@ -86,7 +92,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--pretrained", action=ON_OFF, default=False, help="start from pretrained weights")
     group.add_argument("--num-classes", type=int, help="those of the data if not given")
-    group.add_argument("--in-chans", type=int, default=3)
+    group.add_argument("--in-chans", type=int, help="channels of the images, 1 or 3; as the model has it if not given")
     group.add_argument("--img-size", type=int, help="side of the square images; as the model has it if not given")
     group.add_argument("--mean", type=float, nargs="+", help="per channel; as the model has it if not given")
     group.add_argument("--std", type=float, nargs="+", help="per channel; as the model has it if not given")
@@ -108,7 +114,9 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         help="'digits' (scikit-learn's, the default without --data-dir) or a name that timm's create_dataset knows",
     )
-    group.add_argument("--limit-train", type=float, default=1.0, help="share, or number, of the training images")
+    group.add_argument(
+        "--limit-train", type=float, default=1.0, help="share, or number, of the training images; more: all of them"
+    )
     group.add_argument(
         "--held-out",
         type=float,
@@ -248,9 +256,7 @@ def add_supernet_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--experiment", help="name of the run's folder; the model's name if not given")
 
 
-def add_distillation_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of train.py alone: what the subnets learn from."""
-    group = parser.add_argument_group("distillation", "what all subnets but the widest learn from")
+def _add_loss_of_distillation(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--distill-loss",
         choices=list(DISTILLATION_LOSSES),
@@ -260,6 +266,12 @@ def add_distillation_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--distill-temperature", type=float, default=1.0, help="above 1 softens the outputs of teacher and subnet"
     )
+
+
+def add_distillation_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of train.py alone: what the subnets learn from."""
+    group = parser.add_argument_group("distillation", "what all subnets but the widest learn from")
+    _add_loss_of_distillation(group)
     group.add_argument(
         "--distill-teacher",
         choices=("widest", "ema"),
@@ -309,6 +321,28 @@ def add_starting_flags(parser: argparse.ArgumentParser) -> None:
 def add_search_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of search.py alone."""
     parser.add_argument("run", help="a run folder of train.py")
+    add_budget_flags(parser)
+    group = parser.add_argument_group("baselines")
+    group.add_argument(
+        "--baselines",
+        nargs="*",
+        choices=list(BASELINES),
+        default=["uniform"],
+        help="simpler methods to compare the search with; scored on the same images",
+    )
+    group.add_argument(
+        "--candidates", type=int, default=100, help="subnets that random and evolutionary draw for each budget"
+    )
+    group.add_argument(
+        "--criterion",
+        choices=[name for name in CRITERIA if name not in ("taylor", "random")],
+        default="l2",
+        help="criterion of torch-pruning by which the baseline importance ranks the channels",
+    )
+
+
+def add_budget_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every recipe that searches: the budgets, and how their networks are searched."""
     group = parser.add_argument_group("search")
     group.add_argument(
         "--budgets",
@@ -325,6 +359,7 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--latency-device", default="cpu", help="device of latency_ms, such as cpu or cuda:0")
     group.add_argument(
         "--latency-runtime",
+        "--latency",
         choices=list(RUNTIMES),
         default="eager",
         help="how the network will run on that device",
@@ -353,22 +388,29 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
         "search space alone (choices), or not at all (none)",
     )
     group.add_argument(
-        "--baselines",
-        nargs="*",
-        choices=list(BASELINES),
-        default=["uniform"],
-        help="simpler methods to compare the search with; scored on the same images",
+        "--images", type=int, default=0, help="held-out images that score a candidate; 0, or more than there are: all"
     )
+
+
+def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of the recipes that fine-tune: what the network learns from besides the labels."""
+    group = parser.add_argument_group("distillation", "what the network learns from besides the labels")
     group.add_argument(
-        "--candidates", type=int, default=100, help="subnets that random and evolutionary draw for each budget"
+        "--teacher",
+        metavar="NAME",
+        help="the teacher: original (what the run's training started from; the default where it had trained weights of "
+        "these classes), a pretrained timm model, torchvision/NAME, a folder, a run folder (its widest), a file of "
+        "weights of --model, or none",
     )
+    group.add_argument("--teacher-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE")
     group.add_argument(
-        "--criterion",
-        choices=[name for name in CRITERIA if name not in ("taylor", "random")],
-        default="l2",
-        help="criterion of torch-pruning by which the baseline importance ranks the channels",
+        "--teach",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="share of the teacher's loss; the labels have the rest",
     )
-    group.add_argument("--images", type=int, default=0, help="held-out images that score a candidate; 0: all")
+    _add_loss_of_distillation(group)
 
 
 def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
@@ -377,6 +419,27 @@ def add_finetune_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     group.add_argument("--network", help="name of a network of the search")
     group.add_argument("--from-scratch", action=ON_OFF, default=False, help="fresh weights, not the supernet's")
+    add_reconstruction_flag(group, default=0)
+
+
+def add_reconstruction_flag(group: argparse._ArgumentGroup, default: int) -> None:
+    """Flag of the recipes that reconstruct a network before they fine-tune it."""
+    group.add_argument(
+        "--reconstruct",
+        type=int,
+        default=default,
+        metavar="IMAGES",
+        help="training images to reconstruct the network with before it is trained: its layers get the weights that "
+        "reproduce those of the widest; 0: not",
+    )
+
+
+def add_slim_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of slim.py alone."""
+    group = parser.add_argument_group("slim")
+    add_reconstruction_flag(group, default=2000)
+    group.add_argument("--output", default="runs", help="folder of runs")
+    group.add_argument("--experiment", help="name of the run's folder; the model's name if not given")
 
 
 FLAGS = {
@@ -387,5 +450,19 @@ FLAGS = {
     "search": (add_general_flags, add_search_flags),
     "finetune": (
         add_general_flags, add_optimizer_flags, add_augmentation_flags, add_training_flags, add_finetune_flags,
+        add_teacher_flags,
     ),
+    "slim": (
+        add_general_flags, add_model_flags, add_starting_flags, add_budget_flags, add_optimizer_flags,
+        add_augmentation_flags, add_training_flags, add_slim_flags, add_teacher_flags,
+    ),
+}  # fmt: skip
+
+# Where a recipe's defaults differ from those of its flags: slim.py starts from a trained model, which forgets if it is
+# trained as a fresh one.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "slim": {
+        "batch_size": 64, "held_out": 0.2, "images": 2000, "order": "taylor", "opt": "adamw", "lr_base": 1e-3,
+        "weight_decay": 0.05, "epochs": 10, "warmup_epochs": 1, "scale": [0.35, 1.0], "resume": True,
+    },
 }  # fmt: skip

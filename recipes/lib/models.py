@@ -11,22 +11,42 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from timm_autoslim import Supernet, convert, create_base
+from timm_autoslim import Supernet, convert
 from timm_autoslim.errors import ConfigError
+from timm_autoslim.recipes.lib.names import TORCHVISION, create_named, is_stored, read_data_settings
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_weights
 
 
 def choose_base_args(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments that create the base model again; an exported folder keeps them."""
-    return {"num_classes": args.num_classes, "in_chans": args.in_chans, **args.model_kwargs}
+    chosen: dict[str, Any] = {"num_classes": args.num_classes, "in_chans": args.in_chans}
+    if args.img_size and not is_stored(args.model):
+        chosen |= _choose_size_args(args)
+    return {**chosen, **args.model_kwargs}
+
+
+def _choose_size_args(args: argparse.Namespace) -> dict[str, Any]:
+    """Return --img-size as an argument of the constructor, where a model is built for one size and has another."""
+    if args.model.startswith(f"{TORCHVISION}vit_"):
+        return {} if args.img_size == 224 else {"image_size": args.img_size}
+    settings = {} if args.model.startswith(TORCHVISION) else read_data_settings(args.model)
+    fixed = settings.get("fixed_input_size") and settings["input_size"][-1] != args.img_size
+    return {"img_size": args.img_size} if fixed else {}
+
+
+def describe_base(args: argparse.Namespace) -> dict[str, Any]:
+    """Return how the base is named when it is converted or exported; a stored model says that itself."""
+    return {} if is_stored(args.model) else {"base": args.model, "base_args": choose_base_args(args)}
 
 
 def create_model(args: argparse.Namespace, pretrained: bool = False) -> nn.Module:
     """Create the base model, on the current default device."""
-    weights: dict[str, Any] = {}
-    if pretrained:
-        weights = {"weights": "DEFAULT"} if args.model.startswith("torchvision/") else {"pretrained": True}
-    return create_base(args.model, **choose_base_args(args), **weights)
+    return create_named(args.model, pretrained=pretrained, **choose_base_args(args))
+
+
+def count_pretrained_classes(args: argparse.Namespace) -> int:
+    """Return how many classes the model's own weights have."""
+    return int(read_data_settings(args.model, **args.model_kwargs)["num_classes"])
 
 
 def resolve_input(args: argparse.Namespace, model: nn.Module) -> None:
@@ -70,7 +90,7 @@ def make_supernet(args: argparse.Namespace, model: nn.Module | None = None) -> S
     resolve_input(args, model)
     return convert(
         model, make_images(args, 2), freeze=args.freeze, min=args.min_width, divisor=args.divisor, choices=args.choices,
-        base=args.model, base_args=choose_base_args(args),
+        **describe_base(args),
     )  # fmt: skip
 
 

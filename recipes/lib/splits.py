@@ -27,7 +27,7 @@ def split_training(
         (training indices, held-out indices)
 
     Raises:
-        DataError: the flags ask for more images than there are, or leave none to train on.
+        DataError: the flags ask for no image, or leave none to train on.
     """
     if (run / SPLIT).is_file() and not anew:
         return read_split(run, total)
@@ -62,8 +62,8 @@ def read_all_training(run: Path, total: int) -> list[int]:
 
 
 def _count(amount: float, total: int, flag: str) -> int:
-    """Return how many images a share (up to 1) or a number (above 1) is."""
-    count = round(amount * total) if amount <= 1 else int(amount)
-    if not 0 < count <= total:
-        raise DataError(f"{flag} {amount:g} asks for {count} of {total} images: give a share up to 1, or a number.")
+    """Return how many images a share (up to 1) or a number (above 1) is; a number above all is all."""
+    count = round(amount * total) if amount <= 1 else min(int(amount), total)
+    if count <= 0:
+        raise DataError(f"{flag} {amount:g} asks for none of {total} images: give a share up to 1, or a number.")
     return count

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from timm_autoslim import Supernet, create_base, reorder_channels, zero_last_norms
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.recipes.lib.models import choose_base_args, create_model, make_images, resolve_input
+from timm_autoslim.recipes.lib.models import (
+    choose_base_args,
+    count_pretrained_classes,
+    create_model,
+    make_images,
+    resolve_input,
+)
 from timm_autoslim.recipes.lib.run_folder import load_weights
 from timm_autoslim.recipes.lib.training import LossFn
 
@@ -53,23 +61,48 @@ def create_starting_model(args: argparse.Namespace) -> nn.Module:
     return model
 
 
+def is_trained(args: argparse.Namespace) -> bool:
+    """Whether a model starts with trained weights, those of the classifier included.
+
+    Raises:
+        ConfigError: the file of --initial-checkpoint cannot be read.
+    """
+    if args.initial_checkpoint:
+        with _explain(args):
+            return _read_lengths(create_model(args), _read_file(args))["classifier"] in (None, args.num_classes)
+    return bool(args.pretrained) and count_pretrained_classes(args) == args.num_classes
+
+
+def _read_file(args: argparse.Namespace) -> dict[str, Tensor]:
+    if not Path(args.initial_checkpoint).is_file():
+        raise FileNotFoundError("there is no such file.")
+    with torch.serialization.safe_globals([argparse.Namespace]):  # of the flags in checkpoints of timm's train.py
+        state: dict[str, Tensor] = timm.models.load_state_dict(args.initial_checkpoint, weights_only=True)
+    return state
+
+
+@contextlib.contextmanager
+def _explain(args: argparse.Namespace) -> Iterator[None]:
+    """Say of whatever is raised that --initial-checkpoint is at fault."""
+    try:
+        yield
+    except Exception as error:  # a damaged or foreign file makes torch, safetensors and timm raise anything
+        raise ConfigError(
+            f"--initial-checkpoint {args.initial_checkpoint} does not give weights of {args.model}: {error} Needed: a "
+            "file of this model's weights, as timm saves them (.safetensors, or .pth that "
+            "torch.load(weights_only=True) reads)."
+        ) from error
+
+
 def _load_checkpoint(args: argparse.Namespace) -> nn.Module:
     """Create the model with the weights of --initial-checkpoint, read without running any code of the file."""
-    path = Path(args.initial_checkpoint)
     model = create_model(args)
-    try:
-        if not path.is_file():
-            raise FileNotFoundError("there is no such file.")
-        state = timm.models.load_state_dict(str(path), weights_only=True)
+    with _explain(args), torch.serialization.safe_globals([argparse.Namespace]):
+        state = _read_file(args)
         if args.model.startswith("torchvision/"):
             _load_torchvision(model, state)
             return model
         donor = _create_donor(args, model, state)
-    except Exception as error:  # a damaged or foreign file makes torch, safetensors and timm raise anything
-        raise ConfigError(
-            f"--initial-checkpoint {path} does not give weights of {args.model}: {error} Needed: a file of this "
-            "model's weights, as timm saves them (.safetensors, or .pth that torch.load(weights_only=True) reads)."
-        ) from error
     if donor.num_classes != args.num_classes:
         donor.reset_classifier(args.num_classes)
     model.load_state_dict(donor.state_dict())
@@ -79,16 +112,22 @@ def _load_checkpoint(args: argparse.Namespace) -> nn.Module:
 def _create_donor(args: argparse.Namespace, model: nn.Module, state: dict[str, Tensor]) -> Any:
     """Load the file through timm, with its conversions, into a model of the file's classes; no weight may lack."""
     config: Any = model.pretrained_cfg
-    lengths: dict[str, Any] = {}
-    for key, axis in (("classifier", 0), ("first_conv", 1)):
-        names = config.get(key)
-        weight = state.get(f"{names if isinstance(names, str) else (names or [''])[0]}.weight")
-        lengths[key] = None if weight is None else weight.shape[axis]
+    lengths = _read_lengths(model, state)
     classes, chans = lengths["classifier"] or config["num_classes"], lengths["first_conv"] or config["input_size"][0]
     overlay = {"file": args.initial_checkpoint, "custom_load": False, "num_classes": classes,
                "input_size": (chans, *config["input_size"][1:])}  # fmt: skip
     base_args = choose_base_args(args) | {"num_classes": classes}
     return create_base(args.model, **base_args, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def _read_lengths(model: Any, state: dict[str, Tensor]) -> dict[str, int | None]:
+    """Return the classes and the input channels that a file says, None where it does not."""
+    lengths: dict[str, int | None] = {}
+    for key, axis in (("classifier", 0), ("first_conv", 1)):
+        names = model.pretrained_cfg.get(key)
+        weight = state.get(f"{names if isinstance(names, str) else (names or [''])[0]}.weight")
+        lengths[key] = None if weight is None else weight.shape[axis]
+    return lengths
 
 
 def _load_torchvision(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from timm_autoslim import create_base
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.recipes.lib.models import fit_channels, make_images
+from timm_autoslim.recipes.lib.models import describe_input, fit_channels, load_supernet, make_images
+from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args
+from timm_autoslim.recipes.lib.starting_points import create_starting_model, is_trained
 
 
 class Teacher(nn.Module):
@@ -40,20 +42,29 @@ class Teacher(nn.Module):
         return logits
 
 
+ORIGINAL, NONE = "original", "none"  # of --teacher
+
+
+def choose_teacher(args: argparse.Namespace) -> str | None:
+    """Return the --teacher of a fine-tuning, or None; if none is given, the original where it knows these classes.
+
+    Args:
+        args: the flags of the fine-tuning, and of its run's training.
+    """
+    if args.teacher:
+        return None if args.teacher == NONE else str(args.teacher)
+    return ORIGINAL if is_trained(args) else None
+
+
 def create_teacher(args: argparse.Namespace) -> Teacher:
     """Create --teacher with its trained weights; `args` describe the student, whose input is resolved already.
 
     Raises:
         ConfigError: it cannot be created, has no weights, or does not take the images or have the classes.
     """
-    name = f"local-dir:{args.teacher}" if Path(args.teacher).is_dir() else args.teacher
     image = make_images(args, 1)  # (1, C, H, W)
     try:
-        if name.startswith("torchvision/"):
-            model = create_base(name, weights="DEFAULT", **args.teacher_kwargs)
-        else:
-            model = timm.create_model(name, pretrained=True, **{"in_chans": args.in_chans, **args.teacher_kwargs})
-        teacher = Teacher(model, args)
+        teacher = Teacher(_create_model(args), args)
         with torch.no_grad():
             logits = teacher(image)
     except Exception as error:  # a model may raise anything, from its constructor, its download or its forward
@@ -67,3 +78,24 @@ def create_teacher(args: argparse.Namespace) -> Teacher:
             "classes: fine-tune it on these data first."
         )
     return teacher
+
+
+def _create_model(args: argparse.Namespace) -> nn.Module:
+    """Create a teacher from what --teacher may be: the original, a run folder, weights of the base, or a name."""
+    path = Path(args.teacher)
+    if (path / SUPERNET).is_file():
+        model: nn.Module = load_supernet(path, read_args(path, argparse.Namespace(data_dir=None))).model
+    elif args.teacher == ORIGINAL:
+        model = create_starting_model(argparse.Namespace(**vars(args)))
+    elif path.is_file():
+        model = create_starting_model(argparse.Namespace(**vars(args) | {"initial_checkpoint": args.teacher}))
+    else:
+        name = f"local-dir:{args.teacher}" if path.is_dir() else args.teacher
+        if name.startswith("torchvision/"):
+            return create_base(name, weights="DEFAULT", **args.teacher_kwargs)
+        named: nn.Module = timm.create_model(
+            name, pretrained=True, **{"in_chans": args.in_chans, **args.teacher_kwargs}
+        )
+        return named
+    describe_input(model, args)  # its images are those of the student
+    return model

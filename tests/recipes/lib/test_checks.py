@@ -3,7 +3,6 @@
 import math
 
 import pytest
-import yaml
 from helpers.recipes import run_train, write_config
 
 from timm_autoslim.errors import ConfigError, DataError
@@ -115,14 +114,3 @@ def test_all_stages_are_checked_before_the_first_begins(tmp_path, monkeypatch):
         ):
             run.main([*command, flag, value])
     assert not (tmp_path / "all").exists()
-
-
-def test_settings_may_change_until_the_training_has_begun(tmp_path):
-    path = tmp_path / "config.yaml"
-    run.keep_config(path, {"lr": 1})
-    run.keep_config(path, {"lr": 2})
-    assert yaml.safe_load(path.read_text()) == {"lr": 2}
-    (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(ConfigError, match=r"was begun with other settings \(lr\)"):
-        run.keep_config(path, {"lr": 3})
-    run.keep_config(path, {"lr": 2})

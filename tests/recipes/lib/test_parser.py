@@ -21,7 +21,7 @@ def test_an_unknown_flag_gets_its_near_match_and_no_usage(flag, near, capsys):
 
 def test_what_is_no_flag_is_told(capsys):
     with pytest.raises(SystemExit):
-        parse_args("train", None, ["--epochs", "3", "4", "5"])
+        parse_args("train", None, ["DATA", "--epochs", "3", "4", "5"])
     assert "error: unexpected: 4 5\n" in capsys.readouterr().err
 
 

@@ -24,9 +24,18 @@ def test_held_out_images_are_disjoint_and_stay(tmp_path):
         split_training(args, 999, tmp_path)
 
 
+def test_a_number_above_all_is_all(tmp_path):
+    args = argparse.Namespace(limit_train=10_000, held_out=40)
+    assert [len(part) for part in split_training(args, 240, tmp_path)] == [200, 40]
+
+
 @pytest.mark.parametrize(
     ("limit_train", "held_out", "text"),
-    [(2000, 0.1, "--limit-train 2000 asks for 2000 of 1000"), (0.5, 500, "leaves none of 500"), (1.0, -1, "held-out")],
+    [
+        (0.0001, 0.1, "--limit-train 0.0001 asks for none of 1000"),
+        (0.5, 500, "leaves none of 500"),
+        (1.0, -1, "held-out"),
+    ],
 )
 def test_impossible_splits_are_refused(tmp_path, limit_train, held_out, text):
     with pytest.raises(DataError, match=text):

@@ -1,0 +1,81 @@
+"""One table of slim networks, with the original in its first row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from timm_autoslim.errors import ConfigError
+from timm_autoslim.recipes.lib.run_folder import write_json
+
+ORIGINAL = "original.json"  # of a run folder
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one network is and is worth.
+
+    Attributes:
+        name: of the network.
+        top1: on the test images, in per cent.
+        macs, params: of the network, for one image.
+        file_bytes: of its weights.
+        latency_ms: as measured; None before it is.
+    """
+
+    name: str
+    top1: float
+    macs: int
+    params: int
+    file_bytes: int
+    latency_ms: float | None = None
+
+
+def write_original(run: Path, row: Row) -> None:
+    """Write what the original is worth; its latency is measured anew beside the networks."""
+    write_json(run / ORIGINAL, asdict(row))
+
+
+def read_original(run: Path) -> Row | None:
+    """Read what `write_original` wrote; None if the original was not tested yet.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    path = run / ORIGINAL
+    if not path.is_file():
+        return None
+    try:
+        return Row(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): remove it, and the original is tested again.") from error
+
+
+def make_table(original: Row, networks: Sequence[Row]) -> str:
+    """Return a Markdown table: the original, then each network with what it lost and saved."""
+    lines = [
+        "| network | test top-1 | lost | MACs | params | file | latency |",
+        "|---|---|---|---|---|---|---|",
+        f"| {original.name} | {original.top1:.2f} | | {original.macs / 1e6:.2f}M | {original.params / 1e6:.3f}M | "
+        f"{original.file_bytes / 1e6:.2f} MB | {_write_latency(original)} |",
+    ]
+    for row in networks:
+        cells = [
+            f"{row.macs / 1e6:.2f}M ({row.macs / original.macs:.0%})",
+            f"{row.params / 1e6:.3f}M ({row.params / original.params:.0%})",
+            f"{row.file_bytes / 1e6:.2f} MB ({row.file_bytes / original.file_bytes:.0%})",
+            _write_latency(row) + _write_share(row.latency_ms, original.latency_ms),
+        ]
+        lost = original.top1 - row.top1
+        lines.append(f"| {row.name} | {row.top1:.2f} | {lost:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _write_latency(row: Row) -> str:
+    return "" if row.latency_ms is None else f"{row.latency_ms:.3g} ms"
+
+
+def _write_share(part: float | None, total: float | None) -> str:
+    return "" if part is None or total is None else f" ({part / total:.0%})"

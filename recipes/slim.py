@@ -1,0 +1,348 @@
+"""Slim a trained model to some budgets, with one command: no supernet is trained.
+
+    python -m timm_autoslim slim --model NAME --initial-checkpoint FILE --data-dir DIR --budgets macs=50% macs=30%
+    accelerate launch -m timm_autoslim slim ...          # the same on several GPUs
+
+The original is tested first. Then, budget by budget: the channels are searched on the trained model itself, the network
+is cut out, its layers get the weights that reproduce the original's outputs, and it is fine-tuned with the original as
+the teacher, tested and exported. The search for the next budget goes on from there. At the end every network is loaded
+again and measured beside the original.
+
+OUTPUT/EXPERIMENT/exported holds the networks, which timm.create_model loads, and table.md compares them. The same
+command goes on after an interruption; with further --budgets it goes on from the last network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import timm
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from torch import nn
+from torch.nn import functional as F
+
+from timm_autoslim import Budget, Supernet, Team, cost, files, measure_latency, parse_budgets
+from timm_autoslim.errors import ArtifactError, ConfigError
+from timm_autoslim.recipes.finetune import finetune, finish
+from timm_autoslim.recipes.lib.comparison import Row, make_table, read_original, write_original
+from timm_autoslim.recipes.lib.configuration import parse_args
+from timm_autoslim.recipes.lib.images import open_images
+from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
+from timm_autoslim.recipes.lib.models import load_supernet, make_images, make_supernet
+from timm_autoslim.recipes.lib.names import is_stored
+from timm_autoslim.recipes.lib.networks import Network, is_searched, read_networks
+from timm_autoslim.recipes.lib.ownership import own_folder
+from timm_autoslim.recipes.lib.processes import make_accelerator
+from timm_autoslim.recipes.lib.results import read_result
+from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args, write_args, write_weights
+from timm_autoslim.recipes.lib.settings import keep_settings
+from timm_autoslim.recipes.lib.shell import run_command
+from timm_autoslim.recipes.lib.splits import SPLIT, split_training
+from timm_autoslim.recipes.lib.starting_points import (
+    check_starting_flags,
+    create_starting_model,
+    is_trained,
+    order_channels,
+)
+from timm_autoslim.recipes.lib.validation import evaluate
+from timm_autoslim.recipes.search import count_widest, make_conditions, search_networks, write_budgets
+
+# A run that goes on may differ in these: they do not change the networks.
+FREE = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "threads", "log_interval",
+        "checkpoint_hist", "log_wandb", "log_tensorboard", "wandb_project", "val_interval",
+        "recovery_interval")  # fmt: skip
+DISAGREEING = 0.1  # share of the images on which one of two similar networks is right and the other wrong
+WANTED = 0.03  # accuracy by which luck may move the best of all subnets
+SUBNETS = 10  # that a search scores for each group and budget, about; benchmarks.md has figures
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the recipe."""
+    args = parse_args("slim", __doc__, argv)
+    check_flags(args)
+    run = Path(args.output, args.experiment or args.model.rpartition(":")[2].strip("/").replace("/", "-"))
+    args.run = str(run)
+    accelerator = make_accelerator(args, run)
+    accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}")
+    with own_folder(run, accelerator):
+        Slimming(accelerator, args, run).go()
+    accelerator.end_training()
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuse what is no trained model, or no data.
+
+    Raises:
+        ConfigError: the flags name no trained weights or no images.
+    """
+    args.pretrained = args.pretrained or is_stored(args.model)
+    check_starting_flags(args)
+    if not (args.pretrained or args.initial_checkpoint):
+        raise ConfigError(
+            "slim starts from trained weights: give --initial-checkpoint FILE, --pretrained, or a folder as --model."
+        )
+    if not (args.data_dir or args.dataset):
+        raise ConfigError("slim needs images: give --data-dir DIR, or --dataset NAME (digits are scikit-learn's).")
+
+
+class Slimming:
+    """All stages of one run; each is skipped where it is finished."""
+
+    def __init__(self, accelerator: Accelerator, args: argparse.Namespace, run: Path) -> None:
+        self.accelerator, self.args, self.run = accelerator, args, run
+        self.images = open_images(args)
+        args.num_classes = self.images.num_classes
+        self.texts = write_budgets(args.budgets)
+        self.stage, self.stages = 0, 2 + 2 * len(self.texts)
+        self.begin = time.perf_counter()
+
+    def go(self) -> None:
+        """Run the stages that are not finished, and compare the networks."""
+        same = self._keep_settings()
+        budgets = self._test_original(same)
+        steps: list[tuple[Budget, Network]] = []
+        for budget in budgets:
+            source = find_source(budget, steps) if not (self.args.choices or self.args.min_width) else None
+            steps.append((budget, self._slim_to(budget, source, first=not steps)))
+        self._compare([network for _, network in steps])
+
+    def _announce(self, text: str) -> None:
+        self.stage += 1
+        self.accelerator.print(f"\n[{self.stage} of {self.stages}] {text}", flush=True)
+
+    def _keep_settings(self) -> bool:
+        """Write the settings; return whether they are those of before.
+
+        Raises:
+            ConfigError: they are not, and the work has begun.
+        """
+        path = self.run / "settings.yaml"
+        settings = {name: value for name, value in vars(self.args).items() if name not in (*FREE, "budgets")}
+        begun = any((self.run / name).exists() for name in ("search", "search-progress.json", "finetune"))
+        same = True
+        if self.accelerator.is_main_process:
+            same = keep_settings(path, settings, begun)
+        return bool(broadcast_object_list([same])[0])
+
+    # ------------------------------------------------------------------------------------------------ the original
+
+    def _test_original(self, same: bool) -> list[Budget]:
+        """Test the original and make it the supernet of the run; return the budgets, the widest first."""
+        args, run, accelerator = self.args, self.run, self.accelerator
+        row = read_original(run) if same and (run / SUPERNET).is_file() else None
+        self._announce(f"the original: {args.model}" + (" (tested before)" if row else ""))
+        supernet = load_supernet(run, args) if row else self._set_up(args, run)
+        budgets = self._parse_budgets(supernet)  # refuses those out of reach
+        if not row:
+            begin = time.perf_counter()
+            model = supernet.to(accelerator.device).model
+            loader = accelerator.prepare(make_evaluation_loader(args, self.images.test))
+            top1 = evaluate(accelerator, model, loader, "the original")["top1"]
+            seconds = (time.perf_counter() - begin) / max(1, len(self.images.test))
+            spent = cost(supernet)
+            row = Row("original", top1, spent.macs, spent.params, (run / SUPERNET).stat().st_size)
+            self._estimate(supernet, seconds, budgets)
+            if accelerator.is_main_process:
+                write_original(run, row)
+            accelerator.wait_for_everyone()
+        accelerator.print(
+            f"test top-1 {row.top1:.2f} %, {row.macs / 1e6:.2f}M MACs, {row.params / 1e6:.3f}M params, "
+            f"{len(supernet.space)} groups of channels"
+        )
+        if row.top1 < 200 / args.num_classes:
+            accelerator.print(
+                f"Warning: that is hardly better than chance ({100 / args.num_classes:.1f} %). Are these the weights "
+                "of these classes, in this order, for images of this --mean, --std and --img-size?"
+            )
+        self._check_held_out(supernet)
+        return budgets
+
+    def _set_up(self, args: argparse.Namespace, folder: Path, split: Path | None = None) -> Supernet:
+        """Make a run folder whose supernet is a trained model, with its channels in order; return the supernet."""
+        accelerator = self.accelerator
+        set_seed(args.seed)
+        if not is_trained(args):
+            raise ConfigError(
+                f"The weights of {args.model} are not of the {args.num_classes} classes of the data: fine-tune the "
+                "model on them first."
+            )
+        supernet = make_supernet(args, create_starting_model(args)).to(accelerator.device)
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            if split:
+                files.write_text(folder / SPLIT, split.read_text(encoding="utf-8"))
+            else:
+                split_training(args, len(self.images.train), folder, anew=True)
+        accelerator.wait_for_everyone()
+        training, _ = split_training(args, len(self.images.train), folder)
+        if args.order:
+            loader = make_evaluation_loader(args, self.images.train, training[: args.order_images])
+            batches = ((inputs.to(accelerator.device), targets.to(accelerator.device)) for inputs, targets in loader)
+            order_channels(supernet, args.order, F.cross_entropy, batches)
+        if accelerator.is_main_process:
+            write_args(folder, args)
+            write_weights(folder / SUPERNET, supernet.model)
+        accelerator.wait_for_everyone()
+        return supernet
+
+    def _parse_budgets(self, supernet: Supernet) -> list[Budget]:
+        team = Team(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
+        conditions = make_conditions(self.args, self.texts, team)
+        budgets = dict.fromkeys(parse_budgets(supernet, self.texts, conditions=conditions))
+        widest = count_widest(supernet, list(budgets), conditions)
+        return sorted(budgets, key=lambda budget: budget.used(widest))
+
+    def _check_held_out(self, supernet: Supernet) -> None:
+        """Warn where luck decides which of the subnets seems best."""
+        _, held_out = split_training(self.args, len(self.images.train), self.run)
+        images = min(len(held_out), self.args.images or len(held_out))
+        subnets = SUBNETS * len(supernet.space)
+        luck = 2 * math.log(subnets) * DISAGREEING
+        if (needed := round(luck / WANTED**2, -2)) > images:
+            self.accelerator.print(
+                f"Warning: {images} held-out images are few. A search takes the best of about {subnets} subnets, and "
+                f"on so few images luck alone moves the best by {100 * math.sqrt(luck / images):.1f} points; with "
+                f"{needed:.0f} images it is {100 * WANTED:.0f}. Give more images, or a larger --held-out."
+            )
+
+    def _estimate(self, supernet: Supernet, seconds: float, budgets: list[Budget]) -> None:
+        """Say how long all will take; `seconds` are those of one image in a forward of the original."""
+        args = self.args
+        training, held_out = split_training(args, len(self.images.train), self.run)
+        used = min(len(held_out), args.images or len(held_out))
+        search = SUBNETS * len(supernet.space) * used / 2
+        tuning = args.epochs * (len(training) + len(held_out)) * (3 if args.teach else 2)
+        total = seconds * len(budgets) * (search + tuning)
+        self.accelerator.print(f"All stages may take {_write_time(total)}: a rough estimate, from this test.")
+
+    # ------------------------------------------------------------------------------------------------ one budget
+
+    def _slim_to(self, budget: Budget, source: Network | None, first: bool) -> Network:
+        """Search the network of one budget, and reconstruct, fine-tune, test and export it."""
+        args, folder = self._choose_start(budget, source, first)
+        start = source.name if source else "the original"
+        done = is_searched(folder)
+        self._announce(f"search {budget.text}, from {start}" + (" (done before)" if done else ""))
+        self._check_start(args, folder, budget)
+        if not (folder / SUPERNET).is_file():
+            self._set_up(args, folder, split=self.run / SPLIT)
+        if not done:
+            limits = " and ".join(f"{metric}<={limit!r}" for metric, limit in budget.limits)
+            of_search = argparse.Namespace(**vars(args) | {"batch_size": self._choose_batch(), "baselines": []})
+            search_networks(self.accelerator, of_search, folder, [limits], [budget.text])
+            self.accelerator.wait_for_everyone()
+        (network,) = read_networks(folder).values()
+        exported = self.run / "exported" / network.name
+        result = read_result(exported)
+        done = bool(result and result["widths"] == network.widths.to_dict())
+        self._announce(f"reconstruct, fine-tune, test and export {network.name}" + (" (done before)" if done else ""))
+        if not done:
+            self._finetune(args, folder, network, exported)
+        return network
+
+    def _finetune(self, args: argparse.Namespace, run: Path, network: Network, exported: Path) -> None:
+        folder = run / "finetune" / network.name
+        accelerator = make_accelerator(args, folder)  # whose curves lie there
+        with own_folder(folder, accelerator):
+            if exported.exists():  # it was killed before its test
+                finish(accelerator, args, network, exported)
+            else:
+                finetune(accelerator, args, run, network, exported)
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()
+
+    def _choose_start(self, budget: Budget, source: Network | None, first: bool) -> tuple[argparse.Namespace, Path]:
+        """Return the flags and the run folder of one budget's stages."""
+        args = self.args
+        teacher = str(self.run) if args.teacher in (None, "original") else args.teacher
+        values = vars(args) | {"teacher": teacher, "network": None, "from_scratch": False}
+        name = budget.text.replace(" and ", "-").replace("<=", "-").replace("%", "pct")
+        folder = self.run if first else self.run / f"to-{name}"
+        if source:
+            values |= {"model": f"local-dir:{self.run / 'exported' / source.name}", "pretrained": True,
+                       "initial_checkpoint": None, "model_kwargs": {}}  # fmt: skip
+        return argparse.Namespace(**values | {"run": str(folder)}), folder
+
+    def _check_start(self, args: argparse.Namespace, folder: Path, budget: Budget) -> None:
+        """Make sure that a folder which an earlier command has left is of this budget, cut from the same model.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        begun = [network.budget for network in read_networks(folder).values()] if is_searched(folder) else []
+        start = read_args(folder, argparse.Namespace(data_dir=None)).model if (folder / SUPERNET).is_file() else None
+        if begun[:1] not in ([], [budget.text]) or start not in (None, args.model):
+            raise ConfigError(
+                f"{folder} holds the network of {''.join(begun[:1]) or budget.text}, cut from {start}: give the "
+                "--budgets of before, tighter ones may follow, or another --experiment."
+            )
+
+    def _choose_batch(self) -> int:
+        """Return how many held-out images are scored together: an eighth, for the fast search looks at parts."""
+        _, held_out = split_training(self.args, len(self.images.train), self.run)
+        images = min(len(held_out), self.args.images or len(held_out))
+        return max(min(images, 32), min(-(-images // 8), 256))
+
+    # ------------------------------------------------------------------------------------------------ the end
+
+    def _compare(self, networks: list[Network]) -> None:
+        """Load every network again, test it, measure it, and write the table."""
+        args, accelerator, run = self.args, self.accelerator, self.run
+        self._announce("load the networks again, test and measure them")
+        original = read_original(run)
+        assert original is not None
+        loader = accelerator.prepare(make_evaluation_loader(args, self.images.test))
+        rows = []
+        for network in networks:
+            exported = run / "exported" / network.name
+            model = timm.create_model(f"local-dir:{exported}", pretrained=True).to(accelerator.device)
+            top1 = evaluate(accelerator, model, loader, network.name)["top1"]
+            result = read_result(exported)
+            # Other kernels may run on other batches of other devices: a few images may change sides, no more.
+            if result is None or abs(top1 - result["top1"]) > 0.1:
+                raise ArtifactError(f"{exported} has {top1:.2f} % on the test set when it is loaded again: it changed.")
+            size = (exported / "model.safetensors").stat().st_size
+            row = Row(network.name, top1, network.cost.macs, network.cost.params, size)
+            rows.append(replace(row, latency_ms=self._measure(model)))
+        original = replace(original, latency_ms=self._measure(load_supernet(run, args).model))
+        if accelerator.is_main_process:
+            table = make_table(original, rows)
+            files.write_text(run / "table.md", table)
+            threads = f"{args.latency_threads} thread(s)"
+            print(f"\n{table}\nLatency: {args.latency_runtime} on {args.latency_device}, {threads}, batch "
+                  f"{args.cost_batch_size}. All took {_write_time(time.perf_counter() - self.begin)}.\n"
+                  f"Networks: {run}/exported. After `import timm_autoslim`, timm loads them: "
+                  f"timm.create_model('local-dir:{run}/exported/NAME', pretrained=True)")  # fmt: skip
+
+    def _measure(self, model: nn.Module) -> float | None:
+        """Return the milliseconds of one forward; the main process alone measures."""
+        args = self.args
+        if not self.accelerator.is_main_process:
+            return None
+        images = make_images(args, args.cost_batch_size)
+        return measure_latency(
+            model.cpu(), images, device=args.latency_device, runtime=args.latency_runtime, threads=args.latency_threads
+        )
+
+
+def find_source(budget: Budget, steps: list[tuple[Budget, Network]]) -> Network | None:
+    """Return the network to go on from: the last one whose budget limits the same metrics, all less tightly."""
+    for earlier, network in reversed(steps):
+        limits = dict(earlier.limits)
+        if limits.keys() == dict(budget.limits).keys() and all(limit <= limits[m] for m, limit in budget.limits):
+            return network
+    return None
+
+
+def _write_time(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
+
+
+if __name__ == "__main__":
+    run_command(main)

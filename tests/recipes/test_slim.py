@@ -1,0 +1,206 @@
+"""recipes/slim.py: from a trained model to slim ones, with one command."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+from helpers.recipes import TINY
+from safetensors.torch import load_file, save_file
+
+from timm_autoslim.errors import BudgetError, ConfigError
+from timm_autoslim.recipes import finetune as finetune_recipe
+from timm_autoslim.recipes import search, slim, train
+from timm_autoslim.recipes.lib import teacher
+from timm_autoslim.recipes.lib.comparison import Row, make_table
+from timm_autoslim.recipes.lib.results import read_results
+
+BASE = {"channels": [8, 8, 16, 16], "stem_width": 8}
+FIRST, SECOND = "macs-60pct-searched", "macs-40pct-searched"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A file with the weights of a small model that knows some digits."""
+    folder = tmp_path_factory.mktemp("weights")
+    config = folder / "config.yaml"
+    config.write_text(json.dumps(TINY | {"epochs": 3, "limit_train": 600}))
+    train.main(["-c", str(config), "--output", str(folder), "--experiment", "trained"])
+    return folder / "trained" / "supernet.safetensors"
+
+
+def make_command(folder, weights, *more):
+    kwargs = [f"{key}={value}".replace(" ", "") for key, value in BASE.items()]
+    return ["--dataset", "digits", "--model", "resnet10t", "--model-kwargs", *kwargs, "--in-chans", "1", "--img-size",
+            "16", "--mean", "0.5", "--std", "0.5", "--initial-checkpoint", str(weights), "--limit-train", "200",
+            "--held-out", "40", "--batch-size", "32", "--epochs", "1", "--budgets", "macs=60%", "macs=40%", "--steps",
+            "2", "--threads", "1", "--color-jitter", "0", "--output", str(folder), "--experiment", "mine",
+            *more]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, weights):
+    """The folder of a run that was never interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    slim.main(make_command(folder, weights))
+    return folder / "mine"
+
+
+@pytest.mark.slow
+def test_the_road_ends_with_one_table_whose_first_row_is_the_original(finished, weights, capsys):
+    slim.main(make_command(finished.parent, weights))  # nothing is left to do but the comparison
+    shown = capsys.readouterr().out
+    assert re.findall(r"^\[(\d) of 6\] (.*)$", shown, re.MULTILINE) == [
+        ("1", "the original: resnet10t (tested before)"),
+        ("2", "search macs<=60%, from the original (done before)"),
+        ("3", f"reconstruct, fine-tune, test and export {FIRST} (done before)"),
+        ("4", f"search macs<=40%, from {FIRST} (done before)"),
+        ("5", f"reconstruct, fine-tune, test and export {SECOND} (done before)"),
+        ("6", "load the networks again, test and measure them"),
+    ]
+    table = (finished / "table.md").read_text()
+    assert table in shown
+    rows = [line.split("|")[1].strip() for line in table.splitlines()]
+    assert rows == ["network", "---", "original", FIRST, SECOND]
+    assert "Warning: 40 held-out images are few" in shown
+    results = read_results(finished)
+    full = json.loads((finished / "original.json").read_text())["macs"]
+    for name, share in ((FIRST, 0.6), (SECOND, 0.4)):
+        model = timm.create_model(f"local-dir:{finished / 'exported' / name}", pretrained=True).eval()
+        assert model(torch.zeros(1, 1, 16, 16)).shape == (1, 10)
+        assert results[name]["macs"] / full <= share
+
+
+@pytest.mark.slow
+def test_the_original_is_the_teacher_and_the_second_network_is_cut_from_the_first(finished):
+    models = [timm.create_model(f"local-dir:{finished / 'exported' / name}") for name in (FIRST, SECOND)]
+    shapes = [[parameter.shape for parameter in model.parameters()] for model in models]
+    assert all(a >= b for one, two in zip(*shapes, strict=True) for a, b in zip(one, two, strict=True))
+    args = (finished / "to-macs-40pct" / "finetune" / SECOND / "args.yaml").read_text()
+    assert f"teacher: {finished}\n" in args
+    assert f"model: local-dir:{finished / 'exported' / FIRST}\n" in args
+
+
+STOPS = {
+    "the original": ("evaluate", 1), "the first search": ("search_networks", 1), "the first tuning": ("finetune", 1),
+    "the second search": ("search_networks", 2), "the second tuning": ("finetune", 2),
+    "the end": ("measure_latency", 1),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_killed_at_any_stage_and_given_again_it_goes_on(stop, after, finished, weights, tmp_path, monkeypatch):
+    name, ordinal = STOPS[stop]
+    function, calls = getattr(slim, name), []
+
+    def interrupt(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == ordinal and not after:
+            raise KeyboardInterrupt
+        result = function(*args, **kwargs)
+        if len(calls) == ordinal:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(slim, name, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        slim.main(make_command(tmp_path, weights))
+    monkeypatch.undo()
+    slim.main(make_command(tmp_path, weights))
+    for network in (FIRST, SECOND):
+        path = f"exported/{network}/model.safetensors"
+        before, now = load_file(finished / path), load_file(tmp_path / "mine" / path)
+        assert all(torch.equal(tensor, now[key]) for key, tensor in before.items())
+
+
+@pytest.mark.slow
+def test_a_failed_attempt_does_not_block_the_mended_one(weights, tmp_path, monkeypatch):
+    with pytest.raises(BudgetError, match="out of reach"):
+        slim.main(make_command(tmp_path, weights, "--budgets", "macs=0.1%"))
+    with pytest.raises(ConfigError, match="does not give weights of resnet10t"):
+        slim.main(make_command(tmp_path, tmp_path / "nowhere.safetensors"))
+    monkeypatch.setattr(slim, "search_networks", lambda *_: pytest.fail("searching"))
+    for flags in (["--held-out", "30"], ["--held-out", "50", "--order", "l1"]):
+        with pytest.raises(pytest.fail.Exception, match="searching"):
+            slim.main(make_command(tmp_path, weights, *flags))
+    assert len(json.loads((tmp_path / "mine" / "held_out.json").read_text())["held_out"]) == 50
+
+
+@pytest.mark.slow
+def test_settings_are_kept_once_training_has_begun_but_budgets_may_follow(finished, weights):
+    with pytest.raises(ConfigError, match=r"was begun with other settings \(epochs\)"):
+        slim.main(make_command(finished.parent, weights, "--epochs", "2"))
+    with pytest.raises(ConfigError, match=r"holds the network of macs<=60%.*tighter ones may follow"):
+        slim.main(make_command(finished.parent, weights, "--budgets", "macs=50%"))
+    with pytest.raises(ConfigError, match=r"to-macs-40pct holds the network of macs<=40%, cut from .*macs-60pct"):
+        slim.main(make_command(finished.parent, weights, "--budgets", "macs=60%", "macs=50%", "macs=40%"))
+
+
+@pytest.mark.slow
+def test_weights_of_other_classes_are_refused(weights, tmp_path):
+    state = load_file(weights)
+    save_file(
+        {name: t[:5] if name.startswith("fc.") else t for name, t in state.items()}, tmp_path / "five.safetensors"
+    )
+    with pytest.raises(ConfigError, match="not of the 10 classes of the data"):
+        slim.main(make_command(tmp_path, tmp_path / "five.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--model", "resnet10t", "--data-dir", "x"], "slim starts from trained weights"),
+        (["--model", "resnet10t", "--pretrained"], "slim needs images"),
+        (["--model", "ressnet18", "--pretrained"], "did you mean resnet18"),
+        (["--model", "resnet10t", "--pretrained", "--initial-checkpoint", "x", "y"], "two starting points"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_is_done(flags, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=text):
+        slim.main(flags)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "loads"), [(None, "original"), ("none", None), ("original", "original"), ("run", "run"), ("file", "file")]
+)
+def test_a_fine_tuning_has_its_teacher(name, loads, weights, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(TINY | {"initial_checkpoint": str(weights), "epochs": 0, "search_baselines": []}))
+    train.main(["-c", str(config), "--output", str(tmp_path), "--experiment", "run"])
+    run = tmp_path / "run"
+    search.main([str(run), "-c", str(config)])
+    named = {"run": str(run), "file": str(weights)}.get(name, name)
+    capsys.readouterr()
+    flags = ["--teacher", named] if named else []
+    finetune_recipe.main([str(run), "-c", str(config), "--network", FIRST, "--epochs", "1", *flags])
+    shown = capsys.readouterr().out
+    assert ("teacher: " in shown) is bool(loads)
+    if loads:
+        assert f"teacher: {named or 'original'}, with 0.5 of the loss" in shown
+
+
+def test_the_table_says_what_was_lost():
+    rows = [Row("original", 80.0, 2_000_000, 1_000_000, 4_000_000, 2.0), Row("half", 79.0, 10**6, 250_000, 10**6, 1.5)]
+    assert make_table(rows[0], rows[1:]).splitlines()[2:] == [
+        "| original | 80.00 | | 2.00M | 1.000M | 4.00 MB | 2 ms |",
+        "| half | 79.00 | 1.00 | 1.00M (50%) | 0.250M (25%) | 1.00 MB (25%) | 1.5 ms (75%) |",
+    ]
+
+
+def test_the_original_teaches_where_it_knows_the_classes():
+    args = slim.argparse.Namespace(teacher=None, initial_checkpoint=None, pretrained=False)
+    assert teacher.choose_teacher(args) is None
+    args = slim.argparse.Namespace(
+        teacher=None, initial_checkpoint=None, pretrained=True, model="resnet18", num_classes=1000
+    )
+    assert teacher.choose_teacher(args) == "original"
+    args.num_classes = 10
+    assert teacher.choose_teacher(args) is None
+    args.teacher = "none"
+    assert teacher.choose_teacher(args) is None

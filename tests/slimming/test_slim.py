@@ -1,0 +1,95 @@
+"""One call from a trained model to a slim one."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch.nn.functional import cross_entropy
+
+from timm_autoslim import convert, cost, export, slim
+from timm_autoslim.errors import BudgetError, DataError
+
+
+def make_model():
+    torch.manual_seed(0)
+    return timm.create_model("resnet10t", num_classes=10, channels=[8, 8, 16, 16], stem_width=8)
+
+
+def make_batches(count=2, size=20):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(10, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def count_macs(model):
+    return cost(convert(model, torch.zeros(1, 3, 32, 32))).macs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("budget", "share"), [("50%", 0.5), ({"macs": "60%"}, 0.6), ("macs<=55% and params<=60%", 0.55)]
+)
+def test_an_ordinary_model_within_the_budget_comes_back(budget, share, tmp_path):
+    model, batches = make_model(), make_batches()
+    before = copy.deepcopy(model.state_dict())
+    smaller = slim(model, budget, batches, cross_entropy, progress=False, base_args={"num_classes": 10})
+    assert type(smaller) is type(model)
+    assert count_macs(smaller) <= share * count_macs(model)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(p.grad is None for m in (model, smaller) for p in m.parameters())
+    again = timm.create_model(f"local-dir:{export(smaller, tmp_path / 'slim')}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(batches[0][0]), smaller(batches[0][0]))
+
+
+@pytest.mark.slow
+def test_it_reproduces_the_model_better_than_its_bare_slices(monkeypatch):
+    model, batches = make_model().eval(), make_batches(4)
+    monkeypatch.setattr("timm_autoslim.slimming.slim.reconstruct", lambda *_, **__: None)
+    bare = slim(model, "40%", batches, cross_entropy, progress=False)
+    monkeypatch.undo()
+    better = slim(model, "40%", batches, cross_entropy, progress=False)
+    inputs = torch.cat([inputs for inputs, _ in batches])
+    with torch.no_grad():
+        errors = [(slimmer(inputs) - model(inputs)).norm() for slimmer in (better, bare)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.slow
+def test_frozen_weights_and_rules_are_respected():
+    model = make_model().requires_grad_(False)
+    smaller = slim(model, "70%", make_batches(), cross_entropy, progress=False, freeze="layer1.*")
+    assert smaller.layer1[0].conv1.out_channels == model.layer1[0].conv1.out_channels
+    assert not any(parameter.requires_grad for m in (model, smaller) for parameter in m.parameters())
+
+
+@pytest.mark.parametrize(
+    ("batches", "text"),
+    [
+        ([], "batches: got none"),
+        (torch.zeros(2, 3, 32, 32), "batches: got a Tensor"),
+        ([torch.zeros(2, 3, 32, 32)], "batch 0: got a Tensor; needed: an iterable of pairs"),
+        (None, "batches: got a NoneType"),
+    ],
+)
+def test_what_is_no_pair_is_refused(batches, text):
+    with pytest.raises(DataError, match=text):
+        slim(make_model(), "50%", batches, cross_entropy)
+
+
+@pytest.mark.slow
+def test_budgets_that_cannot_be_met_are_refused():
+    with pytest.raises(BudgetError, match="out of reach"):
+        slim(make_model(), "0.01%", make_batches(), cross_entropy, progress=False)
+
+
+@pytest.mark.slow
+def test_progress_is_shown_unless_it_is_off(capsys):
+    slim(make_model(), "90%", make_batches(), cross_entropy)
+    assert "reconstruct" in capsys.readouterr().err
+    slim(make_model(), "90%", make_batches(), cross_entropy, progress=False)
+    assert not capsys.readouterr().err

@@ -1,0 +1,153 @@
+"""One call from a trained model to a slim one: order, search, extract, reconstruct. Nothing is trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from timm_autoslim.costs.conditions import Conditions
+from timm_autoslim.errors import BudgetError, DataError
+from timm_autoslim.slimming.budgets import Budgets
+from timm_autoslim.slimming.result import Step
+from timm_autoslim.slimming.scoring import HeldOut
+from timm_autoslim.slimming.search import search
+from timm_autoslim.supernet.convert import convert
+from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.training.reconstruction import LayerReconstruction, reconstruct
+from timm_autoslim.utils.arguments import check_callable, check_flag, check_module
+
+M = TypeVar("M", bound=nn.Module)
+Pair = tuple[Tensor, Any]
+
+
+def slim(
+    model: M,
+    budget: str | float | Mapping[str, Any],
+    batches: Iterable[Pair],
+    loss: Callable[[Any, Any], Tensor],
+    *,
+    order: str | None = "taylor",
+    conditions: Conditions | None = None,
+    progress: bool = True,
+    seed: int = 0,
+    **rules: Any,
+) -> M:
+    """Return a slim copy of a trained model, within a budget. Nothing is trained, and the model is not changed.
+
+    The channels are sorted by importance, the widths are searched on the model itself, the network is extracted, and
+    its layers get the weights that reproduce what the model computes (`convert`, `search`, `extract` and
+    `reconstruct`). Fine-tune it afterwards, if there is time; `python -m timm_autoslim slim` does all of that.
+
+    Args:
+        model: a trained model that takes one tensor.
+        budget: a share of the MACs ("50%"), their number ("300M", 3e8), one or several limits
+            ("macs<=300M and latency_ms<=4"), or {metric: amount}.
+        batches: pairs of inputs (N, C, H, W) and targets on the model's device, not augmented. They order the channels,
+            rank the subnets and reconstruct the layers. 500 to 2,000 images are good, in 8 batches or more.
+        loss: called with the model's outputs and the targets of a batch; returns a scalar, lower is better.
+        order: a criterion of `CRITERIA`; None leaves the channels in their order.
+        conditions: what `peak_bytes` and `latency_ms` are counted for.
+        progress: whether to show progress bars.
+        seed: of the search.
+        **rules: further arguments of `convert`, such as `freeze=`, `min=`, `divisor=` and `base_args=`.
+
+    Returns:
+        An ordinary model of the class of `model`, in evaluation mode; `export` writes it to a folder.
+
+    Raises:
+        BudgetError: the budget is malformed, out of reach, or several budgets.
+        DataError: the batches are no pairs, or there are none.
+        ConfigError, EvaluationError, NothingToSlimError, TraceError, WidthError: as `convert`, `search` and
+            `reconstruct` do.
+
+    Example:
+        >>> import timm, torch
+        >>> from torch.nn.functional import cross_entropy
+        >>> model = timm.create_model("resnet10t", num_classes=10, channels=[8, 8, 16, 16], stem_width=8)
+        >>> batches = [(torch.randn(20, 3, 32, 32), torch.randint(10, (20,))) for _ in range(2)]
+        >>> smaller = slim(model, "50%", batches, cross_entropy, progress=False)
+        >>> type(smaller) is type(model)
+        True
+    """
+    check_module("model", model)
+    check_callable("loss", loss, DataError, "a callable loss(outputs, targets) that returns a scalar")
+    check_flag("progress", progress)
+    pairs = _check_pairs(batches)
+    source = copy.deepcopy(model).eval()  # whose gradients are ours, and whose modes
+    if order == "taylor":
+        _take_gradients(source, pairs, loss)
+    supernet = convert(source, pairs[0][0][:1], order=order, **rules).eval()
+    source.zero_grad()
+    supernet.zero_grad()
+
+    def score(subnet: Callable[[Tensor], Any], batch: Pair) -> float:
+        return float(loss(subnet(batch[0]), batch[1]))
+
+    with tqdm(desc="search", unit="step", disable=not progress, leave=False) as bar:
+
+        def show_step(step: Step) -> None:
+            bar.set_postfix_str(f"{step.macs / 1e6:.4g}M MACs, loss {step.loss:.4f}")
+            bar.update()
+
+        result = search(
+            supernet, _read_budget(budget), HeldOut(pairs, score), conditions=conditions, seed=seed, on_step=show_step
+        )
+    if len(result.networks) != 1:
+        raise BudgetError.at("budget", got=f"{len(result.networks)} budgets", needed="one", remedy="call slim for each")
+    return _extract(supernet, result.networks[0].widths, pairs, progress)  # type: ignore[return-value]
+
+
+def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: bool) -> nn.Module:
+    """Extract a subnet and reconstruct its layers."""
+    smaller = supernet.extract(widths).eval()
+    with tqdm(desc="reconstruct", unit="layer", disable=not progress, leave=False) as bar:
+
+        def show_layer(layer: LayerReconstruction) -> None:
+            bar.set_postfix_str(layer.name)
+            bar.update()
+
+        reconstruct(smaller, supernet, (inputs for inputs, _ in pairs), on_layer=show_layer)
+    return smaller
+
+
+def _read_budget(budget: Any) -> Budgets:
+    """Return a budget as `search` takes it: a text with limits as it is, an amount as one of MACs."""
+    if isinstance(budget, str) and "<=" in budget:
+        return [budget]
+    budgets: Budgets = budget if isinstance(budget, Mapping) else {"macs": budget}
+    return budgets
+
+
+def _check_pairs(batches: Iterable[Any]) -> list[Pair]:
+    """Return the batches as a list.
+
+    Raises:
+        DataError: there is none, or one is no pair of inputs and targets.
+    """
+    needed = "an iterable of pairs (inputs, targets), such as a DataLoader"
+    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+        raise DataError.at("batches", got=f"a {type(batches).__name__}", needed=needed)
+    pairs = [tuple(batch) if isinstance(batch, list | tuple) else batch for batch in batches]
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], Tensor):
+            raise DataError.at(f"batch {index}", got=f"a {type(pair).__name__}", needed=needed)
+    if not pairs:
+        raise DataError.at("batches", got="none", needed=needed)
+    return pairs
+
+
+def _take_gradients(model: nn.Module, pairs: Sequence[Pair], loss: Callable[[Any, Any], Tensor]) -> None:
+    """Add the gradients of the loss over all batches to the weights of a model, those of frozen weights too."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    model.requires_grad_(True)
+    model.zero_grad()
+    with torch.enable_grad():
+        for inputs, targets in pairs:
+            loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
