@@ -197,7 +197,7 @@ def test_the_original_teaches_where_it_knows_the_classes():
     args = slim.argparse.Namespace(teacher=None, initial_checkpoint=None, pretrained=False)
     assert teacher.choose_teacher(args) is None
     args = slim.argparse.Namespace(
-        teacher=None, initial_checkpoint=None, pretrained=True, model="resnet18", num_classes=1000
+        teacher=None, initial_checkpoint=None, pretrained=True, model="resnet18", model_kwargs={}, num_classes=1000
     )
     assert teacher.choose_teacher(args) == "original"
     args.num_classes = 10
