@@ -1,5 +1,6 @@
 """Curves of a training: trackers that are installed, and go on in a resumed run."""
 
+import importlib.util
 import sys
 from types import SimpleNamespace
 
@@ -29,7 +30,8 @@ def test_a_resumed_run_is_the_same_run_at_weights_and_biases(tmp_path, monkeypat
         steps.append((step, sorted(values)[:2]))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=start))
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: name)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "wandb" or find_spec(name))
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [accelerate.utils.LoggerType.WANDB])
     run = run_train(tmp_path, "run", "--log-wandb", "--wandb-project", "mine", limit_train=64)
     run_train(tmp_path, "run", "--log-wandb", "--wandb-project", "mine", "--resume", epochs=2, limit_train=64)
