@@ -140,6 +140,11 @@ def _check_schedule(args: argparse.Namespace) -> None:
     if args.sched == "plateau":
         raise ConfigError("--sched plateau steps by a metric, and these recipes step by updates: give another one.")
     _check_name("sched", args.sched, SCHEDULERS)
+    if args.sched != "none" and 0 < args.epochs < args.warmup_epochs:  # the learning rate would never reach --lr
+        raise ConfigError(
+            f"--warmup-epochs {args.warmup_epochs:g}: needed at most --epochs {args.epochs}, over which the learning "
+            "rate rises to --lr and falls again."
+        )
     try:
         scheduler = make_scheduler(args, SGD(nn.Linear(2, 2).parameters(), lr=0.1), 1)
     except Exception as error:  # whatever timm raises

@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from timm_autoslim import files
 from timm_autoslim.errors import ConfigError
 
+# Flags that every version of train.py wrote and the other recipes read; and those that came later, with what earlier
+# versions did.
+_OLDEST = {"model", "data_dir"}
+_ADDED = {"crop_mode": "center"}
 SUPERNET = "supernet.safetensors"  # only a training that is finished writes it
 
 
@@ -64,10 +68,15 @@ def read_args(run: Path, args: argparse.Namespace) -> argparse.Namespace:
     """Return the flags of the run's train.py, overridden by those of another recipe.
 
     Raises:
-        ConfigError: the folder holds no training.
+        ConfigError: the folder holds no training, or its args.yaml no flags.
     """
     path = run / "args.yaml"
     if not path.is_file():
         raise ConfigError(f"{run} is not a run folder: it holds no args.yaml. Train first: recipes/train.py.")
     of_training = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return argparse.Namespace(**of_training | vars(args) | {"data_dir": args.data_dir or of_training["data_dir"]})
+    if not isinstance(of_training, dict) or not of_training.keys() >= _OLDEST:
+        needed = f"the flags of a training, with {', '.join(sorted(_OLDEST))}"
+        remedy = "it is damaged, or of another version: train again in another folder"
+        raise ConfigError.at(str(path), got="no such flags", needed=needed, remedy=remedy)
+    flags = _ADDED | of_training | vars(args)
+    return argparse.Namespace(**flags | {"data_dir": args.data_dir or of_training["data_dir"]})

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from helpers.models import TwoGroups
 from torch import nn
 
 from timm_autoslim import Conditions, LatencyTable, convert, cost, measure_latency, search
-from timm_autoslim.costs import fit
+from timm_autoslim.costs import fit, latency
 from timm_autoslim.costs.measure import name_device
 from timm_autoslim.costs.tape import get_tape
 from timm_autoslim.errors import ConfigError, LatencyError, WidthError
+from timm_autoslim.utils.files import write_text
 
 
 @pytest.fixture
@@ -123,6 +125,25 @@ def test_random_numbers_are_left_alone(supernet, tmp_path):
     conditions = Conditions(latency=table)
     search(supernet, {"latency_ms": "80%"}, lambda subnet: 1.0, conditions=conditions, steps=1, refine="none")
     assert state() == before
+
+
+def test_tables_of_one_file_that_write_at_once_lose_nothing(supernet, monkeypatch, tmp_path):
+    fake_times(monkeypatch)
+    path, other = tmp_path / "latency.json", []
+    first, second = LatencyTable(path), LatencyTable(path)
+
+    def write(target, text):  # when the first has read the file and is about to write it, the second begins to write
+        if not other:
+            other.append(threading.Thread(target=second.add_up, args=(supernet, supernet.space.min())))
+            other[0].start()
+            other[0].join(0.3)
+        write_text(target, text)
+
+    get_tape(supernet)  # which takes long
+    monkeypatch.setattr(latency, "write_text", write)
+    first.add_up(supernet, supernet.space.max())
+    other[0].join(30)
+    assert LatencyTable(path).operators.keys() == {**first.operators, **second.operators}.keys()
 
 
 @pytest.mark.parametrize(("key", "value"), [("device", "Another CPU"), ("threads", 7), ("torch", "1.0.0")])

@@ -1,10 +1,12 @@
 """Files are replaced in one step, and a failed write leaves the old file and nothing beside it."""
 
+import threading
+
 import pytest
 
 import timm_autoslim.files as public
 from timm_autoslim.utils import files
-from timm_autoslim.utils.files import replace_file, sync_to_disk, write_text
+from timm_autoslim.utils.files import locking, replace_file, sync_to_disk, write_text
 
 
 def test_a_text_file_is_written_and_replaced(tmp_path):
@@ -69,3 +71,26 @@ def test_the_public_module_offers_the_same_functions():
         write_text,
         sync_to_disk,
     ]
+
+
+def test_who_locks_a_folder_second_waits_for_the_end_of_the_first_block(tmp_path):
+    order = []
+
+    def wait():
+        with locking(tmp_path):
+            order.append("second")
+
+    other = threading.Thread(target=wait)
+    with locking(tmp_path):
+        other.start()
+        other.join(0.1)
+        order.append("first")
+    other.join(10)
+    assert order == ["first", "second"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_there_are_no_locks_nobody_waits(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    with locking(tmp_path), locking(tmp_path):
+        pass

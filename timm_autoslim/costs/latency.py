@@ -24,7 +24,7 @@ from timm_autoslim.errors import LatencyError
 from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.utils.arguments import check_integer, check_path
-from timm_autoslim.utils.files import write_text
+from timm_autoslim.utils.files import locking, write_text
 
 FORMAT = 3
 FACTORS = 5  # of a prediction
@@ -221,12 +221,13 @@ class LatencyTable:
         """Write the table, with what others have added to the file meanwhile, in one step."""
         if self.path is None:
             return
-        if self.path.exists():
-            operators, fits = self._read(self.path)
-            self._operators, self._fits = {**operators, **self._operators}, {**fits, **self._fits}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"format": FORMAT, **self._machine, "operators": self._operators, "fits": self._fits}
-        write_text(self.path, json.dumps(content, indent=0))
+        with locking(self.path.parent):  # so that nobody writes between the reading and the writing
+            if self.path.exists():
+                operators, fits = self._read(self.path)
+                self._operators, self._fits = {**operators, **self._operators}, {**fits, **self._fits}
+            content = {"format": FORMAT, **self._machine, "operators": self._operators, "fits": self._fits}
+            write_text(self.path, json.dumps(content, indent=0))
 
 
 def _check_times(where: str, values: Iterable[Any]) -> None:

@@ -69,6 +69,7 @@ def test_a_range_has_bounds_or_not():
         ("--opt adamw --opt-betas 0.9", r"--opt adamw cannot be made with --opt-betas \[0.9\]"),
         ("--opt-kwargs foo=1", r"--opt sgd cannot be made with .*--opt-kwargs {'foo': 1}: .*'foo'"),
         ("--sched cosin", "--sched cosin is unknown: needed one of cosine, .*. Did you mean cosine?"),
+        ("--epochs 3 --warmup-epochs 3.5", "--warmup-epochs 3.5: needed at most --epochs 3, over which the learning"),
         ("--sched plateau", "--sched plateau steps by a metric, and these recipes step by updates"),
         ("--interpolation cubic", "--interpolation cubic is unknown: needed one of nearest, .*Did you mean bicubic?"),
         ("--remode pixels", "--remode pixels is unknown: needed one of const, rand, pixel. Did you mean pixel?"),

@@ -14,10 +14,24 @@ def test_flags_of_a_recipe_win_over_those_of_the_training(tmp_path):
     write_args(tmp_path, argparse.Namespace(model="resnet10t", batch_size=32, data_dir="images", mean=[0.5]))
     args = read_args(tmp_path, argparse.Namespace(run=str(tmp_path), batch_size=8, data_dir=None))
     assert vars(args) == {
-        "model": "resnet10t", "batch_size": 8, "data_dir": "images", "mean": [0.5], "run": str(tmp_path)
+        "model": "resnet10t", "batch_size": 8, "data_dir": "images", "mean": [0.5], "run": str(tmp_path),
+        "crop_mode": "center",
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r"is not a run folder: it holds no args.yaml. Train first"):
         read_args(tmp_path / "nowhere", argparse.Namespace())
+
+
+def test_run_folders_of_earlier_versions_cropped_the_centre(tmp_path):
+    for crop, expected in (({}, "center"), ({"crop_mode": "squash"}, "squash")):
+        write_args(tmp_path, argparse.Namespace(model="resnet10t", data_dir="images", **crop))
+        assert read_args(tmp_path, argparse.Namespace(data_dir=None)).crop_mode == expected
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "data_dir: images"])
+def test_a_file_without_the_flags_of_a_training_is_refused(tmp_path, text):
+    (tmp_path / "args.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"args\.yaml: got no such flags; needed: .*train again in another folder"):
+        read_args(tmp_path, argparse.Namespace(data_dir=None))
 
 
 def test_weights_are_read_as_they_were_written(tmp_path):
