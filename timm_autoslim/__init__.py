@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from timm_autoslim.costs.cost import cost as cost
     from timm_autoslim.costs.cost import cost_by_module as cost_by_module
     from timm_autoslim.costs.fit import LatencyReport as LatencyReport
+    from timm_autoslim.costs.inspection import Fixed as Fixed
+    from timm_autoslim.costs.inspection import Inspection as Inspection
+    from timm_autoslim.costs.inspection import inspect as inspect
     from timm_autoslim.costs.latency import LatencyTable as LatencyTable
     from timm_autoslim.costs.measure import measure_latency as measure_latency
     from timm_autoslim.costs.metrics import METRICS as METRICS
@@ -77,8 +80,10 @@ _MODULES = {
     "Conditions": "costs.conditions",
     "Cost": "costs.cost",
     "DISTILLATION_LOSSES": "training.distillation",
+    "Fixed": "costs.inspection",
     "Found": "slimming.result",
     "HeldOut": "slimming.scoring",
+    "Inspection": "costs.inspection",
     "LayerReconstruction": "training.reconstruction",
     "LatencyReport": "costs.fit",
     "LatencyTable": "costs.latency",
@@ -111,6 +116,7 @@ _MODULES = {
     "create_meta_base": "artifact.bases",
     "export": "artifact.export",
     "load": "artifact.own",
+    "inspect": "costs.inspection",
     "measure_latency": "costs.measure",
     "parse_budgets": "slimming.goals",
     "push": "artifact.hub",

@@ -4,76 +4,50 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import json
 import os
 import sys
-import time
 import types
-from collections import Counter
+from argparse import Namespace
 from pathlib import Path
 
 import timm
 import torch
 
 from timm_autoslim import __version__
-from timm_autoslim.artifact.bases import create_meta_base
-from timm_autoslim.costs.cost import cost_by_module
-from timm_autoslim.costs.reach import reach
+from timm_autoslim.costs.inspection import inspect as inspect_model
 from timm_autoslim.errors import ArtifactError, AutoSlimError, TraceError
-from timm_autoslim.recipes.lib.parser import Parser
-from timm_autoslim.supernet.convert import convert
-from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.recipes.lib.names import choose_size_args, create_meta, resolve_name
+from timm_autoslim.recipes.lib.parser import KeyValues, Parser
 
 
-def _fixed(supernet: Supernet) -> list[str]:
-    """Return what is fixed, as lines: the reason, how many axes, and one of them."""
-    graph = supernet.graph
-    reasons = Counter(graph.fixed.values())
-    first = {reason: place for place, reason in reversed(list(graph.fixed.items()))}
-    return [
-        f"{count:5}  {reason}  (such as axis {first[reason][1]} of {first[reason][0]})"
-        for reason, count in reasons.most_common()
-    ]
-
-
-def inspect(name: str, size: int | None = None, modules: bool = False) -> str:
+def inspect(name: str, args: Namespace) -> str:
     """Return a description of how a model can be slimmed: groups, reach, what is fixed and why, and the time it took.
 
     Args:
-        name: a timm name, or `torchvision/NAME`.
-        size: height and width of the images; by default what the model is configured for.
-        modules: also list the MACs of every module at half and full width.
+        name: a timm name, `torchvision/NAME`, a folder, or a repository of the Hub.
+        args: the flags of the command.
 
     Raises:
-        ArtifactError: the name is unknown.
+        ConfigError: the name is unknown.
+        ArtifactError: the constructor refuses the arguments.
         TraceError: the model cannot be traced, or not at this size.
         NothingToSlimError: no channel of it can be removed.
     """
-    model = create_meta_base(name)  # shapes are all that is read
-    try:
-        example = None if size is None else torch.empty(1, 3, size, size, device="meta")
-    except (RuntimeError, TypeError) as error:
-        raise TraceError(
-            f"size={size}: no image has this height and width ({error}); needed: pixels, such as 224"
-        ) from error
-    start = time.perf_counter()
-    supernet = convert(model, example)
-    seconds = time.perf_counter() - start
-    lines = [f"{name}: {len(supernet.space)} groups, traced and proven in {seconds:.1f} s", "", supernet.space.table()]
-    if modules:
-        half = cost_by_module(supernet, supernet.space.uniform(0.5))
-        lines += ["", f"{'MACs':>14} {'at half':>14}  module"]
-        lines += [f"{macs:14,} {half[path]:14,}  {path}" for path, macs in cost_by_module(supernet).items()]
-    limits = reach(supernet)
-    lines += ["", "reach (a quarter at half width is ideal):"]
-    for text, cost in (("half", limits.half), ("minimum", limits.narrowest)):
-        lines.append(
-            f"  at {text} width {cost.macs / limits.widest.macs:.2%} of the MACs "
-            f"and {cost.params / limits.widest.params:.2%} of the parameters"
-        )
-    lines += [f"  {share:6.2%} of the MACs held by: {reason}" for reason, share in limits.obstacles[:5]]
-    lines += ["", "fixed axes, and why:", *_fixed(supernet)]
-    if supernet.constants:
-        lines += ["", "numbers that stay as they are at all widths:", *(f"  {text}" for text in supernet.constants)]
+    example, kwargs, name = None, dict(args.model_kwargs), resolve_name(name)
+    if args.img_size is not None:
+        try:
+            example = torch.empty(1, kwargs.get("in_chans", 3), args.img_size, args.img_size, device="meta")
+        except (RuntimeError, TypeError) as error:
+            raise TraceError(
+                f"size={args.img_size}: no image has this height and width ({error}); needed: pixels, such as 224"
+            ) from error
+        kwargs = {**choose_size_args(name, args.img_size), **kwargs}
+    inspection = inspect_model(create_meta(name, **kwargs), example)  # shapes are all that is read
+    if args.json:
+        return json.dumps({"model": name, "model_kwargs": kwargs, **inspection.to_dict()}, indent=1)
+    lines = [f"{name}: {len(inspection.groups)} groups, traced and proven in {inspection.seconds:.1f} s", ""]
+    lines += [str(inspection), *(["", inspection.list_modules()] if args.modules else [])]
     return "\n".join(lines)
 
 
@@ -179,9 +153,11 @@ def _make_parser() -> Parser:
     look = commands.add_parser(
         "inspect", help="show the channel groups of a model, its reach, and what is fixed and why"
     )
-    look.add_argument("model", help="a timm name, or torchvision/NAME")
-    look.add_argument("--size", type=int, help="height and width of the images")
+    look.add_argument("model", help="a timm name, torchvision/NAME, a folder, or hf-hub:OWNER/NAME")
+    look.add_argument("--img-size", "--size", type=int, help="height and width of the images")
+    look.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE")
     look.add_argument("--modules", action="store_true", help="also list the MACs of every module")
+    look.add_argument("--json", action="store_true", help="print all of it as JSON, that of the modules too")
     show = commands.add_parser("report", help="write RUN/report.html and figures of all RUN/search/*.json")
     show.add_argument("run", metavar="RUN", type=Path, help="folder of a run that was searched")
     copies = commands.add_parser("recipes", help="copy the recipes to a new folder, to change them there")
@@ -214,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         elif args.command == "recipes":
             print(copy(args.folder))
         else:
-            print(inspect(args.model, args.size, args.modules))
+            print(inspect(args.model, args))
     except AutoSlimError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,9 +17,9 @@ import yaml
 
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.checks import check_values
-from timm_autoslim.recipes.lib.flags import DEFAULTS, FLAGS, ON_OFF, KeyValues
+from timm_autoslim.recipes.lib.flags import DEFAULTS, FLAGS, ON_OFF
 from timm_autoslim.recipes.lib.names import read_data_settings, resolve_name
-from timm_autoslim.recipes.lib.parser import Parser
+from timm_autoslim.recipes.lib.parser import KeyValues, Parser
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -158,7 +158,7 @@ def _convert(action: argparse.Action, key: str, value: object, where: str) -> ob
             return _expect(value, bool)
         if isinstance(action, KeyValues):
             needed = "a mapping"
-            return _expect(value, dict)
+            return _expect(_read_pairs(value, key) if isinstance(value, (str, list)) or value is True else value, dict)
         if action.nargs is not None:
             needed = f"a list of {kind}"
             items = value if isinstance(value, list) else [value]
@@ -177,6 +177,16 @@ def _convert(action: argparse.Action, key: str, value: object, where: str) -> ob
         return item
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {value!r} in {where} does not fit: it needs {needed}.") from error
+
+
+def _read_pairs(value: Any, key: str) -> Any:
+    """Read KEY=VALUE as on a command line: one, several, or none (True)."""
+    pairs = [] if value is True else [value] if isinstance(value, str) else value
+    if not all(isinstance(pair, str) for pair in pairs):
+        return value
+    parser = Parser(add_help=False)
+    parser.add_argument(f"--{key}", nargs="*", default={}, action=KeyValues)
+    return vars(parser.parse_args([f"--{key}", *pairs]))[key]
 
 
 def _expect(value: Any, kind: type) -> Any:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from timm.utils import ParseKwargs
-
 from timm_autoslim import (
     BASELINES,
     CRITERIA,
@@ -18,27 +16,10 @@ from timm_autoslim import (
     RUNTIMES,
     SAMPLERS,
 )
-from timm_autoslim.errors import ConfigError
+from timm_autoslim.recipes.lib.parser import KeyValues
 
 CROPS = ("center", "squash", "border")
 ON_OFF = argparse.BooleanOptionalAction
-
-
-class KeyValues(ParseKwargs):  # type: ignore[misc]
-    """timm's way to read KEY=VALUE; anything else is refused by name."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        """Store the values as a dict."""
-        for text in values:
-            if "=" not in text or text.startswith("="):
-                raise ConfigError(f"{option_string} {text}: needed KEY=VALUE, such as drop_rate=0.2.")
-        super().__call__(parser, namespace, values, option_string)
 
 
 def add_general_flags(parser: argparse.ArgumentParser) -> None:

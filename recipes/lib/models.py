@@ -13,25 +13,16 @@ from torch import Tensor, nn
 
 from timm_autoslim import Supernet, convert
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.recipes.lib.names import TORCHVISION, create_named, is_stored, read_data_settings
+from timm_autoslim.recipes.lib.names import choose_size_args, create_named, is_stored, read_data_settings
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_weights
 
 
 def choose_base_args(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments that create the base model again; an exported folder keeps them."""
     chosen: dict[str, Any] = {"num_classes": args.num_classes, "in_chans": args.in_chans}
-    if args.img_size and not is_stored(args.model):
-        chosen |= _choose_size_args(args)
+    if args.img_size:
+        chosen |= choose_size_args(args.model, args.img_size)
     return {**chosen, **args.model_kwargs}
-
-
-def _choose_size_args(args: argparse.Namespace) -> dict[str, Any]:
-    """Return --img-size as an argument of the constructor, where a model is built for one size and has another."""
-    if args.model.startswith(f"{TORCHVISION}vit_"):
-        return {} if args.img_size == 224 else {"image_size": args.img_size}
-    settings = {} if args.model.startswith(TORCHVISION) else read_data_settings(args.model)
-    fixed = settings.get("fixed_input_size") and settings["input_size"][-1] != args.img_size
-    return {"img_size": args.img_size} if fixed else {}
 
 
 def describe_base(args: argparse.Namespace) -> dict[str, Any]:

@@ -134,3 +134,17 @@ def read_data_settings(name: str, /, **kwargs: Any) -> dict[str, Any]:
     config: Any = timm.get_pretrained_cfg(name)
     settings = {} if config is None else config.to_dict()
     return dict(settings)
+
+
+def choose_size_args(name: str, side: int) -> dict[str, Any]:
+    """Return the size of the images as an argument of the constructor, where a model is built for one and has another.
+
+    Args:
+        name: what `resolve_name` returned.
+        side: height and width of the images.
+    """
+    if name.startswith(f"{TORCHVISION}vit_"):
+        return {} if side == 224 else {"image_size": side}
+    settings = {} if is_stored(name) or name.startswith(TORCHVISION) else read_data_settings(name)
+    fixed = settings.get("fixed_input_size") and settings["input_size"][-1] != side
+    return {"img_size": side} if fixed else {}

@@ -8,6 +8,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from timm.utils import ParseKwargs
+
+from timm_autoslim.errors import ConfigError
+
 MANY = 20  # flags, from which on a usage of all of them would hide the error
 
 
@@ -42,3 +46,20 @@ class Parser(argparse.ArgumentParser):
         if len(self._actions) < MANY:
             self.print_usage(sys.stderr)
         self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all flags.\n")
+
+
+class KeyValues(ParseKwargs):  # type: ignore[misc]
+    """timm's way to read KEY=VALUE; anything else is refused by name."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Store the values as a dict."""
+        for text in values:
+            if "=" not in text or text.startswith("="):
+                raise ConfigError(f"{option_string} {text}: needed KEY=VALUE, such as drop_rate=0.2.")
+        super().__call__(parser, namespace, values, option_string)

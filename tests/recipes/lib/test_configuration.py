@@ -8,7 +8,7 @@ from helpers.recipes import RECIPES, parse, write_config
 
 from timm_autoslim import cost, parse_budgets, uniform_at
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.recipes.lib.configuration import parse_args
+from timm_autoslim.recipes.lib.configuration import parse_args, pick_values
 from timm_autoslim.recipes.lib.flags import FLAGS
 from timm_autoslim.recipes.lib.models import make_supernet
 from timm_autoslim.recipes.search import write_budgets
@@ -48,6 +48,13 @@ def test_unknown_key_is_an_error_that_names_the_nearest(tmp_path, key, nearest):
 def test_value_of_the_wrong_type_is_an_error(tmp_path, key, value, needed):
     with pytest.raises(ConfigError, match=f"{key}: .* does not fit: it needs {needed}"):
         parse("train", write_config(tmp_path, **{key: value}))
+
+
+def test_key_values_may_be_written_as_on_a_command_line():
+    for value, read in ((True, {}), ("depth=1", {"depth": 1}), (["a=1", "b=[2,3]"], {"a": 1, "b": [2, 3]})):
+        assert pick_values("train", {"model_kwargs": value}) == {"model_kwargs": read}
+    with pytest.raises(ConfigError, match="model_kwargs: 'depth' .* needs a mapping"):
+        pick_values("train", {"model_kwargs": "depth"})
 
 
 def test_unreadable_configuration(tmp_path):
