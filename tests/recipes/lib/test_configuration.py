@@ -53,7 +53,7 @@ def test_value_of_the_wrong_type_is_an_error(tmp_path, key, value, needed):
 def test_key_values_may_be_written_as_on_a_command_line():
     for value, read in ((True, {}), ("depth=1", {"depth": 1}), (["a=1", "b=[2,3]"], {"a": 1, "b": [2, 3]})):
         assert pick_values("train", {"model_kwargs": value}) == {"model_kwargs": read}
-    with pytest.raises(ConfigError, match="model_kwargs: 'depth' .* needs a mapping"):
+    with pytest.raises(ConfigError, match=r"model_kwargs: 'depth' .* needs a mapping"):
         pick_values("train", {"model_kwargs": "depth"})
 
 

@@ -72,9 +72,8 @@ def test_a_folder_is_a_model_in_every_command(folder, capsys):
 
 
 def test_img_size_reaches_models_that_are_built_for_one(capsys):
-    args = parse_args(
-        "train", None, ["--model", "vit_tiny_patch16_224", "--img-size", "64", "--model-kwargs", "depth=1"]
-    )
+    flags = ["vit_tiny_patch16_224", "--img-size", "64", "--model-kwargs", "depth=1"]
+    args = parse_args("train", None, ["--model", *flags])
     args.num_classes = 2
     assert create_model(args).patch_embed.img_size == (64, 64)
     assert main(["inspect", *flags, "--json"]) == 0
