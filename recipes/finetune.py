@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from timm_autoslim import DISTILLATION_LOSSES, LayerReconstruction, Supernet, calibrate, export, reconstruct
+from timm_autoslim import (
+    DISTILLATION_LOSSES,
+    Accuracy,
+    Found,
+    LayerReconstruction,
+    Supernet,
+    calibrate,
+    export,
+    reconstruct,
+)
 from timm_autoslim.errors import OutputExistsError
 from timm_autoslim.recipes.lib.checkpoints import Checkpoints
 from timm_autoslim.recipes.lib.configuration import parse_args
@@ -35,10 +44,10 @@ from timm_autoslim.recipes.lib.models import (
     make_images,
     make_supernet,
 )
-from timm_autoslim.recipes.lib.networks import Network, find_network
+from timm_autoslim.recipes.lib.networks import find_network
 from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import make_accelerator, synchronize_norms
-from timm_autoslim.recipes.lib.results import read_result, write_result
+from timm_autoslim.recipes.lib.results import write_result
 from timm_autoslim.recipes.lib.resume import find_start
 from timm_autoslim.recipes.lib.run_folder import read_args, write_args
 from timm_autoslim.recipes.lib.shell import run_command
@@ -67,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.end_training()
 
 
-def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, network: Network, exported: Path) -> None:
+def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, network: Found, exported: Path) -> None:
     """Train, test and export one network."""
     folder = run / "finetune" / network.name
     images = open_images(args)
@@ -95,7 +104,7 @@ def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, netw
 
     if accelerator.is_main_process:
         card = {
-            "budget": network.budget.replace("<=", " <= "), "method": network.method, "MACs": cost.macs,
+            "budget": network.text.replace("<=", " <= "), "method": network.method, "MACs": cost.macs,
             "params": cost.params, "test top-1, %": round(test["top1"], 2),
         }  # fmt: skip
         describe_input(model, args)
@@ -106,15 +115,15 @@ def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, netw
     accelerator.wait_for_everyone()
 
 
-def finish(accelerator: Accelerator, args: argparse.Namespace, network: Network, exported: Path) -> None:
+def finish(accelerator: Accelerator, args: argparse.Namespace, network: Found, exported: Path) -> None:
     """Test a network that was exported before its fine-tuning was killed; one that has a result is done.
 
     Raises:
         OutputExistsError: the network is done, or the folder holds another one.
     """
-    result = read_result(exported)
+    result = Accuracy.load(exported)
     if result:
-        same = result["widths"] == network.widths.to_dict()
+        same = result.widths == network.widths.to_dict()
         what = "this network is done" if same else "a network of this name with other widths, of an earlier search"
         raise OutputExistsError(f"{exported} exists: {what}. Rename or remove the folder to fine-tune it again.")
     model = timm.create_model(f"local-dir:{exported}", pretrained=True).to(accelerator.device)
@@ -127,7 +136,7 @@ def finish(accelerator: Accelerator, args: argparse.Namespace, network: Network,
 
 
 def extract(
-    accelerator: Accelerator, args: argparse.Namespace, run: Path, network: Network, loader: DataLoader[Any]
+    accelerator: Accelerator, args: argparse.Namespace, run: Path, network: Found, loader: DataLoader[Any]
 ) -> nn.Module:
     """Extract the network from the run's supernet, on its device, with trained or fresh weights.
 

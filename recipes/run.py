@@ -24,7 +24,7 @@ import torch
 import yaml
 
 import timm_autoslim  # noqa: F401  (registers the exported models with timm)
-from timm_autoslim import files
+from timm_autoslim import Accuracy, files
 from timm_autoslim.errors import ArtifactError, ConfigError
 from timm_autoslim.recipes.lib.configuration import check_config, parse_args, pick_values, read_config
 from timm_autoslim.recipes.lib.images import open_images
@@ -33,7 +33,6 @@ from timm_autoslim.recipes.lib.networks import is_searched, read_networks
 from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.parser import Parser
 from timm_autoslim.recipes.lib.processes import make_accelerator
-from timm_autoslim.recipes.lib.results import read_result, read_results
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args
 from timm_autoslim.recipes.lib.settings import keep_settings
 from timm_autoslim.recipes.lib.shell import run_command
@@ -68,11 +67,11 @@ def run_stages(run: Path, config: dict[str, Any], processes: int) -> None:
         launch(processes, "search.py", run, "-c", path)
     networks = read_networks(run)
     for name, network in networks.items():
-        result = read_result(run / "exported" / name)
-        if not result or result["widths"] != network.widths.to_dict():
+        result = Accuracy.load(run / "exported" / name)
+        if not result or result.widths != network.widths.to_dict():
             launch(processes, "finetune.py", run, "-c", path, "--network", name, "--resume")
 
-    results = sort_results(networks, read_results(run))
+    results = sort_results(networks, Accuracy.load_run(run))
     check_exported(run, path, results)
     table = make_table(results)
     files.write_text(run / "table.md", table)
@@ -121,7 +120,7 @@ def launch(processes: int, recipe: str, *arguments: object) -> None:
         raise SystemExit(f"recipes/{recipe} failed; once that is mended, give the same command again to go on.")
 
 
-def check_exported(run: Path, config: Path, results: dict[str, Any]) -> None:
+def check_exported(run: Path, config: Path, results: dict[str, Accuracy]) -> None:
     """Load every exported folder through timm and test it again.
 
     Raises:
@@ -134,23 +133,23 @@ def check_exported(run: Path, config: Path, results: dict[str, Any]) -> None:
         model = timm.create_model(f"local-dir:{run / 'exported' / name}", pretrained=True).to(accelerator.device)
         top1 = evaluate(accelerator, model, loader)["top1"]
         # Other kernels may run on other batches of other devices: a few images may change sides, no more.
-        if abs(top1 - result["top1"]) > 0.1:
-            raise ArtifactError(f"{run}/exported/{name} has {top1:.2f} % on the test set, not {result['top1']:.2f} %.")
+        if abs(top1 - result.top1) > 0.1:
+            raise ArtifactError(f"{run}/exported/{name} has {top1:.2f} % on the test set, not {result.top1:.2f} %.")
         print(f"loaded again: {name} {top1:.2f} %")
 
 
-def sort_results(networks: Iterable[str], results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def sort_results(networks: Iterable[str], results: dict[str, Accuracy]) -> dict[str, Accuracy]:
     """Return the results in the order of the networks, budget by budget; those of earlier searches come last."""
     return {name: results[name] for name in dict.fromkeys([*networks, *results])}
 
 
-def make_table(results: dict[str, dict[str, Any]]) -> str:
+def make_table(results: dict[str, Accuracy]) -> str:
     """Return a table of the networks, one line each."""
     rows = ["| budget | network | MACs | params | test top-1 |", "|---|---|---|---|---|"]
     for row in results.values():
         rows.append(
-            f"| {row['budget'].replace('<=', ' ')} | {row['method']} | {row['macs'] / 1e6:.2f}M | "
-            f"{row['params'] / 1e6:.3f}M | {row['top1']:.2f} |"
+            f"| {row.budget.replace('<=', ' ')} | {row.method} | {row.macs / 1e6:.2f}M | {row.params / 1e6:.3f}M | "
+            f"{row.top1:.2f} |"
         )
     return "\n".join(rows) + "\n"
 

@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import nn
 from torch.nn import functional as F
 
-from timm_autoslim import Budget, Supernet, Team, cost, files, measure_latency, parse_budgets
+from timm_autoslim import Accuracy, Budget, Found, Supernet, Team, cost, files, measure_latency, parse_budgets
 from timm_autoslim.errors import ArtifactError, ConfigError
 from timm_autoslim.recipes.finetune import finetune, finish
 from timm_autoslim.recipes.lib.comparison import Row, make_table, read_original, write_original
@@ -35,10 +35,9 @@ from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
 from timm_autoslim.recipes.lib.models import load_supernet, make_images, make_supernet
 from timm_autoslim.recipes.lib.names import is_stored
-from timm_autoslim.recipes.lib.networks import Network, is_searched, read_networks
+from timm_autoslim.recipes.lib.networks import is_searched, read_networks
 from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import make_accelerator
-from timm_autoslim.recipes.lib.results import read_result
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args, write_args, write_weights
 from timm_autoslim.recipes.lib.settings import keep_settings
 from timm_autoslim.recipes.lib.shell import run_command
@@ -105,7 +104,7 @@ class Slimming:
         """Run the stages that are not finished, and compare the networks."""
         same = self._keep_settings()
         budgets = self._test_original(same)
-        steps: list[tuple[Budget, Network]] = []
+        steps: list[tuple[Budget, Found]] = []
         for budget in budgets:
             source = find_source(budget, steps) if not (self.args.choices or self.args.min_width) else None
             steps.append((budget, self._slim_to(budget, source, first=not steps)))
@@ -222,7 +221,7 @@ class Slimming:
 
     # ------------------------------------------------------------------------------------------------ one budget
 
-    def _slim_to(self, budget: Budget, source: Network | None, first: bool) -> Network:
+    def _slim_to(self, budget: Budget, source: Found | None, first: bool) -> Found:
         """Search the network of one budget, and reconstruct, fine-tune, test and export it."""
         args, folder = self._choose_start(budget, source, first)
         start = source.name if source else "the original"
@@ -238,14 +237,14 @@ class Slimming:
             self.accelerator.wait_for_everyone()
         (network,) = read_networks(folder).values()
         exported = self.run / "exported" / network.name
-        result = read_result(exported)
-        done = bool(result and result["widths"] == network.widths.to_dict())
+        result = Accuracy.load(exported)
+        done = bool(result and result.widths == network.widths.to_dict())
         self._announce(f"reconstruct, fine-tune, test and export {network.name}" + (" (done before)" if done else ""))
         if not done:
             self._finetune(args, folder, network, exported)
         return network
 
-    def _finetune(self, args: argparse.Namespace, run: Path, network: Network, exported: Path) -> None:
+    def _finetune(self, args: argparse.Namespace, run: Path, network: Found, exported: Path) -> None:
         folder = run / "finetune" / network.name
         accelerator = make_accelerator(args, folder)  # whose curves lie there
         with own_folder(folder, accelerator):
@@ -256,7 +255,7 @@ class Slimming:
         accelerator.wait_for_everyone()
         accelerator.free_memory()
 
-    def _choose_start(self, budget: Budget, source: Network | None, first: bool) -> tuple[argparse.Namespace, Path]:
+    def _choose_start(self, budget: Budget, source: Found | None, first: bool) -> tuple[argparse.Namespace, Path]:
         """Return the flags and the run folder of one budget's stages."""
         args = self.args
         teacher = str(self.run) if args.teacher in (None, "original") else args.teacher
@@ -274,7 +273,7 @@ class Slimming:
         Raises:
             ConfigError: it is not.
         """
-        begun = [network.budget for network in read_networks(folder).values()] if is_searched(folder) else []
+        begun = [network.text for network in read_networks(folder).values()] if is_searched(folder) else []
         start = read_args(folder, argparse.Namespace(data_dir=None)).model if (folder / SUPERNET).is_file() else None
         if begun[:1] not in ([], [budget.text]) or start not in (None, args.model):
             raise ConfigError(
@@ -290,7 +289,7 @@ class Slimming:
 
     # ------------------------------------------------------------------------------------------------ the end
 
-    def _compare(self, networks: list[Network]) -> None:
+    def _compare(self, networks: list[Found]) -> None:
         """Load every network again, test it, measure it, and write the table."""
         args, accelerator, run = self.args, self.accelerator, self.run
         self._announce("load the networks again, test and measure them")
@@ -302,9 +301,9 @@ class Slimming:
             exported = run / "exported" / network.name
             model = timm.create_model(f"local-dir:{exported}", pretrained=True).to(accelerator.device)
             top1 = evaluate(accelerator, model, loader, network.name)["top1"]
-            result = read_result(exported)
+            result = Accuracy.load(exported)
             # Other kernels may run on other batches of other devices: a few images may change sides, no more.
-            if result is None or abs(top1 - result["top1"]) > 0.1:
+            if result is None or abs(top1 - result.top1) > 0.1:
                 raise ArtifactError(f"{exported} has {top1:.2f} % on the test set when it is loaded again: it changed.")
             size = (exported / "model.safetensors").stat().st_size
             row = Row(network.name, top1, network.cost.macs, network.cost.params, size)
@@ -330,7 +329,7 @@ class Slimming:
         )
 
 
-def find_source(budget: Budget, steps: list[tuple[Budget, Network]]) -> Network | None:
+def find_source(budget: Budget, steps: list[tuple[Budget, Found]]) -> Found | None:
     """Return the network to go on from: the last one whose budget limits the same metrics, all less tightly."""
     for earlier, network in reversed(steps):
         limits = dict(earlier.limits)

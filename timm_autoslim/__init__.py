@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from timm_autoslim.costs.reach import Reach as Reach
     from timm_autoslim.costs.reach import reach as reach
     from timm_autoslim.costs.runtimes import RUNTIMES as RUNTIMES
+    from timm_autoslim.slimming.accuracy import Accuracy as Accuracy
     from timm_autoslim.slimming.baselines import BASELINES as BASELINES
     from timm_autoslim.slimming.baselines import baseline as baseline
     from timm_autoslim.slimming.budgets import Budget as Budget
@@ -73,6 +74,7 @@ __version__ = "0.1.0"
 
 # The module that defines each public name.
 _MODULES = {
+    "Accuracy": "slimming.accuracy",
     "BASELINES": "slimming.baselines",
     "Budget": "slimming.budgets",
     "CRITERIA": "supernet.order",

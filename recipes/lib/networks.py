@@ -4,35 +4,12 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from timm_autoslim import BASELINES, Cost, SearchResult, Widths
+from timm_autoslim import BASELINES, Found, SearchResult
 from timm_autoslim.errors import ConfigError
 
-SEARCHED = "searched"  # the method of search.py itself; all others are baselines
-
-
-@dataclass(frozen=True)
-class Network:
-    """One network of a search.
-
-    Attributes:
-        name: by budget and method, such as `macs-50pct-searched`.
-        method: "searched", or the name of a baseline.
-        budget: as the user wrote it, such as `macs<=50%`.
-        limits: of the budget, by metric.
-        widths, cost: of the network.
-        loss: on the held-out images.
-    """
-
-    name: str
-    method: str
-    budget: str
-    limits: Mapping[str, float]
-    widths: Widths
-    cost: Cost
-    loss: float
+SEARCHED = SearchResult.SEARCHED
 
 
 def write_results(run: Path, results: dict[str, SearchResult]) -> None:
@@ -50,7 +27,7 @@ def is_searched(run: Path) -> bool:
     return (run / "search" / f"{SEARCHED}.json").is_file()
 
 
-def read_networks(run: Path) -> dict[str, Network]:
+def read_networks(run: Path) -> dict[str, Found]:
     """Read the networks of a run by name: budget by budget, the searched one first.
 
     Raises:
@@ -63,18 +40,13 @@ def read_networks(run: Path) -> dict[str, Network]:
     return {network.name: network for network in list_networks(results)}
 
 
-def list_networks(results: Mapping[str, SearchResult]) -> list[Network]:
+def list_networks(results: Mapping[str, SearchResult]) -> list[Found]:
     """Return the networks of all methods, budget by budget."""
-    rows = [[_describe(result, index) for index in range(len(result.networks))] for result in results.values()]
-    return [network for column in zip(*rows, strict=True) for network in column]
+    columns = zip(*(result.networks for result in results.values()), strict=True)
+    return [network for column in columns for network in column]
 
 
-def _describe(result: SearchResult, index: int) -> Network:
-    found, name = result.networks[index], result.names[index]
-    return Network(name, result.method, found.text, found.limits, found.widths, found.cost, found.loss)
-
-
-def find_network(run: Path, name: str | None) -> Network:
+def find_network(run: Path, name: str | None) -> Found:
     """Return one network of a run by its name.
 
     Raises:

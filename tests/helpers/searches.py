@@ -1,5 +1,7 @@
 """Small networks to search, what an evaluate charges for their widths, and what every result must hold."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -141,3 +143,8 @@ def aligned(shares):
 def in_step(shares):
     """Groups that are not about equally wide take much longer: no first step saves anything."""
     return 10 * sum(shares) / len(shares) + 20 * (max(shares) - min(shares) > 0.05)
+
+
+def rename_method(result, method, **changes):
+    """Return a result of another method."""
+    return replace(result, networks=tuple(replace(network, method=method) for network in result.networks), **changes)

@@ -2,13 +2,13 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 import timm
 import yaml
 from helpers import recipes
 from helpers.recipes import RECIPES, ROOT, parse
+from helpers.searches import rename_method
 from helpers.subprocesses import run_apart
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -59,7 +59,7 @@ def export_network(folder, settings):
     run = folder / "run"
     args = read_args(run, parse("finetune", str(config), str(run)))
     result = baseline(load_supernet(run, args), ["macs<=50%"], HeldOut([0], lambda *_: 1.0), "uniform")
-    replace(result, method="searched").save(run / "search" / "searched.json")
+    rename_method(result, "searched").save(run / "search" / "searched.json")
     finetune.main([str(run), "-c", str(config), "--network", "macs-50pct-searched"])
     return run / "exported" / "macs-50pct-searched"
 

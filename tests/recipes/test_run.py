@@ -3,17 +3,18 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import timm
 import yaml
 from helpers.recipes import RECIPES, launch, write_config
 
+from timm_autoslim import Accuracy
 from timm_autoslim.errors import BudgetError, ConfigError, OutputExistsError
 from timm_autoslim.recipes import finetune, run, search, train
 from timm_autoslim.recipes.lib.networks import read_networks
 from timm_autoslim.recipes.lib.ownership import FolderInUseError, own_folder
-from timm_autoslim.recipes.lib.results import read_results
 
 
 def test_flags_of_run_are_configuration_values():
@@ -43,7 +44,7 @@ def test_all_stages_with_one_command(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "all"
     names = ["macs-60pct-searched", "macs-60pct-uniform"]
     assert list(read_networks(folder)) == names
-    results = read_results(folder)
+    results = Accuracy.load_run(folder)
     assert list(results) == names
     assert yaml.safe_load((folder / "args.yaml").read_text())["num_classes"] == 10
     assert yaml.safe_load((folder / "finetune" / names[0] / "args.yaml").read_text())["lr"] == 0.01
@@ -53,12 +54,12 @@ def test_all_stages_with_one_command(tmp_path, monkeypatch, capsys):
     assert [line.split()[2] for line in done.stdout.splitlines() if line.startswith("loaded again")] == names
     for name in names:
         model = timm.create_model(f"local-dir:{folder / 'exported' / name}", pretrained=True)
-        assert sum(parameter.numel() for parameter in model.parameters()) == results[name]["params"]
+        assert sum(parameter.numel() for parameter in model.parameters()) == results[name].params
         assert model.pretrained_cfg["input_size"] == (1, 16, 16)
-        assert f"loaded again: {name} {results[name]['top1']:.2f} %" in done.stdout
+        assert f"loaded again: {name} {results[name].top1:.2f} %" in done.stdout
         card = (folder / "exported" / name / "README.md").read_text()
-        expected = {"budget": "macs <= 60%", "method": results[name]["method"], "MACs": f"{results[name]['macs']:,}"}
-        expected |= {"params": f"{results[name]['params']:,}", "test top-1, %": round(results[name]["top1"], 2)}
+        expected = {"budget": "macs <= 60%", "method": results[name].method, "MACs": f"{results[name].macs:,}"}
+        expected |= {"params": f"{results[name].params:,}", "test top-1, %": round(results[name].top1, 2)}
         assert all(f"| {label} | {value} |" in card for label, value in expected.items())
 
     monkeypatch.setattr(run, "launch", lambda *_: pytest.fail("a finished stage ran again"))
@@ -110,8 +111,8 @@ def test_all_stages_with_one_command(tmp_path, monkeypatch, capsys):
 
 
 def test_the_table_shows_networks_of_earlier_searches_too():
-    row = {"budget": "macs<=50%", "method": "searched", "macs": 5_000_000, "params": 1000, "top1": 50.0}
-    results = {"old": row, "first": row | {"budget": "macs<=9%"}, "second": row | {"method": "uniform"}}
+    row = Accuracy("searched", "macs<=50%", 5_000_000, 1000, 50.0, {})
+    results = {"old": row, "first": replace(row, budget="macs<=9%"), "second": replace(row, method="uniform")}
     lines = run.make_table(run.sort_results(["first", "second"], results)).splitlines()[2:]
     assert [line[:22] for line in lines] == [
         "| macs 9% | searched |",

@@ -55,7 +55,7 @@ def test_search_and_baselines_meet_every_budget(folder, capsys, mode):
     networks = read_networks(folder)
     names = ["macs-60pct", "macs-60pct-params-50pct"]
     assert list(networks) == [f"{name}-{method}" for name in names for method in ("searched", *BASELINES)]
-    assert {network.budget for network in networks.values()} == {"macs<=60%", "macs<=60% and params<=50%"}
+    assert {network.text for network in networks.values()} == {"macs<=60%", "macs<=60% and params<=50%"}
     for network in networks.values():
         assert all(getattr(network.cost, metric) <= limit for metric, limit in network.limits.items())
     counts = {"uniform": [2], "importance": [2], "searched": range(10, 999)}

@@ -9,12 +9,12 @@ import torch
 from helpers.recipes import TINY
 from safetensors.torch import load_file, save_file
 
+from timm_autoslim import Accuracy
 from timm_autoslim.errors import BudgetError, ConfigError
 from timm_autoslim.recipes import finetune as finetune_recipe
 from timm_autoslim.recipes import search, slim, train
 from timm_autoslim.recipes.lib import teacher
 from timm_autoslim.recipes.lib.comparison import Row, make_table
-from timm_autoslim.recipes.lib.results import read_results
 
 BASE = {"channels": [8, 8, 16, 16], "stem_width": 8}
 FIRST, SECOND = "macs-60pct-searched", "macs-40pct-searched"
@@ -64,12 +64,12 @@ def test_the_road_ends_with_one_table_whose_first_row_is_the_original(finished, 
     rows = [line.split("|")[1].strip() for line in table.splitlines()]
     assert rows == ["network", "---", "original", FIRST, SECOND]
     assert "Warning: 40 held-out images are few" in shown
-    results = read_results(finished)
+    results = Accuracy.load_run(finished)
     full = json.loads((finished / "original.json").read_text())["macs"]
     for name, share in ((FIRST, 0.6), (SECOND, 0.4)):
         model = timm.create_model(f"local-dir:{finished / 'exported' / name}", pretrained=True).eval()
         assert model(torch.zeros(1, 1, 16, 16)).shape == (1, 10)
-        assert results[name]["macs"] / full <= share
+        assert results[name].macs / full <= share
 
 
 @pytest.mark.slow

@@ -1,12 +1,10 @@
 """The figures of a report show the networks of all methods."""
 
-from dataclasses import replace
-
 import pytest
-from helpers.searches import held_out, make_supernet
+from helpers.searches import held_out, make_supernet, rename_method
 
 from timm_autoslim import baseline, search
-from timm_autoslim.slimming.figures import FIGURES, find_row, list_rows, render_png
+from timm_autoslim.slimming.figures import FIGURES, find_network, list_networks, render_png
 
 BUDGETS = ["macs<=60%", "params<=40%"]
 
@@ -18,12 +16,12 @@ def results():
     return [search(supernet, BUDGETS, evaluate), baseline(supernet, BUDGETS, evaluate, "uniform")]
 
 
-def test_rows_come_by_budget_and_method(results):
-    rows = list_rows(results)
-    assert list(rows) == BUDGETS
-    assert [row.name for row in rows["params<=40%"]] == ["params-40pct-searched", "params-40pct-uniform"]
-    assert find_row(rows["macs<=60%"], "uniform").network == results[1].networks[0]
-    assert find_row(rows["macs<=60%"], "random") is None
+def test_networks_come_by_budget_and_method(results):
+    networks = list_networks(results)
+    assert list(networks) == BUDGETS
+    assert [network.name for network in networks["params<=40%"]] == ["params-40pct-searched", "params-40pct-uniform"]
+    assert find_network(networks["macs<=60%"], "uniform") == results[1].networks[0]
+    assert find_network(networks["macs<=60%"], "random") is None
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -44,5 +42,5 @@ def test_axes_and_legends_are_in_the_field_s_words(results):
 
 
 def test_a_method_of_another_name_is_drawn_too(results):
-    other = replace(results[0], method="reference, loss")
+    other = rename_method(results[0], "reference, loss")
     assert render_png(FIGURES["losses"][0]([*results, other]))

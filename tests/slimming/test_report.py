@@ -6,7 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from helpers.searches import held_out, make_supernet
+from helpers.searches import held_out, make_supernet, rename_method
 from PIL import Image
 
 from timm_autoslim import SearchResult, baseline, search
@@ -176,6 +176,6 @@ def test_other_folders_are_refused_and_nothing_is_written(tmp_path, capsys, text
 
 def test_results_of_two_supernets_are_refused(run, results):
     groups = (*results[0].groups[:-1], replace(results[0].groups[-1], divisor=4))
-    replace(results[0], method="other", groups=groups).save(run / "search" / "zzz.json")
+    rename_method(results[0], "other", groups=groups).save(run / "search" / "zzz.json")
     with pytest.raises(ArtifactError, match=r"zzz\.json: got a result of another supernet; needed: one of the same"):
         read_results(run)

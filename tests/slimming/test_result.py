@@ -222,9 +222,9 @@ class Rising:
 def test_a_network_over_budget_is_never_returned(supernet):
     widths = supernet.space.uniform(0.5)
     spent = cost(supernet, widths)
-    network = Found.of(Goal(supernet, Budget((("macs", float(spent.macs)), ("params", 1e9)))), widths, 0.5)
+    network = Found.of("searched", Goal(supernet, Budget((("macs", float(spent.macs)), ("params", 1e9)))), widths, 0.5)
     assert (network.metric, network.budget, network.cost) == ("macs", spent.macs, spent)
     with pytest.raises(BudgetError, match=rf"the network: got {spent.macs:,} macs, where it was at most 100\.0 before"):
-        Found.of(Goal(supernet, Budget((("macs", 100.0),))), widths, 0.5)
+        Found.of("searched", Goal(supernet, Budget((("macs", 100.0),))), widths, 0.5)
     with pytest.raises(BudgetError, match="needed: the same latency_ms for the same widths at every prediction"):
         search(supernet, {"latency_ms": 6}, held_out(supernet), conditions=Conditions(latency=Rising()))

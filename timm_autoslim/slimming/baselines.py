@@ -111,10 +111,10 @@ def baseline(
     networks = []
     for goal in goals:
         widths = choose(goal, options)
-        networks.append(Found.of(goal, widths, score(widths)))
+        networks.append(Found.of(method, goal, widths, score(widths)))
     settings = {"candidates": candidates, "population": population, "criterion": criterion, "seed": options.seed}
     settings |= {"maximize": True} if maximize else {}
-    return SearchResult.of(method, score, goals, networks, [], settings)
+    return SearchResult.of(score, goals, networks, [], settings)
 
 
 # -- one multiplier, or chance --------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,20 +13,11 @@ from matplotlib.ticker import MaxNLocator
 
 from timm_autoslim.costs.metrics import METRICS
 from timm_autoslim.slimming.result import Found, SearchResult
-from timm_autoslim.slimming.search import SEARCHED
 
+SEARCHED = SearchResult.SEARCHED
 COLOURS = {
     SEARCHED: "#c0392b", "uniform": "#2c6fbb", "random": "#7f8c8d", "evolutionary": "#27853f", "importance": "#b7791f",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Row:
-    """One network in a report: its name, the method that chose it, and the network."""
-
-    name: str
-    method: str
-    network: Found
 
 
 def name_loss(results: Sequence[SearchResult]) -> str:
@@ -35,18 +25,18 @@ def name_loss(results: Sequence[SearchResult]) -> str:
     return "held-out loss (negative score)" if any(result.maximize for result in results) else "held-out loss"
 
 
-def list_rows(results: Sequence[SearchResult]) -> dict[str, list[Row]]:
+def list_networks(results: Sequence[SearchResult]) -> dict[str, list[Found]]:
     """Return the networks of all results by the text of their budget, in the order of the descent."""
-    rows: dict[str, list[Row]] = {}
+    networks: dict[str, list[Found]] = {}
     for result in results:
-        for name, network in zip(result.names, result.networks, strict=True):
-            rows.setdefault(network.text, []).append(Row(name, result.method, network))
-    return rows
+        for network in result.networks:
+            networks.setdefault(network.text, []).append(network)
+    return networks
 
 
-def find_row(rows: Sequence[Row], method: str) -> Row | None:
+def find_network(networks: Sequence[Found], method: str) -> Found | None:
     """Return the first network of a method, or None."""
-    return next((row for row in rows if row.method == method), None)
+    return next((network for network in networks if network.method == method), None)
 
 
 def render_png(figure: Figure) -> bytes:
@@ -68,15 +58,15 @@ def _make_figure(width: float, height: float, rows: int = 1) -> tuple[Figure, li
 def draw_widths(results: Sequence[SearchResult]) -> Figure:
     """Draw the width of every group at each budget: widest, uniform, searched (as in arXiv 1903.11728's figures)."""
     sizes = {group.name: group.size for group in results[0].groups}
-    rows = list_rows(results)
-    figure, axes = _make_figure(max(8.0, 0.32 * len(sizes) + 2), 2.3 * len(rows) + 1.4, len(rows))
+    networks = list_networks(results)
+    figure, axes = _make_figure(max(8.0, 0.32 * len(sizes) + 2), 2.3 * len(networks) + 1.4, len(networks))
     place = np.arange(len(sizes))
-    for ax, (budget, of_budget) in zip(axes, rows.items(), strict=True):
+    for ax, (budget, of_budget) in zip(axes, networks.items(), strict=True):
         ax.bar(place, list(sizes.values()), 0.85, color="#e4e7ea", label="widest")
         for method, dx in ((SEARCHED, -0.2), ("uniform", 0.2)):
-            row = find_row(of_budget, method)
-            if row is not None:
-                widths = list(row.network.widths.values())
+            network = find_network(of_budget, method)
+            if network is not None:
+                widths = list(network.widths.values())
                 ax.bar(place + dx, widths, 0.38, color=COLOURS[method], label=method)
         ax.set_title(f"budget {budget}", loc="left", fontsize=10)
         ax.set_ylabel("width")
@@ -134,9 +124,9 @@ def draw_modules(results: Sequence[SearchResult]) -> Figure:
     """Draw the MACs of every module: the widest's, and those of the searched networks."""
     widest, macs = results[0].macs_by_module, METRICS["macs"]
     bars = {"widest": widest}
-    for budget, rows in list_rows(results).items():
-        row = find_row(rows, SEARCHED) or rows[0]
-        bars[f"{row.method} {budget}"] = row.network.macs_by_module
+    for budget, networks in list_networks(results).items():
+        network = find_network(networks, SEARCHED) or networks[0]
+        bars[f"{network.method} {budget}"] = network.macs_by_module
     figure, (ax,) = _make_figure(max(8.0, 0.26 * len(widest) + 2), 4.6)
     place, each = np.arange(len(widest)), 0.85 / len(bars)
     for index, (name, by_module) in enumerate(bars.items()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ import jinja2
 
 from timm_autoslim.costs.metrics import METRICS
 from timm_autoslim.errors import ArtifactError
+from timm_autoslim.slimming.accuracy import Accuracy
 from timm_autoslim.slimming.baselines import BASELINES
 from timm_autoslim.slimming.budgets import Budget
-from timm_autoslim.slimming.figures import FIGURES, list_rows, name_loss, render_png
-from timm_autoslim.slimming.json_reader import JsonValue
+from timm_autoslim.slimming.figures import FIGURES, list_networks, name_loss, render_png
 from timm_autoslim.slimming.result import Found, SearchResult
-from timm_autoslim.slimming.search import SEARCHED
 from timm_autoslim.utils.files import replace_file, write_text
 
 
@@ -37,7 +35,7 @@ def write_report(run: Path) -> Path:
             nothing was written; or the folder cannot be written to.
     """
     results = read_results(run)
-    tested = _read_tested(run)
+    tested = Accuracy.load_run(run)
     names = [name for name in FIGURES if name != "descent" or any(result.steps for result in results)]
     pictures = {name: render_png(FIGURES[name][0](results)) for name in names}
     folder, page = run / "report", run / "report.html"
@@ -73,39 +71,10 @@ def read_results(run: Path) -> list[SearchResult]:
         if (result.groups, result.macs_by_module) != (first.groups, first.macs_by_module):
             needed, remedy = f"one of the same supernet as {paths[0].name}", "move one of them away, or search again"
             raise ArtifactError.at(str(path), got="a result of another supernet", needed=needed, remedy=remedy)
-    order = [SEARCHED, *BASELINES]
+    order = [SearchResult.SEARCHED, *BASELINES]
     return sorted(
         results.values(), key=lambda r: (order.index(r.method) if r.method in order else len(order), r.method)
     )
-
-
-@dataclass(frozen=True)
-class Tested:
-    """A fine-tuned network: what it is, and its accuracy on the test images in per cent."""
-
-    method: str
-    budget: str
-    macs: int
-    params: int
-    top1: float
-    widths: Mapping[str, int]
-
-
-def _read_tested(run: Path) -> dict[str, Tested]:
-    """Return the fine-tuned networks of a run by name, and none where there are none."""
-    needed = "what recipes/finetune.py writes; remove it, and fine-tune with --resume: the network is tested again"
-    tested = {}
-    for path in sorted((run / "exported").glob("[!.]*/result.json")):
-        row = JsonValue.read(path, needed).members()
-        for name in ("method", "budget", "macs", "params", "top1", "widths"):
-            if name not in row:
-                raise ArtifactError.at(str(path), got=f"no {name!r}", needed=needed)
-        widths = {name: width.integer(1) for name, width in row["widths"].members().items()}
-        tested[path.parent.name] = Tested(
-            row["method"].text(), row["budget"].text(), row["macs"].integer(), row["params"].integer(),
-            row["top1"].number(), widths,
-        )  # fmt: skip
-    return tested
 
 
 def _describe_work(result: SearchResult) -> str:
@@ -144,11 +113,11 @@ tr.searched td { font-weight: 600; }
 <table>
 <tr><th>budget</th><th>method</th><th>{{ macs.label }}</th><th>of the budget</th><th>{{ params.label }}</th>
 <th>{{ loss }}</th>{% if accuracies %}<th>test top-1</th>{% endif %}</tr>
-{%- for budget, rows in budgets.items() %}{% for row in rows %}
-<tr class="{{ row.method }}"><td>{{ budget }}</td><td>{{ row.method }}</td>
-<td>{{ macs.format_number(row.network.cost.macs) }}</td><td>{{ '%.1f' % (100 * used(row.network)) }} %</td>
-<td>{{ params.format_number(row.network.cost.params) }}</td><td>{{ '%.4f' % row.network.loss }}</td>
-{%- if accuracies %}<td>{{ '%.2f %%' % accuracies[row.name] if row.name in accuracies }}</td>{% endif %}</tr>
+{%- for budget, networks in budgets.items() %}{% for network in networks %}
+<tr class="{{ network.method }}"><td>{{ budget }}</td><td>{{ network.method }}</td>
+<td>{{ macs.format_number(network.cost.macs) }}</td><td>{{ '%.1f' % (100 * used(network)) }} %</td>
+<td>{{ params.format_number(network.cost.params) }}</td><td>{{ '%.4f' % network.loss }}</td>
+{%- if accuracies %}<td>{{ '%.2f %%' % accuracies[network.name] if network.name in accuracies }}</td>{% endif %}</tr>
 {%- endfor %}{% endfor %}
 </table>
 {%- if further %}
@@ -172,19 +141,15 @@ tr.searched td { font-weight: 600; }
 
 
 def _render(
-    name: str, results: Sequence[SearchResult], tested: Mapping[str, Tested], pictures: Mapping[str, bytes]
+    name: str, results: Sequence[SearchResult], tested: Mapping[str, Accuracy], pictures: Mapping[str, bytes]
 ) -> str:
     """Return the page."""
     figures = [
         {"title": FIGURES[key][1], "text": FIGURES[key][2], "data": base64.b64encode(picture).decode()}
         for key, picture in pictures.items()
     ]
-    networks = [pair for result in results for pair in zip(result.names, result.networks, strict=True)]
-    accuracies = {
-        name: tested[name].top1
-        for name, network in networks
-        if name in tested and tested[name].widths == network.widths.to_dict()
-    }
+    networks = {network.name: network.widths.to_dict() for result in results for network in result.networks}
+    accuracies = {name: test.top1 for name, test in tested.items() if networks.get(name) == test.widths}
     values: dict[str, Any] = {
         "name": name,
         "base": results[0].base,
@@ -195,7 +160,7 @@ def _render(
         "accuracies": accuracies,
         "loss": name_loss(results),
         "further": {name: test for name, test in tested.items() if name not in accuracies},
-        "budgets": list_rows(results),
+        "budgets": list_networks(results),
         "used": _share_used,
         "figures": figures,
     }

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from timm_autoslim.costs.cost import Cost, cost_by_module, count_cost
 from timm_autoslim.costs.metrics import METRICS
@@ -62,9 +62,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Found:
-    """The network for one budget.
+    """The network that a method chose for one budget.
 
     Attributes:
+        method: "searched", or a key of `BASELINES`.
         metric, budget: the limit of which the network uses the largest share.
         text: the budget as the user wrote it, such as "macs<=60%".
         widths, cost, loss: the network; its cost has MACs, parameters and the metrics of the budget. Where the search
@@ -84,6 +85,7 @@ class Found:
         >>> model = supernet.extract(result.networks[0].widths)
     """
 
+    method: str
     metric: str
     budget: float
     text: str
@@ -94,8 +96,8 @@ class Found:
     macs_by_module: Mapping[str, int] = field(hash=False, repr=False)
 
     @classmethod
-    def of(cls, goal: Goal, widths: Widths, loss: float) -> Found:
-        """Return the network of these widths, which were chosen for a goal.
+    def of(cls, method: str, goal: Goal, widths: Widths, loss: float) -> Found:
+        """Return the network of these widths, which a method chose for a goal.
 
         Raises:
             BudgetError: the network is above the budget: the latency was predicted lower before, for the same widths.
@@ -106,10 +108,16 @@ class Found:
             needed = f"the same {metric} for the same widths at every prediction"
             raise BudgetError.at("the network", got=got, needed=needed)
         by_module = cost_by_module(goal.supernet, widths)
-        return cls(*budget.tightest(cost), budget.text, widths, cost, loss, dict(budget.limits), by_module)
+        return cls(method, *budget.tightest(cost), budget.text, widths, cost, loss, dict(budget.limits), by_module)
+
+    @property
+    def name(self) -> str:
+        """A name of the budget and the method, such as `macs-60pct-params-2M-searched`."""
+        slug = self.text.replace(" and ", "-").replace("<=", "-").replace("%", "pct")
+        return f"{slug}-{self.method}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the network for JSON."""
+        """Return the network for JSON; the method is that of the result that holds it."""
         values = {key: getattr(self, key) for key in ("metric", "budget", "text", "loss")}
         return {
             **values,
@@ -125,8 +133,7 @@ class SearchResult:
     """What a search or a baseline chose: one network for each budget, and all that a report shows of them.
 
     Attributes:
-        method: "searched", or a key of `BASELINES`.
-        networks: one for each budget, the largest share of the widest first.
+        networks: one for each budget, the largest share of the widest first; all of one method.
         steps: the descent; empty for a baseline.
         evaluations: number of subnets scored.
         evaluated_macs: their forward work: images times MACs, added up.
@@ -151,7 +158,8 @@ class SearchResult:
         True
     """
 
-    method: str
+    SEARCHED: ClassVar[str] = "searched"  # the method of what `search` returns; all others are baselines
+
     networks: tuple[Found, ...]
     steps: tuple[Step, ...]
     evaluations: int
@@ -167,18 +175,16 @@ class SearchResult:
     @classmethod
     def of(
         cls,
-        method: str,
         score: Scorer,
         goals: list[Goal],
         networks: list[Found],
         steps: list[Step],
         settings: Mapping[str, Any],
     ) -> SearchResult:
-        """Return the result of a method, after all was scored."""
+        """Return the result of the method that chose the networks, after all was scored."""
         supernet, metrics = score.supernet, dict.fromkeys(m for goal in goals for m in goal.budget.metrics)
         widest = count_cost(supernet, supernet.space.max(), metrics, goals[0].conditions)
         return cls(
-            method,
             tuple(networks),
             tuple(steps),
             score.evaluations,
@@ -192,6 +198,11 @@ class SearchResult:
         )
 
     @property
+    def method(self) -> str:
+        """What chose the networks: "searched", or a key of `BASELINES`."""
+        return self.networks[0].method
+
+    @property
     def maximize(self) -> bool:
         """Whether a score was maximised: the losses are negative scores."""
         return self.settings.get("maximize") is True
@@ -203,9 +214,8 @@ class SearchResult:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """A name for each network, of its budget and the method, such as `macs-60pct-params-2M-searched`."""
-        slugs = [text.replace(" and ", "-").replace("<=", "-").replace("%", "pct") for text in self.budgets]
-        return tuple(f"{slug}-{self.method}" for slug in slugs)
+        """The name of each network."""
+        return tuple(network.name for network in self.networks)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
@@ -248,13 +258,12 @@ def _parse_result(content: JsonValue) -> SearchResult:
     number = content.members().get("format", JsonValue(f"{content.where}.format", None))
     if number.value != FORMAT:
         number.refuse(f"format {FORMAT}, of {_FILE}")
-    parts = content.object(["format", *(item.name for item in fields(SearchResult))])
+    parts = content.object(["format", "method", *(item.name for item in fields(SearchResult))])
     groups = _parse_groups(parts["groups"])
-    networks = [_parse_network(item, groups) for item in parts["networks"].items()]
+    networks = [_parse_network(item, parts["method"].text(), groups) for item in parts["networks"].items()]
     if not networks:
         parts["networks"].refuse("at least one network")
     return SearchResult(
-        method=parts["method"].text(),
         networks=tuple(networks),
         steps=tuple(_parse_step(item, groups) for item in parts["steps"].items()),
         evaluations=parts["evaluations"].integer(),
@@ -284,8 +293,8 @@ def _parse_group(content: JsonValue) -> ChannelGroup:
     return ChannelGroup(name=parts["name"].text(), choices=choices, producers=producers, **numbers)
 
 
-def _parse_network(content: JsonValue, groups: tuple[ChannelGroup, ...]) -> Found:
-    parts = content.object([item.name for item in fields(Found)])
+def _parse_network(content: JsonValue, method: str, groups: tuple[ChannelGroup, ...]) -> Found:
+    parts = content.object([item.name for item in fields(Found) if item.name != "method"])
     cost, limits = _parse_cost(parts["cost"]), _parse_metrics(parts["limits"], above=0.0)
     if not limits or not limits.keys() <= cost.to_dict().keys():
         parts["limits"].refuse(f"limits in metrics of the cost: {list(cost.to_dict())}")
@@ -298,6 +307,7 @@ def _parse_network(content: JsonValue, groups: tuple[ChannelGroup, ...]) -> Foun
     except WidthError as error:
         raise ArtifactError(f"{parts['widths'].where}: {error}") from None
     return Found(
+        method=method,
         metric=parts["metric"].text(),
         budget=parts["budget"].number(above=0.0),
         text=parts["text"].text(),

@@ -20,8 +20,6 @@ from timm_autoslim.slimming.team import Team, check_team_conditions
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.utils.arguments import check_callable, check_integer, make_generator
 
-SEARCHED = "searched"  # the method of a result of `search`
-
 
 def search(
     supernet: Supernet,
@@ -122,10 +120,10 @@ def search(
     for goal in goals:
         _descend(descent, goal, goals, trail, on_step)
         widths = descent.refine(goal, passes)
-        networks.append(Found.of(goal, widths, score(widths)))
+        networks.append(Found.of(SearchResult.SEARCHED, goal, widths, score(widths)))
     settings = {"mode": mode, "rank": rank, "steps": descent.steps, "refine": refine, "seed": int(seed)}
     settings |= {"maximize": True} if maximize else {}
-    return SearchResult.of(SEARCHED, score, goals, networks, trail, settings)
+    return SearchResult.of(score, goals, networks, trail, settings)
 
 
 def _descend(
