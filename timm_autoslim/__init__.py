@@ -53,10 +53,10 @@ if TYPE_CHECKING:
     from timm_autoslim.supernet.convert import convert as convert
     from timm_autoslim.supernet.order import CRITERIA as CRITERIA
     from timm_autoslim.supernet.order import reorder_channels as reorder_channels
-    from timm_autoslim.supernet.space import ChannelGroup as ChannelGroup
     from timm_autoslim.supernet.space import SearchSpace as SearchSpace
-    from timm_autoslim.supernet.space import Widths as Widths
     from timm_autoslim.supernet.supernet import Supernet as Supernet
+    from timm_autoslim.supernet.widths import ChannelGroup as ChannelGroup
+    from timm_autoslim.supernet.widths import Widths as Widths
     from timm_autoslim.training.calibration import batch_statistics as batch_statistics
     from timm_autoslim.training.calibration import calibrate as calibrate
     from timm_autoslim.training.distillation import DISTILLATION_LOSSES as DISTILLATION_LOSSES
@@ -78,7 +78,7 @@ _MODULES = {
     "BASELINES": "slimming.baselines",
     "Budget": "slimming.budgets",
     "CRITERIA": "supernet.order",
-    "ChannelGroup": "supernet.space",
+    "ChannelGroup": "supernet.widths",
     "Conditions": "costs.conditions",
     "Cost": "costs.cost",
     "DISTILLATION_LOSSES": "training.distillation",
@@ -104,7 +104,7 @@ _MODULES = {
     "Step": "slimming.result",
     "Supernet": "supernet.supernet",
     "Team": "slimming.team",
-    "Widths": "supernet.space",
+    "Widths": "supernet.widths",
     "adaptive_alpha_divergence": "training.distillation",
     "baseline": "slimming.baselines",
     "batch_statistics": "training.calibration",

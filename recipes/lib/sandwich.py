@@ -69,7 +69,7 @@ class Sandwich:
             losses["random_loss"] = torch.stack(step.losses[2:])  # (n - 2,)
         return losses
 
-    def draw_widths(self, update: int) -> list[Widths]:
+    def sample_widths(self, update: int) -> list[Widths]:
         """Return the widths of the random subnets of one update."""
         generator = self.seed_generator(update)
         return [self.sample(generator) for _ in range(self.args.sandwich - 2)]
@@ -78,4 +78,4 @@ class Sandwich:
         """Say which subnet had a loss."""
         if name != "random_loss":
             return f"the {name.removesuffix('_loss')} subnet"
-        return f"the random subnet with the widths {json.dumps(self.draw_widths(update)[index].to_dict())}"
+        return f"the random subnet with the widths {json.dumps(self.sample_widths(update)[index].to_dict())}"

@@ -33,7 +33,7 @@ def watch_train(argv):
         losses = original(self, network, inputs, targets, update, backward)
         exchanges.append(len(reduced))
         reduced.clear()
-        widths.append([subnet.to_dict() for subnet in self.draw_widths(update)])
+        widths.append([subnet.to_dict() for subnet in self.sample_widths(update)])
         return losses
 
     def note(optimizer, *_):

@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_autoslim import convert
 from timm_autoslim.errors import TraceError, WidthError
-from timm_autoslim.supernet.space import Widths
+from timm_autoslim.supernet.widths import Widths
 
 Pair = collections.namedtuple("Pair", "first second")
 

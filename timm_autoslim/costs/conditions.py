@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 
 from timm_autoslim.errors import AutoSlimError, BudgetError, ConfigError
-from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.utils.arguments import check_dtype, check_integer, quote
 
 

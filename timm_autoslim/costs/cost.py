@@ -13,8 +13,8 @@ import torch
 from timm_autoslim.costs.conditions import Conditions, Latency
 from timm_autoslim.costs.metrics import METRICS
 from timm_autoslim.errors import BudgetError, ConfigError
-from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.utils.arguments import check_type
 
 _ALWAYS = ("macs", "params")  # all others have to be asked for

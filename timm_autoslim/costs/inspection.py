@@ -13,8 +13,8 @@ from torch import nn
 from timm_autoslim.costs.cost import cost_by_module
 from timm_autoslim.costs.reach import Reach, reach
 from timm_autoslim.supernet.convert import convert
-from timm_autoslim.supernet.space import ChannelGroup
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.supernet.widths import ChannelGroup
 
 
 @dataclass(frozen=True)

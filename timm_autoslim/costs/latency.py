@@ -21,8 +21,8 @@ from timm_autoslim.costs.recorder import Operator
 from timm_autoslim.costs.runtimes import RUNTIMES
 from timm_autoslim.costs.tape import get_tape
 from timm_autoslim.errors import LatencyError
-from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.utils.arguments import check_integer, check_path
 from timm_autoslim.utils.files import locking, write_text
 

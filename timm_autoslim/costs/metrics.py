@@ -9,8 +9,8 @@ from numbers import Real
 from timm_autoslim.costs.conditions import Conditions
 from timm_autoslim.costs.tape import get_tape
 from timm_autoslim.errors import BudgetError, LatencyError
-from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.utils.tables import Table
 
 

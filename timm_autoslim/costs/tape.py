@@ -67,7 +67,7 @@ class Run:
         sizes = [prod(s.numbers) * (s.unless_equal is None or len(set(s.unless_equal)) > 1) for s in self.storages]
         return _largest_sum(self.storages, len(self.operators), np.array(sizes, np.int64))
 
-    def form(self) -> tuple[Any, ...]:
+    def structure(self) -> tuple[Any, ...]:
         """Return what must be the same in all runs."""
         return (
             [(o.name, sum(1 for _ in collect_numbers((o.args, o.kwargs)))) for o in self.operators],
@@ -195,15 +195,16 @@ def _record_runs(
     sizes = list(graph.group_sizes)
     _warm_up(meta_copy, example, data)
     runs = [(sizes, _record(meta_copy, example, graph, sizes, data))]
-    form = runs[0][1].form()
+    structure = runs[0][1].structure()
     while len(runs) <= MAX_RUNS:
         lows = [max(low, n // 2, min(n - 1, 2)) for low, n in zip(graph.floors, sizes, strict=True)]  # 1 is no length
         widths = [int(rng.integers(low, n + 1)) for low, n in zip(lows, sizes, strict=True)]
         run = _record(meta_copy, example, graph, widths, data)
-        if run.form() != form:  # it filled a cache that is kept outside of the model, as the warm-up did at the widest
+        if run.structure() != structure:
+            # It filled a cache that is kept outside of the model, as the warm-up did for the widest.
             run = _record(meta_copy, example, graph, widths, data)
         runs.append((widths, run))
-        if run.form() != form:
+        if run.structure() != structure:
             raise TraceError(
                 "the model: narrower subnets run other operators than the widest, so peak_bytes and latency_ms are "
                 "unknown"

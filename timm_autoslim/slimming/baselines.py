@@ -16,8 +16,9 @@ from timm_autoslim.slimming.goals import Goal, fill, find_subnet, find_uniform, 
 from timm_autoslim.slimming.result import Found, SearchResult
 from timm_autoslim.slimming.scoring import Evaluate, Scorer, Scores
 from timm_autoslim.slimming.team import Team, check_team_conditions
-from timm_autoslim.supernet.space import Widths, draw_numbers
+from timm_autoslim.supernet.space import draw_numbers
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.utils.arguments import check_integer, make_generator
 from timm_autoslim.utils.tables import Table
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from timm_autoslim.costs.cost import Cost
 from timm_autoslim.slimming.goals import Goal
-from timm_autoslim.supernet.space import ChannelGroup, Widths
+from timm_autoslim.supernet.widths import ChannelGroup, Widths
 from timm_autoslim.utils.tables import Table
 
 RANKINGS: Table[Callable[[float, float], float]] = Table("rank")

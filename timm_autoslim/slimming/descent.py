@@ -10,8 +10,8 @@ from timm_autoslim.slimming.candidates import RANKINGS, Candidate, list_candidat
 from timm_autoslim.slimming.goals import Goal, find_subnet
 from timm_autoslim.slimming.refinement import fill_by_loss, trade
 from timm_autoslim.slimming.scoring import Scorer
-from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.utils.tables import Table
 
 

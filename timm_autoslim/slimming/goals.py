@@ -11,8 +11,8 @@ from timm_autoslim.costs.cost import Cost, check_supernet, count_cost
 from timm_autoslim.costs.metrics import METRICS
 from timm_autoslim.errors import BudgetError
 from timm_autoslim.slimming.budgets import Amount, Budget, Budgets, list_limits, make_budget
-from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.supernet.widths import Widths
 
 FILLED = 0.99  # a budget of which this share is used counts as used up
 _RATIOS = [i / 20 for i in range(20, 0, -1)]  # of the uniform subnets that are tried where the narrowest is over budget

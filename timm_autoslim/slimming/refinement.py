@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from timm_autoslim.slimming.candidates import narrow
 from timm_autoslim.slimming.goals import FILLED, Goal, fill, widen
-from timm_autoslim.supernet.space import Widths
+from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.utils.tables import Table
 
 ROUNDS = 3  # that score every group; what is left then is filled without a choice

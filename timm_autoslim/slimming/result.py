@@ -14,7 +14,7 @@ from timm_autoslim.errors import ArtifactError, BudgetError, WidthError
 from timm_autoslim.slimming.goals import Goal
 from timm_autoslim.slimming.json_reader import JsonValue
 from timm_autoslim.slimming.scoring import Scorer
-from timm_autoslim.supernet.space import ChannelGroup, Widths, hash_groups
+from timm_autoslim.supernet.widths import ChannelGroup, Widths, hash_groups
 from timm_autoslim.utils.arguments import check_path
 from timm_autoslim.utils.files import write_text
 

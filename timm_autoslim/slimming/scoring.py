@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from timm_autoslim.costs.cost import check_supernet
 from timm_autoslim.errors import AutoSlimError, ConfigError, DataError, EvaluationError
 from timm_autoslim.slimming.team import Team
-from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.training.calibration import batch_statistics, check_batch_statistics
 from timm_autoslim.utils.arguments import check_callable, check_flag, quote
 from timm_autoslim.utils.restoring import restoring

@@ -8,8 +8,8 @@ from typing import Any
 
 from timm_autoslim.costs.conditions import Conditions, Latency, check_conditions, check_latency
 from timm_autoslim.errors import AutoSlimError, ConfigError, LatencyError
-from timm_autoslim.supernet.space import Widths
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.utils.arguments import check_callable, check_integer, check_type
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from timm_autoslim.errors import WidthError
-from timm_autoslim.supernet.space import ChannelGroup, SearchSpace, check_mapping
+from timm_autoslim.supernet.space import SearchSpace, check_mapping
+from timm_autoslim.supernet.widths import ChannelGroup
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.utils.arguments import as_integer
 

@@ -20,8 +20,9 @@ from timm_autoslim.errors import WidthError
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices, extract_model
 from timm_autoslim.supernet.outline import Outline
-from timm_autoslim.supernet.space import SearchSpace, Widths
+from timm_autoslim.supernet.space import SearchSpace
 from timm_autoslim.supernet.timm_attributes import TIMM_ATTRIBUTES
+from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.utils.arguments import check_integer, quote

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from timm_autoslim.supernet.space import SearchSpace, Widths
+from timm_autoslim.supernet.space import SearchSpace
+from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.utils.tables import Table
 
 Sampler = Callable[[SearchSpace, torch.Generator], Widths]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.supernet.space import SearchSpace, Widths
+from timm_autoslim.supernet.space import SearchSpace
+from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.training.distillation import LossFn, soft_cross_entropy
 from timm_autoslim.training.dropout import disable_dropout
 from timm_autoslim.utils.arguments import (

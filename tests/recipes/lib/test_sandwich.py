@@ -70,7 +70,7 @@ def test_the_delay_trains_the_widest_alone(tmp_path, supernet):
 def test_the_sampler_is_the_one_asked_for(tmp_path, supernet):
     def draw(*argv):
         _, sandwich, _ = run_step(tmp_path, supernet, *argv)
-        return [widths for update in range(20) for widths in sandwich.draw_widths(update)]
+        return [widths for update in range(20) for widths in sandwich.sample_widths(update)]
 
     uniform = {supernet.space.uniform(share / 1000) for share in range(1, 1001)}
     assert draw("--sampler", "multiplier") == draw("--sampler", "multiplier")
@@ -96,7 +96,7 @@ def train_one_update(folder, name, monkeypatch, *argv):
 
     def note(self, network, inputs, targets, update, backward):
         supernet, space = network, self.space
-        subnets = [space.max(), space.min(), *self.draw_widths(update)]
+        subnets = [space.max(), space.min(), *self.sample_widths(update)]
         state = copy.deepcopy(supernet.state_dict())
         with torch.no_grad():
             soft = self.teacher(inputs) if self.teacher else supernet(inputs)
