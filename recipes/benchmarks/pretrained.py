@@ -3,7 +3,7 @@
     python recipes/benchmarks/pretrained.py --checkpoint FILE --data-dir DIR --table docs/benchmarks.md
 
 DIR has train.tar and test.tar (or folders) of class folders; FILE is a safetensors file of the --model. Of the training
-images 10,000 are fine-tuned on and 2,000 others rank subnets, both drawn by the seed. A job is a method and a seed: it
+images 10,000 are fine-tuned on and 500 others rank subnets, both drawn by the seed. A job is a method and a seed: it
 finds its networks, and measures each as it was cut out (BatchNorm calibrated), reconstructed (no training; ours alone)
 and after training for 1 and for 5 epochs with labels alone or with the original as the teacher. "stages" continue from
 the trained network of half the MACs to a quarter.
@@ -40,7 +40,7 @@ from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Network,
 Row = dict[str, Any]
 
 SHARES = (0.5, 0.25)
-TRAINED, HELD_OUT, PARTS, CALIBRATED, RANKED = 10_000, 2_000, 8, 2_000, 1_000
+TRAINED, HELD_OUT, PARTS, CALIBRATED, RANKED = 10_000, 500, 4, 2_000, 2_000
 EPOCHS, RATE, BATCH, SMOOTHING, TEMPERATURE = (1, 5), 1e-3, 64, 0.1, 2.0
 # Starts and teachers, what matters most first; None is the mark of a job that measures without training.
 TRAININGS = (("reconstructed", "original"), ("cut", "labels"), ("reconstructed", "labels"), ("cut", "original"))

@@ -5,8 +5,8 @@
 
 Small models of many kinds are trained on scikit-learn's digits first, for a few epochs. The case "lite0" takes
 tf_efficientnet_lite0 with the weights in `--checkpoint`, on the images of `--data-dir` (train.tar and test.tar, or
-folders, of class folders) at `--size` pixels. Each model is cut uniformly to shares of its MACs, with channels in order
-of their L1 norm; three draws of images.
+folders, of class folders) at `--size` pixels. Each model is cut uniformly to shares of its MACs, with channels in both
+`--orders`; three draws of images.
 
 Results are one JSON line each; a run that is started again goes on with what it lacks.
 """
@@ -84,7 +84,7 @@ def read_scaled(path: Path, size: int, count: int, seed: int) -> Images:
 
 
 def measure(case: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return one row for each share of the MACs."""
+    """Return one row for each order of channels and share of the MACs."""
     torch.manual_seed(seed)
     if case == "lite0":
         model = timm.create_model("tf_efficientnet_lite0", num_classes=10)
@@ -95,39 +95,45 @@ def measure(case: str, seed: int, args: argparse.Namespace) -> list[dict[str, An
         model, (training, testing) = DIGITS[case](), split_digits(seed)
         train(model, training, 12, seed)
     original, inputs = measure_top1(model, testing), training[0]
-    supernet = convert(model.eval(), inputs[:2], order="l1").eval()
     rows = []
-    for share in (0.5, 0.25):
-        slim = supernet.extract(uniform_at(supernet, "macs", share * cost(supernet).macs))
-        calibrate(slim, torch.split(inputs, 250))
-        raw, start = measure_top1(slim, testing), time.perf_counter()
-        report = reconstruct(slim, supernet, torch.split(inputs, 250))
-        seconds = time.perf_counter() - start
-        left: dict[str, int] = {}
-        for layer in report.layers:
-            if layer.reason:
-                left[layer.reason] = left.get(layer.reason, 0) + 1
-        rows.append({"case": case, "seed": seed, "share": share, "original": original, "raw": raw,
-                     "reconstructed": measure_top1(slim, testing), "seconds": seconds, "images": report.images,
-                     "layers": len(report.layers), "left": left})  # fmt: skip
+    for order in args.orders:
+        batches = torch.split(inputs, 250)
+        supernet = convert(model.eval(), inputs[:2], order=order, batches=batches).eval()
+        for share in (0.5, 0.25):
+            slim = supernet.extract(uniform_at(supernet, "macs", share * cost(supernet).macs))
+            calibrate(slim, batches)
+            raw, start = measure_top1(slim, testing), time.perf_counter()
+            report = reconstruct(slim, supernet, batches)
+            seconds = time.perf_counter() - start
+            left: dict[str, int] = {}
+            for layer in report.layers:
+                if layer.reason:
+                    left[layer.reason] = left.get(layer.reason, 0) + 1
+            rows.append({"case": case, "seed": seed, "order": order, "share": share, "original": original, "raw": raw,
+                         "reconstructed": measure_top1(slim, testing), "seconds": seconds, "images": report.images,
+                         "layers": len(report.layers), "left": left})  # fmt: skip
     return rows
 
 
 def make_table(rows: list[dict[str, Any]]) -> str:
-    """Return a line for each model, with means over the seeds."""
-    lines = ["| model | seeds | original | MACs | cut out | reconstructed | seconds |", "|---|---|---|---|---|---|---|"]
-    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for row in rows:
-        cells.setdefault((row["case"], row["share"]), []).append(row)
-    for (case, share), members in cells.items():
-        means = {
-            key: sum(row[key] for row in members) / len(members)
-            for key in ("original", "raw", "reconstructed", "seconds")
-        }
-        lines.append(
-            f"| {case} | {len(members)} | {means['original']:.1f} | {share:.0%} | {means['raw']:.1f} "
-            f"| {means['reconstructed']:.1f} | {means['seconds']:.0f} |"
-        )
+    """Return a line for each model, share and order, with means over the seeds."""
+    lines = [
+        "| model | seeds | original | MACs | order | cut out | reconstructed | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    cells: dict[tuple[str, float, str], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (-row["share"], row["order"])):
+        cells.setdefault((row["case"], row["share"], row["order"]), []).append(row)
+    for case in dict.fromkeys(row["case"] for row in rows):
+        for (_, share, order), members in ((key, value) for key, value in cells.items() if key[0] == case):
+            means = {
+                key: sum(row[key] for row in members) / len(members)
+                for key in ("original", "raw", "reconstructed", "seconds")
+            }
+            lines.append(
+                f"| {case} | {len(members)} | {means['original']:.1f} | {share:.0%} | {order} | {means['raw']:.1f} "
+                f"| {means['reconstructed']:.1f} | {means['seconds']:.0f} |"
+            )
     return "\n".join(lines)
 
 
@@ -136,6 +142,7 @@ def main() -> None:
     parser = make_parser(__doc__, "docs/results/reconstruction.jsonl")
     parser.add_argument("--cases", nargs="+", choices=(*DIGITS, "lite0"), default=list(DIGITS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--orders", nargs="+", default=["l1", "reconstruction"])
     parser.add_argument("--checkpoint", type=Path, help="weights of the case lite0")
     parser.add_argument("--data-dir", type=Path, help="images of the case lite0")
     parser.add_argument("--size", type=int, default=64, help="side of the images of the case lite0")

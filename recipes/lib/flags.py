@@ -292,10 +292,10 @@ def add_starting_flags(parser: argparse.ArgumentParser) -> None:
         "--order",
         choices=sorted(CRITERIA),
         help="first sort the channels by importance, so that narrow subnets get the best (Once-for-All); a criterion "
-        "of torch-pruning",
+        "of torch-pruning, or reconstruction: the best for trained models",
     )
     group.add_argument(
-        "--order-images", type=int, default=512, help="training images that --order taylor takes gradients of"
+        "--order-images", type=int, default=512, help="training images that --order taylor and reconstruction read"
     )
 
 
@@ -316,7 +316,7 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--criterion",
-        choices=[name for name in CRITERIA if name not in ("taylor", "random")],
+        choices=[name for name in CRITERIA if name not in ("taylor", "random", "reconstruction")],
         default="l2",
         help="criterion of torch-pruning by which the baseline importance ranks the channels",
     )
@@ -443,7 +443,7 @@ FLAGS = {
 # trained as a fresh one.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "slim": {
-        "batch_size": 64, "held_out": 0.2, "images": 2000, "order": "taylor", "opt": "adamw", "lr_base": 1e-3,
+        "batch_size": 64, "held_out": 0.2, "images": 2000, "order": "reconstruction", "opt": "adamw", "lr_base": 1e-3,
         "weight_decay": 0.05, "epochs": 10, "warmup_epochs": 1, "scale": [0.35, 1.0], "resume": True,
     },
 }  # fmt: skip

@@ -41,7 +41,7 @@ def check_starting_flags(args: argparse.Namespace) -> None:
 
 def describe_start(args: argparse.Namespace) -> dict[str, Any]:
     """Return the flags that say where a training started: a resumed run must have the same."""
-    images = args.order_images if args.order == "taylor" else None
+    images = args.order_images if args.order in ("taylor", "reconstruction") else None
     return {**{name: getattr(args, name) for name in ("pretrained", "initial_checkpoint", "zero_init_last", "order")},
             "order_images": images}  # fmt: skip
 
@@ -149,7 +149,7 @@ def order_channels(supernet: Supernet, order: str, loss_fn: LossFn, batches: Ite
         supernet: on its device.
         order: a name in `timm_autoslim.CRITERIA`.
         loss_fn: whose gradients "taylor" takes, in evaluation mode.
-        batches: inputs and targets on the device; only read for "taylor".
+        batches: inputs and targets on the device; only read for "taylor" and "reconstruction".
     """
     model, training = supernet.model, supernet.model.training
     try:
@@ -159,7 +159,8 @@ def order_channels(supernet: Supernet, order: str, loss_fn: LossFn, batches: Ite
                 loss = loss_fn(model(inputs), targets)
                 loss.backward()  # type: ignore[no-untyped-call]
         # channels that are in no checkpoint keep their order, so the state is all that moves
-        model.load_state_dict(reorder_channels(model, supernet.graph, order).state_dict())
+        images = (inputs for inputs, _ in batches) if order == "reconstruction" else None
+        model.load_state_dict(reorder_channels(model, supernet.graph, order, images).state_dict())
     finally:
         model.zero_grad()
         model.train(training)

@@ -41,10 +41,10 @@ def find_strand(supernet, name):
 @pytest.mark.parametrize("order", CRITERIA)
 def test_every_criterion_permutes_and_changes_nothing_else(model, images, order):
     with_gradients(model, images)
-    supernet = convert(model, IMAGE, order=order)
+    supernet = convert(model, IMAGE, order=order, batches=[images])
     assert type(supernet.model) is TwoGroups
     torch.testing.assert_close(supernet(images), model(images), rtol=ROUNDING, atol=ROUNDING)
-    double = convert(model.double(), IMAGE.double(), order=order)
+    double = convert(model.double(), IMAGE.double(), order=order, batches=[images.double()])
     torch.testing.assert_close(double(images.double()), model(images.double()), rtol=EXACT, atol=EXACT)
     for name, tensor in double.model.state_dict().items():  # the same numbers, in another order
         assert torch.equal(tensor.flatten().sort().values, model.state_dict()[name].flatten().sort().values), name

@@ -31,7 +31,7 @@ def slim(
     batches: Iterable[Pair],
     loss: Callable[[Any, Any], Tensor],
     *,
-    order: str | None = "taylor",
+    order: str | None = "reconstruction",
     conditions: Conditions | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -81,7 +81,8 @@ def slim(
     source = copy.deepcopy(model).eval()  # whose gradients are ours, and whose modes
     if order == "taylor":
         _take_gradients(source, pairs, loss)
-    supernet = convert(source, pairs[0][0][:1], order=order, **rules).eval()
+    images = [inputs for inputs, _ in pairs]
+    supernet = convert(source, images[0][:1], order=order, batches=images, **rules).eval()
     source.zero_grad()
     supernet.zero_grad()
 

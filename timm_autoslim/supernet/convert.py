@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from timm_autoslim.artifact.spec import derive_spec
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
@@ -86,6 +86,7 @@ def convert(
     example_input: Any = None,
     order: str | None = None,
     *,
+    batches: Iterable[Tensor] | None = None,
     freeze: str | Sequence[str] = (),
     min: int | float | Mapping[str, int | float] | None = None,
     divisor: int | Mapping[str, int] | None = None,
@@ -107,9 +108,12 @@ def convert(
             of the first tensor is the batch; its length is changed, and so is that of all tensors with the same first
             length. By default the shape in the model's `pretrained_cfg`, else the usual sizes of images are tried.
         order: sort the channels of every group by importance, so that the narrow subnets have the best ones: "l1",
-            "l2", "bn_scale", "fpgm", "lamp", "taylor" (of the gradients in the model: run the loss backward first) or
-            "random" (the same at each call). None leaves the order as it is, and then the widest subnet is
-            bit-equal to the model.
+            "l2", "bn_scale", "fpgm", "lamp", "taylor" (of the gradients in the model: run the loss backward first),
+            "reconstruction" (of `batches`; the best for a trained model that is slimmed without much training) or
+            "random" (the same at each call). None leaves the order as it is, and then the widest subnet is bit-equal to
+            the model.
+        batches: images (N, C, H, W) on the model's device, without labels, for the order "reconstruction"; 500 images
+            or more are good.
         freeze: globs of module paths; the channels that enter or leave these modules are fixed.
         min: the least width of a group: a share of its size (float) or a number (int), for all or by glob.
         divisor: widths that are sampled and searched are multiples of it, for all or by glob.
@@ -127,7 +131,8 @@ def convert(
         TraceError: the model's forward cannot be traced.
         NothingToSlimError: no channel can be removed.
         WidthError: a glob matches nothing, a value is out of range or of the wrong type, or the order is "taylor" and a
-            weight that it reads has no gradient.
+            weight that it reads has no gradient, or "reconstruction" and there are no batches.
+        DataError: the batches are no tensors, or not finite.
 
     Example:
         >>> import timm, torch
@@ -159,5 +164,5 @@ def convert(
     if order is not None:
         from timm_autoslim.supernet.order import reorder_channels
 
-        model = reorder_channels(model, trace.graph, order)
+        model = reorder_channels(model, trace.graph, order, batches)
     return Supernet(model, trace, space, spec)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from timm_autoslim.errors import WidthError
 from timm_autoslim.slicing.slices import clear_caches
+from timm_autoslim.supernet.selection import READS, SelectionImportance, collect_covariances
 from timm_autoslim.tracing.graph import AxisUnits, ChannelGraph
 from timm_autoslim.utils.arguments import check_module, check_type, quote
 from timm_autoslim.utils.tables import Table
@@ -25,8 +26,8 @@ M = TypeVar("M", bound=nn.Module)
 # Takes a `tp.Group`, and returns one score for each unit of it; None if it says nothing of these layers.
 Scorer = Callable[[Any], Tensor | None]
 
-CRITERIA: Table[Callable[[], Scorer]] = Table("criterion")
-"""Criteria of importance by name, all from torch-pruning; each is called without arguments, and returns a scorer.
+CRITERIA: Table[Callable[..., Scorer]] = Table("criterion")
+"""Criteria of importance by name, all but the last from torch-pruning; called without arguments, each returns a scorer.
 
 A unit's score is the mean over all layers that it runs through.
 
@@ -36,6 +37,8 @@ A unit's score is the mean over all layers that it runs through.
 - "lamp": the magnitude, relative to the larger ones of the layer.
 - "taylor": weight times gradient; it reads the gradients in the model.
 - "random": random numbers.
+- "reconstruction": how well the outputs of the next layers can be computed from the units ranked before, on images; see
+  `SelectionImportance`. This one is called with the covariances of the layers' inputs.
 """
 CRITERIA.add("l1")(functools.partial(tp.importance.GroupMagnitudeImportance, p=1))
 CRITERIA.add("l2")(functools.partial(tp.importance.GroupMagnitudeImportance, p=2))
@@ -44,6 +47,7 @@ CRITERIA.add("fpgm")(tp.importance.FPGMImportance)
 CRITERIA.add("lamp")(tp.importance.LAMPImportance)
 CRITERIA.add("taylor")(tp.importance.GroupTaylorImportance)
 CRITERIA.add("random")(tp.importance.RandomImportance)
+CRITERIA.add("reconstruction")(SelectionImportance)
 
 
 def _get_pruning_function(module: nn.Module, axis: int) -> Any:
@@ -85,7 +89,7 @@ def make_pruning_group(model: nn.Module, graph: ChannelGraph, strand: int) -> An
 
 
 def score_units(
-    model: nn.Module, graph: ChannelGraph, criterion: str, seed: int = 0
+    model: nn.Module, graph: ChannelGraph, criterion: str, seed: int = 0, batches: Iterable[Tensor] | None = None
 ) -> list[NDArray[np.float64] | None]:
     """Return the scores of the units of every strand, by rank; None for a strand that the criterion cannot score.
 
@@ -94,18 +98,22 @@ def score_units(
         graph: its channel graph.
         criterion: a name in `CRITERIA`.
         seed: of the criterion "random"; torch's global generator is left as it was.
+        batches: images (N, C, H, W) on the model's device, which the criterion "reconstruction" reads.
 
     Raises:
         ConfigError: the criterion is unknown.
-        WidthError: the criterion is "taylor", and a weight that it reads has no gradient.
+        WidthError: the criterion is "taylor", and a weight that it reads has no gradient; or it is "reconstruction",
+            and there are no batches.
+        DataError: the batches are no tensors, or not finite.
     """
     make_scorer = CRITERIA.pick(criterion)
     groups = [make_pruning_group(model, graph, index) for index in range(len(graph.strands))]
     if criterion == "taylor":
         _check_gradients(group for group in groups if group is not None)
+    data = [collect_covariances(model, _check_given(batches))] if criterion == "reconstruction" else []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        scorer = make_scorer()
+        scorer = make_scorer(*data)
         scores = [None if group is None else scorer(group) for group in groups]
     return [
         None if tensor is None else tensor[: strand.size].double().cpu().numpy()
@@ -113,13 +121,18 @@ def score_units(
     ]
 
 
-_INPUTS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+def _check_given(batches: Iterable[Tensor] | None) -> Iterable[Tensor]:
+    if batches is None:
+        needed = 'images (N, C, H, W) in batches, which the criterion "reconstruction" reads'
+        remedy = "pass batches=images.split(100), of 500 images or more, or choose another criterion"
+        raise WidthError.at("batches", got="None", needed=needed, remedy=remedy)
+    return batches
 
 
 def _check_gradients(groups: Iterable[Any]) -> None:
     """Raise WidthError if a weight that "taylor" reads has no gradient."""
     # it reads nothing of BatchNorms, and no bias of layers that have the channels as inputs
-    leaves = {tp.prune_batchnorm_out_channels: (), **dict.fromkeys(_INPUTS, ("weight",))}
+    leaves = {tp.prune_batchnorm_out_channels: (), **dict.fromkeys(READS, ("weight",))}
     for dependency in (dependency for group in groups for dependency, _ in group):
         for leaf in leaves.get(dependency.handler, ("weight", "bias")):
             tensor = getattr(dependency.target.module, leaf, None)
@@ -172,7 +185,7 @@ def permute_units(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.in
     return result
 
 
-def reorder_channels(model: M, graph: ChannelGraph, order: str) -> M:
+def reorder_channels(model: M, graph: ChannelGraph, order: str, batches: Iterable[Tensor] | None = None) -> M:
     """Return a copy of `model` with the channels of every strand sorted by importance, the best first.
 
     The copy computes the same function up to float rounding. Channels that a shuffle matches by position stay in their
@@ -182,10 +195,12 @@ def reorder_channels(model: M, graph: ChannelGraph, order: str) -> M:
         model: the model of the graph.
         graph: its channel graph.
         order: a name in `CRITERIA`; "taylor" needs gradients, so run the loss backward on some batches first.
+        batches: images (N, C, H, W) on the model's device, without labels, for "reconstruction"; 500 or more are good.
 
     Raises:
         WidthError: an argument is of the wrong type, the order is unknown, or it is "taylor" and a weight that it reads
-            has no gradient.
+            has no gradient, or "reconstruction" and there are no batches.
+        DataError: the batches are no tensors, or not finite.
 
     Example:
         >>> import timm, torch
@@ -200,7 +215,7 @@ def reorder_channels(model: M, graph: ChannelGraph, order: str) -> M:
     check_type("graph", graph, ChannelGraph, WidthError, "the model's ChannelGraph, supernet.graph")
     if not isinstance(order, str) or order not in CRITERIA:
         raise WidthError.at("order", got=quote(order), needed=f"None or one of {list(CRITERIA)}")
-    scores = zip(graph.strands, score_units(model, graph, order), strict=True)
+    scores = zip(graph.strands, score_units(model, graph, order, batches=batches), strict=True)
     orders = {
         i: np.argsort(-s, kind="stable") for i, (strand, s) in enumerate(scores) if s is not None and not strand.ordered
     }

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_autoslim.errors import DataError, StaleStatisticsError
-from timm_autoslim.training.batches import check_batches, make_empty_error
 from timm_autoslim.utils.arguments import check_flag, check_module
+from timm_autoslim.utils.batches import check_batches, make_empty_error
 from timm_autoslim.utils.restoring import restoring, restoring_on_error
 
 

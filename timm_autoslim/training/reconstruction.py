@@ -15,11 +15,11 @@ from timm_autoslim.errors import ConfigError, WidthError
 from timm_autoslim.slicing.tensors import Axis
 from timm_autoslim.supernet.convert import convert
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.training.batches import check_batches, make_empty_error
 from timm_autoslim.training.examine import examine, renew_statistics, take_channels
 from timm_autoslim.training.least_squares import Layer, compare, get_weight, have_same_rows, measure, set_weight, solve
 from timm_autoslim.training.lockstep import Lockstep
 from timm_autoslim.utils.arguments import check_integer
+from timm_autoslim.utils.batches import check_batches, make_empty_error
 from timm_autoslim.utils.restoring import restoring_on_error
 
 # What holds weights near those that they had, relative to the mean variance of the inputs; tried for every layer.

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_autoslim import HeldOut, Supernet, baseline, convert, cost, search
-from timm_autoslim.utils.tables import Table
 
 Batches = list[tuple[Tensor, Tensor]]  # images (N, 3, H, W) and classes (N,)
 
@@ -56,10 +55,6 @@ class Network:
     work: int
 
 
-METHODS: Table[Callable[[Task], Iterator[Network]]] = Table("method")
-"""Ways by name; each yields a network for every share of the MACs."""
-
-
 def count_macs(model: nn.Module, image: Tensor) -> int:
     """Return the MACs of convolutions and linear layers for one image (1, 3, H, W)."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -79,14 +74,15 @@ def score(subnet: Any, batch: tuple[Tensor, Tensor]) -> float:
     return F.cross_entropy(subnet(batch[0]), batch[1]).item()
 
 
-def make_supernet(task: Task, **options: Any) -> Supernet:
-    """Return the supernet of the trained model, with channels in order of their first-order importance."""
+def make_supernet(task: Task, order: str = "reconstruction") -> Supernet:
+    """Return the supernet of the trained model, with channels in order of importance."""
     model = copy.deepcopy(task.model)
-    collect_gradients(model, task.gradients)
-    return convert(model, task.gradients[0][0][:2], order="taylor", **options).eval()
+    if order == "taylor":
+        collect_gradients(model, task.gradients)
+    images = [images for images, _ in task.gradients]
+    return convert(model, images[0][:2], order=order, batches=images).eval()
 
 
-@METHODS.add("searched")
 def search_widths(task: Task) -> Iterator[Network]:
     """Search on the trained model itself."""
     start = time.perf_counter()
@@ -97,21 +93,19 @@ def search_widths(task: Task) -> Iterator[Network]:
         yield Network(supernet.extract(network.widths), supernet, seconds, result.evaluated_macs)
 
 
-@METHODS.add("uniform")
 def take_uniform(task: Task) -> Iterator[Network]:
-    """One multiplier for all widths, the channels of highest first-order importance."""
-    yield from _run_baseline(task, "uniform")
+    """One multiplier for all widths."""
+    yield from _run_baseline(task, "uniform", "reconstruction")
 
 
-@METHODS.add("importance")
 def rank_importance(task: Task) -> Iterator[Network]:
     """A global ranking of all channels by first-order importance, in our interface."""
-    yield from _run_baseline(task, "importance")
+    yield from _run_baseline(task, "importance", "taylor")
 
 
-def _run_baseline(task: Task, method: str) -> Iterator[Network]:
+def _run_baseline(task: Task, method: str, order: str) -> Iterator[Network]:
     start = time.perf_counter()
-    supernet = make_supernet(task)
+    supernet = make_supernet(task, order)
     budgets = {"macs": _to_macs(supernet, task)}
     result = baseline(supernet, budgets, lambda subnet: 0.0, method, criterion="taylor")
     for network in result.networks:
@@ -122,19 +116,16 @@ def _to_macs(supernet: Supernet, task: Task) -> list[int]:
     return [round(share * cost(supernet).macs) for share in task.shares]
 
 
-@METHODS.add("torch-pruning, taylor")
 def prune_by_taylor(task: Task) -> Iterator[Network]:
     """Global first-order importance (Molchanov et al., arXiv 1906.10771) over the groups of DepGraph."""
     yield from _prune(task, tp.importance.GroupTaylorImportance())
 
 
-@METHODS.add("torch-pruning, magnitude")
 def prune_by_magnitude(task: Task) -> Iterator[Network]:
     """Global group magnitude (DepGraph, arXiv 2301.12900)."""
     yield from _prune(task, tp.importance.GroupMagnitudeImportance(p=2))
 
 
-@METHODS.add("torch-pruning, isomorphic")
 def prune_isomorphic(task: Task) -> Iterator[Network]:
     """First-order importance, ranked within groups of the same structure (arXiv 2407.04616)."""
     yield from _prune(task, tp.importance.GroupTaylorImportance(), isomorphic=True)
@@ -156,3 +147,14 @@ def _prune(task: Task, importance: Any, **options: Any) -> Iterator[Network]:
         network = copy.deepcopy(model)
         network.zero_grad()
         yield Network(network, None, time.perf_counter() - start, 0)
+
+
+METHODS: dict[str, Callable[[Task], Iterator[Network]]] = {
+    "searched": search_widths,
+    "uniform": take_uniform,
+    "importance": rank_importance,
+    "torch-pruning, taylor": prune_by_taylor,
+    "torch-pruning, magnitude": prune_by_magnitude,
+    "torch-pruning, isomorphic": prune_isomorphic,
+}
+"""Ways by name; each yields a network for every share of the MACs."""

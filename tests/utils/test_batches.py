@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from timm_autoslim.errors import DataError
-from timm_autoslim.training.batches import check_batches, make_empty_error
+from timm_autoslim.utils.batches import check_batches, make_empty_error
 
 IMAGES = torch.zeros(2, 3, 4, 4)
 

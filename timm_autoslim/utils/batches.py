@@ -1,4 +1,4 @@
-"""Batches of inputs, as `calibrate` and `reconstruct` take them."""
+"""Batches of inputs, as everything takes them that runs a model on some images."""
 
 from __future__ import annotations
 

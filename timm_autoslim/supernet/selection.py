@@ -1,0 +1,183 @@
+"""Rank units by how well the outputs of the layers that read them can be computed from those ranked before."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from timm_autoslim.slicing.replica import replicate
+from timm_autoslim.slicing.slices import Slices
+from timm_autoslim.utils.batches import check_batches, make_empty_error
+from timm_autoslim.utils.tensors import collect_tensors
+
+READS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
+# Each layer gets so many rows for each input channel, but no fewer than this; more change little.
+ROWS_PER_CHANNEL, LEAST_ROWS = 8, 32768
+# What is left of a channel's variance below this share of the mean is rounding.
+FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """How the input channels of a layer vary together.
+
+    Attributes:
+        rows: images, times positions.
+        mean: (C,).
+        products: means of the products of deviations from the mean (C, C).
+    """
+
+    rows: int
+    mean: Tensor
+    products: Tensor
+
+
+def collect_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Covariance]:
+    """Run the model, in evaluation mode, and return what enters its linear layers and convolutions, by path.
+
+    Convolutions in groups are left out. The model is not changed.
+
+    Args:
+        model: the model.
+        batches: inputs (N, C, H, W) on the model's device.
+
+    Raises:
+        DataError: there are no batches, they are no tensors, or not finite.
+    """
+    replica = replicate(model, Slices({}, {})).eval()  # the model itself gets no hooks
+    sums: dict[str, list[Any]] = {}
+    wanted = 0
+
+    def record(path: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        rows = _take_rows(module, collect_tensors((inputs, named))[0])  # (rows, C)
+        share = max(LEAST_ROWS, ROWS_PER_CHANNEL * rows.shape[1]) // max(1, wanted)
+        if len(rows) > max(1, share):
+            generator = torch.Generator().manual_seed(0)
+            rows = rows[torch.randperm(len(rows), generator=generator)[: max(1, share)].to(rows.device)]
+        if path not in sums:  # about it, since products of large means are not exact in float32
+            sums[path] = [rows.mean(0), 0, 0.0, 0.0]
+        total = sums[path]
+        rows = rows - total[0]
+        total[1] += len(rows)
+        total[2] = total[2] + rows.sum(0).double()
+        total[3] = total[3] + (rows.T @ rows).double()
+
+    for path, module in replica.named_modules():
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1):
+            module.register_forward_pre_hook(functools.partial(record, path), with_kwargs=True)
+    parts = list(check_batches(batches))
+    if not parts:
+        raise make_empty_error()
+    wanted = len(parts)
+    with torch.no_grad(), torch.autocast(parts[0].device.type, enabled=False):
+        for batch in parts:
+            replica(batch)
+    result = {}
+    for path, (origin, count, first, second) in sums.items():
+        mean = first / count
+        result[path] = Covariance(count, origin.double() + mean, second / count - mean[:, None] * mean[None])
+    return result
+
+
+def _take_rows(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return the inputs of a layer as (rows, C)."""
+    channels = inputs if isinstance(module, nn.Linear) else inputs.movedim(-2 if _is_single(module, inputs) else 1, -1)
+    return channels.reshape(-1, channels.shape[-1]).float()
+
+
+def _is_single(module: nn.Module, inputs: Tensor) -> bool:
+    """Whether a one-dimensional convolution got one example without a batch."""
+    return isinstance(module, nn.Conv1d) and inputs.dim() == 2
+
+
+@dataclass
+class _Reader:
+    """A layer that reads the units of a strand.
+
+    Attributes:
+        unit: (C,), the unit of each channel that it reads.
+        left: (C, C), covariance of what the units taken so far leave of the channels.
+        outputs: (C, O), covariance of that with the outputs.
+        floor: variances below it are rounding.
+    """
+
+    unit: Tensor
+    left: Tensor
+    outputs: Tensor
+    floor: Tensor
+
+    def measure(self, count: int) -> Tensor:
+        """Return by unit (count,) what share of the outputs' variance it adds to what is there."""
+        gains = self.outputs.square().sum(1) / (self.left.diagonal().clamp_min(0) + self.floor)
+        return gains.new_zeros(count).index_add(0, self.unit, gains)
+
+    def take(self, unit: int) -> None:
+        """Leave of all channels what those of this unit do not say."""
+        for index in torch.nonzero(self.unit == unit)[:, 0].tolist():
+            column = self.left[:, index] / (self.left[index, index].clamp_min(0) + self.floor)
+            self.outputs -= column[:, None] * self.outputs[index].clone()
+            self.left -= column[:, None] * self.left[index].clone()
+
+
+class SelectionImportance:
+    """Forward selection by least squares: the next unit is the one that explains most of what is not explained yet.
+
+    For every layer that reads the units, with inputs x and weight W, the outputs W x are computed from the channels
+    that were selected so far, by least squares. The unit that lowers the error most comes next; errors are relative to
+    the variance of the layer's outputs, and added up over the layers. (Choosing channels by the error of the next
+    layer's outputs is that of Luo, Wu and Lin, "ThiNet", arXiv 1707.06342, section 3.2, which removes channels one by
+    one and solves for weights at the end; selection with the weights solved for at each step is orthogonal least
+    squares, Chen, Billings and Luo, 1989.) Of a k x k convolution every tap counts as an output of its own.
+
+    Units that only other layers read, such as queries and keys, are ranked by the magnitude of their weights.
+    """
+
+    def __init__(self, covariances: dict[str, Covariance]) -> None:
+        """Take the covariances of layers' inputs, by path."""
+        self.covariances = covariances
+        self.otherwise = tp.importance.GroupMagnitudeImportance(p=2)
+
+    def __call__(self, group: Any) -> Tensor | None:
+        """Return a score for each unit of a `tp.Group`: the number of units for the first, 1 for the last."""
+        readers: list[_Reader] = []
+        count = 1 + max(max(item.root_idxs) for item in group)
+        for item in group:
+            name = item.dep.target.name.partition(" ")[0]
+            if item.dep.handler in READS and name in self.covariances:
+                readers += self._make_reader(item.dep.target.module, self.covariances[name], item)
+        if not readers:
+            scores: Tensor | None = self.otherwise(group)
+            return scores
+        scores = torch.zeros(count)
+        waiting = torch.ones(count, dtype=torch.bool)
+        for rank in range(count, 0, -1):
+            gains = torch.stack([reader.measure(count).cpu() for reader in readers]).sum(0)
+            best = int(torch.where(waiting, gains, -1.0).argmax())
+            scores[best], waiting[best] = rank, False
+            for reader in readers:
+                reader.take(best)
+        return scores
+
+    def _make_reader(self, module: nn.Module, covariance: Covariance, item: Any) -> list[_Reader]:
+        """Return the reader; none where the layer puts out nothing that varies."""
+        assert isinstance(module.weight, Tensor)
+        channels = torch.as_tensor(np.asarray(item.idxs), device=covariance.mean.device)
+        left = covariance.products[channels][:, channels].float()
+        weight = module.weight.detach().to(left).transpose(0, 1).flatten(1)[channels]  # (C, outputs of all taps)
+        if weight.shape[1] > len(weight):  # as many outputs with the same products
+            values, vectors = torch.linalg.eigh(weight @ weight.T)
+            weight = vectors * values.clamp_min(0).sqrt()
+        outputs = left @ weight
+        variance = (weight * outputs).sum()
+        if not float(variance) > 0:
+            return []
+        unit = torch.as_tensor(np.asarray(item.root_idxs), device=left.device)
+        floor = FLOOR * left.diagonal().mean()
+        return [_Reader(unit, left, outputs / variance.sqrt(), floor)]
