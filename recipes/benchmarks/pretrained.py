@@ -5,7 +5,7 @@
 DIR has train.tar and test.tar (or folders) of class folders; FILE is a safetensors file of the --model. Of the training
 images 10,000 are fine-tuned on and 500 others rank subnets, both drawn by the seed. A job is a method and a seed: it
 finds its networks, and measures each as it was cut out (BatchNorm calibrated), reconstructed (no training; ours alone)
-and after training for 1 and for 5 epochs with labels alone or with the original as the teacher. "stages" continue from
+and after training for 1 and for 5 `--epochs` with labels alone or with the original as the teacher. "stages" continue from
 the trained network of half the MACs to a quarter.
 
 Results are one JSON line each; a run that is started again goes on with what it lacks. --workers run side by side, on a
@@ -135,7 +135,7 @@ def measure_job(method: str, seed: int, args: argparse.Namespace, done: set[tupl
     """Find the networks of a method, and measure and train them; what is done is left out."""
     name = method.removesuffix(", stages")
     data, original = load_data(args, seed), load_model(args)
-    image, epochs = data.batches[0][:1], EPOCHS[:1] if args.toy else EPOCHS
+    image, epochs = data.batches[0][:1], args.epochs
     whole, work = count_macs(original, image), 0
     networks: list[tuple[float, Network]] = []
     if method.endswith(", stages"):
@@ -143,7 +143,7 @@ def measure_job(method: str, seed: int, args: argparse.Namespace, done: set[tupl
         calibrate(first.model, data.batches)
         if first.supernet is not None:
             reconstruct(first.model, first.supernet, data.batches)
-        train(first.model, data, original, epochs[-1], seed)
+        train(first.model, data, original, max(EPOCHS), seed)
         share = SHARES[1] * whole / count_macs(first.model, image)
         second = next(METHODS[name](make_task(first.model, data, (share,), seed)))
         networks, work = [(SHARES[1], second)], first.work
@@ -241,7 +241,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--limit", type=float, help="seconds")
-    parser.add_argument("--toy", action="store_true", help="few images, one epoch")
+    parser.add_argument("--epochs", nargs="*", type=int, default=list(EPOCHS), help="trainings; none to train nothing")
+    parser.add_argument("--toy", action="store_true", help="few images")
     args = parser.parse_args()
     if not args.only_table:
         if not args.data_dir:
