@@ -4,9 +4,9 @@
 
 DIR has train.tar and test.tar (or folders) of class folders; FILE is a safetensors file of the --model. Of the training
 images 10,000 are fine-tuned on and 500 others rank subnets, both drawn by the seed. A job is a method and a seed: it
-finds its networks, and measures each as it was cut out (BatchNorm calibrated), reconstructed (no training; ours alone)
-and after training for 1 and for 5 `--epochs` with labels alone or with the original as the teacher. "stages" continue from
-the trained network of half the MACs to a quarter.
+finds its networks, and measures each as it was cut out (BatchNorm calibrated), reconstructed (no training; ours alone),
+and after training for 1 and for 5 `--epochs`, with labels alone or with the original as the teacher. "stages" continue
+from the trained network of half the MACs to a quarter.
 
 Results are one JSON line each; a run that is started again goes on with what it lacks. --workers run side by side, on a
 GPU too; --limit ends all of them.
