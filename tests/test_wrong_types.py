@@ -230,6 +230,6 @@ def test_a_tensor_is_no_iterable_of_batches(supernet, batches):
 def test_every_batch_has_to_be_a_tensor(supernet):
     model = supernet.extract()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(AutoSlimError, match=r"batches\[1\]: got a list; needed: an input tensor"):
+    with pytest.raises(AutoSlimError, match=r"batches\[1\]: got a list; needed: inputs of the model"):
         ta.calibrate(model, [IMAGES, [IMAGES]])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -22,15 +22,29 @@ from timm_autoslim.errors import DataError
 from timm_autoslim.recipes.lib.checkpoints import restore
 from timm_autoslim.recipes.lib.resume import Start, count_images_per_update
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
+LossFn = Callable[[Any, Tensor], Tensor]
+AUXILIARY = 0.3  # weight of an auxiliary classifier's loss: Szegedy et al., "Going Deeper with Convolutions", 1409.4842
 
 
 def make_loss(args: argparse.Namespace) -> LossFn:
-    """Make the loss on labels: cross-entropy, smoothed, or of soft targets if mixup makes them."""
+    """Make the loss on labels: cross-entropy, smoothed, or of soft targets if mixup makes them.
+
+    Of several logits, as torchvision's GoogLeNet returns them in training, all but the first are of auxiliary
+    classifiers.
+    """
     if args.mixup > 0 or args.cutmix > 0:
         loss: LossFn = SoftTargetCrossEntropy()
-        return loss
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+    else:
+        loss = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
+
+    def compute(outputs: Any, targets: Tensor) -> Tensor:
+        logits, *auxiliary = outputs if isinstance(outputs, tuple | list) else [outputs]
+        total = loss(logits, targets)
+        for other in auxiliary:
+            total = total + AUXILIARY * loss(other, targets)
+        return total
+
+    return compute
 
 
 def make_mixup(args: argparse.Namespace, epoch: int) -> Mixup | None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_autoslim.errors import DataError, StaleStatisticsError
 from timm_autoslim.utils.arguments import check_flag, check_module
-from timm_autoslim.utils.batches import check_batches, make_empty_error
+from timm_autoslim.utils.batches import check_inputs, make_empty_error, run_batch
 from timm_autoslim.utils.restoring import restoring, restoring_on_error
 
 
-def calibrate(model: nn.Module, batches: Iterable[Tensor], *, distributed: bool = False) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Any], *, distributed: bool = False) -> None:
     """Measure the running statistics of every BatchNorm again, as the average over `batches`.
 
     A subnet has other statistics than the model that it was extracted from; with the wrong ones its accuracy is near
@@ -27,14 +28,15 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, distributed: bool 
     Args:
         model: the model, changed in place; one without running statistics is left alone.
         batches: inputs (N, C, H, W) on the model's device, all of the same size; a few thousand images are plenty.
+            Several inputs are a tuple or, by name, a dict, as `convert` takes them.
         distributed: the processes of torch.distributed measure together, each on batches of its own, and end with the
             same statistics: the average over the batches of all of them. Otherwise each process measures alone, and
             should get the same batches. `SyncBatchNorm` joins the batches of all processes in any case.
 
     Raises:
         DataError: `batches` is no iterable, or is a tensor itself; it is empty (with `distributed`, in every process);
-            a batch is no tensor, has no images, or is not finite; or a model with `SyncBatchNorm` gets more batches in
-            one process than in another.
+            a batch is none of the model's inputs, has no images, or is not finite; or a model with `SyncBatchNorm` gets
+            more batches in one process than in another.
         ConfigError: another argument is of the wrong type.
 
     Example:
@@ -48,7 +50,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, distributed: bool 
     """
     norms = [norm for norm in _list_norms(model) if norm.track_running_stats and norm.running_mean is not None]
     check_flag("distributed", distributed)
-    inputs = check_batches(batches)
+    inputs = check_inputs(model, batches)
     if not norms:
         return
     parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -61,7 +63,7 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor], *, distributed: bool 
             raise make_empty_error(f"none, and {type(model).__name__} has {len(norms)} BatchNorms to measure")
 
 
-def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Tensor]) -> int:
+def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Any]) -> int:
     """Replace the statistics by the average over these batches; return how many batches there were."""
     momenta = [norm.momentum for norm in norms]
     count = 0
@@ -75,7 +77,7 @@ def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Tensor
             norm.reset_running_stats()
             norm.momentum = None  # cumulative average
         for inputs in batches:
-            model(inputs)
+            run_batch(model, count, inputs)
             count += 1
     return count
 
@@ -95,7 +97,7 @@ def _get_device(norms: list[_BatchNorm]) -> torch.device:
     return next(norms[0].buffers(recurse=False)).device
 
 
-def _iterate_together(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+def _iterate_together(batches: Iterator[Any], device: torch.device) -> Iterator[Any]:
     """Yield batches while every process has one; SyncBatchNorm would wait forever for a process that has none.
 
     Raises:

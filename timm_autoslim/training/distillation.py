@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from timm_autoslim.errors import ConfigError
 from timm_autoslim.utils.arguments import check_positive, check_type, is_number, quote
 from timm_autoslim.utils.tables import Table
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
+DistillFn = Callable[[Any, Any], Tensor]  # of outputs and teacher, of any structure
+
+_LOGITS = "a tensor of logits (N, classes), picked from what the model returns"
 
 DISTILLATION_LOSSES: Table[Callable[..., Tensor]] = Table("distillation loss")
 """Distillation losses by name: `loss(outputs, teacher, temperature=T)` of two logits (N, classes), a scalar.
@@ -119,8 +122,8 @@ def adaptive_alpha_divergence(
 
 def _check_arguments(outputs: Tensor, teacher: Tensor, temperature: float) -> None:
     """Raise ConfigError unless these are two tensors and a number above 0."""
-    check_type("outputs", outputs, Tensor, ConfigError, "a tensor of logits (N, classes)")
-    check_type("teacher", teacher, Tensor, ConfigError, "a tensor of logits (N, classes)")
+    check_type("outputs", outputs, Tensor, ConfigError, _LOGITS)
+    check_type("teacher", teacher, Tensor, ConfigError, _LOGITS)
     check_positive("temperature", temperature, ConfigError)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,11 @@ from torch.nn import functional as F
 
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.supernet.space import SearchSpace
+from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.supernet.widths import Widths
-from timm_autoslim.training.distillation import LossFn, soft_cross_entropy
+from timm_autoslim.training.distillation import DistillFn, soft_cross_entropy
 from timm_autoslim.training.dropout import disable_dropout
+from timm_autoslim.training.outputs import compare, detach, find_read, separate
 from timm_autoslim.utils.arguments import (
     as_integer,
     check_callable,
@@ -24,6 +27,8 @@ from timm_autoslim.utils.arguments import (
     check_type,
     quote,
 )
+from timm_autoslim.utils.meta import run_model
+from timm_autoslim.utils.tensors import collect_tensors, map_tensors
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class SandwichStep:
         widths: the subnets in the order in which they ran: widest, narrowest, random ones; or the widest alone.
         losses: one scalar for each; the first is the widest's loss on the targets (mixed with that on the teacher, if
             it learns from one), the others are distillation losses.
-        outputs: the widest subnet's output (N, classes), for example for a training accuracy.
+        outputs: what the widest subnet returned, such as logits (N, classes), for example for a training accuracy.
 
     Example:
         >>> import timm, torch
@@ -55,7 +60,7 @@ class SandwichStep:
 
     widths: tuple[Widths, ...]
     losses: tuple[Tensor, ...]
-    outputs: Tensor
+    outputs: Any
 
     @property
     def loss(self) -> Tensor:
@@ -73,15 +78,15 @@ def resize_images(images: Tensor, side: int) -> Tensor:
 def sandwich_step(
     model: nn.Module,
     space: SearchSpace,
-    inputs: Tensor,
-    targets: Tensor,
-    loss_fn: LossFn,
+    inputs: Any,
+    targets: Any,
+    loss_fn: Callable[[Any, Any], Tensor],
     *,
     generator: torch.Generator,
     n: int = 4,
     sample: Callable[[torch.Generator], Widths] | None = None,
-    distill: LossFn = soft_cross_entropy,
-    teacher: Callable[[Tensor], Tensor] | None = None,
+    distill: DistillFn = soft_cross_entropy,
+    teacher: Callable[..., Any] | None = None,
     teach_widest: float = 0.0,
     only_widest: bool = False,
     regularize_widest_only: bool = False,
@@ -97,17 +102,20 @@ def sandwich_step(
     Distillation"); "AutoSlim", arXiv 1903.11728, trains so with random widths group by group.
 
     Args:
-        model: the supernet, or a wrapper of it (DistributedDataParallel): called as `model(inputs, widths)`.
+        model: the supernet, or a wrapper of it (DistributedDataParallel): called as `model(inputs, widths)`, or with
+            several inputs and `widths=`.
         space: the supernet's search space.
-        inputs: (N, C, H, W).
+        inputs: images (N, C, H, W); several inputs as a tuple or, by name, as a dict, as `convert` takes them.
         targets: whatever `loss_fn` takes: class indices (N,), or probabilities (N, classes).
         loss_fn: `loss_fn(outputs, targets)`, a scalar; for the widest alone.
         generator: draws the random widths. With several processes seed it equally in each, by (seed, step).
         n: how many subnets in all.
         sample: draws the widths of one random subnet; `space.sample` if None.
         distill: `distill(outputs, teacher)` of two logits (N, classes), a scalar; for all but the widest.
-            `soft_cross_entropy`, `adaptive_alpha_divergence`, or a function of your own.
-        teacher: returns the logits (N, classes) of `inputs` that the others learn from; called once a step, without
+            `soft_cross_entropy` or `adaptive_alpha_divergence`: of several outputs they take the mean over those that
+            `loss_fn` reads. Or a function of your own, which gets what the model returns; features whose width shrinks
+            need one.
+        teacher: returns the logits (N, classes) of the inputs that the others learn from; called once a step, without
             gradient. If None, the widest's own output is used. A teacher is a frozen model in eval mode, for example,
             or a moving average of the widest (Li et al., "Dynamic Slimmable Network", arXiv 2103.13258).
         teach_widest: share of the teacher's loss in that of the widest, 0 to 1; the rest is `loss_fn`'s.
@@ -124,7 +132,8 @@ def sandwich_step(
 
     Raises:
         ConfigError: an argument is of the wrong type, `n` is below 2, `teach_widest` is out of range or has no teacher,
-            or the teacher's logits are of another shape than the widest's.
+            the teacher's logits are of another shape than the widest's, or `distill` compares logits and the outputs
+            are none.
 
     Example:
         >>> import timm, torch
@@ -149,32 +158,61 @@ def sandwich_step(
     subnets = (space.max(),) if only_widest else (space.max(), space.min(), *(draw(generator) for _ in range(n - 2)))
     # after the widths, so that these are the same with and without sizes
     draws = torch.randint(len(sizes), (len(subnets),), generator=generator).tolist() if sizes else []
-    teacher_logits: Tensor | None = None  # (N, classes)
+    _check_inputs(model, inputs, sizes)
+    teaching: Any = None  # such as logits (N, classes)
     if teacher is not None and (teach_widest or not only_widest):
         with torch.no_grad():
-            teacher_logits = teacher(inputs).detach()
+            teaching = detach(run_model(teacher, inputs))
     losses = []
-    widest: Tensor | None = None  # (N, classes)
+    widest: Any = None  # such as logits (N, classes)
+    read: tuple[int, ...] = ()  # which tensors of the outputs the loss reads
     for index, widths in enumerate(subnets):
         last, drop = index == len(subnets) - 1, not index or not regularize_widest_only
         with (
             contextlib.nullcontext() if last else no_sync(),
             contextlib.nullcontext() if drop else disable_dropout(model),
         ):
-            images = resize_images(inputs, sizes[draws[index]]) if sizes and index else inputs
-            outputs = model(images, widths)  # (N, classes)
-            if widest is None:
-                widest = outputs.detach()
-                _check_teacher(teacher_logits, widest)
+            outputs = _run(model, _resize(inputs, sizes[draws[index]]) if sizes and index else inputs, widths)
+            if not index:
+                outputs, widest = separate(outputs), detach(outputs)
+                _check_teacher(teaching, widest)
                 loss = loss_fn(outputs, targets)
-                if teach_widest and teacher_logits is not None:
-                    loss = (1 - teach_widest) * loss + teach_widest * distill(outputs, teacher_logits)
+                read = find_read(loss, outputs) if len(subnets) > 1 or teaching is not None else ()
+                if teach_widest and teaching is not None:
+                    loss = (1 - teach_widest) * loss + teach_widest * compare(distill, outputs, teaching, read)
             else:
-                loss = distill(outputs, widest if teacher_logits is None else teacher_logits)
+                loss = compare(distill, outputs, widest if teaching is None else teaching, read)
             backward(loss)
         losses.append(loss.detach())
-    assert widest is not None
     return SandwichStep(subnets, tuple(losses), widest)
+
+
+def _run(model: nn.Module, inputs: Any, widths: Widths) -> Any:
+    """Return what a subnet returns for inputs as `convert` takes them."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs, widths=widths)
+    return model(*inputs, widths=widths) if isinstance(inputs, tuple) else model(inputs, widths)
+
+
+def _resize(inputs: Any, side: int) -> Any:
+    """Return inputs, of which one is images, with images of another size."""
+    return map_tensors(lambda images: resize_images(images, side), inputs)
+
+
+def _check_inputs(model: object, inputs: Any, sizes: Sequence[int]) -> None:
+    """Raise ConfigError for inputs of another structure than `convert` got, or of several images that have sizes."""
+    supernet = getattr(model, "module", model)
+    if isinstance(inputs, list) and isinstance(supernet, Supernet):
+        example = supernet.example()
+        if isinstance(example, Mapping) or (isinstance(example, tuple) and len(example) == len(inputs) > 1):
+            kind = "dict" if isinstance(example, Mapping) else "tuple"
+            needed = f"a {kind} of inputs, as convert got it: a list is one input"
+            raise ConfigError.at("inputs", got="a list", needed=needed, remedy="convert it, such as tuple(inputs)")
+    tensors = collect_tensors(inputs)
+    if sizes and (len(tensors) != 1 or tensors[0].dim() != 4):
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        remedy = "leave sizes out, and resize the inputs of a step yourself"
+        raise ConfigError.at("sizes", got=f"inputs of the shapes {shapes}", needed="images (N, C, H, W)", remedy=remedy)
 
 
 def _check_callables(
@@ -208,12 +246,12 @@ def _check_numbers(n: int, teacher: object, teach_widest: float, sizes: Sequence
         check_integer("sizes", side, ConfigError)
 
 
-def _check_teacher(logits: Tensor | None, outputs: Tensor) -> None:
+def _check_teacher(teaching: Any, outputs: Any) -> None:
     """Raise ConfigError if the teacher's logits are of another shape than the model's outputs."""
-    if logits is not None and logits.shape != outputs.shape:
+    if isinstance(teaching, Tensor) and isinstance(outputs, Tensor) and teaching.shape != outputs.shape:
         raise ConfigError.at(
             "teacher",
-            got=f"logits of the shape {tuple(logits.shape)}",
+            got=f"logits of the shape {tuple(teaching.shape)}",
             needed=f"the shape of the model's outputs, {tuple(outputs.shape)}",
             remedy="use a teacher of the same classes",
         )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_autoslim.errors import DataError
+from timm_autoslim.utils.meta import run_model
+from timm_autoslim.utils.tensors import collect_tensors
 
 NEEDED = "an iterable of at least one input tensor (N, C, H, W)"
 
@@ -39,6 +43,75 @@ def _check_batch(index: int, batch: Tensor) -> Tensor:
     if not bool(batch.isfinite().all()):
         raise DataError.at(where, got="numbers that are not finite", needed="images without NaN or infinity")
     return batch
+
+
+def check_inputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+    """Return an iterator over batches of a model's inputs; each is checked when it is reached.
+
+    Args:
+        model: the model.
+        batches: of one input tensor, or of several inputs as a tuple or, by name, as a dict.
+
+    Raises:
+        DataError: as `check_batches` does; or a batch does not fit the model's forward.
+    """
+    if isinstance(batches, Mapping):
+        raise DataError.at("batches", got=f"a {type(batches).__name__}", needed=NEEDED, remedy="pass [inputs] for one")
+    check_batches(batches)
+    return (_check_inputs(model, index, batch) for index, batch in enumerate(batches))
+
+
+def _check_inputs(model: nn.Module, index: int, batch: Any) -> Any:
+    tensors = collect_tensors(batch)
+    if isinstance(batch, Tensor) or not tensors:
+        return _check_batch(index, batch)
+    if isinstance(batch, tuple | Mapping) and not _fits(model, batch):
+        raise make_structure_error(index, batch)
+    _check_batch(index, tensors[0])
+    for tensor in tensors[1:]:
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise DataError.at(f"batches[{index}]", got="numbers that are not finite", needed="inputs without NaN")
+    return batch
+
+
+def _fits(model: nn.Module, batch: tuple[Any, ...] | Mapping[str, Any]) -> bool:
+    """Whether a forward takes these inputs; labels, which nothing asks for, do not pass for an input."""
+    try:
+        signature = inspect.signature(model.forward)
+        args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, {})
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    if isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(item, Tensor) for item in batch):
+        images, labels = batch
+        second = list(signature.parameters.values())[1:2]
+        optional = not second or second[0].default is not inspect.Parameter.empty
+        return not (optional and labels.dim() == 1 < images.dim() and not labels.is_floating_point())
+    return True
+
+
+def make_structure_error(index: int, batch: Any) -> DataError:
+    """Return the error for a batch of a structure that the model does not take."""
+    return DataError.at(
+        f"batches[{index}]",
+        got=f"a {type(batch).__name__}",
+        needed="inputs of the model's forward: a tensor (N, C, H, W), or several as a tuple or, by name, as a dict",
+        remedy="if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`",
+    )
+
+
+def run_batch(model: nn.Module, index: int, batch: Any) -> Any:
+    """Return what a model returns for a batch.
+
+    Raises:
+        DataError: the batch is no tensor, and the model cannot take it.
+    """
+    try:
+        return run_model(model, batch)
+    except (TypeError, AttributeError) as error:
+        if isinstance(batch, Tensor):
+            raise
+        raise make_structure_error(index, batch) from error
 
 
 def make_empty_error(got: str = "none") -> DataError:

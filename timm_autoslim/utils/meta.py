@@ -120,7 +120,7 @@ def _seed(generator: Any) -> Callable[[], object]:
     return lambda: generator.set_state(state)
 
 
-def run_model(model: nn.Module, example: Any) -> Any:
+def run_model(model: Callable[..., Any], example: Any) -> Any:
     """Return what the model returns for an example: one input, a tuple of inputs, or a dict of inputs by name."""
     if isinstance(example, Mapping):
         return model(**example)
