@@ -9,7 +9,7 @@ from helpers.conversions import IMAGE, Net, assert_untouched, check_conversion, 
 from helpers.models import TwoGroups, randomise
 from torch import nn
 
-from timm_autoslim import convert
+from timm_autoslim import convert, cost
 from timm_autoslim.errors import TraceError, WidthError
 from timm_autoslim.supernet.widths import Widths
 
@@ -142,15 +142,77 @@ def test_an_example_without_data_to_run_on_is_refused(example, message):
 
 @pytest.mark.parametrize(
     ("example", "shape"),
-    [(torch.zeros(1, 4, 8, 8), r"2, 4, 8, 8"), (torch.zeros(3, 8, 8), "2, 8, 8"), (torch.zeros(()), "")],
+    [
+        (torch.zeros(1, 4, 8, 8), ("stem", "2, 4, 8, 8")),
+        (torch.zeros(3, 8, 8), ("bn", "8, 8, 8")),
+        (torch.zeros(()), ("stem", "")),
+    ],
     ids=["channels", "no batch", "no dimensions"],
 )
 def test_an_example_of_another_shape_names_the_first_module_that_fails(example, shape):
     model = TwoGroups()
     before = read_state(model)
-    with pytest.raises(TraceError, match=rf"^stem: its forward raised .*given inputs of the shapes \[\({shape}\)\]"):
+    name, lengths = shape
+    message = rf"^{name}: its forward raised .*given inputs of the shapes \[\({lengths}\)\]"
+    with pytest.raises(TraceError, match=message):
         convert(model, example)
     assert_untouched(before, model)
+
+
+class Frames(nn.Module):
+    """Frames of clips, in one batch: four frames are a clip."""
+
+    def __init__(self, per_clip=4):
+        super().__init__()
+        self.per_clip, self.stem, self.bn = per_clip, nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.inner, self.head = nn.Conv2d(8, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.bn(self.stem(x)).relu()
+        clips = x.view(x.shape[0] // self.per_clip, self.per_clip, *x.shape[1:])
+        x = (clips + clips.roll(1, 1)).view(x.shape)
+        return self.head(self.inner(x).relu().mean((2, 3))).view(-1, self.per_clip, 5).mean(1)
+
+
+def test_a_batch_of_frames_stays_a_multiple_of_the_examples():
+    frames = make_images(8, 3, 8, 8)
+    supernet = convert(randomise(Frames()).eval(), frames).eval()
+    assert supernet.space.max().to_dict() == {"stem": 8, "inner": 16}
+    widths = supernet.space.uniform(0.5)
+    assert torch.equal(supernet(frames, widths), supernet.extract(widths).eval()(frames))
+    one = convert(nn.Sequential(Frames().stem, nn.Conv2d(8, 16, 1)), IMAGE)
+    assert cost(supernet).macs == cost(one).macs + 16 * 5  # of one frame
+    assert cost(supernet, batch_size=8).peak_bytes > cost(supernet, batch_size=4).peak_bytes
+    with pytest.raises(
+        TraceError, match=r"^batch_size: got 6, with which the forward raises RuntimeError .*such as 8$"
+    ):
+        cost(supernet, batch_size=6)
+
+
+class Image(nn.Module):
+    """It takes one image (3, H, W), or a fixed number of views (6, 3, H, W)."""
+
+    def __init__(self, dims):
+        super().__init__()
+        self.dims, self.stem, self.inner, self.head = dims, nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        if x.dim() != self.dims or (self.dims == 4 and len(x) != 6):
+            raise ValueError(tuple(x.shape))
+        return self.head(self.inner(self.stem(x).relu()).relu().mean((-2, -1)))
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (6, 3, 8, 8)], ids=["no batch", "six views"])
+def test_an_example_of_one_length_is_taken_as_it_is(shape):
+    images = make_images(*shape)
+    supernet = convert(randomise(Image(len(shape))).eval(), images).eval()
+    assert supernet.space.max().to_dict() == {"stem": 8, "inner": 16}
+    widths = supernet.space.uniform(0.5)
+    assert torch.equal(supernet(images, widths), supernet.extract(widths).eval()(images))
+    assert supernet.example().shape == images.shape
+    assert cost(supernet, batch_size=1).peak_bytes
+    with pytest.raises(WidthError, match=r"^batch_size: got 7; needed: 1, which stands for the example"):
+        cost(supernet, batch_size=7)
 
 
 def test_inputs_that_the_forward_does_not_take_are_refused():

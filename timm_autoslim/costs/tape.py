@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from timm_autoslim.costs.infer import FormulaFinder
 from timm_autoslim.costs.recorder import Operator, Storage, TapeRecorder, collect_numbers, replace_numbers
-from timm_autoslim.errors import TraceError
+from timm_autoslim.errors import AutoSlimError, TraceError, quote_error
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.tracing.formulas import Numbers, Row, Terms
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.outer_state import with_empty_caches
 from timm_autoslim.tracing.record import Recorder
-from timm_autoslim.utils.meta import copy_to_meta, make_meta_example
+from timm_autoslim.utils.meta import copy_to_meta, count_images, make_meta_example
 from timm_autoslim.utils.tensors import collect_tensors, map_tensors, named_tensors
 
 RUNS = 4  # subnets beside the widest that a tape is recorded from; one more each time two lengths look alike
@@ -46,12 +46,20 @@ def get_tape(supernet: Supernet, batch_size: int = 1, dtype: torch.dtype | None 
         dtype: type of weights and activations; None is that of the model.
 
     Raises:
-        TraceError: narrower subnets run other operators than the widest.
+        TraceError: narrower subnets run other operators than the widest, or the model does not take this batch size.
     """
     tapes = _TAPES.setdefault(supernet, {})
     key = batch_size, dtype, next((p.dtype for p in supernet.model.parameters() if p.is_floating_point()), None)
     if key not in tapes or tapes[key].graph is not supernet.graph:
-        tapes[key] = Tape(supernet.model, supernet.example(), supernet.graph, batch_size, dtype)
+        example = supernet.example(batch_size)
+        try:
+            tapes[key] = Tape(supernet.model, example, supernet.graph, dtype)
+        except AutoSlimError:
+            raise
+        except Exception as error:
+            got = f"{batch_size}, with which the forward raises {type(error).__name__} ({quote_error(error)})"
+            needed = f"a batch that the model takes, such as {supernet.traced_batch_size}"
+            raise TraceError.at("batch_size", got=got, needed=needed) from error
     return tapes[key]
 
 
@@ -98,9 +106,7 @@ class Tape:
         operators: what ran, in its order, with the arguments of the widest.
     """
 
-    def __init__(
-        self, model: nn.Module, example: Any, graph: ChannelGraph, batch_size: int = 1, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, example: Any, graph: ChannelGraph, dtype: torch.dtype | None = None) -> None:
         """Record a model.
 
         Raises:
@@ -108,7 +114,7 @@ class Tape:
         """
         self.graph = graph
         meta_copy = with_empty_caches(model, lambda _: copy_to_meta(model)).eval()
-        example = make_meta_example(example, batch_size)
+        example = make_meta_example(example, count_images(example))
         if dtype is not None:
             meta_copy = meta_copy.to(dtype)
             example = map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, example)

@@ -105,8 +105,10 @@ def convert(
         model: a timm or torchvision model, or any `nn.Module`.
         example_input: a tensor (N, C, H, W), or the inputs of the model's forward as a tuple or, by name, as a dict;
             nested ones and members that are no tensors are fine. Only shapes and types are read. The first dimension
-            of the first tensor is the batch; its length is changed, and so is that of all tensors with the same first
-            length. By default the shape in the model's `pretrained_cfg`, else the usual sizes of images are tried.
+            of the first tensor is the batch; the model runs with that length and with twice as much, and so do all
+            tensors with the same first length. Where it does not take both (an image without a batch), it runs with
+            that length alone. By default the shape in the model's `pretrained_cfg`, else the usual sizes of images
+            are tried.
         order: sort the channels of every group by importance, so that the narrow subnets have the best ones: "l1",
             "l2", "bn_scale", "fpgm", "lamp", "taylor" (of the gradients in the model: run the loss backward first),
             "reconstruction" (of `batches`; the best for a trained model that is slimmed without much training) or

@@ -26,7 +26,7 @@ from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.utils.arguments import check_integer, quote
-from timm_autoslim.utils.meta import make_meta_example
+from timm_autoslim.utils.meta import count_images, make_meta_example
 from timm_autoslim.utils.tensors import collect_tensors
 
 _CACHED_SLICES = 64
@@ -222,13 +222,27 @@ class Supernet(nn.Module):
                 self._cache.popitem(last=False)
         return slices
 
+    @property
+    def traced_batch_size(self) -> int:
+        """The length of the batch that the model was traced with: it takes this one for sure."""
+        return count_images(self._trace.example)
+
     def example(self, batch_size: int = 1) -> Any:
         """Return inputs of the shapes that the model was traced with, of this batch size, on the meta device.
 
+        Where the model takes the length of the example's first dimension alone, these are the example's shapes.
+
         Raises:
-            WidthError: the batch size is no positive integer.
+            WidthError: the batch size is no positive integer, or not 1 where the model takes one length alone.
         """
-        return make_meta_example(self._trace.example, check_integer("batch_size", batch_size, WidthError))
+        example = self._trace.example
+        check_integer("batch_size", batch_size, WidthError)
+        if self._trace.batch:
+            return make_meta_example(example, batch_size)
+        if batch_size not in (1, count_images(example)):
+            needed = "1, which stands for the example: the model takes no other length of its first dimension"
+            raise WidthError.at("batch_size", got=str(batch_size), needed=needed)
+        return example
 
     def extract(self, widths: Widths | None = None) -> nn.Module:
         """Return the subnet as an ordinary model of the same type, with weights of its own.

@@ -37,6 +37,7 @@ class Flow:
         kernels: those of them that are laid out as kernels, by their first atom.
         constraints: what else the trace learned about the channels.
         contractions: matrix products and convolutions, while `count_macs` is set.
+        images: how many images the products are for; MACs are counted for one.
         call: the torch function that is running.
         stack: the modules that are running.
     """
@@ -53,6 +54,7 @@ class Flow:
         self.call = FunctionCall("", (), {})
         self.stack = ModuleStack()
         self.count_macs = False
+        self.images = 1
         self._frozen_count = 0  # how many entries of the constraints `_frozen_atoms` covers
         self._frozen_atoms: Vector = np.zeros(0, np.int64)
         self._labels: dict[int, tuple[Tensor, Labels]] = {}  # the tensor is kept alive: ids are reused otherwise
@@ -162,7 +164,7 @@ class Flow:
                 constant *= length
             else:
                 vectors.append(label)
-        self.contractions.append(Contraction(self.path, constant, tuple(vectors)))
+        self.contractions.append(Contraction(self.path, constant / self.images, tuple(vectors)))
 
     # -- sizes --------------------------------------------------------------------------------------------------
 

@@ -128,6 +128,7 @@ class Prover:
         model: nn.Module,
         example: Any,
         records: Sequence[RunRecord],
+        batches: Mapping[bool, int],
         numbers: Mapping[str, Factor] | None = None,
         data: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -137,11 +138,12 @@ class Prover:
             model: a meta copy.
             example: inputs of it.
             records: the runs of the widest.
+            batches: the lengths of the batch in eval() mode (False) and in train() mode.
             numbers: the tensors of the model that stand for one number.
             data: by name, the tensors with data.
         """
         self.model, self.example, self.records, self.numbers = model, example, records, dict(numbers or {})
-        self.data = data
+        self.batches, self.data = batches, data
 
     def find_faults(self, graph: ChannelGraph) -> Iterator[Disagreement]:
         """Yield the disagreements at half, narrowest and random widths, in both modes."""
@@ -159,7 +161,7 @@ class Prover:
 
     def _compare(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord, check_scales: bool) -> None:
         self.model.train(record.training)
-        example = make_meta_example(self.example, 2 if record.training else 1)
+        example = make_meta_example(self.example, self.batches[record.training])
         slices = graph.slices(widths)
         subnet = replicate(self.model, slices)
         scales = self._follow_scales(subnet, slices) if check_scales and record.scores else None

@@ -26,7 +26,7 @@ from timm_autoslim.tracing.record import LabelRecorder, RunRecord
 from timm_autoslim.tracing.refusals import check_example, check_model, explain_failure
 from timm_autoslim.tracing.scales import find_number_tensors, wrap_floats
 from timm_autoslim.tracing.sizes import wrap_attributes
-from timm_autoslim.utils.meta import copy_to_meta, make_meta_example, run_model
+from timm_autoslim.utils.meta import copy_to_meta, count_images, make_meta_example, run_model
 from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, named_tensors
 
 MAX_REPAIRS = 40
@@ -43,6 +43,7 @@ class Trace:
         repairs: the reasons for which the proof had to freeze more.
         positional: the number of inputs that the example passes by position.
         example: the example on the meta device.
+        batch: whether its first dimension is a batch of any length; else the model takes this length alone.
         written: paths of attributes that hold integers, and that the forward changes.
         constants: the numbers that multiply attention scores over channels that can shrink, and that stay, in words.
         input_shapes: by module with a `pretrained_cfg`, the shape of its first input.
@@ -53,6 +54,7 @@ class Trace:
     repairs: tuple[str, ...]
     positional: int
     example: Any
+    batch: bool = True
     written: frozenset[str] = frozenset()
     constants: tuple[str, ...] = ()
     input_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
@@ -63,6 +65,8 @@ class Tracer:
 
     Attributes:
         flow: the state of the trace.
+        batches: the length of the batch in eval() mode, which is the example's, and in train() mode: twice as long if
+            the trace `doubles` it, so that a length of the batch is told from other sizes.
         copy: the meta copy that runs.
         tensors: its parameters, buffers and tensor attributes by name.
         labels: by the name of a floating point tensor, one label for each axis.
@@ -74,10 +78,18 @@ class Tracer:
     """
 
     def __init__(
-        self, model: nn.Module, example: Any, keep_output: bool = True, whole_heads: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        example: Any,
+        keep_output: bool = True,
+        whole_heads: Sequence[str] = (),
+        doubles: bool = True,
     ) -> None:
         self.model, self.example, self.keep_output = model, example, keep_output
+        self.doubles = doubles
+        self.batches = {False: count_images(example), True: count_images(example) * (2 if doubles else 1)}
         self.flow = Flow(whole_heads)
+        self.flow.images = self.batches[False] if doubles else 1
         self.copy = copy_to_meta(model)
         clear_caches(self.copy.modules())  # what an earlier run left there is of plain sizes
         self.attributes = {f"{path}.{name}" for path, m in self.copy.named_modules() for name in m.__dict__}
@@ -132,7 +144,7 @@ class Tracer:
         graph, repairs = self._prove(self._freeze_computed(self._freeze_tables(self._solve())))
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):
-                return Tracer(self.model, self.example, self.keep_output, ["*"]).run(empty_caches)
+                return Tracer(self.model, self.example, self.keep_output, ["*"], self.doubles).run(empty_caches)
         if not graph.group_sizes:
             reasons = sorted(set(graph.fixed.values()))[:8] or ["it has no weights, and so no channels"]
             raise NothingToSlimError(
@@ -142,10 +154,11 @@ class Tracer:
         unruled = frozenset(name.rpartition(".")[0] for name in names if not ops.has_rule(name))
         example = self.example
         positional = len(example) if isinstance(example, tuple) else 0 if isinstance(example, Mapping) else 1
-        example, written = make_meta_example(example, 1), frozenset(self.written)
+        example, written = make_meta_example(example, self.batches[False]), frozenset(self.written)
         constants = tuple(dict.fromkeys(self._list_constants(graph)))
         shapes = self.recorder.input_shapes
-        return Trace(graph, unruled, (*notes, *repairs), positional, example, written, constants, shapes)
+        repairs = [*notes, *repairs]
+        return Trace(graph, unruled, tuple(repairs), positional, example, self.doubles, written, constants, shapes)
 
     def _list_constants(self, graph: ChannelGraph) -> Iterator[str]:
         """Yield the numbers that multiply attention scores and are no scale, where the channels can shrink."""
@@ -203,7 +216,7 @@ class Tracer:
         self.copy.train(training)
         self.recorder.start()
         self.flow.count_macs = not training
-        example = make_meta_example(self.example, 2 if training else 1)
+        example = make_meta_example(self.example, self.batches[training])
         for tensor in collect_tensors(example):
             labels = self.flow.create_labels(tensor)
             self.flow.freeze_label(labels[1] if len(labels) > 1 else None, "a channel of the model's input")
@@ -357,7 +370,7 @@ class Tracer:
             The proven graph, and the reasons for which more was frozen.
         """
         meta_copy, data = copy_to_meta(self.model), named_tensors(self.model)  # a copy without labels and hooks
-        prover = Prover(meta_copy, self.example, self.records, self.numbers, data)
+        prover = Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data)
         repairs: list[str] = []
         failure = ""  # of a width of 1, after which the floor became 2
         for _ in range(MAX_REPAIRS):
@@ -414,19 +427,34 @@ def trace_model(model: nn.Module, example: Any, keep_output: bool = True, whole_
     """
     check_model(model)
     check_example(example)
-    return with_empty_caches(model, functools.partial(_find_best, model, example, keep_output, whole_heads))
+    try:
+        find = functools.partial(_find_best, model, example, keep_output, whole_heads, True)
+        return with_empty_caches(model, find)
+    except TraceError as error:  # its first dimension may be no batch, or a batch that the model fixes
+        find = functools.partial(_find_best, model, example, keep_output, whole_heads, False)
+        try:
+            return with_empty_caches(model, find)
+        except TraceError:
+            if count_images(example) > 1:  # the example as it is says more
+                raise
+            raise error from error.__cause__
 
 
 def _find_best(
-    model: nn.Module, example: Any, keep_output: bool, whole_heads: Sequence[str], empty_caches: EmptyCaches
+    model: nn.Module,
+    example: Any,
+    keep_output: bool,
+    whole_heads: Sequence[str],
+    doubles: bool,
+    empty_caches: EmptyCaches,
 ) -> Trace:
     """Return a trace; where much is fixed, that of whole heads if it removes more."""
-    best = Tracer(model, example, keep_output, whole_heads).run(empty_caches)
+    best = Tracer(model, example, keep_output, whole_heads, doubles).run(empty_caches)
     modules = sorted({path.rpartition(".")[0] for path in best.graph.conflicting_attributes})
     for globs in (modules, ["*"]):
         share = best.graph.compute_share_at_half()
         if globs and share > GOOD_SHARE:
             with contextlib.suppress(TraceError, WidthError):
-                other = Tracer(model, example, keep_output, [*whole_heads, *globs]).run(empty_caches)
+                other = Tracer(model, example, keep_output, [*whole_heads, *globs], doubles).run(empty_caches)
                 best = other if other.graph.compute_share_at_half() < share - 0.01 else best
     return best

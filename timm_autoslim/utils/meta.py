@@ -129,13 +129,18 @@ def run_model(model: Callable[..., Any], example: Any) -> Any:
     return model(example)
 
 
+def count_images(example: Any) -> int:
+    """Return the length of the batch: the first dimension of the first tensor that has dimensions; 1 if none has."""
+    return next((len(t) for t in collect_tensors(example) if t.dim()), 1)
+
+
 def make_meta_example(example: Any, batch_size: int) -> Any:
     """Return the example with its tensors on the meta device and with another batch size.
 
     The first dimension of the first tensor is the batch. Other tensors change with it if their first dimension is as
     long; numbers, flags and other tensors stay as they are.
     """
-    images = next((len(t) for t in collect_tensors(example) if t.dim()), 0)
+    images = count_images(example)
 
     def replace(tensor: Tensor) -> Tensor:
         shape = (batch_size, *tensor.shape[1:]) if tensor.dim() and len(tensor) == images else tensor.shape
