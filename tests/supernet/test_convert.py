@@ -173,7 +173,8 @@ def scripted():
         (
             Halfway,
             TraceError,
-            r"^stem: its forward raised KeyError in train\(\) mode on the meta device at .*test_convert.py:\d+, `raise KeyError\(.mask.\)` \('mask'\)",
+            r"^stem: its forward raised KeyError in train\(\) mode on the meta device at .*test_convert.py:\d+, "
+            r"`raise KeyError\(.mask.\)` \('mask'\)",
         ),
         (
             lambda: torch.jit.script(TwoGroups()),
