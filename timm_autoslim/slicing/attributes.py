@@ -29,6 +29,7 @@ def set_attributes(model: nn.Module, values: Mapping[str, Value], *, copy_object
         KeyError, IndexError: there is nothing at a path.
     """
     owners: dict[str, dict[str, Any]] = {}  # attributes of the modules met so far, by path
+    copies: dict[int, Any] = {}  # of objects such as configurations, by id: all modules of the model share one
     for path, value in values.items():
         prefix, _, leaf = path.rpartition(".")
         if leaf in (owner := owners.get(prefix, {})) and not isinstance(owner[leaf], Tensor):  # most paths, in no time
@@ -40,11 +41,25 @@ def set_attributes(model: nn.Module, values: Mapping[str, Value], *, copy_object
         # not nn.Module.__setattr__, which is slow: an attribute that exists needs no registering
         attributes = module.__dict__ if parts[0] in module.__dict__ else module._buffers
         try:
-            attributes[parts[0]] = _replace(attributes[parts[0]], parts[1:], value, copy_objects, copy_dicts=False)
+            first = attributes[parts[0]]
+            shared = copy_objects and len(parts) > 1 and not isinstance(first, (list, tuple, dict))
+            if shared and id(first) not in copies:
+                first = _share_copy(model, first)
+                copies[id(first)] = first
+            attributes[parts[0]] = _replace(first, parts[1:], value, copy_objects and not shared, copy_dicts=shared)
         except (KeyError, IndexError, ValueError) as error:
             raise type(error)(f"{path}: the model has no such attribute") from error
         if len(parts) == 1:
             owners[prefix] = attributes
+
+
+def _share_copy(model: nn.Module, value: object) -> Any:
+    """Let all modules of a model that hold this object hold a copy of it; return the copy."""
+    changed = copy.copy(value)
+    for module in model.modules():
+        for name in [name for name, held in module.__dict__.items() if held is value]:
+            module.__dict__[name] = changed
+    return changed
 
 
 def _replace(holder: Any, parts: Sequence[str], value: Any, copy_objects: bool, copy_dicts: bool) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -37,6 +38,7 @@ class Flow:
         kernels: those of them that are laid out as kernels, by their first atom.
         constraints: what else the trace learned about the channels.
         contractions: matrix products and convolutions, while `count_macs` is set.
+        inequalities: sizes that the model's code has compared, the smaller one first.
         images: how many images the products are for; MACs are counted for one.
         call: the torch function that is running.
         stack: the modules that are running.
@@ -55,6 +57,9 @@ class Flow:
         self.stack = ModuleStack()
         self.count_macs = False
         self.images = 1
+        self._equalities: list[tuple[Size, Size]] = []
+        self.inequalities: list[tuple[Size, Size]] = []
+        self._plain: dict[str, dict[int, Size]] = {}  # by module, sizes that became ordinary integers
         self._frozen_count = 0  # how many entries of the constraints `_frozen_atoms` covers
         self._frozen_atoms: Vector = np.zeros(0, np.int64)
         self._labels: dict[int, tuple[Tensor, Labels]] = {}  # the tensor is kept alive: ids are reused otherwise
@@ -180,7 +185,7 @@ class Flow:
         if not isinstance(size, Size):
             self.freeze_label(label, f"the code passes the constant {int(size)} to {self.call.name}")
             return
-        if label is None and self._tie_quotient(size):
+        if label is None and (size.is_guess or self._tie_quotient(size)):
             return
         leaves = list(find_leaves(size))
         dims = [leaf.origin.vector for leaf in leaves if isinstance(leaf.origin, FromDimension)]
@@ -195,6 +200,50 @@ class Flow:
             factor = max(find_factors(size), key=self._rank_factor)
             for leaf in leaves:
                 self._bind_attribute(leaf, label if leaf is factor else None)
+
+    def note_equal(self, a: Size, b: Size) -> None:
+        """Keep two sizes equal in every subnet, because the model's code compares them and goes on if they are."""
+        self._equalities.append((a, b))
+        for one, other in ((a, b), (b, a)):
+            leaves = list(find_leaves(one))
+            if len(leaves) == 1 and is_proportional(one) and isinstance(leaves[0].origin, FromDimension):
+                return self.constrain(leaves[0].origin.vector, other)
+        return None
+
+    def note_unequal(self, a: Size, b: Size) -> None:
+        """Remember two sizes that must stay unequal, because the model's code compares them."""
+        self.inequalities.append((a, b) if a < b else (b, a))
+
+    def bind_equal_attributes(self, descriptions: Sequence[AttributeUse] = ()) -> None:
+        """Bind attributes that the model's code has compared with others to the channels of these.
+
+        Args:
+            descriptions: attributes that describe modules, with the channels that they count.
+        """
+        for a, b in self._equalities:
+            for one, other in ((a, b), (b, a)):
+                factors = [leaf.origin.path for leaf in find_factors(one) if isinstance(leaf.origin, FromAttribute)]
+                uses = [use for use in (*self.constraints.attributes, *descriptions) if use.path in factors]
+                vectors = [use.vector for use in uses if use.vector is not None]
+                if len({use.path for use in uses if use.vector is not None}) == 1:  # the others stay
+                    for vector in vectors:
+                        if not self.is_frozen(vector):
+                            self.constrain(vector, other)
+
+    def note_plain(self, size: Size) -> None:
+        """Remember a size that the model's code has made an ordinary integer of, as by `int(x.shape[1])`."""
+        guess = Size(int(size), size.origin)
+        guess.is_guess = True
+        self._plain.setdefault(self.path, {})[int(size)] = guess
+
+    def restore_origins(self, values: Any) -> Any:
+        """Return arguments with their origins: an integer may be one that the running modules made of a size."""
+        known = [self._plain[path] for path in reversed(self.stack.paths) if path in self._plain]
+        return _restore_origins(values, known) if known else values
+
+    def forget_plain(self) -> None:
+        """Forget the ordinary integers of the last run."""
+        self._plain.clear()
 
     def _rank_factor(self, leaf: Size) -> tuple[bool, bool, int]:
         """Rank a factor for shrinking: first one that shrinks elsewhere, then one that is not fixed, then by size."""
@@ -349,3 +398,13 @@ class Flow:
         self.constraints.tie_counts([label, rows.ravel()])
         self.constraints.ordered_vectors.extend([rows.ravel(), label])
         return label
+
+
+def _restore_origins(values: Any, known: Sequence[Mapping[int, Size]]) -> Any:
+    if type(values) is int:
+        return next((sizes[values] for sizes in known if values in sizes), values)
+    if type(values) in (tuple, list):
+        return type(values)(_restore_origins(value, known) for value in values)
+    if type(values) is dict:
+        return {key: _restore_origins(value, known) for key, value in values.items()}
+    return values

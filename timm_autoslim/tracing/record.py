@@ -21,7 +21,7 @@ from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.scales import Factor, ScaleTracker, Scores
-from timm_autoslim.tracing.sizes import FromExpression, FunctionCall, Size
+from timm_autoslim.tracing.sizes import FromExpression, FunctionCall, Size, watching_sizes
 from timm_autoslim.tracing.values import KnownValues
 from timm_autoslim.utils.meta import fix_seed, list_generators, run_model
 from timm_autoslim.utils.running import ModuleStack
@@ -198,8 +198,15 @@ class LabelRecorder(Recorder):
         """Drop the record of the last run, and start another."""
         self._operators.clear()
         self._exits.clear()
+        self.flow.forget_plain()
         self.scales.start()
         self.describer.start()
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record what runs inside the block, and what the model's code does with sizes."""
+        with super().recording(), watching_sizes(self.flow):
+            yield
 
     def get_record(self) -> RunRecord:
         """Return the record since `start`."""
@@ -258,6 +265,7 @@ class LabelRecorder(Recorder):
             return self._add_origins(func(*args, **kwargs), args[0], *args[1:], *kwargs.values())
         if name in ("numel", "nelement"):
             return self._add_origin(func(*args, **kwargs), args[0])
+        args, kwargs = self.flow.restore_origins((args, kwargs))
         before, self.flow.call = self.flow.call, FunctionCall(name, tuple(args), kwargs)
         self.scales.note_call(self.flow.call)
         try:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.slicing.slices import clear_caches
 from timm_autoslim.tracing import ops
+from timm_autoslim.tracing.comparisons import find_coincidences
 from timm_autoslim.tracing.describe import DESCRIBES_HEAD, Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
@@ -93,7 +94,7 @@ class Tracer:
         self.copy = copy_to_meta(model)
         clear_caches(self.copy.modules())  # what an earlier run left there is of plain sizes
         self.attributes = {f"{path}.{name}" for path, m in self.copy.named_modules() for name in m.__dict__}
-        wrap_attributes(self.copy)
+        wrap_attributes(self.copy, {id(value) for module in model.modules() for value in vars(module).values()})
         wrap_floats(self.copy)
         self.numbers = find_number_tensors(model)
         self.tensors = named_tensors(self.copy)
@@ -135,13 +136,14 @@ class Tracer:
                 "globs of modules that split channels into heads",
             )
             raise WidthError.at("whole_heads", got=got, needed=needed)
+        self.flow.bind_equal_attributes(self.describer.uses)
         self._bind_attention_scales()
         self._freeze_unused_tensors()
         self._constrain_unsaved_tensors(self.labels.keys() - set(self.copy.state_dict()))
         described = self.describer
         uses = [*self.flow.constraints.attributes, *described.uses]
         described.uses += Surroundings(self.copy, uses, described.inputs, described.outputs, self.labels).find_uses()
-        graph, repairs = self._prove(self._freeze_computed(self._freeze_tables(self._solve())))
+        graph, repairs = self._prove(self._freeze_compared(self._freeze_computed(self._freeze_tables(self._solve()))))
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):
                 return Tracer(self.model, self.example, self.keep_output, ["*"], self.doubles).run(empty_caches)
@@ -302,6 +304,16 @@ class Tracer:
             if leaf in differing[type(module)]:
                 graph = graph.freeze(self.labels[name], f"{name}: init_non_persistent_buffers computes it again")
         return graph
+
+    def _freeze_compared(self, graph: ChannelGraph) -> ChannelGraph:
+        """Freeze channels whose number could become one that the code compares it with, and takes another path."""
+        uses = [*self.flow.constraints.attributes, *self.describer.uses]
+        vectors = find_coincidences(graph, self.flow.inequalities, uses)
+        return (
+            graph.freeze(vectors, "the code compares their number with another that may become equal")
+            if vectors
+            else graph
+        )
 
     def _bind_attention_scales(self) -> None:
         """Bind the numbers that multiply attention scores, and the sizes of heads, to the channels of the heads."""
