@@ -1,5 +1,6 @@
 """Replicas: subnets that leave no trace in the model, whatever they write and whatever refers to a module."""
 
+import collections
 import functools
 import types
 
@@ -14,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices, extract_model
+
+Pair = collections.namedtuple("Pair", "first second")
 
 
 def test_a_replica_is_the_extracted_model_and_leaves_the_model_alone():
@@ -134,12 +137,14 @@ class Writing(nn.Module):
         super().__init__()
         self.register_buffer("total", torch.zeros(3))
         self.last, self.calls, self.seen, self.sums = torch.zeros(3), 0, [], {"a": [0]}
+        self.recent = collections.deque(maxlen=1)
 
     def forward(self, x):
         self.total += x
         self.last.copy_(x)
         self.calls += 1
         self.seen.append(self.calls)
+        self.recent.append(self.calls)
         self.sums["a"][0] += 1
         return x
 
@@ -151,6 +156,7 @@ def test_state_of_every_kind_is_copied():
         subnet(torch.ones(3))
     assert (subnet.calls, subnet.seen, subnet.sums) == (2, [1, 2], {"a": [2]})
     assert (model.calls, model.seen, model.sums) == (0, [], {"a": [0]})
+    assert (list(subnet.recent), subnet.recent.maxlen, list(model.recent)) == ([2], 1, [])
     assert not model.total.any()
     assert not model.last.any()
 
@@ -168,7 +174,7 @@ class Referring(nn.Module):
 
     def forward(self, x):
         way = self.way
-        while isinstance(way, (list, tuple, dict)):
+        while isinstance(way, (list, tuple, dict, collections.deque)):
             way = way["layer"] if isinstance(way, dict) else way[0]
         return way(x)
 
@@ -185,6 +191,11 @@ def close_over(model):
     return lambda x: layer(x)
 
 
+def close_over_a_deque(model):
+    layers = collections.deque([(model.layer,)], 3)
+    return lambda x: layers[0][0](x)
+
+
 def close_over_a_list(model):
     layers = [model.layer]
 
@@ -199,13 +210,27 @@ def close_over_a_list(model):
     [
         lambda model: [model.layer],
         lambda model: ({"layer": [model.layer]},),
+        lambda model: Pair(model.layer, 3),
+        lambda model: collections.deque([Pair([model.layer], None)], 2),
         lambda model: model.layer.forward,
         lambda model: functools.partial(nn.Linear.forward, model.layer),
         bind,
         close_over,
         close_over_a_list,
+        close_over_a_deque,
     ],
-    ids=["list", "nested", "bound method", "partial", "bound forward", "closure", "closure over a list"],
+    ids=[
+        "list",
+        "nested",
+        "named tuple",
+        "deque",
+        "bound method",
+        "partial",
+        "bound forward",
+        "closure",
+        "closure over a list",
+        "closure over a deque",
+    ],
 )
 def test_every_way_to_a_module_leads_to_that_of_the_replica(refer):
     model, x = Referring(refer), torch.randint(9, (2, 4)).float()

@@ -1,6 +1,7 @@
 """All slices of a model, in a copy or in place."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -40,6 +41,32 @@ def test_the_result_has_weights_of_its_own_and_keeps_ties_and_types(cut):
     assert slim.first.weight.untyped_storage().nbytes() == 9 * 4
     assert torch.equal(slim.first.weight, before["first.weight"][:3, :3])
     assert {name: vars(slim)[name] for name in SLICED_ATTRIBUTES} == SLICED_ATTRIBUTES
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed of its weights: in a dict, and in a property that is computed once."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 6)
+        self.features, self.cache = 6, {}
+        assert self.shape == (6,)
+
+    @functools.cached_property
+    def shape(self):
+        return (self.features,)
+
+    def forward(self, x):
+        weight = self.cache.setdefault("weight", 2 * self.layer.weight.detach())
+        return nn.functional.linear(x, weight).view(-1, *self.shape)
+
+
+@pytest.mark.parametrize("cut", [extract_model, shrink])
+def test_what_was_computed_at_other_widths_is_computed_anew(cut):
+    model, x = Remembering(), torch.ones(2, 4)
+    expected = model(x)[:, :3]
+    slices = Slices({"layer.weight": (HALF, None), "layer.bias": (HALF,)}, {"features": 3})
+    assert torch.equal(cut(model, slices)(x), expected)
 
 
 def test_a_replica_a_copy_and_a_model_cut_in_place_agree():

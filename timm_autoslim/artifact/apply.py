@@ -9,7 +9,7 @@ from typing import Any
 from timm.models import FeatureInfo
 from torch import Tensor, nn
 
-from timm_autoslim.artifact.spec import Size, Spec, Value, make_spec_error
+from timm_autoslim.artifact.spec import AttributeValue, Size, Spec, make_spec_error
 from timm_autoslim.slicing.slices import Slices, shrink_model
 from timm_autoslim.slicing.tensors import Axis
 from timm_autoslim.utils.arguments import is_int
@@ -61,7 +61,7 @@ def apply_common(model: nn.Module, base: nn.Module, spec: Spec) -> nn.Module:
 def find_slices(
     model: nn.Module,
     sizes: Mapping[str, tuple[Size, ...]],
-    attributes: Mapping[str, Value],
+    attributes: Mapping[str, AttributeValue],
     powers: Sequence[float] = (-0.5,),
 ) -> Slices:
     """Return the slices of a model that a spec describes; the model stays as it is.
@@ -145,7 +145,7 @@ def _read_attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: st
 
 
 def _check_attribute(
-    model: nn.Module, modules: Mapping[str, nn.Module], path: str, value: Value, powers: Sequence[float]
+    model: nn.Module, modules: Mapping[str, nn.Module], path: str, value: AttributeValue, powers: Sequence[float]
 ) -> Any:
     """Return a value of the type that the base has under this path; it may only be smaller."""
     where = f"attributes.{path}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import reprlib
 from collections.abc import Mapping
@@ -37,7 +38,7 @@ FORBIDDEN_ARGS = frozenset(
 _TIMM_ONLY = ("feature_info", "num_features", "head_hidden_size")
 
 Size = int | tuple[tuple[int, int], ...] | None
-Value = int | float | tuple[int, ...]
+AttributeValue = int | float | tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Spec:
     base: str | None = None
     base_args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     sizes: Mapping[str, tuple[Size, ...]] = dataclasses.field(default_factory=dict)
-    attributes: Mapping[str, Value] = dataclasses.field(default_factory=dict)
+    attributes: Mapping[str, AttributeValue] = dataclasses.field(default_factory=dict)
     widths: Mapping[str, int] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
 
@@ -237,22 +238,22 @@ def _parse_sizes(name: str, sizes: object) -> tuple[Size, ...]:
 
 
 def _parse_runs(name: str, runs: object) -> tuple[tuple[int, int], ...]:
-    """Check that these are ascending runs of (start, length)."""
-    end = 0
-    for run in runs if isinstance(runs, list | tuple) else ():
-        is_run = isinstance(run, list | tuple) and len(run) == 2 and all(map(is_int, run))
-        if not is_run or not end <= run[0] < run[0] + run[1]:
-            break
-        end = run[0] + run[1]
-    else:
-        if end and isinstance(runs, list | tuple):
-            return tuple((start, length) for start, length in runs)
+    """Return ascending runs of (start, length) as tuples."""
+    if isinstance(runs, list | tuple) and runs and all(map(_is_run, runs)):
+        result = tuple((start, length) for start, length in runs)
+        if all(start + length <= following for (start, length), (following, _) in itertools.pairwise(result)):
+            return result
     raise make_spec_error(
         f"sizes.{name}", runs, "for each axis None, a positive integer, or ascending runs of its channels"
     )
 
 
-def _parse_attribute(path: str, value: Any) -> Value:
+def _is_run(run: object) -> bool:
+    """Whether this is a pair of a start and a length."""
+    return isinstance(run, list | tuple) and len(run) == 2 and all(map(is_int, run)) and run[0] >= 0 and run[1] > 0
+
+
+def _parse_attribute(path: str, value: Any) -> AttributeValue:
     if (is_int(value) and value > 0) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, list | tuple) and value and all(is_int(item) and item > 0 for item in value):
@@ -296,12 +297,12 @@ def derive_spec(model: nn.Module, base: str | None = None, base_args: Mapping[st
 
 
 def _read_timm_arguments(model: nn.Module) -> dict[str, Any]:
-    """The arguments that timm says it built a model with (since 1.0.31), as far as a spec may hold them."""
+    """Return the arguments that timm says it built a model with (since 1.0.31), as far as a spec may hold them."""
     listed = getattr(model, "_model_args", None)
     arguments: dict[str, Any] = {}
     for key, value in listed.items() if isinstance(listed, Mapping) else ():
-        if value is None or key in FORBIDDEN_ARGS or key == "taps":  # which the loader of slim models takes besides
+        if value is None or key in FORBIDDEN_ARGS or key == "taps":  # "taps" is for the loader of slim models alone
             continue
-        with contextlib.suppress(ArtifactError):  # classes and functions: an export says so where they matter
+        with contextlib.suppress(ArtifactError):  # a class or function: where it matters, export refuses the model
             arguments[key] = freeze(key, value, MAX_DEPTH - 1)
     return arguments

@@ -26,7 +26,7 @@ def set_attributes(model: nn.Module, values: Mapping[str, Value], *, copy_object
             is changed in it.
 
     Raises:
-        KeyError, IndexError: there is nothing at a path.
+        KeyError, IndexError, ValueError: there is nothing at a path.
     """
     owners: dict[str, dict[str, Any]] = {}  # attributes of the modules met so far, by path
     copies: dict[int, Any] = {}  # of objects such as configurations, by id: all modules of the model share one

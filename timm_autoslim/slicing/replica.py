@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from typing import Any, TypeVar
 
 import torch
@@ -31,10 +31,11 @@ def replicate(model: M, slices: Slices) -> M:
     """Return a subnet of `model` for one call: new modules, with slices where the subnet is narrower.
 
     Nothing in the model changes, whatever the replica does. Its parameters are those of the model or slices of them, so
-    that gradients reach the model's. What a forward may write is copied: buffers, tensor attributes, lists and dicts.
-    Where a module of the model is referred to (in lists, tuples and dicts of modules, bound methods, partials and
-    closures, hooks among them), the replica refers to its own module. Caches of tensors start empty, since they are of
-    another width.
+    that gradients reach the model's. What a forward may write is copied: buffers, tensor attributes, lists, deques
+    and dicts.
+    Where a module of the model is referred to (in lists, deques, tuples and dicts of modules, bound methods, partials
+    and closures, hooks among them), the replica refers to its own module. Caches of tensors start empty, since they are
+    of another width.
 
     A replica is as the model is now: make another one when weights, attributes or hooks have changed.
 
@@ -109,13 +110,12 @@ class _Replication:
             for key, item in value.items():
                 items[key] = self._copy(item)
             return items
-        if kind is list:
-            members: list[Any] = []
-            self.memo[id(value)] = members
+        if kind is list or kind is deque:
+            members = self.memo[id(value)] = [] if kind is list else deque(maxlen=value.maxlen)
             members.extend(map(self._copy, value))
             return members
-        if kind is tuple:
-            return tuple(map(self._copy, value))
+        if isinstance(value, tuple):
+            return _rebuild(value, list(map(self._copy, value)))
         return self._redirect(value)
 
     def _redirect(self, value: Any) -> Any:
@@ -138,9 +138,8 @@ class _Replication:
             items = copy.copy(value)
             items.update(redirected)
             return items
-        if kind in (list, tuple):
-            members = [self._redirect(item) for item in value]
-            return value if all(a is b for a, b in zip(members, value, strict=True)) else kind(members)
+        if kind in (list, deque) or isinstance(value, tuple):
+            return _rebuild(value, [self._redirect(item) for item in value])
         return value
 
     def _redirect_callable(self, function: Any) -> Any:
@@ -163,6 +162,19 @@ class _Replication:
         redirected.__kwdefaults__ = function.__kwdefaults__
         redirected.__dict__.update(function.__dict__)
         return redirected
+
+
+def _rebuild(value: Any, members: list[Any]) -> Any:
+    """Return a list, deque or tuple like this one, of these members; it itself if they are the members that it has.
+
+    A tuple of the user's own class, unless it is a named one, stays as it is: nobody knows how to make another.
+    """
+    kind = type(value)
+    if all(a is b for a, b in zip(members, value, strict=True)):
+        return value
+    if kind is deque:
+        return deque(members, value.maxlen)
+    return value._make(members) if hasattr(value, "_make") else kind(members) if kind in (list, tuple) else value
 
 
 def _list_variables(module: nn.Module) -> dict[str, Any]:

@@ -86,7 +86,11 @@ class Entry(NamedTuple):
 
 
 def find_entries(model: nn.Module, slices: Slices) -> list[Entry]:
-    """Find the tensors that `slices` names; a name that leads nowhere is a KeyError."""
+    """Find the tensors that `slices` names.
+
+    Raises:
+        KeyError: the model has no tensor of a name.
+    """
     entries: list[Entry] = []
     for parts, members in slices._by_module:
         module: nn.Module | None = model
@@ -126,19 +130,17 @@ def list_cached_properties(kind: type) -> frozenset[str]:
 
 
 def clear_caches(modules: Iterable[nn.Module]) -> None:
-    """Empty the dicts in which modules cache tensors from one call to the next, such as LeViT's attention biases."""
+    """Empty the dicts in which modules cache tensors from one call to the next, such as LeViT's attention biases.
+
+    What a `cached_property` has computed is forgotten too.
+    """
     for module in modules:
         if type(module).__module__.startswith("torch.nn.modules."):
             continue  # torch's own modules have no such caches, and are many
         for name in [name for name, value in module.__dict__.items() if is_cache(name, value)]:
             module.__dict__[name] = {}
-        forget_properties(module)
-
-
-def forget_properties(module: nn.Module) -> None:
-    """Let a module compute anew what a `cached_property` has computed."""
-    for name in list_cached_properties(type(module)):
-        module.__dict__.pop(name, None)
+        for name in list_cached_properties(type(module)):
+            module.__dict__.pop(name, None)
 
 
 def extract_model(model: M, slices: Slices) -> M:
@@ -158,10 +160,7 @@ def extract_model(model: M, slices: Slices) -> M:
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
     extracted = copy.deepcopy(model, memo)
-    clear_caches({entry.module for entry in find_entries(extracted, slices)})
-    for module in extracted.modules() if slices.attributes else ():
-        forget_properties(module)
-    set_attributes(extracted, slices.attributes)
+    _adapt_modules(extracted, slices)
     return extracted
 
 
@@ -183,4 +182,11 @@ def shrink_model(model: nn.Module, slices: Slices) -> None:
         store[leaf] = slice_
     for module in recurrent:  # they hold their weights in a list too, which TorchScript reads
         module._init_flat_weights()
+    _adapt_modules(model, slices)
+
+
+def _adapt_modules(model: nn.Module, slices: Slices) -> None:
+    """Set the attributes of a subnet, and let its modules forget what they computed at other widths."""
+    if slices.tensors or slices.attributes:
+        clear_caches(model.modules())
     set_attributes(model, slices.attributes)

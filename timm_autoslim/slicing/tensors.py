@@ -19,7 +19,7 @@ MAX_BLOCKS = 64
 # holds the gradients of its slices until it has all of them: on a CPU they should still be in its cache then.
 NODE_TENSORS, NODE_NUMBERS = 16, 1 << 18
 CUDA_NODE_TENSORS, CUDA_NODE_NUMBERS = 64, 1 << 22
-_PLAIN = {Tensor, nn.Parameter}
+_OWN_TYPES = {Tensor, nn.Parameter}  # not those of subclasses, which may do something else in a view
 # What one kernel can copy of many tensors.
 _NUMBERS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64}
 
@@ -33,7 +33,7 @@ def take_slice(tensor: Tensor, axes: tuple[Axis, ...]) -> Tensor:
     layout = _memory_format(tensor)
     if (
         any(axes)
-        and type(tensor) in _PLAIN
+        and type(tensor) in _OWN_TYPES
         and not (torch.is_grad_enabled() and tensor.requires_grad)
         and not _is_transformed()
     ):
@@ -90,6 +90,7 @@ def _locate_block(
 
 
 def _add_by_index(tensor: Tensor, slice_: Tensor, axes: tuple[Axis, ...]) -> None:
+    """Add a slice by one index for each axis, where there are many runs."""
     full = [((0, n),) if runs is None else runs for n, runs in zip(tensor.shape, axes, strict=True)]
     last = len(full) - 1
     index = tuple(_list_indexes(runs).to(tensor.device).view(-1, *[1] * (last - dim)) for dim, runs in enumerate(full))
@@ -97,6 +98,7 @@ def _add_by_index(tensor: Tensor, slice_: Tensor, axes: tuple[Axis, ...]) -> Non
 
 
 def _add_by_views(tensor: Tensor, slice_: Tensor, axes: tuple[Axis, ...]) -> None:
+    """Add a slice by one view for each combination of runs, where there are few."""
     pairs = [(tensor, slice_)]  # views of the tensor, and the part of the slice that is added to each
     for dim, runs in reversed(list(enumerate(axes))):  # from the last, so that blocks do not move the dims to come
         if runs is None:
@@ -138,6 +140,7 @@ def _view_blocks(tensor: Tensor, dim: int, runs: tuple[tuple[int, int], ...]) ->
 
 
 def _list_indexes(runs: tuple[tuple[int, int], ...]) -> Tensor:
+    """Return the channels of all runs, one after the other."""
     return torch.tensor([i for start, length in runs for i in range(start, start + length)])
 
 
@@ -157,7 +160,7 @@ def clone_tensors(tensors: list[Tensor]) -> list[Tensor]:
         if tensor.is_cuda and tensor.dtype in _NUMBERS and tensor.layout is torch.strided:
             groups.setdefault((tensor.device, tensor.dtype), []).append(index)
     for indexes in groups.values():
-        # a product with one is exact, of -0 and of what is no number too
+        # a product with one is exact, also of -0 and NaN
         for index, product in zip(indexes, torch._foreach_mul([tensors[i] for i in indexes], 1), strict=True):
             copies[index] = product
     return [tensor.clone() if copy is None else copy for tensor, copy in zip(tensors, copies, strict=True)]
