@@ -207,13 +207,16 @@ def describe_settings(run: Path, args: argparse.Namespace, images: int) -> dict[
 
 
 def print_results(results: dict[str, SearchResult]) -> None:
-    """Print the networks, and the work of each method."""
+    """Print the networks, the groups that could not be narrowed further, and the work of each method."""
     for network in list_networks(results):
         spent = network.cost
         texts = [f"{spent.macs / 1e6:10.2f}M MACs {spent.params / 1e6:8.3f}M params"]
         metrics = [metric for metric in network.limits if metric not in ("macs", "params")]
         texts += [METRICS[metric].format(spent.pick(metric)) for metric in metrics]
         print(f"{network.name:32s} {'  '.join(texts)}  loss {network.loss:.4f}")
+        result = results[network.method]
+        if network.method == SearchResult.SEARCHED and (names := result.list_narrowest(network)):
+            print(f"{'':32s} {len(names)} of {len(result.groups)} groups at their least width: {', '.join(names)}")
     for method, result in results.items():
         work = f"{result.evaluated_macs / 1e12:.4g}T MACs of forward work (images x MACs)"
         print(f"{method}: {result.evaluations} subnets scored, {work}")

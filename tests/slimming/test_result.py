@@ -51,6 +51,16 @@ def test_a_result_holds_all_that_a_report_shows(supernet, result):
         assert network.macs_by_module == cost_by_module(supernet, network.widths)
 
 
+def test_groups_at_their_least_width_are_listed(supernet, result):
+    network = result.networks[0]
+    least = replace(network, widths=supernet.space.min())
+    assert result.list_narrowest(least) == tuple(supernet.space.names)
+    assert result.list_narrowest(replace(network, widths=supernet.space.max())) == ()
+    name = supernet.space.names[1]
+    one = supernet.space.max().replace(name, supernet.space[name].choices[0])
+    assert result.list_narrowest(replace(network, widths=one)) == (name,)
+
+
 def test_search_and_baselines_have_one_interface(supernet, result):
     uniform = baseline(supernet, BUDGETS, held_out(supernet), "uniform")
     assert (uniform.method, uniform.budgets, uniform.steps) == ("uniform", result.budgets, ())

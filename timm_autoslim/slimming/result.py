@@ -217,6 +217,10 @@ class SearchResult:
         """The name of each network."""
         return tuple(network.name for network in self.networks)
 
+    def list_narrowest(self, network: Found) -> tuple[str, ...]:
+        """Return the groups that a network has at their least width: a lower or higher `min=` would change it."""
+        return tuple(group.name for group in self.groups if network.widths[group.name] <= group.choices[0])
+
     def to_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
         keys = ("method", "evaluations", "evaluated_macs", "images", "base", "seconds")
