@@ -38,6 +38,7 @@ from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import load_calibration_batches, make_evaluation_loader, make_training_loader
 from timm_autoslim.recipes.lib.models import (
+    checkpoint_gradients,
     describe_base,
     describe_input,
     load_supernet,
@@ -108,6 +109,7 @@ def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, netw
             "params": cost.params, "test top-1, %": round(test["top1"], 2),
         }  # fmt: skip
         describe_input(model, args)
+        checkpoint_gradients(model, args, on=False)
         model.cpu().eval()
         export(model, exported, card=card, **describe_base(args))
         write_result(exported, network, test | {"epochs": args.epochs})
@@ -160,6 +162,7 @@ def extract(
     if args.sync_bn:
         synchronize_norms(accelerator, model)
     check_batch(model, model, make_images(args, args.batch_size, accelerator.device), accelerator.num_processes)
+    checkpoint_gradients(model, args)
     return model
 
 

@@ -1,7 +1,7 @@
 """All stages with one command: train a supernet, search, fine-tune the networks, export, load again, compare.
 
     python -m timm_autoslim all        # or, in the repository: python recipes/run.py
-    python recipes/run.py -c recipes/configs/cifar10_resnet.yaml --data-dir data/cifar10 --num-processes 1
+    python -m timm_autoslim all data/cifar10 -c cifar10_resnet --num-processes 1
 
 Any key of the configuration may be given as a flag too, prefixes included: --train-epochs 3 --budgets macs=40%.
 Each stage is an ordinary command that is printed before it runs; finished stages are skipped when the same command is
@@ -47,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-c", "--config", default="digits", help="flat YAML file, or the name of one of the recipes'")
     parser.add_argument("--num-processes", type=int, default=1, help="processes of each stage (GPUs, or CPU processes)")
     args, rest = parser.parse_known_args(argv)
+    if rest and not rest[0].startswith("-"):  # as in timm's scripts
+        rest[:1] = ["--data-dir", rest[0]]
     config = {"output": "runs", "experiment": Path(args.config).stem, **read_config(args.config), **read_flags(rest)}
     check_config(config, where="the flags")
     values = pick_values("train", config)

@@ -52,7 +52,7 @@ from timm_autoslim.recipes.lib.validation import evaluate
 from timm_autoslim.recipes.search import count_widest, make_conditions, search_networks, write_budgets
 
 # A run that goes on may differ in these: they do not change the networks.
-FREE = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "threads", "log_interval",
+FREE = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "threads", "device", "log_interval",
         "checkpoint_hist", "log_wandb", "log_tensorboard", "wandb_project", "val_interval",
         "recovery_interval")  # fmt: skip
 DISAGREEING = 0.1  # share of the images on which one of two similar networks is right and the other wrong

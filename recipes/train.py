@@ -25,7 +25,7 @@ from timm_autoslim.recipes.lib.checkpoints import Checkpoints
 from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import load_calibration_batches, make_evaluation_loader, make_training_loader
-from timm_autoslim.recipes.lib.models import make_images, make_supernet
+from timm_autoslim.recipes.lib.models import checkpoint_gradients, make_images, make_supernet
 from timm_autoslim.recipes.lib.networks import is_searched
 from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import make_accelerator, synchronize_norms
@@ -161,6 +161,7 @@ def set_up_supernet(accelerator: Accelerator, args: argparse.Namespace, model: n
     images = make_images(args, args.batch_size, accelerator.device)
     check_batch(supernet.model, lambda images: supernet(images, space.min()), images, accelerator.num_processes)
     check_sizes(args, supernet, accelerator.device)
+    checkpoint_gradients(supernet.model, args)
     return supernet
 
 

@@ -72,6 +72,9 @@ RANGES = {
     **dict.fromkeys(("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob"), _PROBABILITY),
     **dict.fromkeys(("momentum", "model_ema_decay", "smoothing", "opt_betas"), _BELOW_ONE),
     **dict.fromkeys(("decay_epochs", "decay_rate", "distill_temperature"), _POSITIVE),
+    **dict.fromkeys(("drop", "drop_path"), _BELOW_ONE),
+    "layer_decay": Range(0, 1, "a share above 0 and at most 1", above=True),
+    "input_size": Range(1, math.inf, "three numbers: channels, height, width"),
     "crop_pct": Range(0.01, 1, "a share from 0.01 to 1"),
     "min_width": Range(0, 1, "a share above 0 and at most 1", above=True),
     "limit_train": Range(0, math.inf, "a share up to 1, or a number", above=True),
@@ -104,6 +107,8 @@ def check_values(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{flag.replace('_', '-')} {value}: needed {needed.text}.")
     if getattr(args, "interpolation", None):
         _check_name("interpolation", args.interpolation, INTERPOLATIONS)
+    if getattr(args, "train_interpolation", None):
+        _check_name("train-interpolation", args.train_interpolation, ("random", *INTERPOLATIONS))
     for flag in ("mean", "std"):
         numbers = getattr(args, flag, None)
         if numbers is not None and len(numbers) not in (1, args.in_chans or 3):

@@ -37,13 +37,25 @@ def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) 
     if path:
         parser.set_defaults(**pick_values(recipe, read_config(path)))
     args: argparse.Namespace = parser.parse_args(argv)
+    check_values(args)
     _join_data(args)
     if hasattr(args, "model"):
+        _read_habits(args)
         args.model = resolve_name(args.model)
         if args.in_chans is None:
             args.in_chans = read_data_settings(args.model, **args.model_kwargs)["input_size"][0]
-    check_values(args)
     return args
+
+
+def _read_habits(args: argparse.Namespace) -> None:
+    """Let flags that timm has besides be those that they mean: arguments of the model, size and channels."""
+    for flag, argument in (("drop", "drop_rate"), ("drop_path", "drop_path_rate")):
+        if (value := vars(args).pop(flag)) is not None:
+            args.model_kwargs = {argument: value, **args.model_kwargs}
+    if (size := vars(args).pop("input_size")) is not None:
+        if size[1] != size[2]:
+            raise ConfigError(f"--input-size {size}: these recipes take square images.")
+        args.in_chans, args.img_size = args.in_chans or size[0], args.img_size or size[1]
 
 
 def _join_data(args: argparse.Namespace) -> None:

@@ -34,12 +34,14 @@ def add_general_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="folder with train and val|validation|test: each a folder of class folders, or one .tar file of them",
+        help="folder with train and val|validation|test: each a folder of class folders, or one .tar file of them; a "
+        "fifth of the images is for tests where there are none",
     )
     group.add_argument("-b", "--batch-size", type=int, default=128, help="images per process and step")
     group.add_argument("-j", "--workers", type=int, default=0, help="processes that load images; 0: none besides")
     group.add_argument("--seed", type=int, default=42)
     group = parser.add_argument_group("device and precision")
+    group.add_argument("--device", choices=("cpu", "cuda"), help="as Accelerate chooses if not given")
     group.add_argument("--threads", type=int, default=0, help="CPU threads per process; 0: leave torch's choice")
     group.add_argument("--amp", action=ON_OFF, default=False, help="mixed precision")
     group.add_argument("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16")
@@ -74,12 +76,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pretrained", action=ON_OFF, default=False, help="start from pretrained weights")
     group.add_argument("--num-classes", type=int, help="those of the data if not given")
     group.add_argument("--in-chans", type=int, help="channels of the images, 1 or 3; as the model has it if not given")
+    group.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="--in-chans and --img-size")
     group.add_argument("--img-size", type=int, help="side of the square images; as the model has it if not given")
     group.add_argument("--mean", type=float, nargs="+", help="per channel; as the model has it if not given")
     group.add_argument("--std", type=float, nargs="+", help="per channel; as the model has it if not given")
     group.add_argument("--interpolation", help="how images are resized; as the model has it if not given")
     group.add_argument("--crop-pct", type=float, help="share that a test crops; as the model has it if not given")
     group.add_argument("--crop-mode", choices=CROPS, help="how a test crops; as the model has it if not given")
+    group.add_argument("--drop", type=float, help="the model argument drop_rate")
+    group.add_argument("--drop-path", type=float, help="the model argument drop_path_rate")
     group.add_argument("--freeze", nargs="*", default=[], metavar="GLOB", help="modules that keep all their channels")
     group.add_argument("--min-width", type=float, help="narrowest share of every group's channels")
     group.add_argument("--divisor", type=int, help="widths are multiples of this")
@@ -93,8 +98,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dataset",
-        help="'digits' (scikit-learn's, the default without --data-dir) or a name that timm's create_dataset knows",
+        help="'digits' (scikit-learn's, the default without --data-dir) or a name that timm's create_dataset knows: "
+        "torch/cifar10, hfds/OWNER/NAME",
     )
+    group.add_argument("--train-split", metavar="NAME", help="of the training images, if it is not train")
+    group.add_argument("--val-split", metavar="NAME", help="of the test images, if it is not val, validation or test")
     group.add_argument(
         "--limit-train", type=float, default=1.0, help="share, or number, of the training images; more: all of them"
     )
@@ -115,6 +123,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE")
     group.add_argument("--momentum", type=float, default=0.9)
     group.add_argument("--weight-decay", type=float, default=2e-5)
+    group.add_argument("--layer-decay", type=float, help="factor of the learning rate from one layer to that before it")
     group.add_argument(
         "--clip-grad", type=float, help="limit of the gradients, which are clipped once an update; 0: none"
     )
@@ -145,6 +154,7 @@ def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("augmentation and regularization")
     group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
     group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect of the random crop")
+    group.add_argument("--train-interpolation", help="how training images are resized, or random; as --interpolation")
     group.add_argument("--hflip", type=float, default=0.5)
     group.add_argument("--vflip", type=float, default=0.0)
     group.add_argument("--color-jitter", type=float, default=0.4)
@@ -162,6 +172,10 @@ def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """All other flags of the recipes that train: statistics, moving average, checkpoints, curves."""
+    group = parser.add_argument_group("memory")
+    group.add_argument(
+        "--grad-checkpointing", action=ON_OFF, default=False, help="compute activations again in the backward pass"
+    )
     group = parser.add_argument_group("batch norm")
     group.add_argument("--sync-bn", action=ON_OFF, default=False, help="statistics over the batches of all processes")
     group.add_argument("--calibration-images", type=int, default=2048, help="training images that calibrate BatchNorm")
@@ -245,7 +259,11 @@ def _add_loss_of_distillation(group: argparse._ArgumentGroup) -> None:
         help="cross-entropy with soft labels, or the adaptive alpha-divergence (AlphaNet)",
     )
     group.add_argument(
-        "--distill-temperature", type=float, default=1.0, help="above 1 softens the outputs of teacher and subnet"
+        "--distill-temperature",
+        "--kd-temperature",
+        type=float,
+        default=1.0,
+        help="above 1 softens the outputs of teacher and subnet",
     )
 
 
@@ -261,10 +279,13 @@ def add_distillation_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--teacher",
+        "--kd-model-name",
         metavar="NAME",
         help="another model as the teacher: a pretrained timm model, local-dir:FOLDER, or torchvision/NAME",
     )
-    group.add_argument("--teacher-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE")
+    group.add_argument(
+        "--teacher-kwargs", "--kd-model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE"
+    )
     group.add_argument(
         "--teach-widest",
         type=float,
@@ -378,12 +399,15 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("distillation", "what the network learns from besides the labels")
     group.add_argument(
         "--teacher",
+        "--kd-model-name",
         metavar="NAME",
         help="the teacher: original (what the run's training started from; the default where it had trained weights of "
         "these classes), a pretrained timm model, torchvision/NAME, a folder, a run folder (its widest), a file of "
         "weights of --model, or none",
     )
-    group.add_argument("--teacher-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE")
+    group.add_argument(
+        "--teacher-kwargs", "--kd-model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE"
+    )
     group.add_argument(
         "--teach",
         type=float,

@@ -22,6 +22,7 @@ from timm_autoslim.errors import DataError
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("val", "validation", "test")
+TEST_SHARE = 0.2  # of a folder that has no test images of its own
 BAD_IN_A_ROW = 10  # unreadable images
 
 
@@ -136,7 +137,8 @@ def open_images(args: argparse.Namespace) -> Images:
     elif args.dataset == "digits":
         raise DataError(f"--dataset digits has its own images: leave out --data-dir {args.data_dir}.")
     elif args.dataset:
-        train, test = (_open_dataset(args, split, mode) for split in ("train", "validation"))
+        splits = (args.train_split or "train", args.val_split or "validation")
+        train, test = (_open_dataset(args, split, mode) for split in splits)
         classes = len(getattr(train, "classes", ())) or args.num_classes or 0
     else:
         train, test, classes = _open_folders(args, mode)
@@ -155,7 +157,7 @@ def _open_dataset(args: argparse.Namespace, split: str, mode: str) -> Any:
     try:
         dataset = create_dataset(args.dataset, root=args.data_dir, split=split, input_img_mode=mode)
         len(dataset)
-    except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise DataError(
             f"--dataset {args.dataset} cannot be read from --data-dir {args.data_dir}: {error} It needs a dataset "
             "that timm knows by name and that has a length."
@@ -165,26 +167,79 @@ def _open_dataset(args: argparse.Namespace, split: str, mode: str) -> Any:
 
 def _open_folders(args: argparse.Namespace, mode: str) -> tuple[Any, Any, int]:
     """Open the training and test images of a folder; the test images are numbered by the training classes."""
-    train_path, test_path = _find_split(args.data_dir, TRAIN_NAMES), _find_split(args.data_dir, TEST_NAMES)
+    train_path, test_path = _find_folders(args)
     train = _open_split(train_path, args, mode)
     classes = _read_classes(train)
+    if test_path is None:
+        return *_divide(train), len(classes)
     unknown = sorted(set(_read_classes(_open_split(test_path, args, mode))) - set(classes))
     if unknown:
         raise DataError(f"{test_path} has classes that {train_path} does not have: {', '.join(unknown[:5])}.")
     return train, _open_split(test_path, args, mode, class_map=classes), len(classes)
 
 
-def _find_split(data_dir: str, names: tuple[str, ...]) -> Path:
-    folder = Path(data_dir)
+def _find_folders(args: argparse.Namespace) -> tuple[Path, Path | None]:
+    """Return the folders (or .tar files) of the training and of the test images; None where one holds both.
+
+    Raises:
+        DataError: there are no training images, or a split that the flags name is not there.
+    """
+    folder = Path(args.data_dir)
+    if folder.suffix == ".tar" and folder.is_file():
+        return folder, None
     if not folder.is_dir():
-        raise DataError(f"The data folder {data_dir} does not exist: give --data-dir a folder of images.")
-    for name in names:
-        for path in (folder / name, folder / f"{name}.tar"):
-            if path.exists():
-                return path
-    needed = " or ".join(f"{name}/ or {name}.tar" for name in names)
-    content = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise DataError(f"The data folder {data_dir} holds {content}, but needs {needed}: class folders of images.")
+        raise DataError(f"The data folder {folder} does not exist: give --data-dir a folder of images.")
+    train, test = (
+        _find_split(folder, (named,) if named else names)
+        for named, names in ((args.train_split, TRAIN_NAMES), (args.val_split, TEST_NAMES))
+    )
+    for path, flag, named in ((train, "--train-split", args.train_split), (test, "--val-split", args.val_split)):
+        if named and path is None:
+            raise DataError(f"{flag} {named}: {folder} holds {_list_content(folder)}.")
+    if train is None and test is None and any(path.is_dir() for path in folder.iterdir()):
+        return folder, None
+    if train is None:
+        raise DataError(
+            f"The data folder {folder} holds {_list_content(folder)}, but needs train/ or train.tar, and val, "
+            "validation or test: class folders of images; or class folders alone, which are divided."
+        )
+    return train, test
+
+
+def _find_split(folder: Path, names: tuple[str, ...]) -> Path | None:
+    paths = (path for name in names for path in (folder / name, folder / f"{name}.tar"))
+    return next((path for path in paths if path.exists()), None)
+
+
+def _list_content(folder: Path) -> str:
+    return ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+
+
+class Part(Dataset[tuple[Any, int]]):
+    """Some images of a source."""
+
+    def __init__(self, source: Any, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image, target = self.source[self.indices[index]]
+        return image, int(target)
+
+    def filename(self, index: int) -> str:
+        """Return the name of an image's file."""
+        return str(self.source.filename(self.indices[index]))
+
+
+def _divide(source: Any) -> tuple[Part, Part]:
+    """Divide the images of one folder into training and test images, always in the same way."""
+    if hasattr(source, "_max_retries"):
+        source._max_retries = 1
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0)).tolist()
+    count = max(1, round(TEST_SHARE * len(order)))
+    return Part(source, order[count:]), Part(source, order[:count])
 
 
 def _open_split(path: Path, args: argparse.Namespace, mode: str, class_map: dict[str, int] | None = None) -> Any:

@@ -27,7 +27,8 @@ def make_training_loader(args: argparse.Namespace, source: Any, indices: Sequenc
     loader: DataLoader[Any] = create_loader(
         Subset(source, args.num_classes, indices, args.seed), is_training=True, scale=args.scale, ratio=args.ratio,
         hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter, auto_augment=args.aa, re_prob=args.reprob,
-        re_mode=args.remode, re_count=args.recount, **_choose_options(args),
+        re_mode=args.remode, re_count=args.recount,
+        **_choose_options(args) | {"interpolation": args.train_interpolation or args.interpolation},
     )  # fmt: skip
     return loader
 

@@ -70,6 +70,19 @@ def fit_channels(values: Sequence[float], channels: int) -> list[float]:
     return values if len(values) == channels else [sum(values) / len(values)] * channels
 
 
+def checkpoint_gradients(model: Any, args: argparse.Namespace, on: bool = True) -> None:
+    """Let a model compute activations again in the backward pass, if the flags say so.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if not args.grad_checkpointing:
+        return
+    if not hasattr(model, "set_grad_checkpointing"):
+        raise ConfigError(f"--grad-checkpointing: {args.model} has no such thing. Leave it out.")
+    model.set_grad_checkpointing(on)
+
+
 def make_images(args: argparse.Namespace, count: int, device: torch.device | None = None) -> Tensor:
     """Return black images (N, C, H, W) of the size that the flags say."""
     return torch.zeros(count, args.in_chans, args.img_size, args.img_size, device=device)

@@ -44,6 +44,7 @@ def make_accelerator(args: argparse.Namespace, folder: Path | None = None) -> Ac
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's documentation on reproducibility
         torch.use_deterministic_algorithms(True, warn_only=True)
     accelerator = Accelerator(
+        cpu=args.device == "cpu",
         mixed_precision={"bfloat16": "bf16", "float16": "fp16"}[args.amp_dtype] if args.amp else None,
         kwargs_handlers=[
             # Slicing gives every parameter a gradient, and each subnet is one forward: nothing to look for.

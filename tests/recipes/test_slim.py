@@ -6,10 +6,10 @@ import re
 import pytest
 import timm
 import torch
-from helpers.recipes import TINY
+from helpers.recipes import TINY, launch_two
 from safetensors.torch import load_file, save_file
 
-from timm_autoslim import Accuracy
+from timm_autoslim import Accuracy, SearchResult
 from timm_autoslim.errors import BudgetError, ConfigError
 from timm_autoslim.recipes import finetune as finetune_recipe
 from timm_autoslim.recipes import search, slim, train
@@ -114,6 +114,17 @@ def test_killed_at_any_stage_and_given_again_it_goes_on(stop, after, finished, w
         path = f"exported/{network}/model.safetensors"
         before, now = load_file(finished / path), load_file(tmp_path / "mine" / path)
         assert all(torch.equal(tensor, now[key]) for key, tensor in before.items())
+
+
+@pytest.mark.slow
+def test_two_processes_walk_the_same_road(weights, finished, tmp_path):
+    done = launch_two("-m", "timm_autoslim", "slim", *make_command(tmp_path, weights, "--budgets", "macs=60%"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es) on cpu" in done.stdout
+    assert done.stdout.count("[4 of 4] load the networks again") == 1
+    alone, both = (SearchResult.load(run / "search" / "searched.json") for run in (finished, tmp_path / "mine"))
+    assert both.networks[0].widths == alone.networks[0].widths
+    assert list(Accuracy.load_run(tmp_path / "mine")) == [FIRST]
 
 
 @pytest.mark.slow

@@ -19,7 +19,8 @@ def make_images(folder, classes, count=4):
 
 
 def make_args(**changes):
-    args = {"dataset": None, "data_dir": None, "in_chans": 3, "num_classes": None, "workers": 0, "seed": 0}
+    args = {"dataset": None, "data_dir": None, "in_chans": 3, "num_classes": None, "workers": 0, "seed": 0,
+            "train_split": None, "val_split": None}  # fmt: skip
     return argparse.Namespace(**args | changes)
 
 
@@ -50,7 +51,7 @@ def test_missing_or_empty_data_name_the_folder(tmp_path):
     with pytest.raises(DataError, match=r"holds nothing, but needs train/ or train.tar"):
         open_images(make_args(data_dir=str(tmp_path)))
     (tmp_path / "train").mkdir()
-    with pytest.raises(DataError, match=r"holds train, but needs val/ or val.tar"):
+    with pytest.raises(DataError, match=r"train holds no images that timm can read"):
         open_images(make_args(data_dir=str(tmp_path)))
     with tarfile.open(tmp_path / "val.tar", "w"):
         pass
@@ -72,6 +73,31 @@ def test_classes_that_contradict_are_refused(tmp_path):
         open_images(make_args(dataset="digits", data_dir=str(tmp_path)))
     with pytest.raises(DataError, match="--dataset torch/cifar10 cannot be read"):
         open_images(make_args(dataset="torch/cifar10", data_dir=str(tmp_path)))
+
+
+def test_one_folder_is_divided_always_alike(tmp_path):
+    make_images(tmp_path / "flowers", ["daisy", "rose"], count=10)
+    both = [open_images(make_args(data_dir=str(tmp_path / "flowers"))) for _ in range(2)]
+    names = [[[part.filename(i) for i in range(len(part))] for part in (images.train, images.test)] for images in both]
+    assert names[0] == names[1]
+    assert [len(part) for part in names[0]] == [16, 4]
+    assert len({*names[0][0], *names[0][1]}) == 20
+    image, target = both[0].test[0]
+    assert names[0][1][0].startswith(["daisy", "rose"][target])
+    assert image.size == (16, 16)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "flowers").rename(tmp_path / "data" / "train")  # train alone
+    assert len(open_images(make_args(data_dir=str(tmp_path / "data"))).test) == 4
+
+
+def test_test_images_without_training_images_are_no_class_folders(tmp_path):
+    make_images(tmp_path / "trian", ["cat", "dog"])
+    make_images(tmp_path / "val", ["cat", "dog"])
+    with pytest.raises(DataError, match=r"holds trian, val, but needs train/ or train\.tar"):
+        open_images(make_args(data_dir=str(tmp_path)))
+    assert len(open_images(make_args(data_dir=str(tmp_path), train_split="trian")).train) == 8
+    with pytest.raises(DataError, match=r"--val-split tset: .* holds trian, val"):
+        open_images(make_args(data_dir=str(tmp_path), train_split="trian", val_split="tset"))
 
 
 # -- images that cannot be read ---------------------------------------------------------------------------------------
