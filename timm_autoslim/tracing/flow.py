@@ -63,6 +63,8 @@ class Flow:
         self._frozen_count = 0  # how many entries of the constraints `_frozen_atoms` covers
         self._frozen_atoms: Vector = np.zeros(0, np.int64)
         self._labels: dict[int, tuple[Tensor, Labels]] = {}  # the tensor is kept alive: ids are reused otherwise
+        self._rows: dict[int, tuple[Tensor, Sequence[Vector]]] = {}  # tensors of which each row has other channels
+        self._new: set[int] = set()  # the first atoms of new dimensions
         self._indices: dict[int, tuple[Tensor, Labels]] = {}  # tensors that hold indices of channels
 
     @property
@@ -99,10 +101,20 @@ class Flow:
         """Note that `tensor` holds indices of the channels of `labels`; they are frozen if anything reads it."""
         self._indices[id(tensor)] = (tensor, labels)
 
+    def mark_rows(self, tensor: Tensor, rows: Sequence[Vector]) -> None:
+        """Note that each row of `tensor` has other channels; they become one if anything reads it."""
+        self._rows[id(tensor)] = (tensor, rows)
+
     def mark_read(self, tensor: Tensor) -> None:
         """Note that the model reads `tensor`."""
         if id(tensor) in self._indices:
             self.freeze_labels(self._indices[id(tensor)][1], "it returns indices of these channels")
+        for row in self._rows[id(tensor)][1] if id(tensor) in self._rows else ():
+            self.atoms.join(self._rows[id(tensor)][1][0], row)
+
+    def is_new(self, label: Vector) -> bool:
+        """Whether these are channels of a tensor of equal numbers, that the code made and nothing else has joined."""
+        return int(label[0]) in self._new and np.array_equal(self.atoms.find(label), label)
 
     # -- steps --------------------------------------------------------------------------------------------------
 
@@ -297,6 +309,7 @@ class Flow:
         if isinstance(size.origin, FromAttribute) and self._is_fixed_attribute(size.origin.path):
             return None
         label = self.atoms.create(length)
+        self._new.add(int(label[0]))
         self.constrain(label, size)
         return label
 

@@ -170,7 +170,7 @@ def _note_plain(size: Size) -> None:
 
 def _is_of_model(frame: Any) -> bool:
     name: str = frame.f_globals.get("__name__", "")
-    return not name.startswith(("timm_autoslim.", "torch."))
+    return name == "torch.nn.modules.rnn" or not name.startswith(("timm_autoslim.", "torch."))
 
 
 def is_proportional(size: Size) -> bool:

@@ -126,3 +126,73 @@ def test_shapes_are_given_without_running_the_layer():
     layer = nn.LSTM(6, 4, batch_first=True).to("meta")
     out, (last, cell) = Recorder(layer).run(tensor(3, 5, 6))
     assert (out.shape, last.shape, cell.shape) == ((3, 5, 4), (1, 3, 4), (1, 3, 4))
+
+
+class Started(nn.Module):
+    """A recurrent layer that starts from a given state, or whose last state is read."""
+
+    def __init__(self, kind, layers, bidirectional, use):
+        super().__init__()
+        self.use, self.rows, self.size = use, layers * (1 + bidirectional), 6
+        self.stem, self.bn = nn.Linear(5, 8), nn.BatchNorm1d(8)
+        self.layer = kind(8, 6, layers, batch_first=True, bidirectional=bidirectional)
+        self.next = kind(8, 6, layers, batch_first=True, bidirectional=bidirectional)
+        self.start, self.cell = nn.Parameter(torch.randn(self.rows, 1, 6)), nn.Parameter(torch.randn(self.rows, 1, 6))
+        self.first, self.head, self.last = nn.Linear(8, 6), nn.Linear(6 * (1 + bidirectional), 3), nn.Linear(6, 3)
+
+    def pair(self, state, cell=None):
+        return (state, state if cell is None else cell) if isinstance(self.layer, nn.LSTM) else state
+
+    def forward(self, x):
+        x = self.bn(self.stem(x).transpose(1, 2)).transpose(1, 2).relu()
+        return self.use(self, x)
+
+
+def start(make):
+    return lambda s, x: s.head(s.layer(x, s.pair(*make(s, x)))[0])
+
+
+def get_last(s, returned):
+    return returned[1][0] if isinstance(s.layer, nn.LSTM) else returned[1]
+
+
+USES = {
+    "a parameter": start(lambda s, x: [s.start.expand(-1, len(x), -1).contiguous()]),
+    "two parameters": start(lambda s, x: [s.start.repeat(1, len(x), 1), s.cell.repeat(1, len(x), 1)]),
+    "zeros of an attribute": start(lambda s, x: [torch.zeros(s.rows, len(x), s.size)]),
+    "zeros like the layer's": start(lambda s, x: [x.new_zeros(s.rows, len(x), s.layer.hidden_size)]),
+    "what was computed": start(lambda s, x: [s.first(x.mean(1)).tanh()[None].repeat(s.rows, 1, 1)]),
+    "the last state": lambda s, x: s.last(get_last(s, s.layer(x))[-1]),
+    "the mean of the last states": lambda s, x: s.last(get_last(s, s.layer(x)).mean(0)),
+    "another layer's last state": lambda s, x: s.head(s.next(x, s.layer(x)[1])[0]),
+    "the last state from a parameter": lambda s, x: s.last(
+        get_last(s, s.layer(x, s.pair(s.start.repeat(1, len(x), 1))))[0]
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "bidirectional"), [(nn.LSTM, 1, False), (nn.LSTM, 2, True), (nn.GRU, 1, True)]
+)
+@pytest.mark.parametrize("use", USES)
+def test_the_states_of_a_layer_have_its_channels(kind, layers, bidirectional, use):
+    model = randomise(Started(kind, layers, bidirectional, USES[use])).eval()
+    sequence = torch.randn(3, 4, 5)
+    with torch.no_grad():
+        expected = model(sequence)
+        supernet = convert(model, torch.zeros(2, 4, 5), order="l1").eval()  # whose channels are in another order
+        assert torch.allclose(supernet(sequence), expected, atol=1e-5)
+        assert {"stem", "first" if use == "what was computed" else "layer"} <= set(supernet.space.names)
+        assert not supernet.repairs
+        for share in (0.5, 0.2):
+            widths = supernet.space.uniform(share)
+            assert torch.equal(supernet(sequence, widths), supernet.extract(widths).eval()(sequence))
+
+
+def test_a_state_of_a_literal_size_holds_the_layer_alone():
+    use = start(lambda s, x: [x.new_zeros(1, len(x), 6)])
+    supernet = convert(randomise(Started(nn.LSTM, 1, False, use)).eval(), torch.zeros(2, 4, 5))
+    assert supernet.space.names == ("stem",)
+    assert supernet.graph.fixed["layer.weight_hh_l0", 1] == (
+        "layer: a recurrent layer starts from a state that cannot shrink"
+    )

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_autoslim.tracing.flow import Flow
+from timm_autoslim.tracing.flow import Flow, Labels
 from timm_autoslim.tracing.labels import Label, Vector
 from timm_autoslim.tracing.ops.schema import tensors_in_lists
 
@@ -93,10 +93,14 @@ def make_outputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor
 def run(flow: Flow, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Label the outputs: in each direction one vector of hidden channels, which its gates and its state share."""
     call = _name_arguments(args, kwargs)
+    for state in call.states:
+        flow.mark_read(state)
     states = [flow.get_labels(state) for state in call.states]
+    for labels in states:
+        flow.freeze_labels(labels[:-1], "a recurrent layer has a state for each layer and direction")
     *outer, channels = flow.get_labels(call.input)
     flow.freeze_labels(outer, "a recurrent layer treats this dimension as steps, not channels")
-    hidden = [labels[-1] for labels in states if labels[-1] is not None]
+    hidden: list[Vector] = []
     for layer in call.list_layers():
         vectors = [_label_direction(flow, LAYERS[name], call.input, channels, weights) for weights in layer]
         hidden += vectors
@@ -108,12 +112,28 @@ def run(flow: Flow, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -
                 flow.get_labels(tensor), "a recurrent layer with projections or packed input keeps all channels"
             )
         channels = None
-    flow.constraints.tie_counts(hidden)  # one attribute holds their number
+    else:
+        _tie_states(flow, hidden, [labels[-1] for labels in states])
     flow.set_labels(out, [*outer, channels])
     for state, labels in zip(last_states, states, strict=True):
-        flow.set_labels(state, labels)
+        flow.set_labels(state, [*labels[:-1], hidden[0]] if hidden and state.shape[-1] > 1 else labels)
+        if len(hidden) > 1:
+            flow.mark_rows(state, hidden)
     flow.add_producer(channels)
     return (out, *last_states)
+
+
+def _tie_states(flow: Flow, hidden: list[Vector], states: Labels) -> None:
+    """Tie the hidden channels of all layers and directions to those of the states that they start from."""
+    flow.constraints.tie_counts(hidden)  # one attribute holds their number
+    for label in states:
+        if label is None and len(hidden[0]) > 1:
+            flow.freeze_labels(hidden, "a recurrent layer starts from a state that cannot shrink")
+        elif label is not None and flow.is_new(label):  # of equal numbers, such as zeros: any of them will do
+            flow.constraints.tie_counts([hidden[0], label])
+        elif label is not None:
+            for vector in hidden:
+                flow.atoms.join(label, vector)
 
 
 def _label_direction(flow: Flow, gates: int, x: Tensor, channels: Label, weights: list[Tensor]) -> Vector:
