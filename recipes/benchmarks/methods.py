@@ -3,10 +3,11 @@
     python recipes/benchmarks/methods.py --table docs/limits.md
     python recipes/benchmarks/methods.py --models mobileone_s0 fastvit_t8 --results runs/methods.jsonl
 
-A small member of each class gets random weights and is cut to half of its widths. Each public method of the model, and
-of the first module of each class in it, is called on copies of three: the base, the extracted model, and the same as
-loaded from its exported folder. They must do the same: return the same kinds of things, keep their outputs where the
-base keeps them (`fuse`, `reparameterize`), and take images afterwards. Where the base raises, anything goes.
+A small member of each class, and some further models, get random weights and are cut to half of their widths. Each
+public method of the model, and of the first module of each class in it, is called on copies of three: the base, the
+extracted model, and the same as loaded from its exported folder. They must do the same: return the same kinds of
+things, keep their outputs where the base keeps them (`fuse`, `reparameterize`), and take images afterwards. Where the
+base raises, anything goes.
 
 Results are one JSON line a model; a run that is started again goes on with the models that have none.
 """
@@ -28,6 +29,13 @@ from timm_autoslim.recipes.benchmarks.lib.members import MEMBERS
 from timm_autoslim.recipes.benchmarks.lib.methods import compare, list_calls, run_call
 from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
 
+# Further models, with blocks that the member of their class lacks.
+MODELS = MEMBERS | {
+    name: (64, dict[str, Any]())
+    for name in ("mobileone_s0", "repvgg_a0", "ghostnetv3_050", "fastvit_mci0", "resnest14d", "eca_resnext26ts")
+}
+MODELS["levit_conv_128s"] = (224, {})
+
 
 def randomise(model: nn.Module, images: Tensor) -> nn.Module:
     """Move weights away from what constructors set, so that each of them counts, and measure the statistics."""
@@ -42,7 +50,7 @@ def randomise(model: nn.Module, images: Tensor) -> nn.Module:
 def build(name: str) -> tuple[nn.Module, dict[str, Any], Tensor]:
     """Return a small model with random weights, the arguments that it was built with, and images that it takes."""
     torch.manual_seed(0)
-    side, arguments = MEMBERS[name]
+    side, arguments = MODELS[name]
     arguments = {"num_classes": 10, **{k: list(v) if isinstance(v, tuple) else v for k, v in arguments.items()}}
     if "img_size" in inspect.signature(type(create_meta_base(name, **arguments)).__init__).parameters:
         arguments["img_size"] = side
@@ -100,7 +108,7 @@ def make_table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Call what has no result yet, and write the table."""
     parser = make_parser(__doc__, "docs/results/methods.jsonl")
-    parser.add_argument("--models", nargs="+", choices=MEMBERS, metavar="NAME", default=MEMBERS, help="of the members")
+    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", default=MODELS, help="of the members")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = Results(args.results)

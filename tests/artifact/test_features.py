@@ -85,6 +85,18 @@ def test_the_backbone_is_of_the_kind_that_the_base_makes(resnet, tmp_path):
     assert features.model.grad_checkpointing
 
 
+@pytest.mark.slow
+def test_what_only_the_backbone_of_a_base_takes_is_told(tmp_path):
+    images = torch.zeros(1, 3, 64, 64)
+    supernet = timm_autoslim.convert(timm.create_model("mobilenetv3_small_050", num_classes=3), images)
+    model = calibrated(supernet.extract(supernet.space.uniform(0.5)))
+    name = f"local-dir:{export(model, tmp_path / 'slim')}"
+    with pytest.raises(ArtifactError, match=r"got output_stride, which MobileNetV3Features takes and MobileNetV3 does"):
+        timm.create_model(name, pretrained=True, features_only=True, output_stride=16)
+    with pytest.raises(ArtifactError, match=r"unexpected keyword argument 'nonsense'"):
+        timm.create_model(name, pretrained=True, features_only=True, nonsense=16)
+
+
 def test_features_need_feature_info():
     with pytest.raises(ArtifactError, match=r"features_only=True: got base 'resnet10t', which has no feature_info"):
         choose_feature_cfg(nn.Identity(), Spec(base="resnet10t"))

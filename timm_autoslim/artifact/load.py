@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 from timm.models import PretrainedCfg, build_model_with_cfg, register_model
 from timm.models._hub import download_from_hf
 from torch import Tensor, nn
 
-from timm_autoslim.artifact.bases import get_base_settings
+from timm_autoslim.artifact.bases import build_on_meta, get_base_settings
 from timm_autoslim.artifact.build import SlimBuilder
 from timm_autoslim.artifact.config import EXPORT_AGAIN, Config, parse_data_settings, parse_settings, refuse_forbidden
 from timm_autoslim.artifact.features import choose_feature_cfg
@@ -22,7 +23,7 @@ from timm_autoslim.artifact.folder import CONFIG, WEIGHTS, Header, check_weights
 from timm_autoslim.artifact.limits import MemoryLimit
 from timm_autoslim.artifact.preparation import write_input_size
 from timm_autoslim.artifact.spec import ARCHITECTURE, Spec
-from timm_autoslim.errors import ArtifactError, AutoSlimError
+from timm_autoslim.errors import ArgumentError, ArtifactError, AutoSlimError
 
 # Arguments that timm or config.json add to those of the user.
 _ADDED = ("pretrained_cfg_overlay", "pretrained_model_args", "cache_dir", "taps")
@@ -198,7 +199,12 @@ def _load(source: Source, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module
     def build(**args: Any) -> nn.Module:
         args = {key: value for key, value in args.items() if key not in superseded}
         from_file = pretrained and source.header is not None
-        model = _build_for_file(builder, source, kwargs, args) if from_file else builder.build(args)
+        try:
+            model = _build_for_file(builder, source, kwargs, args) if from_file else builder.build(args)
+        except ArgumentError as error:
+            if kwargs.get("features_only"):
+                _refuse_arguments_of_backbones(builder, args, error)
+            raise
         if kwargs.get("features_only"):
             features.update(_choose_features(model, spec, {*kwargs, *users_features}))
         return model
@@ -253,6 +259,24 @@ def _build_for_file(
     channels = args.get("in_chans", data.input_size[0])
     check_weights(source.header, exported, model, data, skip_classifiers=changes.classes, in_chans=channels)
     return model
+
+
+def _refuse_arguments_of_backbones(builder: SlimBuilder, args: Mapping[str, Any], error: ArgumentError) -> None:
+    """Raise ArgumentError that says so, if the base takes these arguments in the class of its backbone alone."""
+    spec, call = builder.spec, builder.limit.call
+    base, known = spec.require_base(), spec.copy_arguments()
+    try:
+        backbone = call(build_on_meta, timm.create_model, base, features_only=True, **{**known, **args})
+        model = type(call(build_on_meta, timm.create_model, base, **known)).__name__
+    except Exception:  # it does not take them there either
+        return
+    names = ", ".join(sorted(args.keys() - known.keys() - {"num_classes", "in_chans"}))
+    raise ArgumentError.at(
+        f"base {base!r}",
+        got=f"{names}, which {type(backbone).__name__} takes and {model} does not",
+        needed=f"arguments of {model}, from which the features of a slim model are taken",
+        remedy="leave it out, or slim a base whose model takes it, as mobilenetv2_100 takes output_stride",
+    ) from error
 
 
 def _choose_features(model: nn.Module, spec: Spec, asked: set[str]) -> dict[str, Any]:
