@@ -21,12 +21,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import timm
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from torch import nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from timm_autoslim import Accuracy, Budget, Found, Supernet, Team, cost, files, measure_latency, parse_budgets
+from timm_autoslim import Accuracy, Budget, Found, Supernet, Team, cost, files, measure_in_turns, parse_budgets
 from timm_autoslim.errors import ArtifactError, ConfigError
 from timm_autoslim.recipes.finetune import finetune, finish
 from timm_autoslim.recipes.lib.comparison import Row, make_table, read_original, write_original
@@ -36,6 +37,7 @@ from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
 from timm_autoslim.recipes.lib.models import load_supernet, make_images, make_supernet
 from timm_autoslim.recipes.lib.names import is_stored
 from timm_autoslim.recipes.lib.networks import is_searched, read_networks
+from timm_autoslim.recipes.lib.onnx_file import check_onnx, write_onnx
 from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import make_accelerator
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args, write_args, write_weights
@@ -54,7 +56,7 @@ from timm_autoslim.recipes.search import count_widest, make_conditions, search_n
 # A run that goes on may differ in these: they do not change the networks.
 FREE = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "threads", "device", "log_interval",
         "checkpoint_hist", "log_wandb", "log_tensorboard", "wandb_project", "val_interval",
-        "recovery_interval")  # fmt: skip
+        "recovery_interval", "onnx")  # fmt: skip
 DISAGREEING = 0.1  # share of the images on which one of two similar networks is right and the other wrong
 WANTED = 0.03  # accuracy by which luck may move the best of all subnets
 SUBNETS = 10  # that a search scores for each group and budget, about; benchmarks.md has figures
@@ -85,6 +87,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise ConfigError(
             "slim starts from trained weights: give --initial-checkpoint FILE, --pretrained, or a folder as --model."
         )
+    if args.onnx:
+        check_onnx()
     if not (args.data_dir or args.dataset):
         raise ConfigError("slim needs images: give --data-dir DIR, or --dataset NAME (digits are scikit-learn's).")
 
@@ -296,7 +300,7 @@ class Slimming:
         original = read_original(run)
         assert original is not None
         loader = accelerator.prepare(make_evaluation_loader(args, self.images.test))
-        rows = []
+        rows, models = [original], [load_supernet(run, args).model]
         for network in networks:
             exported = run / "exported" / network.name
             model = timm.create_model(f"local-dir:{exported}", pretrained=True).to(accelerator.device)
@@ -306,27 +310,29 @@ class Slimming:
             if result is None or abs(top1 - result.top1) > 0.1:
                 raise ArtifactError(f"{exported} has {top1:.2f} % on the test set when it is loaded again: it changed.")
             size = (exported / "model.safetensors").stat().st_size
-            row = Row(network.name, top1, network.cost.macs, network.cost.params, size)
-            rows.append(replace(row, latency_ms=self._measure(model)))
-        original = replace(original, latency_ms=self._measure(load_supernet(run, args).model))
+            rows.append(Row(network.name, top1, network.cost.macs, network.cost.params, size))
+            models.append(model.cpu())
         if accelerator.is_main_process:
-            table = make_table(original, rows)
+            for network in networks if args.onnx else ():
+                write_onnx(run / "exported" / network.name, self._load_images(), run / "onnx" / f"{network.name}.onnx")
+            times = measure_in_turns(
+                models, make_images(args, args.cost_batch_size), device=args.latency_device,
+                runtime=args.latency_runtime, threads=args.latency_threads, rounds=9, repeats=5,
+            )  # fmt: skip
+            first, *others = [replace(row, latency_ms=spent) for row, spent in zip(rows, times, strict=True)]
+            table = make_table(first, others)
             files.write_text(run / "table.md", table)
             threads = f"{args.latency_threads} thread(s)"
+            places = f"{run}/exported" + (f", {run}/onnx" if args.onnx else "")
             print(f"\n{table}\nLatency: {args.latency_runtime} on {args.latency_device}, {threads}, batch "
                   f"{args.cost_batch_size}. All took {_write_time(time.perf_counter() - self.begin)}.\n"
-                  f"Networks: {run}/exported. After `import timm_autoslim`, timm loads them: "
+                  f"Networks: {places}. After `import timm_autoslim`, timm loads them: "
                   f"timm.create_model('local-dir:{run}/exported/NAME', pretrained=True)")  # fmt: skip
 
-    def _measure(self, model: nn.Module) -> float | None:
-        """Return the milliseconds of one forward; the main process alone measures."""
-        args = self.args
-        if not self.accelerator.is_main_process:
-            return None
-        images = make_images(args, args.cost_batch_size)
-        return measure_latency(
-            model.cpu(), images, device=args.latency_device, runtime=args.latency_runtime, threads=args.latency_threads
-        )
+    def _load_images(self) -> Tensor:
+        """Return two test images (2, C, H, W)."""
+        loader = make_evaluation_loader(self.args, self.images.test, range(2))
+        return torch.cat([inputs for inputs, _ in loader])
 
 
 def find_source(budget: Budget, steps: list[tuple[Budget, Found]]) -> Found | None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from timm_autoslim.costs.inspection import Inspection as Inspection
     from timm_autoslim.costs.inspection import inspect as inspect
     from timm_autoslim.costs.latency import LatencyTable as LatencyTable
+    from timm_autoslim.costs.measure import measure_in_turns as measure_in_turns
     from timm_autoslim.costs.measure import measure_latency as measure_latency
     from timm_autoslim.costs.metrics import METRICS as METRICS
     from timm_autoslim.costs.reach import Reach as Reach
@@ -119,6 +120,7 @@ _MODULES = {
     "export": "artifact.export",
     "load": "artifact.own",
     "inspect": "costs.inspection",
+    "measure_in_turns": "costs.measure",
     "measure_latency": "costs.measure",
     "parse_budgets": "slimming.goals",
     "push": "artifact.hub",

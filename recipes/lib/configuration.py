@@ -17,9 +17,9 @@ import yaml
 
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.checks import check_values
-from timm_autoslim.recipes.lib.flags import DEFAULTS, FLAGS, ON_OFF
+from timm_autoslim.recipes.lib.flags import DEFAULTS, FLAGS
 from timm_autoslim.recipes.lib.names import read_data_settings, resolve_name
-from timm_autoslim.recipes.lib.parser import KeyValues, Parser
+from timm_autoslim.recipes.lib.parser import ON_OFF, KeyValues, Parser
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -12,6 +12,7 @@ from timm.utils import ParseKwargs
 
 from timm_autoslim.errors import ConfigError
 
+ON_OFF = argparse.BooleanOptionalAction
 MANY = 20  # flags, from which on a usage of all of them would hide the error
 
 

@@ -149,6 +149,12 @@ def measure_in_turns(
 
     Raises:
         LatencyError: as `measure_latency` does.
+
+    Example:
+        >>> wide, narrow = nn.Linear(8, 400), nn.Linear(8, 4)
+        >>> milliseconds = measure_in_turns([wide, narrow], torch.zeros(2, 8), rounds=3, repeats=3)
+        >>> len(milliseconds)
+        2
     """
     check_settings(device, dtype, runtime, threads)
     rounds, repeats = check_integer("rounds", rounds, LatencyError), check_integer("repeats", repeats, LatencyError)
