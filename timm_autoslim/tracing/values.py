@@ -35,8 +35,12 @@ aten = torch.ops.aten
 _FINITE = {"isfinite": True, "isnan": False, "isinf": False, "isposinf": False, "isneginf": False}
 _INFINITE = {aten.eq.Scalar: False, aten.ne.Scalar: True}  # comparing a finite number with infinity
 _WITH_ITSELF = {aten.eq.Tensor: True, aten.ne.Tensor: False}  # comparing a finite number with itself
-# Checks in torch that choose between two ways to the same result: answered so where the data are unknown.
-_CHOICES = {"_detect_is_causal_mask": False}
+# Checks that choose between two ways to the same result, by module and function: answered so where data are unknown.
+_CHOICES = {
+    ("torch.nn.modules.transformer", "_detect_is_causal_mask"): False,
+    ("transformers.masking_utils", "_ignore_causal_mask_sdpa"): False,
+    ("transformers.masking_utils", "_ignore_bidirectional_mask_sdpa"): False,
+}
 _NEW = frozenset({"tensor", "as_tensor", "asarray", "new_tensor"})  # functions that make a tensor of numbers
 _TO_PYTHON = frozenset({"tolist", "numpy", "__array__"})
 _MOVES = frozenset({"to", "type_as"})  # functions that may move a tensor to another device
@@ -274,11 +278,11 @@ def _describe(func: OpOverload) -> tuple[bool, bool]:
 
 
 def _find_choice() -> Any:
-    """Return the answer of a check in torch that chooses between two ways to the same result, if one runs."""
+    """Return the answer of a check that chooses between two ways to the same result, if one runs."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code
-        if code.co_name in _CHOICES and frame.f_globals.get("__name__", "").startswith("torch."):
-            return _CHOICES[code.co_name]
+        function = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if function in _CHOICES:
+            return _CHOICES[function]
         frame = frame.f_back
     return _UNKNOWN
