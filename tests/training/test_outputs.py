@@ -279,6 +279,18 @@ def test_boxes_are_no_logits():
     sandwich_step(supernet, supernet.space, A, LABELS, only_logits, generator=seed())
 
 
+@pytest.mark.parametrize("shape", [(4, 1), (4,)])
+def test_a_single_number_is_no_logits(shape):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 1))
+    model = nn.Sequential(model, nn.Flatten(0)) if shape == (4,) else model
+    supernet, targets = convert(model, A), torch.zeros(shape)
+    with pytest.raises(
+        ConfigError, match=r"distill: got a loss of logits, .*the softmax of one is always 1; give dist"
+    ):
+        sandwich_step(supernet, supernet.space, A, targets, F.mse_loss, generator=seed())
+    sandwich_step(supernet, supernet.space, A, targets, F.mse_loss, generator=seed(), distill=F.mse_loss)
+
+
 def test_features_whose_width_shrinks_ask_for_a_loss():
     tower = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     supernet = convert(tower, A, keep_output=False)

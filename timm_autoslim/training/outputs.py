@@ -100,3 +100,7 @@ def _check_shapes(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
                 needed="a loss of features, whose width shrinks with the subnet",
                 remedy=f"{ASK}, or keep the width by convert(..., keep_output=True)",
             )
+        if tensor.dim() < 2 or tensor.shape[1] < 2:
+            got = f"a loss of logits, and outputs of the shape {tuple(tensor.shape)}"
+            needed = "logits (N, classes) of at least two classes: the softmax of one is always 1"
+            raise ConfigError.at("distill", got=got, needed=needed, remedy=ASK)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from timm_autoslim.errors import DataError
+from timm_autoslim.errors import DataError, quote_error
 from timm_autoslim.utils.meta import run_model
 from timm_autoslim.utils.tensors import collect_tensors
 
@@ -90,13 +90,14 @@ def _fits(model: nn.Module, batch: tuple[Any, ...] | Mapping[str, Any]) -> bool:
     return True
 
 
-def make_structure_error(index: int, batch: Any) -> DataError:
-    """Return the error for a batch of a structure that the model does not take."""
+def make_structure_error(index: int, batch: Any, cause: Exception | None = None) -> DataError:
+    """Return the error for a batch of a structure that the model does not take; `cause` is what its forward raised."""
+    raised = "" if cause is None else f"; the forward raised {type(cause).__name__}: {quote_error(cause)}"
     return DataError.at(
         f"batches[{index}]",
         got=f"a {type(batch).__name__}",
         needed="inputs of the model's forward: a tensor (N, C, H, W), or several as a tuple or, by name, as a dict",
-        remedy="if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`",
+        remedy=f"if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`{raised}",
     )
 
 
@@ -111,7 +112,7 @@ def run_batch(model: nn.Module, index: int, batch: Any) -> Any:
     except (TypeError, AttributeError) as error:
         if isinstance(batch, Tensor):
             raise
-        raise make_structure_error(index, batch) from error
+        raise make_structure_error(index, batch, error) from error
 
 
 def make_empty_error(got: str = "none") -> DataError:
