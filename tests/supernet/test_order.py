@@ -169,6 +169,26 @@ def test_a_permutation_moves_channels_where_it_says():
         assert torch.equal(moved.state_dict()[name], model.state_dict()[name])
 
 
+class Remembering(nn.Module):
+    """Keeps in a dict what it computed of the weights of its head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.inner, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 1), nn.Linear(16, 4)
+        self.cache = {}
+
+    def forward(self, x):
+        weight = self.cache.setdefault("weight", 2 * self.head.weight.detach())
+        return nn.functional.linear(self.inner(self.stem(x).relu()).mean((2, 3)), weight)
+
+
+def test_what_a_module_keeps_of_the_weights_of_another_is_forgotten(images):
+    model = randomise(Remembering()).eval()
+    expected = model(images)
+    supernet = convert(model, IMAGE, order="l1")
+    torch.testing.assert_close(supernet(images), expected, rtol=ROUNDING, atol=ROUNDING)
+
+
 def test_channels_that_a_shuffle_matches_by_position_stay_where_they_are():
     member = Member("torchvision", "shufflenet_v2_x0_5")
     model, images = member.build().double(), member.images().double()

@@ -8,9 +8,9 @@ from timm_autoslim.training.least_squares import (
     Layer,
     compare,
     get_weight,
-    measure,
     set_weight,
     solve,
+    sum_moments,
     take_outputs,
     take_rows,
 )
@@ -48,7 +48,9 @@ def test_the_weights_that_made_the_outputs_are_found(bias):
     target, module = nn.Linear(6, 4, bias=bias), nn.Linear(6, 4, bias=bias)
     batches = [torch.randn(40, 6) + 1 for _ in range(3)]
     with torch.no_grad():
-        solving, testing = measure(Layer("fc", module, centered=False), batches, [target(batch) for batch in batches])
+        solving, testing = sum_moments(
+            Layer("fc", module, centered=False), batches, [target(batch) for batch in batches]
+        )
     assert (solving.count, testing.count) == (96, 24)
     found = solve(solving.center() if bias else solving, get_weight(module).double(), 1e-9)
     torch.testing.assert_close(found.float(), get_weight(target), rtol=1e-3, atol=1e-4)
@@ -61,12 +63,12 @@ def test_a_large_ridge_keeps_the_weights_and_dead_inputs_keep_theirs():
     module, inputs = nn.Linear(6, 4), torch.randn(200, 6)
     inputs[:, 2] = 0
     with torch.no_grad():
-        solving, _ = measure(Layer("fc", module, centered=False), [inputs], [torch.randn(200, 4)])
+        solving, _ = sum_moments(Layer("fc", module, centered=False), [inputs], [torch.randn(200, 4)])
     weight = get_weight(module).double()
     torch.testing.assert_close(solve(solving, weight, 1e9), weight, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(solve(solving, weight, 1e-3)[0, 2], weight[0, 2])
     with torch.no_grad():
-        constant, _ = measure(Layer("fc", module, centered=False), [torch.zeros(50, 6)], [torch.randn(50, 4)])
+        constant, _ = sum_moments(Layer("fc", module, centered=False), [torch.zeros(50, 6)], [torch.randn(50, 4)])
     assert solve(constant, weight, 1e-3) is None
 
 
@@ -74,7 +76,7 @@ def test_without_a_shift_the_mean_of_the_outputs_does_not_matter():
     torch.manual_seed(0)
     module, inputs = nn.Conv2d(3, 4, 1, bias=False), torch.randn(50, 3, 4, 4)
     with torch.no_grad():
-        _, testing = measure(Layer("conv", module, centered=True), [inputs], [module(inputs) + 5])
+        _, testing = sum_moments(Layer("conv", module, centered=True), [inputs], [module(inputs) + 5])
     weight = get_weight(module).double()
     assert compare(testing, weight, None) < 1e-6
     assert compare(testing, weight, torch.zeros_like(testing.y)) > 1

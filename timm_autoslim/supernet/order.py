@@ -168,7 +168,7 @@ def permute_units(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.in
         orders: by the index of a strand, the ranks of its units in the new order.
     """
     memo: dict[int, object] = {}
-    names = []
+    changed = False
     for name, tensor in named_tensors(model).items():
         permuted = tensor.detach()
         for axis in range(tensor.dim()):
@@ -176,12 +176,13 @@ def permute_units(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.in
             index = None if units is None else _permute_axis(units, orders)
             if index is not None and not np.array_equal(index, np.arange(len(index))):
                 permuted = permuted.index_select(axis, torch.from_numpy(index).to(permuted.device))
-                names.append(name)
+                changed = True
         permuted = permuted.clone()
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(permuted, tensor.requires_grad) if is_parameter else permuted
     result = copy.deepcopy(model, memo)
-    clear_caches({result.get_submodule(name.rpartition(".")[0]) for name in names})
+    if changed:
+        clear_caches(result.modules())
     return result
 
 

@@ -56,14 +56,16 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, distributed: bool = F
     parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     synchronized = parallel and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     with _restore_statistics_on_error(norms):
-        count = _measure(model, norms, _iterate_together(inputs, _get_device(norms)) if synchronized else inputs)
+        count = _measure_statistics(
+            model, norms, _iterate_together(inputs, _get_device(norms)) if synchronized else inputs
+        )
         if distributed and parallel:
             count = _average_over_processes(norms, count)
         if not count:
             raise make_empty_error(f"none, and {type(model).__name__} has {len(norms)} BatchNorms to measure")
 
 
-def _measure(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Any]) -> int:
+def _measure_statistics(model: nn.Module, norms: list[_BatchNorm], batches: Iterable[Any]) -> int:
     """Replace the statistics by the average over these batches; return how many batches there were."""
     momenta = [norm.momentum for norm in norms]
     count = 0

@@ -113,7 +113,7 @@ def set_weight(module: nn.Module, weight: Tensor, shift: Tensor | None) -> None:
             module.bias.copy_(shift.reshape(-1))
 
 
-def measure(layer: Layer, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Moments, Moments]:
+def sum_moments(layer: Layer, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Moments, Moments]:
     """Return the moments of four images of five, and those of the fifth.
 
     Args:

@@ -16,7 +16,15 @@ from timm_autoslim.slicing.tensors import Axis
 from timm_autoslim.supernet.convert import convert
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.examine import examine, renew_statistics, take_channels
-from timm_autoslim.training.least_squares import Layer, compare, get_weight, have_same_rows, measure, set_weight, solve
+from timm_autoslim.training.least_squares import (
+    Layer,
+    compare,
+    get_weight,
+    have_same_rows,
+    set_weight,
+    solve,
+    sum_moments,
+)
 from timm_autoslim.training.lockstep import Lockstep
 from timm_autoslim.utils.arguments import check_integer
 from timm_autoslim.utils.batches import check_batches, make_empty_error
@@ -252,7 +260,7 @@ def _solve(layer: Layer, inputs: list[Tensor], outputs: list[Tensor]) -> LayerRe
     """Solve for the weights of one layer, and set them if they are better."""
     if any(not have_same_rows(layer.module, x, y) for x, y in zip(inputs, outputs, strict=True)):
         return _leave(layer, 0, "it mixes positions that are narrowed")
-    solving, testing = measure(layer, inputs, outputs)
+    solving, testing = sum_moments(layer, inputs, outputs)
     if solving.count < 2 * layer.inputs or not testing.count:
         return _leave(layer, solving.count, "fewer than two rows for each input")
     module, weight = layer.module, get_weight(layer.module).double()
