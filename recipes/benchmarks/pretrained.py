@@ -40,7 +40,7 @@ from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Network,
 Row = dict[str, Any]
 
 SHARES = (0.5, 0.25)
-TRAINED, HELD_OUT, PARTS, CALIBRATED, RANKED = 10_000, 500, 4, 2_000, 2_000
+TRAINED, HELD_OUT, PARTS, CALIBRATED, RANKED = 10_000, 500, 4, 6_000, 2_000
 EPOCHS, RATE, BATCH, SMOOTHING, TEMPERATURE = (1, 5), 1e-3, 64, 0.1, 2.0
 # Starts and teachers, what matters most first; None is the mark of a job that measures without training.
 TRAININGS = (("reconstructed", "original"), ("cut", "labels"), ("reconstructed", "labels"), ("cut", "original"))
@@ -142,7 +142,7 @@ def measure_job(method: str, seed: int, args: argparse.Namespace, done: set[tupl
         first = next(METHODS[name](make_task(original, data, SHARES[:1], seed)))
         calibrate(first.model, data.batches)
         if first.supernet is not None:
-            reconstruct(first.model, first.supernet, data.batches)
+            reconstruct(first.model, first.supernet, data.batches, memory_mib=4096)
         train(first.model, data, original, max(EPOCHS), seed)
         share = SHARES[1] * whole / count_macs(first.model, image)
         second = next(METHODS[name](make_task(first.model, data, (share,), seed)))
@@ -161,7 +161,7 @@ def measure_job(method: str, seed: int, args: argparse.Namespace, done: set[tupl
             if start == "reconstructed":
                 if network.supernet is None:
                     continue
-                reconstruct(network.model, network.supernet, data.batches)
+                reconstruct(network.model, network.supernet, data.batches, memory_mib=4096)
             took = time.perf_counter() - began
             starts[share, start] = {key: tensor.clone() for key, tensor in network.model.state_dict().items()}
             yield common | {"start": start, "teacher": None, "epochs": 0, "reconstruction_seconds": took,

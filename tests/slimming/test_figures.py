@@ -1,10 +1,12 @@
 """The figures of a report show the networks of all methods."""
 
+from xml.etree import ElementTree
+
 import pytest
 from helpers.searches import held_out, make_supernet, rename_method
 
 from timm_autoslim import baseline, search
-from timm_autoslim.slimming.figures import FIGURES, find_network, list_networks, render_png
+from timm_autoslim.slimming.figures import FIGURES, INK, QUIET, find_network, list_networks, render_svg
 
 BUDGETS = ["macs<=60%", "params<=40%"]
 
@@ -28,7 +30,12 @@ def test_networks_come_by_budget_and_method(results):
 def test_every_figure_is_drawn(results, name):
     draw, title, text = FIGURES[name]
     figure = draw(results)
-    assert render_png(figure).startswith(b"\x89PNG")
+    tree = ElementTree.fromstring(render_svg(figure))
+    texts = {element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")}
+    shown = {"widths": results[0].groups[0].name, "descent": results[0].groups[0].name, "losses": "uniform",
+             "modules": next(iter(results[0].macs_by_module))}  # fmt: skip
+    assert shown[name] in texts
+    assert "original" in texts  # everywhere
     assert title
     assert text.endswith(".")
 
@@ -38,9 +45,26 @@ def test_axes_and_legends_are_in_the_field_s_words(results):
     assert [ax.get_xlabel() for ax in losses.axes] == ["million MACs", "million parameters"]
     assert losses.axes[0].get_ylabel() == "held-out loss"
     labels = [text.get_text() for text in modules.axes[0].get_legend().get_texts()]
-    assert labels == ["widest", "searched macs<=60%", "searched params<=40%"]
+    assert labels == ["original", "searched macs<=60%", "searched params<=40%"]
+
+
+def test_pictures_follow_the_reader_s_light_or_dark_page_and_are_the_same_every_time(results):
+    first, second = (render_svg(FIGURES["losses"][0](results)) for _ in range(2))
+    assert first == second
+    assert b"prefers-color-scheme: dark" in first
+    assert b"currentColor" in first
+    assert INK.encode() not in first
+    assert QUIET.encode() not in first
+
+
+def test_the_descent_starts_at_the_original_and_shows_the_networks(results):
+    figure = FIGURES["descent"][0](results)
+    original, descent, networks = figure.axes[0].lines[:3]
+    assert original.get_xydata().tolist() == [[results[0].widest.macs / 1e6, results[0].widest_loss]]
+    assert len(descent.get_xydata()) == len(results[0].steps) + 1
+    assert networks.get_xydata()[:, 1].tolist() == [network.loss for network in results[0].networks]
 
 
 def test_a_method_of_another_name_is_drawn_too(results):
     other = rename_method(results[0], "reference, loss")
-    assert render_png(FIGURES["losses"][0]([*results, other]))
+    assert render_svg(FIGURES["losses"][0]([*results, other]))

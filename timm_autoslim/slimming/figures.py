@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -15,6 +18,7 @@ from timm_autoslim.costs.metrics import METRICS
 from timm_autoslim.slimming.result import Found, SearchResult
 
 SEARCHED = SearchResult.SEARCHED
+ORIGINAL = "original"  # the widest subnet, which computes what the original does
 COLOURS = {
     SEARCHED: "#c0392b", "uniform": "#2c6fbb", "random": "#7f8c8d", "evolutionary": "#27853f", "importance": "#b7791f",
 }  # fmt: skip
@@ -39,58 +43,93 @@ def find_network(networks: Sequence[Found], method: str) -> Found | None:
     return next((network for network in networks if network.method == method), None)
 
 
-def render_png(figure: Figure) -> bytes:
-    """Return a figure as the content of a PNG file."""
-    FigureCanvasAgg(figure)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
-    return file.getvalue()
+# Colours of text and of what is there before anything is slimmed; a page has them in light and in dark.
+INK, QUIET = "#010203", "#040506"
+_STYLE = """<style>
+:root { color: #222; --quiet: #d5dade; }
+@media (prefers-color-scheme: dark) { :root { color: #ddd; --quiet: #4a5057; } }
+</style>"""
+_SETTINGS: Any = {
+    "svg.fonttype": "none", "svg.hashsalt": "timm-autoslim", "text.color": INK, "axes.labelcolor": INK,
+    "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.facecolor": "none",
+    "figure.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False, "axes.spines.top": False,
+    "axes.spines.right": False,
+}  # fmt: skip
 
 
-def _make_figure(width: float, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = [figure.add_subplot(rows, 1, i + 1) for i in range(rows)]
+def render_svg(figure: Figure) -> bytes:
+    """Return a figure as the content of an SVG file, whose colours are those of the reader: light or dark."""
+    file = io.StringIO()
+    with matplotlib.rc_context(_SETTINGS):
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})  # type: ignore[no-untyped-call]
+    text = file.getvalue().replace(INK, "currentColor").replace(QUIET, "var(--quiet)")
+    start = text.index(">", text.index("<svg")) + 1
+    return (text[:start] + _STYLE + text[start:]).encode()
+
+
+def _draw(draw: Callable[[Sequence[SearchResult]], Figure]) -> Callable[[Sequence[SearchResult]], Figure]:
+    """Return a function that draws with the settings of all figures."""
+
+    @functools.wraps(draw)
+    def run(results: Sequence[SearchResult]) -> Figure:
+        with matplotlib.rc_context(_SETTINGS):
+            return draw(results)
+
+    return run
+
+
+def _make_rows(count: int, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """Return a figure of bars, one row below the other, as tall as the rows need."""
+    width = 8.0 if columns < 3 else 2.0 + 3.0 * columns
+    figure = Figure(figsize=(width, 1.3 + 0.21 * count), layout="constrained")
+    axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0].tolist()
     for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_ylim(count - 0.4, -0.6)
+        ax.tick_params(axis="y", length=0)
     return figure, axes
 
 
+@_draw
 def draw_widths(results: Sequence[SearchResult]) -> Figure:
     """Draw the width of every group at each budget: widest, uniform, searched (as in arXiv 1903.11728's figures)."""
     sizes = {group.name: group.size for group in results[0].groups}
     networks = list_networks(results)
-    figure, axes = _make_figure(max(8.0, 0.32 * len(sizes) + 2), 2.3 * len(networks) + 1.4, len(networks))
+    figure, axes = _make_rows(len(sizes), len(networks))
     place = np.arange(len(sizes))
     for ax, (budget, of_budget) in zip(axes, networks.items(), strict=True):
-        ax.bar(place, list(sizes.values()), 0.85, color="#e4e7ea", label="widest")
-        for method, dx in ((SEARCHED, -0.2), ("uniform", 0.2)):
+        ax.barh(place, list(sizes.values()), 0.8, color=QUIET, label=ORIGINAL)
+        for method, dy in ((SEARCHED, -0.2), ("uniform", 0.2)):
             network = find_network(of_budget, method)
             if network is not None:
-                widths = list(network.widths.values())
-                ax.bar(place + dx, widths, 0.38, color=COLOURS[method], label=method)
-        ax.set_title(f"budget {budget}", loc="left", fontsize=10)
-        ax.set_ylabel("width")
-        ax.set_xlim(-0.7, len(sizes) - 0.3)
-        ax.set_xticks(place, [""] * len(sizes))
-    axes[0].legend(ncols=3, fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1))
-    axes[-1].set_xticks(place, list(sizes), rotation=90, fontsize=8)
+                ax.barh(place + dy, list(network.widths.values()), 0.36, color=COLOURS[method], label=method)
+        ax.set_title(budget, loc="left", fontsize=10)
+        ax.set_xlabel("width")
+    axes[0].set_yticks(place, list(sizes), fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=3, fontsize=9, loc="outside upper right")
     return figure
 
 
+@_draw
 def draw_descent(results: Sequence[SearchResult]) -> Figure:
     """Draw the loss over MACs, and the width of every group after each step, of the first result with steps."""
     result = next(result for result in results if result.steps)
     steps, sizes, macs = result.steps, {group.name: group.size for group in result.groups}, METRICS["macs"]
-    figure = Figure(figsize=(10, 4 + 0.2 * len(sizes)), layout="constrained")
+    figure = Figure(figsize=(8, 4 + 0.2 * len(sizes)), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=[3, 0.9 + 0.19 * len(sizes)])
-    costs = [step.macs / macs.scale for step in steps]
-    top.plot(costs, [step.loss for step in steps], ".-", color=COLOURS[SEARCHED], lw=1, ms=4)
+    points = [(step.macs / macs.scale, step.loss) for step in steps]
+    if result.widest_loss is not None:
+        points.insert(0, (result.widest.macs / macs.scale, result.widest_loss))
+        top.plot(*points[0], "s", color=INK, label=ORIGINAL)
+    top.plot(*zip(*points, strict=True), ".-", color=COLOURS[SEARCHED], lw=1, ms=4, label="descent")
+    found = [(network.cost.macs / macs.scale, network.loss) for network in result.networks]
+    top.plot(*zip(*found, strict=True), "D", color=COLOURS[SEARCHED], ms=7, mfc="none", label="networks, refined")
     for budget in {step.budget for step in steps if step.metric == "macs"}:
-        top.axvline(budget / macs.scale, color="#999999", lw=0.8, ls="--")
+        top.axvline(budget / macs.scale, color=QUIET, lw=1, ls="--", zorder=0)
     top.invert_xaxis()
     top.set_xlabel(f"{macs.label} (dashed: budgets)")
     top.set_ylabel(name_loss(results))
-    top.spines[["top", "right"]].set_visible(False)
+    top.legend(fontsize=8)
     shares = np.ones((len(sizes), len(steps) + 1))
     rows = {name: row for row, name in enumerate(sizes)}
     for number, step in enumerate(steps, start=1):
@@ -103,47 +142,55 @@ def draw_descent(results: Sequence[SearchResult]) -> Figure:
     return figure
 
 
+@_draw
 def draw_losses(results: Sequence[SearchResult]) -> Figure:
     """Draw the held-out loss of all networks over MACs and over parameters, one line for each method."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    widest_loss = next((result.widest_loss for result in results if result.widest_loss is not None), None)
     for ax, name in zip(figure.subplots(1, 2, sharey=True), ("macs", "params"), strict=True):
         metric = METRICS[name]
+        if widest_loss is not None:
+            ax.plot(results[0].widest.pick(name) / metric.scale, widest_loss, "s", color=INK, label=ORIGINAL)
         for result in results:
             points = sorted((network.cost.pick(name) / metric.scale, network.loss) for network in result.networks)
             colour = COLOURS.get(result.method)
             ax.plot(*zip(*points, strict=True), "o-", label=result.method, color=colour, ms=5, lw=1)
         ax.set_xlabel(metric.label)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(alpha=0.25)
+        ax.grid(color=QUIET, alpha=0.5)
         ax.set_ylabel(name_loss(results) if name == "macs" else "")
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=8)
     return figure
 
 
+@_draw
 def draw_modules(results: Sequence[SearchResult]) -> Figure:
     """Draw the MACs of every module: the widest's, and those of the searched networks."""
     widest, macs = results[0].macs_by_module, METRICS["macs"]
-    bars = {"widest": widest}
-    for budget, networks in list_networks(results).items():
-        network = find_network(networks, SEARCHED) or networks[0]
-        bars[f"{network.method} {budget}"] = network.macs_by_module
-    figure, (ax,) = _make_figure(max(8.0, 0.26 * len(widest) + 2), 4.6)
-    place, each = np.arange(len(widest)), 0.85 / len(bars)
-    for index, (name, by_module) in enumerate(bars.items()):
-        colour = "#c9ced3" if not index else f"C{index - 1}"
-        heights = [by_module[path] / macs.scale for path in widest]
-        ax.bar(place + (index - (len(bars) - 1) / 2) * each, heights, each, label=name, color=colour)
-    ax.set_xticks(place, list(widest), rotation=90, fontsize=7)
-    ax.set_xlim(-0.7, len(widest) - 0.3)
-    ax.set_ylabel(macs.label)
-    ax.legend(fontsize=8, frameon=False)
+    networks = [find_network(of, SEARCHED) or of[0] for of in list_networks(results).values()]
+    figure, (ax,) = _make_rows(len(widest))
+    place, each = np.arange(len(widest)), 0.8 / len(networks)
+    ax.barh(place, [count / macs.scale for count in widest.values()], 0.8, color=QUIET, label=ORIGINAL)
+    for index, network in enumerate(networks):
+        shade = 1 - 0.6 * index / max(1, len(networks) - 1)  # the smaller the budget, the lighter
+        lengths = [network.macs_by_module[path] / macs.scale for path in widest]
+        ax.barh(
+            place + (index - (len(networks) - 1) / 2) * each, lengths, 0.9 * each, alpha=shade,
+            color=COLOURS.get(network.method), label=f"{network.method} {network.text}",
+        )  # fmt: skip
+    ax.set_yticks(place, list(widest), fontsize=8)
+    ax.set_xlabel(macs.label)
+    ax.legend(fontsize=8)
     return figure
 
 
 # By name: what draws it, its title, and what it shows.
 FIGURES: dict[str, tuple[Callable[[Sequence[SearchResult]], Figure], str, str]] = {
-    "widths": (draw_widths, "Widths", "Width of every group: the widest, the searched and the uniform network."),
-    "descent": (draw_descent, "The descent", "The loss after each step, and which group was slimmed when."),
+    "widths": (draw_widths, "Widths", "Width of every group: the original, the searched and the uniform network."),
+    "descent": (
+        draw_descent,
+        "The descent",
+        "The loss after each step, on some or all images, and which group was slimmed when.",
+    ),
     "losses": (draw_losses, "Cost and loss", "The held-out loss, before any fine-tuning, with batch statistics."),
     "modules": (draw_modules, "Costs per module", "Multiply-adds of every module for one image."),
 }

@@ -14,13 +14,13 @@ from timm_autoslim.errors import ArtifactError
 from timm_autoslim.slimming.accuracy import Accuracy
 from timm_autoslim.slimming.baselines import BASELINES
 from timm_autoslim.slimming.budgets import Budget
-from timm_autoslim.slimming.figures import FIGURES, list_networks, name_loss, render_png
+from timm_autoslim.slimming.figures import FIGURES, list_networks, name_loss, render_svg
 from timm_autoslim.slimming.result import Found, SearchResult
 from timm_autoslim.utils.files import replace_file, write_text
 
 
 def write_report(run: Path) -> Path:
-    """Write RUN/report.html, and its figures as RUN/report/*.png, from the results RUN/search/*.json of a run folder.
+    """Write RUN/report.html, and its figures as RUN/report/*.svg, from the results RUN/search/*.json of a run folder.
 
     The page holds its figures and needs no other file. It shows the widths of every group at each budget against the
     widest and the uniform network, the descent, the networks of all methods by cost and loss, the MACs of each module,
@@ -37,14 +37,14 @@ def write_report(run: Path) -> Path:
     results = read_results(run)
     tested = Accuracy.load_run(run)
     names = [name for name in FIGURES if name != "descent" or any(result.steps for result in results)]
-    pictures = {name: render_png(FIGURES[name][0](results)) for name in names}
+    pictures = {name: render_svg(FIGURES[name][0](results)) for name in names}
     folder, page = run / "report", run / "report.html"
     try:
         if page.is_dir():
             raise IsADirectoryError(f"{page} is a folder")
         folder.mkdir(exist_ok=True)
         for name, picture in pictures.items():
-            with replace_file(folder / f"{name}.png") as part:
+            with replace_file(folder / f"{name}.svg") as part:
                 part.write_bytes(picture)
         write_text(page, _render(run.resolve().name, results, tested, pictures))
     except OSError as error:
@@ -92,15 +92,22 @@ _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
 <title>{{ name }}: search report</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1080px; margin: 2em auto; padding: 0 1em; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1080px; margin: 2em auto;
+  padding: 0 1em; }
 h1 { font-size: 1.5em; margin-bottom: .2em; } h2 { font-size: 1.15em; margin: 2em 0 .2em; }
-p { margin: .3em 0 .8em; color: #555; } img { max-width: 100%; display: block; }
+p { margin: .3em 0 .8em; color: #555; } div { overflow-x: auto; }
+img { display: block; width: 100%; min-width: 600px; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3em .8em; text-align: right; border-bottom: 1px solid #ddd; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; white-space: nowrap; }
 tr.searched td { font-weight: 600; }
+@media (prefers-color-scheme: dark) {
+  body { color: #ddd; background: #16181b; } p { color: #aaa; } th, td { border-color: #3a3f45; }
+}
 </style>
 </head>
 <body>
@@ -110,9 +117,13 @@ tr.searched td { font-weight: 600; }
 <p>{{ line }}</p>
 {%- endfor %}
 <h2>Numbers</h2>
+<div>
 <table>
 <tr><th>budget</th><th>method</th><th>{{ macs.label }}</th><th>of the budget</th><th>{{ params.label }}</th>
 <th>{{ loss }}</th>{% if accuracies %}<th>test top-1</th>{% endif %}</tr>
+<tr><td></td><td>original</td><td>{{ macs.format_number(widest.macs) }}</td><td></td>
+<td>{{ params.format_number(widest.params) }}</td>
+<td>{{ '%.4f' % widest_loss if widest_loss is not none }}</td>{% if accuracies %}<td></td>{% endif %}</tr>
 {%- for budget, networks in budgets.items() %}{% for network in networks %}
 <tr class="{{ network.method }}"><td>{{ budget }}</td><td>{{ network.method }}</td>
 <td>{{ macs.format_number(network.cost.macs) }}</td><td>{{ '%.1f' % (100 * used(network)) }} %</td>
@@ -120,8 +131,10 @@ tr.searched td { font-weight: 600; }
 {%- if accuracies %}<td>{{ '%.2f %%' % accuracies[network.name] if network.name in accuracies }}</td>{% endif %}</tr>
 {%- endfor %}{% endfor %}
 </table>
+</div>
 {%- if further %}
 <h2>Fine-tuned networks of earlier searches</h2>
+<div>
 <table>
 <tr><th>network</th><th>budget</th><th>{{ macs.label }}</th><th>{{ params.label }}</th><th>test top-1</th></tr>
 {%- for name, network in further.items() %}
@@ -129,11 +142,12 @@ tr.searched td { font-weight: 600; }
 <td>{{ params.format_number(network.params) }}</td><td>{{ '%.2f %%' % network.top1 }}</td></tr>
 {%- endfor %}
 </table>
+</div>
 {%- endif %}
 {%- for figure in figures %}
 <h2>{{ figure.title }}</h2>
 <p>{{ figure.text }}</p>
-<img alt="{{ figure.text }}" src="data:image/png;base64,{{ figure.data }}">
+<div><img alt="{{ figure.text }}" src="data:image/svg+xml;base64,{{ figure.data }}"></div>
 {%- endfor %}
 </body>
 </html>
@@ -154,6 +168,7 @@ def _render(
         "name": name,
         "base": results[0].base,
         "widest": results[0].widest,
+        "widest_loss": next((result.widest_loss for result in results if result.widest_loss is not None), None),
         "macs": METRICS["macs"],
         "params": METRICS["params"],
         "work": [_describe_work(result) for result in results],

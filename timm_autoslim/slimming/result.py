@@ -140,6 +140,7 @@ class SearchResult:
         images: the most images that one subnet was scored on.
         groups: the search space.
         widest: the cost of the widest subnet, in all metrics that a budget limits.
+        widest_loss: the loss of the widest, where the descent begins; None for a baseline, which has none.
         macs_by_module: the widest's MACs by module, in the order of execution.
         settings: the arguments of the search or baseline that shape its result.
         base: the name of the model, if it is known.
@@ -167,6 +168,7 @@ class SearchResult:
     images: int
     groups: tuple[ChannelGroup, ...] = field(repr=False)
     widest: Cost
+    widest_loss: float | None
     macs_by_module: Mapping[str, int] = field(hash=False, repr=False)
     settings: Mapping[str, Any] = field(hash=False)
     base: str | None = None
@@ -180,6 +182,7 @@ class SearchResult:
         networks: list[Found],
         steps: list[Step],
         settings: Mapping[str, Any],
+        widest_loss: float | None = None,
     ) -> SearchResult:
         """Return the result of the method that chose the networks, after all was scored."""
         supernet, metrics = score.supernet, dict.fromkeys(m for goal in goals for m in goal.budget.metrics)
@@ -192,6 +195,7 @@ class SearchResult:
             score.images,
             supernet.space.groups,
             widest,
+            widest_loss,
             cost_by_module(supernet),
             settings,
             supernet.base,
@@ -223,7 +227,7 @@ class SearchResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""
-        keys = ("method", "evaluations", "evaluated_macs", "images", "base", "seconds")
+        keys = ("method", "evaluations", "evaluated_macs", "images", "widest_loss", "base", "seconds")
         return {
             **{key: getattr(self, key) for key in keys},
             "settings": dict(self.settings),
@@ -275,6 +279,7 @@ def _parse_result(content: JsonValue) -> SearchResult:
         images=parts["images"].integer(),
         groups=groups,
         widest=_parse_cost(parts["widest"]),
+        widest_loss=None if parts["widest_loss"].value is None else parts["widest_loss"].number(),
         macs_by_module={path: macs.integer() for path, macs in parts["macs_by_module"].members().items()},
         settings={name: _parse_setting(value) for name, value in parts["settings"].members().items()},
         base=None if parts["base"].value is None else parts["base"].text(),

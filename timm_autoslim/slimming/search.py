@@ -115,6 +115,7 @@ def search(
     score.check_direction()
     ranks = torch.randperm(len(supernet.space), generator=draws).tolist()
     descent = kind(supernet, score, rank, steps, dict(zip(supernet.space.names, ranks, strict=True)))
+    widest_loss = descent.loss
     networks: list[Found] = []
     trail: list[Step] = []
     for goal in goals:
@@ -123,7 +124,7 @@ def search(
         networks.append(Found.of(SearchResult.SEARCHED, goal, widths, score(widths)))
     settings = {"mode": mode, "rank": rank, "steps": descent.steps, "refine": refine, "seed": int(seed)}
     settings |= {"maximize": True} if maximize else {}
-    return SearchResult.of(score, goals, networks, trail, settings)
+    return SearchResult.of(score, goals, networks, trail, settings, widest_loss)
 
 
 def _descend(

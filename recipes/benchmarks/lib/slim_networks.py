@@ -106,6 +106,7 @@ def rank_importance(task: Task) -> Iterator[Network]:
 def _run_baseline(task: Task, method: str, order: str) -> Iterator[Network]:
     start = time.perf_counter()
     supernet = make_supernet(task, order)
+    collect_gradients(supernet.model, task.gradients)
     budgets = {"macs": _to_macs(supernet, task)}
     result = baseline(supernet, budgets, lambda subnet: 0.0, method, criterion="taylor")
     for network in result.networks:
