@@ -128,6 +128,7 @@ def test_an_ordinary_integer_of_a_size_keeps_its_origin(name):
     assert not supernet.repairs
 
 
+@pytest.mark.slow
 def test_a_number_that_only_happens_to_be_the_size_is_found_out():
     def use(self, x):
         assert int(x.shape[1]) > 0
@@ -204,6 +205,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_sizes_in_a_configuration_that_modules_share_follow_the_channels(name):
     config = CONFIGS[name]()

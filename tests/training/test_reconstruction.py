@@ -104,6 +104,7 @@ def test_batch_norms_have_the_statistics_of_the_slim_model_and_it_can_be_exporte
     assert torch.equal(again(images), slim.eval()(images))
 
 
+@pytest.mark.slow
 def test_transformers_are_reconstructed_and_the_original_may_be_the_ordered_model():
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=10, img_size=32, patch_size=8).eval()

@@ -56,6 +56,7 @@ def test_a_name_like_nothing_is_refused_without_a_guess():
         resolve_name("local-dir:nowhere")
 
 
+@pytest.mark.slow
 def test_a_folder_is_a_model_in_every_command(folder, capsys):
     assert resolve_name(str(folder)) == resolve_name(f"local-dir:{folder}") == f"local-dir:{folder}"
     assert main(["inspect", str(folder), "--json"]) == 0

@@ -18,9 +18,9 @@ def test_a_batch_too_small_for_batchnorm_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=message):
         run_train(tmp_path, "one", "-b", "1")
     assert not (tmp_path / "one" / "args.yaml").exists()
-    run_train(tmp_path, "two", "-b", "2", "--limit-train", "40")
+    run_train(tmp_path, "two", "-b", "2", "--limit-train", "36")
     run_train(
-        tmp_path, "layernorm", "-b", "1", "--limit-train", "36", model="test_convnext", model_kwargs={}, img_size=32
+        tmp_path, "layernorm", "-b", "1", "--limit-train", "34", model="test_convnext", model_kwargs={}, img_size=32
     )
 
 
