@@ -140,6 +140,23 @@ def test_channels_that_decide_a_value_are_fixed():
     assert not supernet.repairs
 
 
+def test_a_forward_may_read_a_dict_of_tensors():
+    part = DictOfTensors()
+    supernet = check_conversion(randomise(Net(lambda s, x: s.logits(s.part(s.maps(x))), part=part)))
+    assert supernet.space.max().to_dict() == {"stem": 8, "inner": 16}
+    slim = supernet.extract(supernet.space.uniform(0.5))
+    assert slim.part.by_name == part.by_name
+
+
+class DictOfTensors(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.by_name = {"near": torch.tensor(8.0), "far": torch.tensor(16.0)}
+
+    def forward(self, x):
+        return x * self.by_name["near"] / float(self.by_name["far"]) * len(self.by_name.keys())
+
+
 def test_a_mask_of_the_model_takes_rows_that_stay():
     class Masked(nn.Module):
         def __init__(self):
@@ -205,6 +222,7 @@ def test_costs_know_the_values_too():
     assert cost(supernet, supernet.space.uniform(0.5), batch_size=2).peak_bytes > 0
 
 
+@pytest.mark.slow
 def test_a_decoder_with_a_causal_mask():
     class Decoder(nn.Module):
         def __init__(self):

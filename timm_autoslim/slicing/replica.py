@@ -69,7 +69,7 @@ class _Replication:
         variables = [_list_variables(module) for module in modules]
         self._copy_state(modules, variables)
         for module, values in zip(modules, variables, strict=True):
-            namespace = self._copy_namespace(module.__dict__, values)
+            namespace = self._copy_namespace(type(module), module.__dict__, values)
             for name in list_cached_properties(type(module)):
                 namespace.pop(name, None)
             object.__setattr__(self.memo[id(module)], "__dict__", namespace)
@@ -85,7 +85,7 @@ class _Replication:
         state = {id(tensor): tensor for tensor in tensors if not tensor.requires_grad}
         memo.update(zip(state, clone_tensors(list(state.values())), strict=True))
 
-    def _copy_namespace(self, attributes: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
+    def _copy_namespace(self, kind: type, attributes: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Return the `__dict__` of a module's replica."""
         namespace, memo = attributes.copy(), self.memo
         for name in _STORES:  # most of the work, so without a call for each entry
@@ -95,7 +95,7 @@ class _Replication:
             hooks = attributes.get(name)
             namespace[name] = self._copy(hooks) if hooks else OrderedDict()
         for name, value in variables.items():
-            namespace[name] = {} if is_cache(name, value) else self._copy(value)
+            namespace[name] = {} if is_cache(kind, name, value) else self._copy(value)
         return namespace
 
     def _copy(self, value: Any) -> Any:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dis
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -109,9 +111,39 @@ def find_entries(model: nn.Module, slices: Slices) -> list[Entry]:
     return entries
 
 
-def is_cache(name: str, value: Any) -> bool:
-    """Whether an attribute of a module is a dict in which it caches tensors between calls, such as attention biases."""
-    return type(value) is dict and name[0] != "_" and any(map(_holds_tensor, value.values()))
+def is_cache(kind: type, name: str, value: Any) -> bool:
+    """Whether an attribute of a module is a dict in which it caches tensors between calls, such as attention biases.
+
+    Args:
+        kind: the class of the module; if its methods only look tensors up, these are constants.
+        name, value: the attribute.
+    """
+    holds = type(value) is dict and name[0] != "_" and any(map(_holds_tensor, value.values()))
+    return holds and not _only_looks_up(kind, name)
+
+
+_LOOK_UPS: WeakKeyDictionary[type, dict[str, bool]] = WeakKeyDictionary()  # the code of a class is looked at once
+_READERS = ("get", "items", "keys", "values")
+
+
+def _only_looks_up(kind: type, name: str) -> bool:
+    """Whether all methods of a class, but its constructor, use an attribute as `self.name[key]` or the like alone."""
+    names = _LOOK_UPS.setdefault(kind, {})
+    if name not in names:
+        functions = [f for base in kind.__mro__ for f in vars(base).values() if isinstance(f, FunctionType)]
+        codes = [f.__code__ for f in functions if f.__name__ != "__init__" and name in f.__code__.co_names]
+        names[name] = bool(codes) and all(_looks_up(code, name) for code in codes)
+    return names[name]
+
+
+def _looks_up(code: CodeType, name: str) -> bool:
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
+    for i, *following in zip(instructions, instructions[1:], instructions[2:], strict=False):
+        if i.opname.startswith("LOAD_ATTR") and i.argval == name:
+            item = following[1].opname.startswith("BINARY_SUBSCR") and following[0].opname.startswith("LOAD_")
+            if not item and following[0].argval not in _READERS:
+                return False
+    return True
 
 
 def _holds_tensor(value: Any) -> bool:
@@ -137,7 +169,7 @@ def clear_caches(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if type(module).__module__.startswith("torch.nn.modules."):
             continue  # torch's own modules have no such caches, and are many
-        for name in [name for name, value in module.__dict__.items() if is_cache(name, value)]:
+        for name in [name for name, value in module.__dict__.items() if is_cache(type(module), name, value)]:
             module.__dict__[name] = {}
         for name in list_cached_properties(type(module)):
             module.__dict__.pop(name, None)
