@@ -103,7 +103,7 @@ p { margin: .3em 0 .8em; color: #555; } div { overflow-x: auto; }
 img { display: block; width: 100%; min-width: 600px; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3em .8em; text-align: right; border-bottom: 1px solid #ddd; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; white-space: nowrap; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; } td { white-space: nowrap; }
 tr.searched td { font-weight: 600; }
 @media (prefers-color-scheme: dark) {
   body { color: #ddd; background: #16181b; } p { color: #aaa; } th, td { border-color: #3a3f45; }
