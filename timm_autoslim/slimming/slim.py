@@ -48,7 +48,7 @@ def slim(
         budget: a share of the MACs ("50%"), their number ("300M", 3e8), one or several limits
             ("macs<=300M and latency_ms<=4"), or {metric: amount}.
         batches: pairs of inputs (N, C, H, W) and targets on the model's device, not augmented. They order the channels,
-            rank the subnets and reconstruct the layers. 500 to 2,000 images are good, in 8 batches or more.
+            rank the subnets and reconstruct the layers. 500 to 5,000 images are good, in 8 batches or more.
         loss: called with the model's outputs and the targets of a batch; returns a scalar, lower is better.
         order: a criterion of `CRITERIA`; None leaves the channels in their order.
         conditions: what `peak_bytes` and `latency_ms` are counted for.

@@ -120,7 +120,7 @@ def reconstruct(
     Args:
         slim: what `supernet.extract(widths)` returned, or such a model after training; changed in place, at the end.
         original: the supernet, or the model that it was made of (with `order=`, `supernet.model`).
-        batches: inputs (N, C, H, W) on the models' device, without labels; 500 to 2,000 images are good.
+        batches: inputs (N, C, H, W) on the models' device, without labels; 500 to 5,000 images are good.
         memory_mib: MiB that activations may take, about; where they are large, fewer images are used.
         on_layer: called after each layer.
 
