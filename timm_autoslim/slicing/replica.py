@@ -68,9 +68,10 @@ class _Replication:
         self.memo |= slice_for_call((entry.tensor, entry.axes) for entry in find_entries(model, slices))
         variables = [_list_variables(module) for module in modules]
         self._copy_state(modules, variables)
+        properties = {kind: names for kind in set(map(type, modules)) if (names := list_cached_properties(kind))}
         for module, values in zip(modules, variables, strict=True):
             namespace = self._copy_namespace(type(module), module.__dict__, values)
-            for name in list_cached_properties(type(module)):
+            for name in properties.get(type(module), ()) if properties else ():
                 namespace.pop(name, None)
             object.__setattr__(self.memo[id(module)], "__dict__", namespace)
         self.replica = self.memo[id(model)]

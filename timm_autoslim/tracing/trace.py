@@ -8,17 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.slicing.slices import clear_caches
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.comparisons import find_coincidences
-from timm_autoslim.tracing.describe import DESCRIBES_HEAD, Describer
+from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.tracing.labels import AttributeUse, Label, Vector
+from timm_autoslim.tracing.heads import HeadBinder
+from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.observe import observe
 from timm_autoslim.tracing.other_methods import Surroundings, find_refilled
 from timm_autoslim.tracing.outer_state import EmptyCaches, with_empty_caches
@@ -137,7 +137,8 @@ class Tracer:
             )
             raise WidthError.at("whole_heads", got=got, needed=needed)
         self.flow.bind_equal_attributes(self.describer.uses)
-        self._bind_attention_scales()
+        read = self.recorder.scales.read
+        HeadBinder(self.copy, self.flow, self.records, self.numbers, self.attributes, read).bind(self.describer)
         self._freeze_unused_tensors()
         self._constrain_unsaved_tensors(self.labels.keys() - set(self.copy.state_dict()))
         described = self.describer
@@ -314,62 +315,6 @@ class Tracer:
             if vectors
             else graph
         )
-
-    def _bind_attention_scales(self) -> None:
-        """Bind the numbers that multiply attention scores, and the sizes of heads, to the channels of the heads."""
-        scales = list(self._list_scales())
-        for path, vectors in self.flow.contracted_vectors.items():
-            for name, value in self.copy.get_submodule(path).__dict__.items():
-                for vector in vectors:
-                    if f"{path}.{name}" in self.attributes and not self.flow.is_frozen(
-                        vector
-                    ):  # tokens may be as many as channels
-                        self._bind_by_name(f"{path}.{name}" if path else name, name, value, vector, scales)
-        self.flow.constraints.attributes += scales
-
-    def _list_scales(self) -> Iterator[AttributeUse]:
-        """Yield the scales. One that comes from no attribute must follow by itself, which the proof finds out."""
-        unsettable = {*find_tied_names(self.copy).values(), *dict(self.copy.named_parameters())}
-        for scores in [scores for record in self.records for scores in record.scores]:
-            assert scores.label is not None
-            if self.flow.is_frozen(scores.label):
-                continue
-            if (empty := scores.find_empty()) is not None:
-                reason = f"{empty.path}: it multiplies attention scores, and has no data that tell if it is a scale"
-                self.flow.constraints.freeze(scores.label, reason)
-            for factor, power in scores.find_scale().items():
-                value = self._read_number(factor.path) if factor.path not in unsettable else None
-                if factor.path is not None and value is not None:
-                    yield AttributeUse(factor.path, value, scores.label, power / factor.power)
-
-    def _read_number(self, path: str | None) -> float | None:
-        """Return the number that an attribute or tensor of the model is."""
-        if path is None:
-            return None
-        if path in self.numbers:
-            return self.numbers[path].value
-        module, _, name = path.rpartition(".")
-        return float(self.copy.get_submodule(module).__dict__[name])
-
-    def _bind_by_name(self, path: str, name: str, value: Any, vector: Vector, scales: list[AttributeUse]) -> None:
-        """Bind the size of a head, its scale, or a scale that this forward does not read: fused attention has its own.
-
-        Args:
-            path, name, value: an attribute.
-            vector: the channels of the head.
-            scales: the scales that the forward reads; the one of this attribute is taken out.
-        """
-        if isinstance(value, int) and name in DESCRIBES_HEAD and value == len(vector):
-            self.describer.uses.append(AttributeUse(path, int(value), vector))
-        of_path = (use for use in scales if use.path == path and use.vector is not None)
-        use = next((use for use in of_path if np.array_equal(use.vector, vector)), None)  # type: ignore[arg-type]
-        unread = isinstance(value, float) and path not in self.recorder.scales.read
-        if use is not None:
-            scales[:] = [other for other in scales if other is not use]
-        elif unread and "scale" in name and value == len(vector) ** -0.5:
-            use = AttributeUse(path, float(value), vector, -0.5)
-        if use is not None:
-            self.flow.constraints.attributes.append(use)
 
     # -- proving ----------------------------------------------------------------------------------------------------
 
