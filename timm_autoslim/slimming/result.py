@@ -17,6 +17,7 @@ from timm_autoslim.slimming.scoring import Scorer
 from timm_autoslim.supernet.widths import ChannelGroup, Widths, hash_groups
 from timm_autoslim.utils.arguments import check_path
 from timm_autoslim.utils.files import write_text
+from timm_autoslim.utils.html import make_html_table
 
 FORMAT = 1
 _FILE = "a file that SearchResult.save wrote"
@@ -237,6 +238,12 @@ class SearchResult:
             "networks": [network.to_dict() for network in self.networks],
             "steps": [asdict(step) for step in self.steps],
         }
+
+    def _repr_html_(self) -> str:
+        rows: list[list[object]] = [["", "original", self.widest.macs, self.widest.params, self.widest_loss or ""]]
+        rows += [[n.text, n.method, n.cost.macs, n.cost.params, n.loss] for n in self.networks]
+        caption = f"{self.evaluations:,} subnets scored"
+        return make_html_table(["budget", "network", "MACs", "parameters", "held-out loss"], rows, caption)
 
     def save(self, path: str | Path) -> None:
         """Write the result as one JSON file, whole or not at all; missing folders are made.

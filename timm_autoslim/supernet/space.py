@@ -11,6 +11,7 @@ from timm_autoslim.errors import WidthError
 from timm_autoslim.supernet.widths import ChannelGroup, Widths, hash_groups, make_group_error
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.utils.arguments import as_integer, check_flag, check_integer
+from timm_autoslim.utils.html import make_html_table
 
 
 def check_mapping(name: str, value: object, example: str) -> None:
@@ -78,6 +79,10 @@ class SearchSpace:
 
     def __str__(self) -> str:
         return self.table()
+
+    def _repr_html_(self) -> str:
+        rows = [(g.name, g.size, g.choices[0], g.divisor, g.channels) for g in self.groups]
+        return make_html_table(["group", "width", "least width", "divisor", "channels in all"], rows)
 
     def _make_widths(self, values: Iterable[int]) -> Widths:
         return Widths(tuple(values), self.groups, self.id)

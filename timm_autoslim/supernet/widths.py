@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from timm_autoslim.errors import WidthError
 from timm_autoslim.utils.arguments import as_integer
+from timm_autoslim.utils.html import make_html_table
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,10 @@ class Widths(Mapping[str, int]):
 
     def __repr__(self) -> str:
         return f"Widths({self.to_dict()})"
+
+    def _repr_html_(self) -> str:
+        rows = [(g.name, width, g.size) for g, width in zip(self.groups, self.values_, strict=True)]
+        return make_html_table(["group", "width", "of"], rows)
 
     def to_dict(self) -> dict[str, int]:
         """Return the widths as a dict, for JSON; `SearchSpace.from_dict` reads it back."""
