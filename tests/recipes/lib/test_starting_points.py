@@ -1,5 +1,7 @@
 """What a training starts from: local weights, zeroed branches, channels in order of importance."""
 
+import argparse
+
 import pytest
 import timm
 import torch
@@ -11,7 +13,7 @@ from timm_autoslim import CRITERIA
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes import train
 from timm_autoslim.recipes.lib.models import create_model, make_supernet
-from timm_autoslim.recipes.lib.starting_points import create_starting_model, order_channels
+from timm_autoslim.recipes.lib.starting_points import create_starting_model, is_trained, order_channels
 
 MODEL = TINY["model_kwargs"]
 PLAIN = {"model": "torchvision/squeezenet1_1", "model_kwargs": {}, "in_chans": 3, "img_size": 64}
@@ -144,3 +146,17 @@ def test_a_start_that_is_gone_is_not_missed_by_a_resumed_run(tmp_path, monkeypat
     (tmp_path / "start.pth").unlink()
     monkeypatch.delattr(train, "order_channels")
     assert read_run(tmp_path, "parts", *flags, "--resume", epochs=2) == uninterrupted
+
+
+def test_a_checkpoint_of_timm_s_train_script_is_read(tmp_path):
+    args = parse_train(tmp_path)
+    donor = create_model(args)
+    path = tmp_path / "model_best.pth.tar"
+    flags = argparse.Namespace(model="resnet10t", lr=0.1, model_kwargs={"a": [1]})
+    content = {"epoch": 3, "arch": "resnet10t", "state_dict": donor.state_dict(), "version": 2, "args": flags,
+               "metric": 71.5}  # fmt: skip
+    torch.save(content, path)
+    args = parse_train(tmp_path, "--initial-checkpoint", str(path))
+    model = create_starting_model(args)
+    assert all(torch.equal(tensor, donor.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert is_trained(args)
