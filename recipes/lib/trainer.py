@@ -174,7 +174,7 @@ class Trainer:
         values |= {"train/images_per_s": epoch.images_per_s(), "lr": self._rate()}
         self.accelerator.log(values, step=progress.total)
         if save:
-            self._settle()
+            self._prepare_checkpoint()
             self._save(progress)
 
     def _rate(self) -> float:
@@ -196,7 +196,7 @@ class Trainer:
             sums = self.accelerator.reduce(sums, "mean")
             progress.sums = dict(zip(progress.sums, sums.tolist(), strict=True))
 
-    def _settle(self) -> None:
+    def _prepare_checkpoint(self) -> None:
         """Make sure that the weights are finite, and that all processes have the same BatchNorm statistics."""
         progress, training = self.progress, self.training
         with self._tell_way_back():
@@ -208,7 +208,7 @@ class Trainer:
                 distribute_bn(model, self.accelerator.num_processes, reduce=True)
 
     def _save(self, progress: Progress) -> None:
-        """Save a checkpoint of what is settled."""
+        """Save a checkpoint, after `_prepare_checkpoint`."""
         training, start = self.training, self.training.start
         if self.accelerator.is_main_process:
             start.checkpoints.save(
@@ -221,7 +221,7 @@ class Trainer:
         """Validate, write the row of summary.csv, and save a checkpoint."""
         args, progress, number = self.args, self.progress, self.progress.epoch
         speed = epoch.images_per_s()
-        self._settle()
+        self._prepare_checkpoint()
         metrics: dict[str, float | None] = dict.fromkeys(self.validate.names if self.validate else ())
         if self.validate and ((number + 1) % args.val_interval == 0 or number + 1 == args.epochs):
             with use_average(self.training.model, self.training.ema):
