@@ -83,7 +83,7 @@ def read_scaled(path: Path, size: int, count: int, seed: int) -> Images:
     return pixels.float() / 127.5 - 1, targets
 
 
-def measure(case: str, seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(case: str, seed: int, orders: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return one row for each order of channels and share of the MACs."""
     torch.manual_seed(seed)
     if case == "lite0":
@@ -96,7 +96,7 @@ def measure(case: str, seed: int, args: argparse.Namespace) -> list[dict[str, An
         train(model, training, 12, seed)
     original, inputs = measure_top1(model, testing), training[0]
     rows = []
-    for order in args.orders:
+    for order in orders:
         batches = torch.split(inputs, 250)
         supernet = convert(model.eval(), inputs[:2], order=order, batches=batches).eval()
         for share in (0.5, 0.25):
@@ -152,12 +152,16 @@ def main() -> None:
         parser.error("the case lite0 needs --checkpoint and --data-dir")
     torch.set_num_threads(args.threads)
     results = Results(args.results)
-    done = {(row["case"], row["seed"]) for row in results}
-    jobs = [(case, seed) for seed in args.seeds for case in args.cases if (case, seed) not in done]
-    with contextlib.closing(tqdm([] if args.only_table else jobs, unit="model")) as bar:
+    done = {(row["case"], row["seed"], row["order"]) for row in results}
+    jobs = {
+        (case, seed): [order for order in args.orders if (case, seed, order) not in done]
+        for seed in args.seeds
+        for case in args.cases
+    }
+    with contextlib.closing(tqdm([] if args.only_table else [job for job in jobs if jobs[job]], unit="model")) as bar:
         for case, seed in bar:
             bar.set_postfix_str(f"{case}, seed {seed}")
-            for row in measure(case, seed, args):
+            for row in measure(case, seed, jobs[case, seed], args):
                 results.add(row)
     print(make_table(results))
     if args.table:

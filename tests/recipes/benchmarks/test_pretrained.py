@@ -1,0 +1,80 @@
+"""The benchmark from a trained model: every way makes a network of the share of MACs that was asked for."""
+
+import argparse
+import json
+
+import pytest
+import timm
+import torch
+
+from timm_autoslim.recipes.benchmarks.lib.fitting import Pictures, fit
+from timm_autoslim.recipes.benchmarks.lib.images import load_digits, measure_top1
+from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Task, count_macs
+from timm_autoslim.recipes.benchmarks.pretrained import KEYS, make_table, run_job
+
+
+@pytest.fixture(scope="module")
+def task():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=10, channels=(8, 16, 16, 32), stem_width=8).eval()
+    images, targets = load_digits()
+    batches = list(zip(images[:64].split(16), targets[:64].split(16), strict=True))
+    return Task(model, batches, batches, (0.5, 0.25), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_every_way_meets_its_share_and_leaves_the_model_alone(task, name):
+    image, before = task.gradients[0][0][:1], {k: v.clone() for k, v in task.model.state_dict().items()}
+    whole = count_macs(task.model, image)
+    networks = list(METHODS[name](task))
+    for share, network in zip(task.shares, networks, strict=True):
+        used = count_macs(network.model, image) / (share * whole)
+        assert 0.8 < used <= 1 + 1e-9  # so small a model has few widths
+        assert (network.supernet is None) == name.startswith("torch-pruning")
+    assert all(torch.equal(tensor, before[key]) for key, tensor in task.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in task.model.parameters())
+
+
+def test_training_learns_the_images():
+    torch.manual_seed(0)
+    images, targets = load_digits()
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
+
+    def loss(network, inputs, labels):
+        return torch.nn.functional.cross_entropy(network(inputs), labels)
+
+    seen = fit(
+        model, Pictures(images[:600], targets[:600], -1.0), lambda x: x, loss, torch.optim.AdamW,
+        epochs=3, batch=64, rate=1e-3, warmup=1, seed=0,
+    )  # fmt: skip
+    assert seen == 3 * 9 * 64
+    assert measure_top1(model, (images[600:1000], targets[600:1000])) > 50
+
+
+def test_pictures_are_cropped_from_a_border_and_flipped_with_their_classes():
+    image = torch.arange(16.0).view(1, 1, 4, 4)
+    pictures = Pictures(image.repeat(200, 1, 1, 1) + 1, torch.arange(200))
+    drawn, targets = pictures.draw(torch.arange(200), torch.Generator().manual_seed(0))
+    assert torch.equal(targets, torch.arange(200))
+    assert drawn.shape == (200, 1, 4, 4)
+    same = (drawn == image + 1).flatten(1).all(1)
+    mirrored = (drawn == image.flip(3) + 1).flatten(1).all(1)
+    assert 0 < same.sum() + mirrored.sum() < 200
+    assert not drawn[0, 0].is_floating_point() or drawn.max() == 16
+
+
+def test_the_table_has_means_over_the_seeds():
+    row = {"method": "searched", "share": 0.5, "start": "cut", "teacher": None, "epochs": 0}
+    rows = [row | {"seed": seed, "top1": 50.0 + 2 * seed} for seed in range(2)]
+    rows += [row | {"seed": 0, "teacher": "labels", "epochs": 5, "top1": 81.25}, {"method": "x", "error": "none"}]
+    assert "| searched | cut | labels | 51.0 ± 1.4 |  | 81.2 |  |  |  |" in make_table(rows)
+
+
+def test_a_job_that_fails_is_a_row(tmp_path):
+    options = argparse.Namespace(results=tmp_path / "rows.jsonl", threads=torch.get_num_threads(), device="cpu")
+    run_job(("searched", 0), options)  # without any data
+    (row,) = map(json.loads, options.results.read_text().splitlines())
+    assert (row["method"], row["seed"]) == ("searched", 0)
+    assert "error" in row
+    assert not set(KEYS[2:]) & set(row)
