@@ -110,6 +110,7 @@ def search_networks(
         inputs, targets = batch
         with accelerator.autocast():
             outputs = subnet(inputs)  # (N, classes)
+        bar.count_score()
         return F.cross_entropy(outputs.float(), targets).item()
 
     images = sum(len(targets) for _, targets in batches)
@@ -130,7 +131,7 @@ def search_networks(
         )  # fmt: skip
         results = {SEARCHED: dataclasses.replace(searched, seconds=time.perf_counter() - begin)}
         for method in dict.fromkeys(args.baselines):
-            bar.bar.set_postfix_str(f"baseline {method}")
+            bar.say(f"baseline {method}")
             results[method] = baseline(
                 supernet, texts, evaluate, method, candidates=args.candidates, criterion=args.criterion, **shared
             )
@@ -244,6 +245,20 @@ class DescentBar:
             for metric in dict.fromkeys(name for name, _ in limits)
         }
         self.widest = {metric: widest.pick(metric) for metric in self.goals}
+        self.text, self.scores, self.since, self.shown = "the original", 0, 0, 0.0
+
+    def say(self, text: str) -> None:
+        """Show what is done now, and how often a subnet was scored for it."""
+        self.text, self.since = text, self.scores
+        self.bar.set_postfix_str(text)
+
+    def count_score(self) -> None:
+        """Count a score: after the last step of a budget its network is refined, which takes as long as the descent."""
+        self.scores += 1
+        now = time.monotonic()
+        if now - self.shown > 0.5:
+            self.shown = now
+            self.bar.set_postfix_str(f"{self.text}; then {self.scores - self.since} scores")
 
     def show_step(self, step: Step) -> None:
         """Show one step; the search calls it after each."""
@@ -253,7 +268,8 @@ class DescentBar:
             shares.append(min(1.0, (start - now) / max(start - goals[-1], 1e-9)))
             ahead += [f"{now / goal - 1:+.1%} to {METRICS[metric].format(goal)}" for goal in goals if now > goal][:1]
         self.bar.n = round(100 * min(shares), 1)
-        self.bar.set_postfix_str(f"{step.group} -> {step.width}, loss {step.loss:.4f}, {', '.join(ahead) or 'done'}")
+        left = ", ".join(ahead) or "the last network is refined"
+        self.say(f"{step.group} -> {step.width}, loss {step.loss:.4f}, {left}")
 
 
 if __name__ == "__main__":

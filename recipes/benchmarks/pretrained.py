@@ -200,21 +200,20 @@ KEYS = ("method", "seed", "share", "start", "teacher", "epochs")
 
 
 def make_table(rows: list[Row]) -> str:
-    """Return a line for each method, start and teacher, with means over the seeds."""
+    """Return a line for each method, start and teacher, with means over the seeds; columns that were measured."""
+    rows = [row for row in rows if "top1" in row]
+    counts = sorted({row["epochs"] for row in rows})
     cells: dict[tuple[str, str, str], dict[tuple[float, int], list[float]]] = {}
-    for row in (row for row in rows if "top1" in row):
-        for start, teacher in TRAININGS:
-            if row["start"] == start and row["teacher"] in (None, teacher):
-                cells.setdefault((row["method"], start, teacher), {}).setdefault(
-                    (row["share"], row["epochs"]), []).append(row["top1"])  # fmt: skip
-    lines = [
-        "| method | start | trained with | 50 %: no training | 1 epoch | 5 epochs "
-        "| 25 %: no training | 1 epoch | 5 epochs |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    for row in rows:
+        trained = {r["teacher"] for r in rows if (r["method"], r["start"]) == (row["method"], row["start"])} - {None}
+        for teacher in [row["teacher"]] if row["teacher"] else sorted(trained) or ["nothing"]:
+            values = cells.setdefault((row["method"], row["start"], teacher), {})
+            values.setdefault((row["share"], row["epochs"]), []).append(row["top1"])
+    columns = [(share, count) for share in SHARES for count in counts]
+    titles = [f"{share:.0%}, {f'{count} epochs' if count else 'no training'}" for share, count in columns]
+    lines = [f"| method | start | trained with | {' | '.join(titles)} |", "|---" * (3 + len(columns)) + "|"]
     for names, values in cells.items():
-        texts = [_show(values.get((share, count), [])) for share in SHARES for count in (0, *EPOCHS)]
-        lines.append(f"| {' | '.join((*names, *texts))} |")
+        lines.append(f"| {' | '.join((*names, *(_show(values.get(column, [])) for column in columns)))} |")
     return "\n".join(lines)
 
 

@@ -253,6 +253,8 @@ def test_the_bar_tells_layer_width_loss_and_distance(folder, capsys):
     for step in (steps[0], steps[-1]):
         assert f"{step.group} -> {step.width}, loss {step.loss:.4f}, " in bar
     assert re.search(r"\+\d+\.\d% to \d+\.\d+ million MACs", bar)
+    assert "the last network is refined" in bar
+    assert re.search(r"; then \d+ scores", bar)  # something moves while a network is refined
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,11 @@ def test_the_table_has_means_over_the_seeds():
     row = {"method": "searched", "share": 0.5, "start": "cut", "teacher": None, "epochs": 0}
     rows = [row | {"seed": seed, "top1": 50.0 + 2 * seed} for seed in range(2)]
     rows += [row | {"seed": 0, "teacher": "labels", "epochs": 5, "top1": 81.25}, {"method": "x", "error": "none"}]
-    assert "| searched | cut | labels | 51.0 ± 1.4 |  | 81.2 |  |  |  |" in make_table(rows)
+    rows.append(row | {"start": "reconstructed", "seed": 0, "top1": 60.0})
+    table = make_table(rows)
+    assert "| 50%, no training | 50%, 5 epochs | 25%, no training | 25%, 5 epochs |" in table
+    assert "| searched | cut | labels | 51.0 ± 1.4 | 81.2 |  |  |" in table
+    assert "| searched | reconstructed | nothing | 60.0 |  |  |  |" in table
 
 
 def test_a_job_that_fails_is_a_row(tmp_path):
