@@ -15,6 +15,7 @@ command goes on after an interruption; with further --budgets it goes on from th
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import time
 from dataclasses import replace
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import timm
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
@@ -32,7 +34,7 @@ from timm_autoslim.errors import ArtifactError, ConfigError
 from timm_autoslim.recipes.finetune import finetune, finish
 from timm_autoslim.recipes.lib.comparison import Row, make_table, read_original, write_original
 from timm_autoslim.recipes.lib.configuration import parse_args
-from timm_autoslim.recipes.lib.images import open_images
+from timm_autoslim.recipes.lib.images import hash_images, open_images
 from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
 from timm_autoslim.recipes.lib.models import load_supernet, make_images, make_supernet
 from timm_autoslim.recipes.lib.names import is_stored
@@ -126,6 +128,12 @@ class Slimming:
         """
         path = self.run / "settings.yaml"
         settings = {name: value for name, value in vars(self.args).items() if name not in (*FREE, "budgets")}
+        weights = Path(self.args.initial_checkpoint or "")
+        if weights.is_file():
+            settings["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        elif path.is_file():  # the run has the weights, and the file may be gone
+            settings["weights_sha256"] = yaml.safe_load(path.read_text(encoding="utf-8")).get("weights_sha256")
+        settings["images_sha256"] = hash_images(self.images)
         begun = any((self.run / name).exists() for name in ("search", "search-progress.json", "finetune"))
         same = True
         if self.accelerator.is_main_process:

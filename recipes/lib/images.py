@@ -35,6 +35,22 @@ class Images:
     num_classes: int
 
 
+def hash_images(images: Images) -> str:
+    """Return a hash of what the images are: their names with the class folders, their sizes in bytes, their number.
+
+    Files of the same name and size are taken for the same.
+    """
+    digest = hashlib.sha256()
+    for part in (images.train, images.test):
+        source = getattr(part, "source", part)
+        digest.update(f"{len(part)} of {len(source)}\n".encode())
+        if hasattr(source, "filenames"):
+            for name, path in zip(source.filenames(), source.filenames(absolute=True), strict=True):
+                size = Path(path).stat().st_size if Path(path).is_file() else 0  # of a .tar file there are only names
+                digest.update(f"{name} {size}\n".encode())
+    return digest.hexdigest()
+
+
 class Subset(Dataset[tuple[Any, int]]):
     """Some images of a source; timm's create_loader sets `transform`.
 

@@ -96,7 +96,7 @@ def test_the_report_shows_the_run(folder):
     run_search(folder, "--budgets", "macs=60%", "macs=40%", "--baselines", "uniform", "random", "--candidates", "2")
     assert run_command_line(["report", str(folder)]) == 0
     page = (folder / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/svg+xml;base64,") == 4
     assert page.count('<tr class="random">') == 2
 
 

@@ -166,6 +166,17 @@ def test_settings_are_kept_once_training_has_begun_but_budgets_may_follow(finish
 
 
 @pytest.mark.slow
+def test_other_weights_in_the_same_file_are_refused(finished, weights):
+    before = weights.read_bytes()
+    try:
+        weights.write_bytes(before[:-4] + bytes(4))
+        with pytest.raises(ConfigError, match=r"was begun with other settings \(weights_sha256\)"):
+            slim.main(make_command(finished.parent, weights))
+    finally:
+        weights.write_bytes(before)
+
+
+@pytest.mark.slow
 def test_weights_of_other_classes_are_refused(weights, tmp_path):
     state = load_file(weights)
     save_file(

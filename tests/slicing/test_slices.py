@@ -9,6 +9,7 @@ from helpers.models import TwoGroups, randomise
 from helpers.tied import HALF, SLICED_ATTRIBUTES, TIED_SLICES, Tied
 from torch import nn
 
+import timm_autoslim
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import (
     Slices,
@@ -163,3 +164,52 @@ def test_slices_within_a_module():
     slices = Slices({"body.a.weight": (half, None), "body2.b": (half,)}, {"body.a.groups": 4, "groups": 2})
     assert slices.within("body") == Slices({"a.weight": (half, None)}, {"a.groups": 4})
     assert slices.within("body.a") == Slices({"weight": (half, None)}, {"groups": 4})
+
+
+class Scaled(nn.Module):
+    """Multiplies by constants of a dict that the constructor fills, read in one of many ways."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1)
+        self.scales, self.read = {"mid": torch.tensor(3.0)}, read
+
+    def forward(self, x):
+        return self.last(getattr(self, self.read)(self.first(x).relu()))
+
+    def contains(self, x):
+        return x * self.scales["mid"] if "mid" in self.scales else x
+
+    def is_filled(self, x):
+        return x * next(iter(self.scales.values())) if self.scales else x
+
+    def loops(self, x):
+        for key in self.scales:
+            x = x * self.scales[key]
+        return x
+
+    def passes_on(self, x):
+        return multiply(self.scales, x)
+
+
+def multiply(scales, x):
+    for scale in scales.values():
+        x = x * scale
+    return x
+
+
+@pytest.mark.parametrize("read", ["contains", "is_filled", "loops", "passes_on"])
+def test_constants_in_a_dict_stay_however_they_are_read(read):
+    torch.manual_seed(0)
+    model, images = Scaled(read).eval(), torch.randn(2, 3, 8, 8)
+    ordered = timm_autoslim.convert(model, images, order="l1")
+    torch.testing.assert_close(ordered.model.eval()(images), model(images))
+    supernet = timm_autoslim.convert(model, images)
+    widths = supernet.space.min()
+    extracted = supernet.extract(widths)
+    assert extracted.scales == model.scales
+    width = widths["first"]
+    expected = model.first(images)[:, :width].relu() * 3
+    expected = nn.functional.conv2d(expected, model.last.weight[:, :width], model.last.bias)
+    torch.testing.assert_close(extracted(images), expected)
+    assert torch.equal(supernet(images, widths), extracted(images))

@@ -89,6 +89,29 @@ def test_the_model_computes_the_same_and_is_left_alone(name, kwargs, size):
     torch.testing.assert_close(supernet.model.eval()(images), model(images), rtol=1e-3, atol=1e-3)
 
 
+def test_channels_of_one_unit_that_say_the_same_count_once():
+    """Unit 0 is constant over the four positions, each of which is an input of the linear layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 2, 1, bias=False), nn.Flatten(), nn.Linear(8, 5, bias=False)).eval()
+    weight = torch.zeros(5, 8)
+    weight[0, :4], weight[1:, 4:] = 0.25, torch.eye(4) * 0.5**0.5
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2)[:, :, None, None])
+        model[2].weight.copy_(weight)
+    images = torch.randn(2000, 2, 2, 2)
+    images[:, 0] = images[:, 0, :1, :1]
+    (scores,) = score_units(model, convert(model, images[:2], min=1).graph, "reconstruction", batches=[images])
+    assert scores[1] > scores[0]  # unit 1 alone leaves a third of the outputs, unit 0 alone two thirds
+
+
+def test_layers_of_very_many_inputs_are_not_recorded(monkeypatch):
+    monkeypatch.setattr("timm_autoslim.supernet.selection.MOST_CHANNELS", 7)
+    model, inputs = Hidden(8).eval(), torch.randn(50, 6)
+    assert list(collect_covariances(model, [inputs])) == ["first"]
+    supernet = convert(model, inputs[:2], order="reconstruction", batches=[inputs])  # by magnitude then
+    torch.testing.assert_close(supernet(inputs), model(inputs))
+
+
 def test_it_needs_batches_of_finite_images():
     model, images = randomise(TwoGroups()).eval(), torch.randn(4, 3, 8, 8)
     with pytest.raises(WidthError, match="batches: got None"):

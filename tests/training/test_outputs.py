@@ -273,7 +273,7 @@ def test_boxes_are_no_logits():
     def loss(outputs, labels):
         return F.cross_entropy(outputs["logits"], labels) + outputs["boxes"].square().mean()
 
-    with pytest.raises(ConfigError, match=r"distill: got the default, .*give distill= a function of your own"):
+    with pytest.raises(ConfigError, match=r"distill: got a loss of logits, and .*\(4, 2, 4\).*give distill= a func"):
         sandwich_step(supernet, supernet.space, A, LABELS, loss, generator=seed())
     only_logits = lambda outputs, labels: F.cross_entropy(outputs["logits"], labels)  # noqa: E731
     sandwich_step(supernet, supernet.space, A, LABELS, only_logits, generator=seed())
@@ -333,3 +333,22 @@ def test_what_a_loss_reads():
     assert not compares_logits(F.mse_loss)
     with pytest.raises(ConfigError, match=r"no tensor"):
         compare(soft_cross_entropy, outputs, detach(outputs), ())
+
+
+def test_sequences_of_logits_ask_for_a_loss():
+    """Of (N, T, classes) and (N, classes, T) nothing tells which is which."""
+    supernet = convert(nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 11)), torch.zeros(1, 7, 6)).train()
+    inputs, targets = torch.randn(4, 7, 6), torch.randint(0, 11, (4, 7))
+
+    def loss(outputs, labels):
+        return F.cross_entropy(outputs.transpose(1, 2), labels)
+
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(ConfigError, match="of three dimensions any may be the classes"):
+        sandwich_step(supernet, supernet.space, inputs, targets, loss, generator=generator)
+
+    def distill(outputs, teacher):
+        return F.cross_entropy(outputs.transpose(1, 2), teacher.softmax(-1).transpose(1, 2))
+
+    sandwich_step(supernet, supernet.space, inputs, targets, loss, generator=generator, distill=distill)
+    assert all(parameter.grad is not None for parameter in supernet.parameters())

@@ -115,28 +115,37 @@ def is_cache(kind: type, name: str, value: Any) -> bool:
     """Whether an attribute of a module is a dict in which it caches tensors between calls, such as attention biases.
 
     Args:
-        kind: the class of the module; if its methods only look tensors up, these are constants.
+        kind: the class of the module; tensors that none of its methods but the constructor stores are constants.
         name, value: the attribute.
     """
     holds = type(value) is dict and name[0] != "_" and any(map(_holds_tensor, value.values()))
-    return holds and not _only_looks_up(kind, name)
+    return holds and _stores_into(kind, name)
 
 
-_LOOK_UPS: WeakKeyDictionary[type, dict[str, bool]] = WeakKeyDictionary()  # the code of a class is looked at once
+_STORES: WeakKeyDictionary[type, dict[str, bool]] = WeakKeyDictionary()  # the code of a class is looked at once
 _READERS = ("get", "items", "keys", "values")
+_WRITERS = {"setdefault", "update", "pop", "popitem", "clear", "__setitem__"}
 
 
-def _only_looks_up(kind: type, name: str) -> bool:
-    """Whether all methods of a class, but its constructor, use an attribute as `self.name[key]` or the like alone."""
-    names = _LOOK_UPS.setdefault(kind, {})
+def _stores_into(kind: type, name: str) -> bool:
+    """Whether a method of a class, but its constructor, may store into a dict that it keeps under this name."""
+    names = _STORES.setdefault(kind, {})
     if name not in names:
         functions = [f for base in kind.__mro__ for f in vars(base).values() if isinstance(f, FunctionType)]
         codes = [f.__code__ for f in functions if f.__name__ != "__init__" and name in f.__code__.co_names]
-        names[name] = bool(codes) and all(_looks_up(code, name) for code in codes)
+        names[name] = any(_stores(code) and not _looks_up(code, name) for code in codes)
     return names[name]
 
 
+def _stores(code: CodeType) -> bool:
+    """Whether a function stores or deletes items of anything."""
+    if not _WRITERS.isdisjoint(code.co_names):
+        return True
+    return any(instruction.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") for instruction in dis.get_instructions(code))
+
+
 def _looks_up(code: CodeType, name: str) -> bool:
+    """Whether a function uses an attribute as `self.name[key]`, `self.name.get(key)` or the like alone."""
     instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
     for i, *following in zip(instructions, instructions[1:], instructions[2:], strict=False):
         if i.opname.startswith("LOAD_ATTR") and i.argval == name:

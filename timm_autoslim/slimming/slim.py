@@ -32,6 +32,7 @@ def slim(
     loss: Callable[[Any, Any], Tensor],
     *,
     order: str | None = "reconstruction",
+    maximize: bool = False,
     conditions: Conditions | None = None,
     progress: bool = True,
     seed: int = 0,
@@ -50,6 +51,7 @@ def slim(
         batches: pairs of inputs (N, C, H, W) and targets on the model's device, not augmented. They order the channels,
             rank the subnets and reconstruct the layers. 500 to 5,000 images are good, in 8 batches or more.
         loss: called with the model's outputs and the targets of a batch; returns a scalar, lower is better.
+        maximize: whether higher is better in what `loss` returns, such as an accuracy.
         order: a criterion of `CRITERIA`; None leaves the channels in their order.
         conditions: what `peak_bytes` and `latency_ms` are counted for.
         progress: whether to show progress bars.
@@ -96,8 +98,9 @@ def slim(
             bar.update()
 
         result = search(
-            supernet, _read_budget(budget), HeldOut(pairs, score), conditions=conditions, seed=seed, on_step=show_step
-        )
+            supernet, _read_budget(budget), HeldOut(pairs, score), maximize=maximize, conditions=conditions, seed=seed,
+            on_step=show_step,
+        )  # fmt: skip
     if len(result.networks) != 1:
         raise BudgetError.at("budget", got=f"{len(result.networks)} budgets", needed="one", remedy="call slim for each")
     return _extract(supernet, result.networks[0].widths, pairs, progress)  # type: ignore[return-value]

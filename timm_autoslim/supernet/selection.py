@@ -20,6 +20,8 @@ from timm_autoslim.utils.tensors import collect_tensors
 READS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
 # Each layer gets so many rows for each input channel, but no fewer than this; more change little.
 ROWS_PER_CHANNEL, LEAST_ROWS = 8, 32768
+# Layers of more inputs are not recorded: what varies with what would take gigabytes.
+MOST_CHANNELS = 8192
 # What is left of a channel's variance below this share of the mean is rounding.
 FLOOR = 1e-4
 
@@ -42,7 +44,7 @@ class Covariance:
 def collect_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Covariance]:
     """Run the model, in evaluation mode, and return what enters its linear layers and convolutions, by path.
 
-    Convolutions in groups are left out. The model is not changed.
+    Convolutions in groups and layers of very many inputs are left out. The model is not changed.
 
     Args:
         model: the model.
@@ -70,7 +72,9 @@ def collect_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[str
         total[3] = total[3] + (rows.T @ rows).double()
 
     for path, module in replica.named_modules():
-        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1):
+        inputs = getattr(module, "in_features", getattr(module, "in_channels", 0))
+        dense = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1)
+        if dense and inputs <= MOST_CHANNELS:
             module.register_forward_pre_hook(functools.partial(record, path), with_kwargs=True)
     parts = list(check_batches(batches))
     if not parts:
@@ -113,10 +117,32 @@ class _Reader:
     outputs: Tensor
     floor: Tensor
 
+    def __post_init__(self) -> None:
+        members: dict[int, list[int]] = {}
+        for channel, unit in enumerate(self.unit.tolist()):
+            members.setdefault(unit, []).append(channel)
+        # by how many channels a unit has here: the units, and their channels (units, size)
+        self.sizes: dict[int, tuple[Tensor, Tensor]] = {}
+        for size in {len(channels) for channels in members.values()}:
+            units = [unit for unit, channels in members.items() if len(channels) == size]
+            rows = [members[unit] for unit in units]
+            self.sizes[size] = tuple(torch.tensor(v, device=self.left.device) for v in (units, rows))  # type: ignore[assignment]
+
     def measure(self, count: int) -> Tensor:
         """Return by unit (count,) what share of the outputs' variance it adds to what is there."""
-        gains = self.outputs.square().sum(1) / (self.left.diagonal().clamp_min(0) + self.floor)
-        return gains.new_zeros(count).index_add(0, self.unit, gains)
+        result = self.outputs.new_zeros(count)
+        for size, (units, channels) in self.sizes.items():
+            if size == 1:
+                variances = self.left.diagonal()[channels[:, 0]].clamp_min(0) + self.floor
+                result[units] = self.outputs[channels[:, 0]].square().sum(1) / variances
+                continue
+            # several channels of one unit say in part the same
+            among = self.left[channels[:, :, None], channels[:, None, :]]
+            outputs = self.outputs[channels]  # (units, size, O)
+            among = among + self.floor * torch.eye(size, device=among.device)  # (units, size, size)
+            solution = torch.linalg.solve(among, outputs)
+            result[units] = (outputs * solution).sum((1, 2))
+        return result
 
     def take(self, unit: int) -> None:
         """Leave of all channels what those of this unit do not say."""

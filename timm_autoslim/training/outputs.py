@@ -59,7 +59,7 @@ def compare(distill: DistillFn, outputs: Any, teacher: Any, read: Sequence[int])
         return distill(outputs, teacher)
     pairs = _pair(outputs, teacher, read)
     _check_shapes(pairs)
-    kinds = {(t.dim(), t.shape[1] if t.dim() > 2 else 0) for t, _ in pairs}
+    kinds = {(t.dim(), t.shape[1]) for t, _ in pairs}
     if not pairs or (len(pairs) > 1 and (len(kinds) > 1 or min(kinds)[0] not in (2, 4))):
         shapes = [tuple(tensor.shape) for tensor, _ in pairs] or "no tensor"
         got = f"the default, and outputs that loss_fn reads of {shapes}"
@@ -100,6 +100,10 @@ def _check_shapes(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
                 needed="a loss of features, whose width shrinks with the subnet",
                 remedy=f"{ASK}, or keep the width by convert(..., keep_output=True)",
             )
+        if tensor.dim() == 3:
+            got = f"a loss of logits, and outputs of the shape {tuple(tensor.shape)}"
+            needed = "logits (N, classes) or (N, classes, H, W): of three dimensions any may be the classes"
+            raise ConfigError.at("distill", got=got, needed=needed, remedy=ASK)
         if tensor.dim() < 2 or tensor.shape[1] < 2:
             got = f"a loss of logits, and outputs of the shape {tuple(tensor.shape)}"
             needed = "logits (N, classes) of at least two classes: the softmax of one is always 1"

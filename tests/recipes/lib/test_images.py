@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 from PIL import Image
+from timm.data import create_dataset
 
 from timm_autoslim.errors import DataError
-from timm_autoslim.recipes.lib.images import Subset, open_images
+from timm_autoslim.recipes.lib.images import Digits, Images, Subset, hash_images, open_images
 
 
 def make_images(folder, classes, count=4):
@@ -136,3 +137,22 @@ class Broken:
 
     def __getitem__(self, index):
         raise SyntaxError("boom")  # as PIL does on some damaged files
+
+
+def test_the_hash_of_images_knows_names_classes_sizes_and_numbers(tmp_path):
+    def write(*files):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, side in files:
+            path = folder / "train" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (side, side)).save(path)
+        source = create_dataset("", root=str(folder / "train"))
+        return hash_images(Images(Subset(source, 2), Subset(source, 2), 2))
+
+    same = [("a/1.png", 8), ("b/1.png", 8)]
+    assert write(*same) == write(*same)  # wherever they lie
+    others = [[("a/1.png", 8), ("b/2.png", 8)], [("a/1.png", 8), ("c/1.png", 8)], [("a/1.png", 99), ("b/1.png", 8)],
+              [*same, ("b/2.png", 8)]]  # fmt: skip
+    assert len({write(*same), *(write(*files) for files in others)}) == 5
+    digits = Images(Digits(True, "L"), Digits(False, "L"), 10)
+    assert hash_images(digits) == hash_images(digits)
