@@ -146,7 +146,8 @@ def search_networks(
 
 
 def write_budgets(flags: Sequence[str]) -> list[str]:
-    """Return --budgets as texts that the search reads: `macs=50%` is `macs<=50%`; several limits at once stay so."""
+    """Return --budgets as texts that the search reads: `macs=50%` and `50%` are `macs<=50%`; several limits stay so."""
+    flags = [flag if "=" in flag else f"macs<={flag}" for flag in flags]
     texts = [flag if "<=" in flag else flag.replace("=", "<=", 1) for flag in flags]
     return list(dict.fromkeys(" ".join(text.split()) for text in texts))
 

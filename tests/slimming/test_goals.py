@@ -243,3 +243,9 @@ def test_a_budget_that_neither_the_narrowest_nor_a_uniform_subnet_meets_is_refus
     assert evaluate.calls == 0
     uniform = uniform_at(branches, "latency_ms", 4, conditions=conditions)
     assert max(uniform[n] / SIZES[n] for n in SIZES) <= 0.4
+
+
+@pytest.mark.parametrize(("amount", "share"), [(0.5, "50%"), (50, "50%"), (1, "100%")])
+def test_a_share_in_place_of_a_number_is_told_how_to_write_it(supernet, amount, share):
+    with pytest.raises(BudgetError, match=f'out of reach: .*; write "{share}" for a share of the widest, raise'):
+        find_subnet(Goal(supernet, parse_limits(f"macs<={amount}", cost(supernet))))

@@ -136,10 +136,12 @@ def find_subnet(goal: Goal) -> Widths:
     narrowest, widest = spent.pick(metric), goal.cost(space.max()).pick(metric)
     places = 3 if metric == "latency_ms" else 0
     also = ", and no uniform one holds it" if subnets else ""
+    share = f'write "{100 * limit if limit <= 1 else limit:g}%" for a share of the widest, ' if limit <= 100 else ""
+    remedy = "" if metric == "latency_ms" else share  # milliseconds may well be below 100
     raise BudgetError(
         f"the budget of {limit:,.{places}f} {metric} is out of reach: the narrowest subnet of the search space has "
-        f"{narrowest:,.{places}f} ({narrowest / widest:.1%} of the widest){also}; raise the budget, or lower `min` in "
-        "convert()"
+        f"{narrowest:,.{places}f} ({narrowest / widest:.1%} of the widest){also}; {remedy}raise the "
+        "budget, or lower `min` in convert() (--min-width)"
     )
 
 
