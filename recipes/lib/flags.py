@@ -16,8 +16,8 @@ from timm_autoslim.recipes.lib.network_flags import (
 from timm_autoslim.recipes.lib.parser import ON_OFF, KeyValues
 from timm_autoslim.recipes.lib.training_flags import (
     add_augmentation_flags,
-    add_loss_of_distillation,
     add_optimizer_flags,
+    add_teacher,
     add_training_flags,
 )
 
@@ -165,21 +165,12 @@ def add_supernet_flags(parser: argparse.ArgumentParser) -> None:
 def add_distillation_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of train.py alone: what the subnets learn from."""
     group = parser.add_argument_group("distillation", "what all subnets but the widest learn from")
-    add_loss_of_distillation(group)
+    add_teacher(group, "another model as the teacher: a pretrained timm model, local-dir:FOLDER, or torchvision/NAME")
     group.add_argument(
         "--distill-teacher",
         choices=("widest", "ema"),
         default="widest",
         help="the widest subnet, or its moving average (DS-Net; needs --model-ema)",
-    )
-    group.add_argument(
-        "--teacher",
-        "--kd-model-name",
-        metavar="NAME",
-        help="another model as the teacher: a pretrained timm model, local-dir:FOLDER, or torchvision/NAME",
-    )
-    group.add_argument(
-        "--teacher-kwargs", "--kd-model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE"
     )
     group.add_argument(
         "--teach-widest",

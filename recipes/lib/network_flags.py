@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from timm_autoslim import BASELINES, CRITERIA, METRICS, MODES, RANKINGS, REFINEMENTS, RUNTIMES
-from timm_autoslim.recipes.lib.parser import ON_OFF, KeyValues
-from timm_autoslim.recipes.lib.training_flags import add_loss_of_distillation
+from timm_autoslim.recipes.lib.parser import ON_OFF
+from timm_autoslim.recipes.lib.training_flags import add_teacher
 
 
 def add_search_flags(parser: argparse.ArgumentParser) -> None:
@@ -87,24 +87,18 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of the recipes that fine-tune: what the network learns from besides the labels."""
     group = parser.add_argument_group("distillation", "what the network learns from besides the labels")
     group.add_argument(
-        "--teacher",
-        "--kd-model-name",
-        metavar="NAME",
-        help="the teacher: original (what the run's training started from; the default where it had trained weights of "
-        "these classes), a pretrained timm model, torchvision/NAME, a folder, a run folder (its widest), a file of "
-        "weights of --model, or none",
-    )
-    group.add_argument(
-        "--teacher-kwargs", "--kd-model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE"
-    )
-    group.add_argument(
         "--teach",
         type=float,
         default=0.5,
         metavar="SHARE",
         help="share of the teacher's loss; the labels have the rest",
     )
-    add_loss_of_distillation(group)
+    add_teacher(
+        group,
+        "the teacher: original (what the run's training started from; the default where it had trained weights of "
+        "these classes), a pretrained timm model, torchvision/NAME, a folder, a run folder (its widest), a file of "
+        "weights of --model, or none",
+    )
 
 
 def add_finetune_flags(parser: argparse.ArgumentParser) -> None:

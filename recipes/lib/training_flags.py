@@ -99,8 +99,12 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--wandb-project", default="timm-autoslim", help="project of --log-wandb")
 
 
-def add_loss_of_distillation(group: argparse._ArgumentGroup) -> None:
-    """Flags of the recipes that distill: the loss of the teacher."""
+def add_teacher(group: argparse._ArgumentGroup, help: str) -> None:
+    """Flags of the recipes that distill: which model teaches (`help` says what it may be), and its loss."""
+    group.add_argument("--teacher", "--kd-model-name", metavar="NAME", help=help)
+    group.add_argument(
+        "--teacher-kwargs", "--kd-model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE"
+    )
     group.add_argument(
         "--distill-loss",
         choices=list(DISTILLATION_LOSSES),

@@ -138,6 +138,14 @@ def test_covariances_are_those_of_the_inputs():
     torch.testing.assert_close(stem.products, torch.cov(rows.T, correction=0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 2), nn.Conv1d(4, 2, 1), nn.Conv2d(4, 2, 1)])
+def test_an_example_without_a_batch_has_its_channels_where_its_layer_has_them(layer):
+    torch.manual_seed(0)
+    inputs = torch.randn(4, *range(5, 5 + len(getattr(layer, "kernel_size", ()))))
+    (covariance,) = collect_covariances(nn.Sequential(layer), [inputs]).values()
+    torch.testing.assert_close(covariance.mean, inputs.reshape(4, -1).mean(1).double())
+
+
 @pytest.mark.slow
 def test_slim_models_of_a_trained_model_are_better_than_by_magnitude():
     """Digits: three seeds, each cut to a third of the MACs and reconstructed; nothing is trained afterwards."""

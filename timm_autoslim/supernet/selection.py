@@ -92,13 +92,9 @@ def collect_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[str
 
 def _take_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     """Return the inputs of a layer as (rows, C)."""
-    channels = inputs if isinstance(module, nn.Linear) else inputs.movedim(-2 if _is_single(module, inputs) else 1, -1)
-    return channels.reshape(-1, channels.shape[-1]).float()
-
-
-def _is_single(module: nn.Module, inputs: Tensor) -> bool:
-    """Whether a one-dimensional convolution got one example without a batch."""
-    return isinstance(module, nn.Conv1d) and inputs.dim() == 2
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        inputs = inputs.movedim(-1 - len(module.kernel_size), -1)  # counted from the end: there may be no batch
+    return inputs.reshape(-1, inputs.shape[-1]).float()
 
 
 @dataclass
