@@ -1,6 +1,9 @@
 """Slim models of any class: saved to a folder, and made again of a freshly built original."""
 
+import copy
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -184,3 +187,134 @@ def test_a_timm_model_is_saved_too(tmp_path):
         assert torch.equal(loaded.eval()(IMAGES), slim.eval()(IMAGES))
     assert loaded.num_features == slim.num_features
     assert timm_autoslim.load is load
+
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+
+@dataclasses.dataclass
+class Sizes:
+    width: int = 16
+    hidden: int = 32
+    stages: list = dataclasses.field(default_factory=lambda: [16, 32])
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenSizes:
+    width: int = 16
+    hidden: int = 32
+    stages: tuple = (16, 32)
+
+
+class Settings:
+    """A configuration like those of transformers, of properties and plain attributes."""
+
+    attribute_map = {"dim": "width"}  # noqa: RUF012
+
+    def __init__(self):
+        self.width, self.hidden, self.stages, self._kind = 16, 32, [16, 32], "vision"
+
+    def __getattribute__(self, name):
+        return super().__getattribute__(super().__getattribute__("attribute_map").get(name, name))
+
+    def to_dict(self):
+        return dict(vars(self))
+
+
+def make_dict():
+    return {"width": 16, "hidden": 32, "stages": [16, 32]}
+
+
+CONFIGS = {
+    "dict": make_dict,
+    "dataclass": Sizes,
+    "frozen dataclass": FrozenSizes,
+    "namespace": lambda: SimpleNamespace(**make_dict()),
+    "transformers": Settings,
+}
+
+
+def read(config, name):
+    return config[name] if isinstance(config, dict) else getattr(config, name)
+
+
+def show(config):
+    return copy.deepcopy(config if isinstance(config, dict) else vars(config))
+
+
+class Block(nn.Module):
+    """A layer that reads its sizes of the configuration when it runs."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.reduce, self.expand = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        hidden = self.reduce(x).reshape(len(x), -1, read(self.config, "stages")[1]).relu()
+        return x + self.expand(hidden.reshape(-1, read(self.config, "hidden"))).reshape(x.shape)
+
+
+class Configured(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.stem, self.block, self.head = nn.Linear(6, 16), Block(config), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.block(self.stem(x)).reshape(-1, read(self.config, "width")))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_configuration_stays_the_user_s(kind, tmp_path):
+    make, rows = CONFIGS[kind], torch.randn(5, 6)
+    config, fresh = make(), make()
+    torch.manual_seed(0)
+    model, sibling = Configured(config), Configured(config)
+    before = sibling(rows)
+    supernet = convert(model, rows[:1])
+    widths = supernet.space.uniform(0.5)
+    slim = supernet.extract(widths)
+    assert {"config.width", "config.hidden"} & slim.autoslim.attributes.keys()
+    assert torch.equal(slim(rows), supernet(rows, widths))
+    assert show(config) == show(make())
+    folder = save(slim, tmp_path / "slim")
+    original, other = Configured(fresh), Configured(fresh)
+    loaded = load(folder, original)
+    assert torch.equal(loaded(rows), slim(rows))
+    assert loaded.config is loaded.block.config
+    assert read(loaded.config, "width") == read(slim.config, "width") < 16
+    assert show(fresh) == show(make())
+    assert other.config is fresh
+    assert other(rows).shape == (5, 3)
+    assert torch.equal(sibling(rows), before)
+    again = load(save(loaded, tmp_path / "again"), Configured(fresh))  # the configuration serves once more
+    assert torch.equal(again(rows), slim(rows))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("config.width", 99), ("config.name", 3), ("config.made", 3), ("config._secret", 3), ("config.ratio", 2)],
+)
+def test_a_folder_may_only_narrow_numbers_that_a_configuration_has(path, value, tmp_path):
+    class Named(SimpleNamespace):
+        @property
+        def made(self):
+            raise AssertionError("a folder runs no code")
+
+    config, rows = SimpleNamespace(**make_dict()), torch.randn(1, 6)
+    supernet = convert(Configured(config), rows)
+    folder = save(supernet.extract(supernet.space.uniform(0.5)), tmp_path / "slim")
+    change_spec(folder, lambda c: c["spec"]["attributes"].update({path: value}))
+    config = Named(**make_dict(), name="a", _secret=8, ratio=0.3)
+    with pytest.raises(ArtifactError, match=path):
+        load(folder, Configured(config))
+    assert vars(config) == {**make_dict(), "name": "a", "_secret": 8, "ratio": 0.3}
+
+
+def test_a_configuration_that_lost_a_number_is_not_saved(tmp_path):
+    supernet = convert(Configured(SimpleNamespace(**make_dict())), torch.randn(1, 6))
+    slim = supernet.extract(supernet.space.uniform(0.5))
+    del slim.config.width
+    with pytest.raises(ArtifactError, match=r"config\.width.*undo changes by hand"):
+        save(slim, tmp_path / "slim")

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.models import FeatureInfo
 from torch import Tensor, nn
 
 from timm_autoslim.artifact.spec import AttributeValue, Size, Spec, make_spec_error
+from timm_autoslim.slicing.attributes import read_member
 from timm_autoslim.slicing.slices import Slices, shrink_model
 from timm_autoslim.slicing.tensors import Axis
 from timm_autoslim.utils.arguments import is_int
@@ -50,7 +50,7 @@ def apply_common(model: nn.Module, base: nn.Module, spec: Spec) -> nn.Module:
     attributes = {
         path: value
         for path, value in spec.attributes.items()
-        if _read_attribute(model, modules, path) == _read_attribute(base, base_modules, path)
+        if read_attribute(model, modules, path) == read_attribute(base, base_modules, path)
     }
     apply_spec(base, spec)
     shrink_model(model, find_slices(model, sizes, attributes))
@@ -121,7 +121,7 @@ def _find_axes(model: nn.Module, name: str, tensor: Tensor | None, sizes: tuple[
 # ------------------------------------------------------------------------------------------------ attributes
 
 
-def _read_attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> object:
+def read_attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: str) -> object:
     """Return what the base holds under an attribute's path, or None; follows `set_attributes`, no further."""
     above, _, leaf = path.rpartition(".")
     module, parts = modules.get(above, model), [leaf]
@@ -135,12 +135,8 @@ def _read_attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: st
     for part in parts[1:]:
         if isinstance(value, list | tuple) and part.isdecimal() and part.isascii() and len(part) < 10:
             value = value[int(part)] if int(part) < len(value) else None
-        elif isinstance(value, dict):
-            value = value.get(part)
-        elif isinstance(value, FeatureInfo):
-            value = vars(value).get(part)
         else:
-            return None
+            value = read_member(value, part)
     return value
 
 
@@ -149,7 +145,7 @@ def _check_attribute(
 ) -> Any:
     """Return a value of the type that the base has under this path; it may only be smaller."""
     where = f"attributes.{path}"
-    full = _read_attribute(model, modules, path)
+    full = read_attribute(model, modules, path)
     if is_int(full):
         if not (is_int(value) and value <= full):
             raise make_spec_error(where, value, f"an integer from 1 to {full}")

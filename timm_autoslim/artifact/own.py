@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from timm_autoslim.artifact.apply import SCALES, find_slices
+from timm_autoslim.artifact.apply import SCALES, find_slices, read_attribute
 from timm_autoslim.artifact.compare import find_unused_modules
 from timm_autoslim.artifact.drafts import create_folder, refuse_existing
 from timm_autoslim.artifact.folder import CONFIG, WEIGHTS, Header, is_kind, read_header, read_json
@@ -162,7 +162,16 @@ def _check_header(header: Header, model: nn.Module, slices: Slices) -> None:
 
 
 def _refuse_changes(model: nn.Module, spec: Spec) -> None:
-    """Raise ArtifactError where a tensor no longer has the sizes that the spec says."""
+    """Raise ArtifactError where a tensor no longer has the sizes that the spec says, or an attribute is gone."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path in spec.attributes:
+        if read_attribute(model, modules, path) is None:
+            raise ArtifactError.at(
+                path,
+                got="no number that load() could find",
+                needed="the attribute that the extracted model had",
+                remedy="undo changes by hand before save(), and make them on the loaded model",
+            )
     for name, tensor in model.state_dict().items():
         sizes = spec.sizes.get(name, (None,) * tensor.dim())
         lengths = [s if s is None or isinstance(s, int) else sum(n for _, n in s) for s in sizes]

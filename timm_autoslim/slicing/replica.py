@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, deque
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from timm_autoslim.slicing.attributes import set_attributes
+from timm_autoslim.slicing.attributes import PLAIN_DICTS, set_attributes
 from timm_autoslim.slicing.slices import Slices, find_entries, is_cache, list_cached_properties
 from timm_autoslim.slicing.tensors import clone_tensors, slice_for_call
 
@@ -19,11 +19,10 @@ M = TypeVar("M", bound=nn.Module)
 
 # Values of these types never change, and hold neither a module nor a tensor.
 _CONSTANTS = {int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size}
-_DICTS = {dict, OrderedDict, defaultdict}
 _STORES = ("_parameters", "_buffers", "_modules")
 _MODULE = nn.Module().__dict__  # what every module has
 _MODULE_NAMES = frozenset(_MODULE)
-_HOOKS = tuple(name for name, value in _MODULE.items() if type(value) in _DICTS and name not in _STORES)
+_HOOKS = tuple(name for name, value in _MODULE.items() if type(value) in PLAIN_DICTS and name not in _STORES)
 _CALLABLES = {types.MethodType, functools.partial, types.FunctionType}
 
 
@@ -75,7 +74,7 @@ class _Replication:
                 namespace.pop(name, None)
             object.__setattr__(self.memo[id(module)], "__dict__", namespace)
         self.replica = self.memo[id(model)]
-        set_attributes(self.replica, slices.attributes, copy_objects=True)  # it shares them with the model
+        set_attributes(self.replica, slices.attributes, has_own_dicts=True)
 
     def _copy_state(self, modules: list[nn.Module], variables: list[dict[str, Any]]) -> None:
         """Copy the tensors that a forward may write; what has a gradient is a weight, and shared."""
@@ -106,7 +105,7 @@ class _Replication:
             return value
         if id(value) in self.memo:
             return self.memo[id(value)]
-        if kind in _DICTS:
+        if kind in PLAIN_DICTS:
             items = self.memo[id(value)] = copy.copy(value)
             for key, item in value.items():
                 items[key] = self._copy(item)
@@ -132,7 +131,7 @@ class _Replication:
             return self.memo[id(value)]
         if kind in _CALLABLES:
             return self._redirect_callable(value)
-        if kind in _DICTS:
+        if kind in PLAIN_DICTS:
             redirected = {key: self._redirect(item) for key, item in value.items()}
             if all(redirected[key] is item for key, item in value.items()):
                 return value
