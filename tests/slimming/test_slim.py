@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from timm_autoslim import convert, cost, export, slim
@@ -93,3 +94,27 @@ def test_progress_is_shown_unless_it_is_off(capsys):
     assert "reconstruct" in capsys.readouterr().err
     slim(make_model(), "90%", make_batches(), cross_entropy, progress=False)
     assert not capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["reconstruction", "taylor"])
+def test_several_inputs_and_structured_outputs(order):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = make_model()
+
+        def forward(self, images, mask):
+            return {"logits": self.body(images * mask)}
+
+    model = Masked()
+    batches = [((images, torch.ones(len(images), 1, 32, 32)), labels) for images, labels in make_batches()]
+
+    def loss(outputs, labels):
+        return cross_entropy(outputs["logits"], labels)
+
+    smaller = slim(model, "50%", batches, loss, order=order, progress=False)
+    assert 0.4 < count_macs(smaller.body) / count_macs(model.body) <= 0.5
+    named = [({"images": images, "mask": mask}, labels) for (images, mask), labels in batches]
+    again = slim(model, "50%", named, loss, order=order, progress=False)
+    assert all(torch.equal(x, y) for x, y in zip(smaller.parameters(), again.parameters(), strict=True))

@@ -165,3 +165,26 @@ def test_slim_models_of_a_trained_model_are_better_than_by_magnitude():
             top1[order] = measure_top1(slim, testing)
         gains.append(top1["reconstruction"] - top1["l1"])
     assert np.mean(gains) > 0, gains
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_several_inputs_give_the_order_of_one(form):
+    class Halves(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, left, right):
+            return {"logits": self.model(torch.cat([left, right], 1))}
+
+    torch.manual_seed(0)
+    model, inputs = Hidden(8, second=True).eval(), torch.randn(100, 6)
+    one = convert(model, inputs[:1], order="reconstruction", batches=inputs.split(50))
+    halves = [part.split(3, dim=1) for part in inputs.split(50)]
+    batches = halves if form == "tuple" else [{"left": left, "right": right} for left, right in halves]
+    two = convert(Halves(model), batches[0], order="reconstruction", batches=batches)
+    assert torch.equal(two.model.model.first.weight, one.model.first.weight)
+    with pytest.raises(DataError, match=r"^batches\[0\]: got a (tuple|dict); needed: inputs of the model's forward"):
+        convert(
+            Halves(model), batches[0], order="reconstruction", batches=[(inputs,) if form == "tuple" else {"x": inputs}]
+        )

@@ -10,7 +10,7 @@ from timm_autoslim.training.examine import examine, renew_statistics, take_chann
 
 def find_reasons(model, inputs):
     with torch.no_grad():
-        return {layer.name: layer.reason for layer in examine(model.eval(), model, inputs).layers}
+        return {layer.name: layer.reason for layer in examine(model.eval(), model, inputs, len(inputs)).layers}
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_a_layer_is_solved_for_or_left_with_a_reason(layer, reason):
 
 def test_stops_are_in_the_order_of_the_forward_with_the_bytes_of_what_is_to_come():
     model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 2, 2), nn.Flatten())
-    plan = examine(model.eval(), model, torch.randn(2, 3, 8, 8))
+    plan = examine(model.eval(), model, torch.randn(2, 3, 8, 8), 2)
     assert plan.stops == ("0", "1", "2")
     first, norm, second = (4 * 64 * (3 + 4), 4 * 64 * (4 + 4), 4 * (64 * 4 + 16 * 6))
     assert plan.sizes == (max(first, norm, second), max(norm, second), second)

@@ -322,3 +322,89 @@ def test_a_model_of_inference_tensors_is_refused():
         slim = narrow(supernet, inner=8)
     with pytest.raises(ConfigError, match=r"^the slim model: got tensors that were made in torch.inference_mode"):
         reconstruct(slim, supernet, [make_images()])
+
+
+class Pair(nn.Module):
+    """Two images, a number that scales the second, and outputs in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.other = nn.Conv2d(4, 16, 1), nn.Conv2d(4, 16, 1)
+        self.outer, self.head = nn.Conv2d(16, 16, 1), nn.Linear(16, 3)
+
+    def forward(self, before, after, scale=None):
+        x = self.inner(before).relu() + self.other(after * (1 if scale is None else scale)).relu()
+        x = self.outer(x).relu()
+        return {"logits": self.head(x.mean((2, 3))), "maps": [x]}
+
+
+def give_pairs(form, images, others):
+    """Return batches of a pair of images in one of the forms that `convert` takes."""
+    pairs = zip(images.split(30), others.split(30), strict=True)
+    if form == "tuple":
+        return list(pairs)
+    return [{"before": before, "after": after, "scale": torch.ones(())} for before, after in pairs]
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+@pytest.mark.parametrize("as_supernet", [True, False])
+def test_several_inputs_and_structured_outputs(form, as_supernet):
+    torch.manual_seed(0)
+    model, batches = Pair().eval(), give_pairs(form, make_images(100), make_images(100).flip(0))
+    supernet = convert(model, batches[0])
+    slim = supernet.extract(supernet.space.uniform(0.5)).eval()
+    report = reconstruct(slim, supernet if as_supernet else model, batches)
+    assert report.images == 100
+    assert {layer.name for layer in report.layers if layer.reason is None} == {"outer", "head"}
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_several_inputs_give_the_same_weights_as_one(form):
+    """A model that gets its image in two halves, and one that gets it whole."""
+
+    class Halves(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, left, right):
+            return self.model(torch.cat([left, right], 3))
+
+    torch.manual_seed(0)
+    model, images = Redundant().eval(), make_images(100)
+    one = convert(model, images[:2])
+    slim = narrow(one, inner=8)
+    reconstruct(slim, one, images.split(32))  # no batch has to be joined
+    halves = [part.split(3, dim=3) for part in images.split(32)]
+    batches = halves if form == "tuple" else [{"left": left, "right": right} for left, right in halves]
+    two = convert(Halves(copy.deepcopy(model)), batches[0])
+    other = two.extract(two.space.max().replace("model.inner", 8)).eval()
+    reconstruct(other, two, batches)
+    assert all(torch.equal(x, y) for x, y in zip(slim.parameters(), other.model.parameters(), strict=True))
+
+
+def test_a_model_that_takes_one_image_without_a_batch():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Conv2d(16, 6, 1), nn.Flatten(0), nn.Linear(96, 2)).eval()
+    images = list(make_images(150))
+    with torch.no_grad():
+        model[0].weight[8:], model[0].bias[8:] = model[0].weight[:8], model[0].bias[:8]
+    supernet = convert(model, images[0])
+    assert not supernet.takes_any_batch_size
+    slim = supernet.extract(supernet.space.max().replace("0", 8)).eval()
+    raw = copy.deepcopy(slim)
+    report = reconstruct(slim, model, images)
+    assert report.images == 150
+    assert next(layer for layer in report.layers if layer.name == "2").reason is None
+    with torch.no_grad():
+        errors = [sum((net(x) - model(x)).norm() for x in images) for net in (slim, raw)]
+    assert errors[0] < 0.01 * errors[1]
+
+
+def test_batches_that_are_none_of_the_inputs_are_refused():
+    model, images = Pair().eval(), make_images(4)
+    supernet = convert(model, (images, images))
+    slim = supernet.extract(supernet.space.uniform(0.5))
+    for batch in ((images,), {"before": images, "middle": images}, [images, images]):
+        with pytest.raises(DataError, match=r"^batches\[0\]: got a (tuple|dict|list); needed: inputs of the model's"):
+            reconstruct(slim, supernet, [batch])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from timm_autoslim.errors import DataError
-from timm_autoslim.utils.batches import check_batches, make_empty_error
+from timm_autoslim.utils.batches import check_batches, divide_batch, make_empty_error
 
 IMAGES = torch.zeros(2, 3, 4, 4)
 
@@ -45,3 +45,15 @@ def test_tokens_are_batches_and_none_is_an_error_of_the_callers():
     assert list(check_batches(iter([tokens]))) == [tokens]
     assert list(check_batches([])) == []
     assert str(make_empty_error()).startswith("batches: got none; needed: an iterable of at least one input tensor")
+
+
+def test_a_batch_is_divided_where_it_is_one():
+    images, scale = torch.arange(5.0), torch.ones(())
+    batch = {"images": images, "other": [images[:, None]], "table": torch.zeros(3), "scale": scale, "flag": True}
+    parts = list(divide_batch(batch, 2))
+    assert [len(part["images"]) for part in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([part["other"][0] for part in parts]), images[:, None])
+    assert all(part["table"].shape == (3,) and part["scale"].shape == () and part["flag"] for part in parts)
+    assert [part.tolist() for part in divide_batch(images, 4)] == [[0, 1, 2, 3], [4]]
+    (same,) = divide_batch(batch, 5)
+    assert same is batch

@@ -16,13 +16,15 @@ from timm_autoslim.slimming.budgets import Budgets
 from timm_autoslim.slimming.result import Step
 from timm_autoslim.slimming.scoring import HeldOut
 from timm_autoslim.slimming.search import search
-from timm_autoslim.supernet.convert import convert
+from timm_autoslim.supernet.convert import convert_by
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.reconstruction import LayerReconstruction, reconstruct
 from timm_autoslim.utils.arguments import check_callable, check_flag, check_module
+from timm_autoslim.utils.batches import check_inputs
+from timm_autoslim.utils.meta import run_model
 
 M = TypeVar("M", bound=nn.Module)
-Pair = tuple[Tensor, Any]
+Pair = tuple[Any, Any]
 
 
 def slim(
@@ -45,11 +47,12 @@ def slim(
     `reconstruct`). Fine-tune it afterwards, if there is time; `python -m timm_autoslim slim` does all of that.
 
     Args:
-        model: a trained model that takes one tensor.
+        model: a trained model.
         budget: a share of the MACs ("50%"), their number ("300M", 3e8), one or several limits
             ("macs<=300M and latency_ms<=4"), or {metric: amount}.
         batches: pairs of inputs (N, C, H, W) and targets on the model's device, not augmented. They order the channels,
-            rank the subnets and reconstruct the layers. 500 to 5,000 images are good, in 8 batches or more.
+            rank the subnets and reconstruct the layers. 500 to 5,000 images are good, in 8 batches or more. Several
+            inputs are a tuple or, by name, a dict, as `convert` takes them: `((image, mask), targets)`.
         loss: called with the model's outputs and the targets of a batch; returns a scalar, lower is better.
         maximize: whether higher is better in what `loss` returns, such as an accuracy.
         order: a criterion of `CRITERIA`; None leaves the channels in their order.
@@ -63,7 +66,7 @@ def slim(
 
     Raises:
         BudgetError: the budget is malformed, out of reach, or several budgets.
-        DataError: the batches are no pairs, or there are none.
+        DataError: the batches are no pairs, there are none, or what is first in one is none of the model's inputs.
         ConfigError, EvaluationError, NothingToSlimError, TraceError, WidthError: as `convert`, `search` and
             `reconstruct` do.
 
@@ -79,17 +82,17 @@ def slim(
     check_module("model", model)
     check_callable("loss", loss, DataError, "a callable loss(outputs, targets) that returns a scalar")
     check_flag("progress", progress)
-    pairs = _check_pairs(batches)
+    pairs = _check_pairs(model, batches)
     source = copy.deepcopy(model).eval()  # whose gradients are ours, and whose modes
     if order == "taylor":
         _take_gradients(source, pairs, loss)
-    images = [inputs for inputs, _ in pairs]
-    supernet = convert(source, images[0][:1], order=order, batches=images, **rules).eval()
+    inputs = [batch for batch, _ in pairs]
+    supernet = convert_by(source, inputs[0], order=order, batches=inputs, **rules).eval()
     source.zero_grad()
     supernet.zero_grad()
 
-    def score(subnet: Callable[[Tensor], Any], batch: Pair) -> float:
-        return float(loss(subnet(batch[0]), batch[1]))
+    def score(subnet: Callable[..., Any], batch: Pair) -> float:
+        return float(loss(run_model(subnet, batch[0]), batch[1]))
 
     with tqdm(desc="search", unit="step", disable=not progress, leave=False) as bar:
 
@@ -127,21 +130,23 @@ def _read_budget(budget: Any) -> Budgets:
     return budgets
 
 
-def _check_pairs(batches: Iterable[Any]) -> list[Pair]:
+def _check_pairs(model: nn.Module, batches: Iterable[Any]) -> list[Pair]:
     """Return the batches as a list.
 
     Raises:
-        DataError: there is none, or one is no pair of inputs and targets.
+        DataError: there is none, or one is no pair of the model's inputs and targets.
     """
     needed = "an iterable of pairs (inputs, targets), such as a DataLoader"
     if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
         raise DataError.at("batches", got=f"a {type(batches).__name__}", needed=needed)
     pairs = [tuple(batch) if isinstance(batch, list | tuple) else batch for batch in batches]
     for index, pair in enumerate(pairs):
-        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], Tensor):
+        if not isinstance(pair, tuple) or len(pair) != 2:
             raise DataError.at(f"batch {index}", got=f"a {type(pair).__name__}", needed=needed)
     if not pairs:
         raise DataError.at("batches", got="none", needed=needed)
+    for _ in check_inputs(model, [inputs for inputs, _ in pairs]):
+        pass
     return pairs
 
 
@@ -152,6 +157,6 @@ def _take_gradients(model: nn.Module, pairs: Sequence[Pair], loss: Callable[[Any
     model.zero_grad()
     with torch.enable_grad():
         for inputs, targets in pairs:
-            loss(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+            loss(run_model(model, inputs), targets).backward()  # type: ignore[no-untyped-call]
     for parameter in frozen:
         parameter.requires_grad_(False)

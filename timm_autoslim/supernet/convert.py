@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from timm_autoslim.artifact.spec import derive_spec
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
@@ -17,6 +17,7 @@ from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace, trace_model
 from timm_autoslim.utils.arguments import check_flag, check_texts, check_type
+from timm_autoslim.utils.batches import divide_batch
 from timm_autoslim.utils.collecting import pause_collection
 
 # Tried one after the other if neither the user nor the model gives a size.
@@ -86,7 +87,7 @@ def convert(
     example_input: Any = None,
     order: str | None = None,
     *,
-    batches: Iterable[Tensor] | None = None,
+    batches: Iterable[Any] | None = None,
     freeze: str | Sequence[str] = (),
     min: int | float | Mapping[str, int | float] | None = None,
     divisor: int | Mapping[str, int] | None = None,
@@ -114,8 +115,8 @@ def convert(
             "reconstruction" (of `batches`; the best for a trained model that is slimmed without much training) or
             "random" (the same at each call). None leaves the order as it is, and then the widest subnet is bit-equal to
             the model.
-        batches: images (N, C, H, W) on the model's device, without labels, for the order "reconstruction"; 500 images
-            or more are good.
+        batches: inputs like the example, on the model's device, without labels, for the order "reconstruction"; 500
+            images or more are good.
         freeze: globs of module paths; the channels that enter or leave these modules are fixed.
         min: the least width of a group: a share of its size (float) or a number (int), for all or by glob.
         divisor: widths that are sampled and searched are multiples of it, for all or by glob.
@@ -134,7 +135,7 @@ def convert(
         NothingToSlimError: no channel can be removed.
         WidthError: a glob matches nothing, a value is out of range or of the wrong type, or the order is "taylor" and a
             weight that it reads has no gradient, or "reconstruction" and there are no batches.
-        DataError: the batches are no tensors, or not finite.
+        DataError: a batch is none of the model's inputs, or is not finite.
 
     Example:
         >>> import timm, torch
@@ -168,3 +169,11 @@ def convert(
 
         model = reorder_channels(model, trace.graph, order, batches)
     return Supernet(model, trace, space, spec)
+
+
+def convert_by(model: nn.Module, batch: Any, **rules: Any) -> Supernet:
+    """Convert a model by one image of a batch, or by all of them where it takes this number alone."""
+    try:
+        return convert(model, next(divide_batch(batch, 1)), **rules)
+    except TraceError:
+        return convert(model, batch, **rules)

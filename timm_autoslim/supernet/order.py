@@ -89,7 +89,7 @@ def make_pruning_group(model: nn.Module, graph: ChannelGraph, strand: int) -> An
 
 
 def score_units(
-    model: nn.Module, graph: ChannelGraph, criterion: str, seed: int = 0, batches: Iterable[Tensor] | None = None
+    model: nn.Module, graph: ChannelGraph, criterion: str, seed: int = 0, batches: Iterable[Any] | None = None
 ) -> list[NDArray[np.float64] | None]:
     """Return the scores of the units of every strand, by rank; None for a strand that the criterion cannot score.
 
@@ -98,13 +98,13 @@ def score_units(
         graph: its channel graph.
         criterion: a name in `CRITERIA`.
         seed: of the criterion "random"; torch's global generator is left as it was.
-        batches: images (N, C, H, W) on the model's device, which the criterion "reconstruction" reads.
+        batches: inputs on the model's device, which the criterion "reconstruction" reads.
 
     Raises:
         ConfigError: the criterion is unknown.
         WidthError: the criterion is "taylor", and a weight that it reads has no gradient; or it is "reconstruction",
             and there are no batches.
-        DataError: the batches are no tensors, or not finite.
+        DataError: a batch is none of the model's inputs, or is not finite.
     """
     make_scorer = CRITERIA.pick(criterion)
     groups = [make_pruning_group(model, graph, index) for index in range(len(graph.strands))]
@@ -121,7 +121,7 @@ def score_units(
     ]
 
 
-def _check_given(batches: Iterable[Tensor] | None) -> Iterable[Tensor]:
+def _check_given(batches: Iterable[Any] | None) -> Iterable[Any]:
     if batches is None:
         needed = 'images (N, C, H, W) in batches, which the criterion "reconstruction" reads'
         remedy = "pass batches=images.split(100), of 500 images or more, or choose another criterion"
@@ -186,7 +186,7 @@ def permute_units(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.in
     return result
 
 
-def reorder_channels(model: M, graph: ChannelGraph, order: str, batches: Iterable[Tensor] | None = None) -> M:
+def reorder_channels(model: M, graph: ChannelGraph, order: str, batches: Iterable[Any] | None = None) -> M:
     """Return a copy of `model` with the channels of every strand sorted by importance, the best first.
 
     The copy computes the same function up to float rounding. Channels that a shuffle matches by position stay in their
@@ -196,12 +196,12 @@ def reorder_channels(model: M, graph: ChannelGraph, order: str, batches: Iterabl
         model: the model of the graph.
         graph: its channel graph.
         order: a name in `CRITERIA`; "taylor" needs gradients, so run the loss backward on some batches first.
-        batches: images (N, C, H, W) on the model's device, without labels, for "reconstruction"; 500 or more are good.
+        batches: inputs on the model's device, without labels, for "reconstruction"; 500 images or more are good.
 
     Raises:
         WidthError: an argument is of the wrong type, the order is unknown, or it is "taylor" and a weight that it reads
             has no gradient, or "reconstruction" and there are no batches.
-        DataError: the batches are no tensors, or not finite.
+        DataError: a batch is none of the model's inputs, or is not finite.
 
     Example:
         >>> import timm, torch

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
-from timm_autoslim.utils.batches import check_batches, make_empty_error
+from timm_autoslim.utils.batches import check_inputs, make_empty_error, run_batch
 from timm_autoslim.utils.tensors import collect_tensors
 
 READS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
@@ -41,17 +41,17 @@ class Covariance:
     products: Tensor
 
 
-def collect_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Covariance]:
+def collect_covariances(model: nn.Module, batches: Iterable[Any]) -> dict[str, Covariance]:
     """Run the model, in evaluation mode, and return what enters its linear layers and convolutions, by path.
 
     Convolutions in groups and layers of very many inputs are left out. The model is not changed.
 
     Args:
         model: the model.
-        batches: inputs (N, C, H, W) on the model's device.
+        batches: inputs on the model's device, as `convert` takes them.
 
     Raises:
-        DataError: there are no batches, they are no tensors, or not finite.
+        DataError: there are no batches, one is none of the model's inputs, or is not finite.
     """
     replica = replicate(model, Slices({}, {})).eval()  # the model itself gets no hooks
     sums: dict[str, list[Any]] = {}
@@ -76,13 +76,13 @@ def collect_covariances(model: nn.Module, batches: Iterable[Tensor]) -> dict[str
         dense = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups == 1)
         if dense and inputs <= MOST_CHANNELS:
             module.register_forward_pre_hook(functools.partial(record, path), with_kwargs=True)
-    parts = list(check_batches(batches))
+    parts = list(check_inputs(model, batches))
     if not parts:
         raise make_empty_error()
     wanted = len(parts)
-    with torch.no_grad(), torch.autocast(parts[0].device.type, enabled=False):
-        for batch in parts:
-            replica(batch)
+    with torch.no_grad(), torch.autocast(collect_tensors(parts[0])[0].device.type, enabled=False):
+        for index, batch in enumerate(parts):
+            run_batch(replica, index, batch)
     result = {}
     for path, (origin, count, first, second) in sums.items():
         mean = first / count

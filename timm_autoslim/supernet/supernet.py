@@ -227,6 +227,11 @@ class Supernet(nn.Module):
         """The length of the batch that the model was traced with: it takes this one for sure."""
         return count_images(self._trace.example)
 
+    @property
+    def takes_any_batch_size(self) -> bool:
+        """Whether the inputs' first dimension is a batch of any length; else the model takes one length alone."""
+        return self._trace.batch
+
     def example(self, batch_size: int = 1) -> Any:
         """Return inputs of the shapes that the model was traced with, of this batch size, on the meta device.
 

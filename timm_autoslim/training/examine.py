@@ -15,6 +15,7 @@ from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.slicing.tensors import Axis, take_slice
 from timm_autoslim.training.least_squares import Layer, get_weight, take_outputs, take_rows
+from timm_autoslim.utils.batches import run_batch
 from timm_autoslim.utils.tensors import collect_tensors
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -52,21 +53,22 @@ class _Call:
     versions: tuple[int, int]
 
 
-def examine(slim: nn.Module, original: nn.Module, images: Tensor) -> Plan:
-    """Run both models on a few images (N, C, H, W), and find out what can be solved for.
+def examine(slim: nn.Module, original: nn.Module, inputs: Any, images: int) -> Plan:
+    """Run both models on a few images, and find out what can be solved for.
 
     Args:
         slim, original: the models; replicas of them run in evaluation mode.
-        images: at least one.
+        inputs: a batch of inputs.
+        images: how many images it has.
     """
-    calls, original_calls = _record(slim, images), _record(original, images)
+    calls, original_calls = _record(slim, inputs), _record(original, inputs)
     counts = Counter(call.path for call in calls)
     owners = Counter(id(p) for m in slim.modules() for p in m._parameters.values() if p is not None)
     norms_of = [call for call in calls if isinstance(slim.get_submodule(call.path), _BatchNorm)]
     followed = {(id(call.inputs), call.versions[0]) for call in norms_of}  # and not written into before
     bytes_by_path: Counter[str] = Counter()
     for call in original_calls:
-        size = (call.inputs.nbytes + call.outputs.nbytes) // len(images)
+        size = (call.inputs.nbytes + call.outputs.nbytes) // images
         bytes_by_path[call.path] = max(bytes_by_path[call.path], size)
     layers: list[Layer] = []
     norms: list[str] = []
@@ -117,7 +119,7 @@ def _find_reason(
     return None
 
 
-def _record(model: nn.Module, images: Tensor) -> list[_Call]:
+def _record(model: nn.Module, batch: Any) -> list[_Call]:
     """Return the calls of layers, and of other modules without children, that take and return a tensor, in order."""
     calls: list[_Call] = []
 
@@ -132,14 +134,14 @@ def _record(model: nn.Module, images: Tensor) -> list[_Call]:
     for path, module in replica.named_modules():
         if not len(module._modules) or isinstance(module, _LAYERS):
             module.register_forward_hook(functools.partial(record, path), with_kwargs=True)
-    replica(images)
+    run_batch(replica, 0, batch)
     return calls
 
 
 def take_channels(outputs: Tensor, module: nn.Module, channels: Axis) -> Tensor:
     """Return the channels that are left of what a layer of the original puts out."""
     axes: list[Axis] = [None] * outputs.dim()
-    axes[-1 if isinstance(module, nn.Linear) else 1] = channels
+    axes[1 if isinstance(module, _BatchNorm) else -1 - len(getattr(module, "kernel_size", ()))] = channels
     return take_slice(outputs, tuple(axes))
 
 

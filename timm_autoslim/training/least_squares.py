@@ -71,6 +71,7 @@ class Moments:
 
 def take_rows(module: nn.Module, inputs: Tensor) -> Tensor:
     """Return what each output of a layer is a sum over: (G, N, positions, I), for inputs as the layer takes them."""
+    inputs = _add_batch(module, inputs)
     if isinstance(module, nn.Linear):
         return inputs.reshape(1, len(inputs), -1, inputs.shape[-1])
     assert isinstance(module, nn.Conv1d | nn.Conv2d)
@@ -85,14 +86,22 @@ def take_rows(module: nn.Module, inputs: Tensor) -> Tensor:
 
 def take_outputs(module: nn.Module, outputs: Tensor) -> Tensor:
     """Return the outputs of a layer as (G, N, positions, O), G groups of the layer."""
+    outputs = _add_batch(module, outputs)
     if isinstance(module, nn.Linear):
         return outputs.reshape(1, len(outputs), -1, outputs.shape[-1])
     assert isinstance(module, nn.Conv1d | nn.Conv2d)
     return torch.unflatten(outputs.flatten(2), 1, (module.groups, -1)).permute(1, 0, 3, 2)
 
 
+def _add_batch(module: nn.Module, tensor: Tensor) -> Tensor:
+    """Return inputs or outputs of a layer with a batch of one image, if they have none."""
+    has_batch = tensor.dim() > 1 + len(getattr(module, "kernel_size", ()))
+    return tensor if has_batch else tensor[None]
+
+
 def have_same_rows(module: nn.Module, inputs: Tensor, outputs: Tensor) -> bool:
     """Whether inputs and outputs have the same images and positions: both may be channels of other layers."""
+    inputs, outputs = _add_batch(module, inputs), _add_batch(module, outputs)
     return take_rows(module, inputs[:1].float()).shape[2] == take_outputs(module, outputs[:1]).shape[2]
 
 
@@ -134,8 +143,9 @@ def sum_moments(layer: Layer, inputs: list[Tensor], outputs: list[Tensor]) -> tu
         if share < positions:
             chosen = torch.randperm(positions, generator=generator)[:share].to(x.device)
             all_rows, all_targets = all_rows[:, :, chosen], all_targets[:, :, chosen]
-        number = torch.arange(first, first + len(x), device=x.device) % _HELD_OUT
-        first += len(x)
+        images = all_rows.shape[1]
+        number = torch.arange(first, first + images, device=x.device) % _HELD_OUT
+        first += images
         for part, mask in enumerate((number != _HELD_OUT - 1, number == _HELD_OUT - 1)):
             r, t = all_rows[:, mask].flatten(1, 2).float(), all_targets[:, mask].flatten(1, 2).float()
             if origin is None:  # about it, since products of large means are not exact in float32

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
+from timm_autoslim.utils.batches import divide_batch
+from timm_autoslim.utils.meta import count_images, run_model
 from timm_autoslim.utils.tensors import collect_tensors
 
 # What is alive besides the inputs and outputs of one layer: residual sums and other branches.
@@ -31,12 +33,12 @@ class _Run:
     the model itself gets no hook.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, inputs: Iterable[str], outputs: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, batch: Any, inputs: Iterable[str], outputs: Iterable[str]) -> None:
         """Prepare a run.
 
         Args:
             model: the model.
-            images: a batch (N, C, H, W).
+            batch: inputs of the model.
             inputs: paths of modules at which it stops with what enters them.
             outputs: paths of modules at which it stops with what leaves them.
         """
@@ -50,18 +52,18 @@ class _Run:
         self._stop: tuple[str, Tensor] | None = None
         self._error: BaseException | None = None
         self._cancelled = False
-        self._thread = threading.Thread(target=self._work, args=(images,), daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(batch,), daemon=True)
 
     def start(self) -> None:
         """Start the thread, which waits for `advance`."""
         self._thread.start()
 
-    def _work(self, images: Tensor) -> None:
+    def _work(self, batch: Any) -> None:
         self._go.acquire()
         try:
             if not self._cancelled:
                 with torch.no_grad():
-                    self.replica(images)
+                    run_model(self.replica, batch)
         except _Cancelled:
             pass
         except BaseException as error:  # raised in the thread that waits
@@ -114,7 +116,7 @@ class Lockstep:
 
     def __init__(
         self, slim: nn.Module, original: nn.Module, layers: Sequence[str], norms: Sequence[str], sizes: Sequence[int],
-        images: Iterator[Tensor], memory: int,
+        batches: Iterator[Any], memory: int, divides: bool = True,
     ) -> None:  # fmt: skip
         """Take the models, and where they stop.
 
@@ -123,13 +125,14 @@ class Lockstep:
             layers: paths of modules, of which the original's outputs are yielded.
             norms: paths of modules, of which its inputs are yielded.
             sizes: by stop, the bytes of one image that its layer and all later ones have at most.
-            images: batches (N, C, H, W).
+            batches: inputs of the models.
             memory: how many bytes activations may take.
+            divides: whether batches may be divided; else each counts as one image.
         """
         self._slim, self._original, self._layers, self._norms = slim, original, layers, norms
         self._capacities = [max(1, memory // (2 * _ALIVE * size)) for size in sizes]  # in images
         largest = min([_LARGEST_BATCH, *(capacity // 4 for capacity in self._capacities[:1])])
-        self._batches = _divide(images, max(1, largest))
+        self._batches, self._divides = _divide(batches, max(1, largest)) if divides else batches, divides
         self._runs: list[tuple[_Run, _Run]] = []
         self.images = 0
 
@@ -172,7 +175,7 @@ class Lockstep:
             self._runs.append((slim, original))
             slim.start()
             original.start()
-            self.images += len(batch)
+            self.images += count_images(batch) if self._divides else 1
             stop: tuple[str, Tensor] | None = None
             for name in passed:
                 stop = _advance_to(slim, name)
@@ -194,10 +197,13 @@ def _make_path_error(name: str | None) -> ConfigError:
     return ConfigError.at("the models", got=got, needed="a forward that takes the same way for all images")
 
 
-def _divide(batches: Iterator[Tensor], count: int) -> Iterator[Tensor]:
-    """Yield the images of all batches, `count` at a time as far as they have one shape; less at the end."""
+def _divide(batches: Iterator[Any], count: int) -> Iterator[Any]:
+    """Yield the images of all batches, `count` at a time as far as they are tensors of one shape; less at the end."""
     waiting: list[Tensor] = []
-    for part in (part for batch in batches for part in torch.split(batch, count)):
+    for part in (part for batch in batches for part in divide_batch(batch, count)):
+        if not isinstance(part, Tensor):
+            yield part
+            continue
         if waiting and (part.shape[1:] != waiting[0].shape[1:] or sum(map(len, waiting)) + len(part) > count):
             yield torch.cat(waiting)
             waiting = []

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import ConfigError, WidthError
 from timm_autoslim.slicing.tensors import Axis
-from timm_autoslim.supernet.convert import convert
+from timm_autoslim.supernet.convert import convert_by
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.examine import examine, renew_statistics, take_channels
 from timm_autoslim.training.least_squares import (
@@ -27,8 +28,10 @@ from timm_autoslim.training.least_squares import (
 )
 from timm_autoslim.training.lockstep import Lockstep
 from timm_autoslim.utils.arguments import check_integer
-from timm_autoslim.utils.batches import check_batches, make_empty_error
+from timm_autoslim.utils.batches import check_inputs, divide_batch, make_empty_error
+from timm_autoslim.utils.meta import count_images
 from timm_autoslim.utils.restoring import restoring_on_error
+from timm_autoslim.utils.tensors import collect_tensors
 
 # What holds weights near those that they had, relative to the mean variance of the inputs; tried for every layer.
 RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)
@@ -70,7 +73,7 @@ class Reconstruction:
 
     Attributes:
         layers: one for each layer that has weights to solve for.
-        images: how many images were used at most.
+        images: how many images were used at most; batches, where the model takes one length alone.
 
     Example:
         >>> layer = LayerReconstruction("fc", rows=2000, inputs=256, before=0.53, after=0.31, reason=None)
@@ -97,7 +100,7 @@ class Reconstruction:
 def reconstruct(
     slim: nn.Module,
     original: nn.Module,
-    batches: Iterable[Tensor],
+    batches: Iterable[Any],
     *,
     memory_mib: int = 2048,
     on_layer: Callable[[LayerReconstruction], None] | None = None,
@@ -120,14 +123,15 @@ def reconstruct(
     Args:
         slim: what `supernet.extract(widths)` returned, or such a model after training; changed in place, at the end.
         original: the supernet, or the model that it was made of (with `order=`, `supernet.model`).
-        batches: inputs (N, C, H, W) on the models' device, without labels; 500 to 5,000 images are good.
+        batches: inputs (N, C, H, W) on the models' device, without labels; 500 to 5,000 images are good. Several inputs
+            are a tuple or, by name, a dict, as `convert` takes them.
         memory_mib: MiB that activations may take, about; where they are large, fewer images are used.
         on_layer: called after each layer.
 
     Raises:
         ConfigError: the slim model does not say its widths, or they are of another model than the original, or its
             channels are in another order; or an argument is out of range.
-        DataError: there are no batches, they are no tensors, or not finite.
+        DataError: there are no batches, one is none of the model's inputs, or is not finite.
 
     Example:
         >>> import timm, torch
@@ -145,22 +149,26 @@ def reconstruct(
     if any(tensor.is_inference() for tensor in slim.state_dict(keep_vars=True).values()):
         got, needed = "tensors that were made in torch.inference_mode()", "a model that can be changed"
         raise ConfigError.at("the slim model", got=got, needed=needed, remedy="extract or load it outside of that mode")
-    images = check_batches(batches)
-    first = next(images, None)
+    parts = check_inputs(slim, batches)
+    first = next(parts, None)
     if first is None:
         raise make_empty_error()
-    kept = _compare_channels(slim, original, first)
-    source = original.model if isinstance(original, Supernet) else original
+    spec = _get_spec(slim)
+    supernet = original if isinstance(original, Supernet) else convert_by(original, first)
+    kept, divides = _compare_channels(slim, spec, supernet), supernet.takes_any_batch_size
     result = copy.deepcopy(slim).eval()  # the slim model itself changes at the very end
     reports = []
-    with torch.no_grad(), torch.autocast(first.device.type, enabled=False):
-        plan = examine(result, source, first[:2])
+    with torch.no_grad(), torch.autocast(collect_tensors(first)[0].device.type, enabled=False):
+        example = next(divide_batch(first, 2)) if divides else first
+        plan = examine(result, supernet.model, example, count_images(example) if divides else 1)
         layers = {layer.name: layer for layer in plan.layers}
         solved = [name for name, layer in layers.items() if layer.reason is None]
         sizes = [
             size for name, size in zip(plan.stops, plan.sizes, strict=True) if name in solved or name in plan.norms
         ]
-        lockstep = Lockstep(result, source, solved, plan.norms, sizes, itertools.chain([first], images), memory)
+        lockstep = Lockstep(
+            result, supernet.model, solved, plan.norms, sizes, itertools.chain([first], parts), memory, divides
+        )
         changed = False
         with lockstep:
             for name, inputs, targets in lockstep:
@@ -220,17 +228,25 @@ class _Channels:
     narrowed: frozenset[str]
 
 
-def _compare_channels(slim: nn.Module, original: nn.Module, images: Tensor) -> _Channels:
-    """Return what the slim model has of the original.
+def _get_spec(slim: nn.Module) -> Spec:
+    """Return the spec of a slim model.
 
     Raises:
-        ConfigError: the slim model is no subnet of the original.
+        ConfigError: it has none.
     """
     spec = getattr(slim, "autoslim", None)
     if not isinstance(spec, Spec) or not spec.widths:
         got, needed = f"a {type(slim).__name__} that does not say its widths", "what supernet.extract(widths) returned"
         raise ConfigError.at("the slim model", got=got, needed=needed)
-    supernet = original if isinstance(original, Supernet) else convert(original, images[:1])
+    return spec
+
+
+def _compare_channels(slim: nn.Module, spec: Spec, supernet: Supernet) -> _Channels:
+    """Return what the slim model has of the original.
+
+    Raises:
+        ConfigError: the slim model is no subnet of the original.
+    """
     remedy = "pass the supernet that the slim model was extracted from"
     try:
         slices = supernet.graph.slices(supernet.space.from_dict(dict(spec.widths)).values_)

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from timm_autoslim.errors import DataError, quote_error
-from timm_autoslim.utils.meta import run_model
-from timm_autoslim.utils.tensors import collect_tensors
+from timm_autoslim.utils.meta import count_images, run_model
+from timm_autoslim.utils.tensors import collect_tensors, map_tensors
 
 NEEDED = "an iterable of at least one input tensor (N, C, H, W)"
 
@@ -113,6 +113,24 @@ def run_batch(model: nn.Module, index: int, batch: Any) -> Any:
         if isinstance(batch, Tensor):
             raise
         raise make_structure_error(index, batch, error) from error
+
+
+def divide_batch(batch: Any, count: int) -> Iterator[Any]:
+    """Yield the images of a batch, `count` at a time; less at the end.
+
+    Of several inputs every tensor is divided whose first dimension is as long as that of the first, which is the batch,
+    as `convert` doubles them; all else stays as it is.
+    """
+    images = count_images(batch)
+    if images <= count:
+        yield batch
+        return
+    for start in range(0, images, count):
+
+        def take(tensor: Tensor, start: int = start) -> Tensor:
+            return tensor[start : start + count] if tensor.dim() and len(tensor) == images else tensor
+
+        yield map_tensors(take, batch)
 
 
 def make_empty_error(got: str = "none") -> DataError:
