@@ -118,3 +118,26 @@ def test_several_inputs_and_structured_outputs(order):
     named = [({"images": images, "mask": mask}, labels) for (images, mask), labels in batches]
     again = slim(model, "50%", named, loss, order=order, progress=False)
     assert all(torch.equal(x, y) for x, y in zip(smaller.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rules", "stages"), [({}, 2), ({"min": 0.05}, 1)])
+def test_a_far_budget_is_met_in_stages(rules, stages, capsys, tmp_path):
+    model, batches = make_model().eval(), make_batches(4)
+    smaller = slim(model, "30%", batches, cross_entropy, base_args={"num_classes": 10}, **rules)
+    assert ("search 2 of 2" in capsys.readouterr().err) == (stages == 2)
+    assert 0.28 < count_macs(smaller) / count_macs(model) <= 0.3
+    again = timm.create_model(f"local-dir:{export(smaller, tmp_path / 'slim')}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(batches[0][0]), smaller(batches[0][0]))
+
+
+@pytest.mark.slow
+def test_stages_know_the_gradients_of_their_own_networks():
+    smaller = slim(make_model(), "30%", make_batches(), cross_entropy, progress=False, order="taylor")
+    assert all(parameter.grad is None for parameter in smaller.parameters())
+
+
+def test_several_budgets_are_refused():
+    with pytest.raises(BudgetError, match="2 budgets"):
+        slim(make_model(), {"macs": ["50%", "30%"]}, make_batches(), cross_entropy, progress=False)

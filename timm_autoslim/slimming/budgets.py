@@ -13,7 +13,6 @@ from timm_autoslim.errors import BudgetError
 from timm_autoslim.utils.arguments import check_type, quote
 
 Amount = float | str
-Budgets = Mapping[str, Amount | Sequence[Amount]] | Sequence[str]
 Limit = tuple[str, Amount]  # a metric, and the amount as the user wrote it
 
 _SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "": 1.0}
@@ -73,6 +72,9 @@ class Budget:
         """Return the largest share of any limit that a cost is; at most 1 if the budget holds."""
         metric, limit = self.tightest(cost)
         return float(cost.pick(metric)) / limit
+
+
+Budgets = Mapping[str, Amount | Sequence[Amount]] | Sequence[str | Budget]
 
 
 def _is_limit(limit: object) -> bool:
@@ -166,7 +168,7 @@ def list_limits(budgets: Budgets) -> list[list[Limit]]:
             several = [amounts] if isinstance(amounts, str) or not isinstance(amounts, Sequence) else amounts
             limits += [[(metric, amount)] for amount in several]
     elif isinstance(budgets, Sequence) and budgets and not isinstance(budgets, str):
-        limits = [_split(text) for text in budgets]
+        limits = [list(budget.limits) if isinstance(budget, Budget) else _split(budget) for budget in budgets]
     else:
         raise BudgetError.at("budgets", got=repr(budgets), needed=f"{_FORMS}, metrics {list(METRICS)}")
     if not limits:

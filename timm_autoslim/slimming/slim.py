@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from timm_autoslim.costs.conditions import Conditions
+from timm_autoslim.costs.cost import count_cost
 from timm_autoslim.errors import BudgetError, DataError
-from timm_autoslim.slimming.budgets import Budgets
+from timm_autoslim.slimming.budgets import Budget, Budgets
+from timm_autoslim.slimming.goals import parse_budgets
 from timm_autoslim.slimming.result import Step
 from timm_autoslim.slimming.scoring import HeldOut
 from timm_autoslim.slimming.search import search
+from timm_autoslim.slimming.stages import list_stages
 from timm_autoslim.supernet.convert import convert_by
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.reconstruction import LayerReconstruction, reconstruct
@@ -44,7 +48,10 @@ def slim(
 
     The channels are sorted by importance, the widths are searched on the model itself, the network is extracted, and
     its layers get the weights that reproduce what the model computes (`convert`, `search`, `extract` and
-    `reconstruct`). Fine-tune it afterwards, if there is time; `python -m timm_autoslim slim` does all of that.
+    `reconstruct`). A budget below half of what the model costs is met in stages that halve it at most: the next search
+    looks at a network that was reconstructed, and so can still be judged (not with `min=` and `choices=`, which count
+    from the model's own widths). Fine-tune it afterwards, if there is time; `python -m timm_autoslim slim` does all of
+    that.
 
     Args:
         model: a trained model.
@@ -83,36 +90,53 @@ def slim(
     check_callable("loss", loss, DataError, "a callable loss(outputs, targets) that returns a scalar")
     check_flag("progress", progress)
     pairs = _check_pairs(model, batches)
-    source = copy.deepcopy(model).eval()  # whose gradients are ours, and whose modes
-    if order == "taylor":
-        _take_gradients(source, pairs, loss)
     inputs = [batch for batch, _ in pairs]
-    supernet = convert_by(source, inputs[0], order=order, batches=inputs, **rules).eval()
-    source.zero_grad()
-    supernet.zero_grad()
+    smaller: nn.Module = copy.deepcopy(model).eval()  # whose gradients are ours, and whose modes
+    stages: list[Budget] = []
+    for number in itertools.count(1):
+        if order == "taylor":
+            _take_gradients(smaller, pairs, loss)
+        supernet = convert_by(smaller, inputs[0], order=order, batches=inputs, **rules).eval()
+        smaller.zero_grad()
+        supernet.zero_grad()
+        stages = stages or _plan(supernet, budget, conditions, in_stages=not {"min", "choices"} & rules.keys())
+        evaluate = HeldOut(pairs, lambda subnet, batch: float(loss(run_model(subnet, batch[0]), batch[1])))
+        of = f" {number} of {len(stages)}" if len(stages) > 1 else ""
+        with _show(f"search{of}", "step", progress) as bar:
 
-    def score(subnet: Callable[..., Any], batch: Pair) -> float:
-        return float(loss(run_model(subnet, batch[0]), batch[1]))
+            def show_step(step: Step, bar: Any = bar) -> None:
+                bar.set_postfix_str(f"{step.macs / 1e6:.4g}M MACs, loss {step.loss:.4f}")
+                bar.update()
 
-    with tqdm(desc="search", unit="step", disable=not progress, leave=False) as bar:
-
-        def show_step(step: Step) -> None:
-            bar.set_postfix_str(f"{step.macs / 1e6:.4g}M MACs, loss {step.loss:.4f}")
-            bar.update()
-
-        result = search(
-            supernet, _read_budget(budget), HeldOut(pairs, score), maximize=maximize, conditions=conditions, seed=seed,
-            on_step=show_step,
-        )  # fmt: skip
-    if len(result.networks) != 1:
-        raise BudgetError.at("budget", got=f"{len(result.networks)} budgets", needed="one", remedy="call slim for each")
-    return _extract(supernet, result.networks[0].widths, pairs, progress)  # type: ignore[return-value]
+            result = search(
+                supernet, [stages[number - 1]], evaluate, maximize=maximize, conditions=conditions, seed=seed,
+                on_step=show_step,
+            )  # fmt: skip
+        smaller = _extract(supernet, result.networks[0].widths, pairs, progress, of)
+        if number == len(stages):
+            break
+        rules = {name: rule for name, rule in rules.items() if name not in ("base", "base_args")}  # it knows its base
+    return smaller  # type: ignore[return-value]
 
 
-def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: bool) -> nn.Module:
+def _plan(supernet: Supernet, budget: Any, conditions: Conditions | None, *, in_stages: bool) -> list[Budget]:
+    """Return the budgets of all stages.
+
+    Raises:
+        BudgetError: the budget is malformed, out of reach, or several budgets.
+    """
+    budgets = parse_budgets(supernet, _read_budget(budget), conditions=conditions)
+    if len(budgets) != 1:
+        raise BudgetError.at("budget", got=f"{len(budgets)} budgets", needed="one", remedy="call slim for each")
+    if not in_stages:  # rules that count from the widths of the model itself
+        return budgets
+    return list_stages(budgets[0], count_cost(supernet, supernet.space.max(), budgets[0].metrics, conditions))
+
+
+def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: bool, of: str) -> nn.Module:
     """Extract a subnet and reconstruct its layers."""
     smaller = supernet.extract(widths).eval()
-    with tqdm(desc="reconstruct", unit="layer", disable=not progress, leave=False) as bar:
+    with _show(f"reconstruct{of}", "layer", progress) as bar:
 
         def show_layer(layer: LayerReconstruction) -> None:
             bar.set_postfix_str(layer.name)
@@ -120,6 +144,10 @@ def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: b
 
         reconstruct(smaller, supernet, (inputs for inputs, _ in pairs), on_layer=show_layer)
     return smaller
+
+
+def _show(text: str, unit: str, progress: bool) -> Any:
+    return tqdm(desc=text, unit=unit, disable=not progress, leave=False)
 
 
 def _read_budget(budget: Any) -> Budgets:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_autoslim import HeldOut, Supernet, baseline, convert, cost, search
+from timm_autoslim import HeldOut, Supernet, baseline, convert, cost, reconstruct, search
 
 Batches = list[tuple[Tensor, Tensor]]  # images (N, 3, H, W) and classes (N,)
 
@@ -27,6 +27,7 @@ class Task:
         model: the trained model; it is not changed.
         gradients: training images that importance is measured on.
         held_out: training images that subnets are ranked on, in parts.
+        batches: training images (N, 3, H, W) that networks between two searches are reconstructed on.
         shares: of the model's MACs, falling.
         seed: of what is drawn.
     """
@@ -34,6 +35,7 @@ class Task:
     model: nn.Module
     gradients: Batches
     held_out: Batches
+    batches: list[Tensor]
     shares: tuple[float, ...]
     seed: int
 
@@ -45,7 +47,7 @@ class Network:
     Attributes:
         model: cut out, neither calibrated nor trained.
         supernet: what it was extracted from; None for those of torch-pruning, which `reconstruct` does not know.
-        seconds: that it took to find it, and the networks before it.
+        seconds: CPU seconds that it took to find it, and the networks before it.
         work: images times MACs of the forwards that chose it; 0 if nothing was scored.
     """
 
@@ -84,11 +86,27 @@ def make_supernet(task: Task, order: str = "reconstruction") -> Supernet:
 
 
 def search_widths(task: Task) -> Iterator[Network]:
-    """Search on the trained model itself."""
-    start = time.perf_counter()
+    """Search on the trained model itself, and for the next share on the network found, reconstructed."""
+    start, work = time.process_time(), 0
+    model, whole = task.model, count_macs(task.model, task.batches[0][:1])
+    for share in task.shares:
+        supernet = make_supernet(replace(task, model=model))
+        evaluate = HeldOut(task.held_out, score)
+        result = search(supernet, {"macs": round(share * whole)}, evaluate, seed=task.seed)
+        work += result.evaluated_macs
+        widths = result.networks[0].widths
+        yield Network(supernet.extract(widths), supernet, time.process_time() - start, work)
+        if share != task.shares[-1]:
+            model = supernet.extract(widths).eval()
+            reconstruct(model, supernet, task.batches, memory_mib=4096)
+
+
+def search_at_once(task: Task) -> Iterator[Network]:
+    """Search on the trained model itself, one descent through all shares."""
+    start = time.process_time()
     supernet = make_supernet(task)
     result = search(supernet, {"macs": _to_macs(supernet, task)}, HeldOut(task.held_out, score), seed=task.seed)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     for network in result.networks:
         yield Network(supernet.extract(network.widths), supernet, seconds, result.evaluated_macs)
 
@@ -104,13 +122,13 @@ def rank_importance(task: Task) -> Iterator[Network]:
 
 
 def _run_baseline(task: Task, method: str, order: str) -> Iterator[Network]:
-    start = time.perf_counter()
+    start = time.process_time()
     supernet = make_supernet(task, order)
     collect_gradients(supernet.model, task.gradients)
     budgets = {"macs": _to_macs(supernet, task)}
     result = baseline(supernet, budgets, lambda subnet: 0.0, method, criterion="taylor")
     for network in result.networks:
-        yield Network(supernet.extract(network.widths), supernet, time.perf_counter() - start, 0)
+        yield Network(supernet.extract(network.widths), supernet, time.process_time() - start, 0)
 
 
 def _to_macs(supernet: Supernet, task: Task) -> list[int]:
@@ -133,7 +151,7 @@ def prune_isomorphic(task: Task) -> Iterator[Network]:
 
 
 def _prune(task: Task, importance: Any, **options: Any) -> Iterator[Network]:
-    start, image = time.perf_counter(), task.gradients[0][0][:1]
+    start, image = time.process_time(), task.gradients[0][0][:1]
     model = copy.deepcopy(task.model)
     collect_gradients(model, task.gradients)
     whole = count_macs(model, image)
@@ -147,11 +165,12 @@ def _prune(task: Task, importance: Any, **options: Any) -> Iterator[Network]:
             pruner.step()
         network = copy.deepcopy(model)
         network.zero_grad()
-        yield Network(network, None, time.perf_counter() - start, 0)
+        yield Network(network, None, time.process_time() - start, 0)
 
 
 METHODS: dict[str, Callable[[Task], Iterator[Network]]] = {
     "searched": search_widths,
+    "searched at once": search_at_once,
     "uniform": take_uniform,
     "importance": rank_importance,
     "torch-pruning, taylor": prune_by_taylor,
