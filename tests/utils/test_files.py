@@ -6,7 +6,7 @@ import pytest
 
 import timm_autoslim.files as public
 from timm_autoslim.utils import files
-from timm_autoslim.utils.files import locking, replace_file, sync_to_disk, write_text
+from timm_autoslim.utils.files import lock_folder, replace_file, sync_to_disk, write_text
 
 
 def test_a_text_file_is_written_and_replaced(tmp_path):
@@ -77,11 +77,11 @@ def test_who_locks_a_folder_second_waits_for_the_end_of_the_first_block(tmp_path
     order = []
 
     def wait():
-        with locking(tmp_path):
+        with lock_folder(tmp_path):
             order.append("second")
 
     other = threading.Thread(target=wait)
-    with locking(tmp_path):
+    with lock_folder(tmp_path):
         other.start()
         other.join(0.1)
         order.append("first")
@@ -92,5 +92,5 @@ def test_who_locks_a_folder_second_waits_for_the_end_of_the_first_block(tmp_path
 
 def test_where_there_are_no_locks_nobody_waits(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "fcntl", None)
-    with locking(tmp_path), locking(tmp_path):
+    with lock_folder(tmp_path), lock_folder(tmp_path):
         pass

@@ -11,12 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from timm_autoslim.errors import OutputExistsError
-from timm_autoslim.utils.files import sync_to_disk
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from timm_autoslim.utils.files import lock_folder, sync_to_disk
 
 
 def refuse_existing(folder: Path) -> None:
@@ -41,7 +36,7 @@ def create_folder(folder: Path) -> Iterator[Path]:
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         draft.mkdir(parents=True)
-        with _locked(draft):
+        with lock_folder(draft, wait=False):
             _remove_abandoned(folder)
             yield draft
             for path in (*draft.iterdir(), draft):
@@ -61,29 +56,11 @@ def create_folder(folder: Path) -> Iterator[Path]:
         raise
 
 
-@contextlib.contextmanager
-def _locked(draft: Path) -> Iterator[bool]:
-    """Lock a draft, until the block or the process ends; yields False where another process has the lock."""
-    if fcntl is None:
-        yield False
-        return
-    handle = os.open(draft, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # locked by another process, or a file system without locks
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(handle)
-
-
 def _remove_abandoned(folder: Path) -> None:
     """Remove the drafts of this folder whose processes were killed."""
     draft_name = re.compile(re.escape(f".{folder.name}.") + "[0-9a-f]{32}")
     for path in folder.parent.iterdir():
         if draft_name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            with _locked(path) as free:
+            with lock_folder(path, wait=False) as free:
                 if free:
                     shutil.rmtree(path, ignore_errors=True)

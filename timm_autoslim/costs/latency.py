@@ -24,7 +24,7 @@ from timm_autoslim.errors import LatencyError
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.utils.arguments import check_integer, check_path
-from timm_autoslim.utils.files import locking, write_text
+from timm_autoslim.utils.files import lock_folder, write_text
 
 FORMAT = 3
 FACTORS = 5  # of a prediction
@@ -222,7 +222,7 @@ class LatencyTable:
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with locking(self.path.parent):  # so that nobody writes between the reading and the writing
+        with lock_folder(self.path.parent):  # so that nobody writes between the reading and the writing
             if self.path.exists():
                 operators, fits = self._read(self.path)
                 self._operators, self._fits = {**operators, **self._operators}, {**fits, **self._fits}

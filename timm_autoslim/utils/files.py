@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,22 +50,29 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locking(folder: Path) -> Iterator[None]:
-    """Let others who lock the same folder, in this process or in another, wait until the block ends.
-
-    Where folders cannot be locked, as on Windows and on some network file systems, nobody waits.
+def lock_folder(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Lock a folder against others who do, in this process or in another, until the block or the process ends.
 
     Args:
         folder: a folder that exists; nothing in it changes.
+        wait: whether to wait for another who has the lock, or to go on without it.
+
+    Yields:
+        Whether the lock was taken. Where folders cannot be locked, as on Windows and on some network file systems, it
+        never is, and nobody waits.
     """
     if fcntl is None:
-        yield
+        yield False
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            locked = False
+        else:
+            locked = True
+        yield locked
     finally:
         os.close(handle)  # which ends the lock
 
