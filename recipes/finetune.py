@@ -36,7 +36,12 @@ from timm_autoslim.errors import OutputExistsError
 from timm_autoslim.recipes.lib.checkpoints import Checkpoints
 from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.images import open_images
-from timm_autoslim.recipes.lib.loaders import load_calibration_batches, make_evaluation_loader, make_training_loader
+from timm_autoslim.recipes.lib.loaders import (
+    load_calibration_batches,
+    make_evaluation_loader,
+    make_training_loader,
+    take_share,
+)
 from timm_autoslim.recipes.lib.models import (
     checkpoint_gradients,
     describe_base,
@@ -85,7 +90,8 @@ def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, netw
     set_seed(args.seed)
     fresh = not (args.resume and Checkpoints(folder, args.checkpoint_hist).list_paths())  # else weights are there
     reconstruction = training[: args.reconstruct] if fresh and not args.from_scratch else []
-    model = extract(accelerator, args, run, network, make_evaluation_loader(args, images.train, reconstruction))
+    loader = make_evaluation_loader(args, images.train, take_share(reconstruction, accelerator))
+    model = extract(accelerator, args, run, network, loader)
     start = find_start(accelerator, args, folder, {
         "network": network.name, "widths": network.widths.to_dict(), "training_images": len(training),
         "from_scratch": args.from_scratch,
@@ -147,7 +153,7 @@ def extract(
         args: the flags.
         run: the run folder.
         network: what to extract.
-        loader: images to reconstruct its layers with; none for the supernet's weights as they are.
+        loader: this process's images to reconstruct its layers with; none for the supernet's weights as they are.
 
     Raises:
         ConfigError: the supernet is not trained, or a batch is too small for BatchNorm.
@@ -176,7 +182,7 @@ def repair(accelerator: Accelerator, model: nn.Module, supernet: Supernet, loade
             bar.update()
 
         batches = (inputs.to(accelerator.device) for inputs, _ in loader)
-        report = reconstruct(model, supernet, batches, on_layer=show)
+        report = reconstruct(model, supernet, batches, distributed=True, on_layer=show)
     better = sum(layer.reason is None for layer in report.layers)
     accelerator.print(f"reconstructed: {better} of {len(report.layers)} layers, from {report.images} images")
 

@@ -35,7 +35,7 @@ from timm_autoslim.recipes.finetune import finetune, finish
 from timm_autoslim.recipes.lib.comparison import Row, make_table, read_original, write_original
 from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.images import hash_images, open_images
-from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
+from timm_autoslim.recipes.lib.loaders import make_evaluation_loader, take_share
 from timm_autoslim.recipes.lib.models import load_supernet, make_images, make_supernet
 from timm_autoslim.recipes.lib.names import is_stored
 from timm_autoslim.recipes.lib.networks import is_searched, read_networks
@@ -192,9 +192,10 @@ class Slimming:
         accelerator.wait_for_everyone()
         training, _ = split_training(args, len(self.images.train), folder)
         if args.order:
-            loader = make_evaluation_loader(args, self.images.train, training[: args.order_images])
+            apart, shown = args.order == "reconstruction", training[: args.order_images]
+            loader = make_evaluation_loader(args, self.images.train, take_share(shown, accelerator) if apart else shown)
             batches = ((inputs.to(accelerator.device), targets.to(accelerator.device)) for inputs, targets in loader)
-            order_channels(supernet, args.order, F.cross_entropy, batches)
+            order_channels(supernet, args.order, F.cross_entropy, batches, distributed=apart)
         if accelerator.is_main_process:
             write_args(folder, args)
             write_weights(folder / SUPERNET, supernet.model)

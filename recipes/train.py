@@ -24,7 +24,12 @@ from timm_autoslim.errors import ConfigError, OutputExistsError
 from timm_autoslim.recipes.lib.checkpoints import Checkpoints
 from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.images import open_images
-from timm_autoslim.recipes.lib.loaders import load_calibration_batches, make_evaluation_loader, make_training_loader
+from timm_autoslim.recipes.lib.loaders import (
+    load_calibration_batches,
+    make_evaluation_loader,
+    make_training_loader,
+    take_share,
+)
 from timm_autoslim.recipes.lib.models import checkpoint_gradients, make_images, make_supernet
 from timm_autoslim.recipes.lib.networks import is_searched
 from timm_autoslim.recipes.lib.ownership import own_folder
@@ -73,9 +78,10 @@ def train(accelerator: Accelerator, args: argparse.Namespace, run: Path) -> None
             args, len(images.train), run, anew=not resumes and accelerator.is_main_process
         )
     if args.order and not resumes:
-        loader = make_evaluation_loader(args, images.train, training[: args.order_images])
+        apart, shown = args.order == "reconstruction", training[: args.order_images]
+        loader = make_evaluation_loader(args, images.train, take_share(shown, accelerator) if apart else shown)
         batches = ((inputs.to(accelerator.device), targets.to(accelerator.device)) for inputs, targets in loader)
-        order_channels(supernet, args.order, torch.nn.functional.cross_entropy, batches)
+        order_channels(supernet, args.order, torch.nn.functional.cross_entropy, batches, distributed=apart)
     start = find_start(accelerator, args, run, {
         "model": args.model, "num_classes": args.num_classes, "in_chans": args.in_chans,
         "training_images": len(training), "limit_train": args.limit_train, "held_out": args.held_out,

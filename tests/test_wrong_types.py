@@ -63,6 +63,7 @@ def list_calls(supernet):
                 "model": set(), "example_input": {"None"}, "order": {"None"}, "freeze": set(), "min": {"None", *NUMBER},
                 "divisor": {"None", "integer"}, "choices": {"None"}, "base": {"None", "text"},
                 "base_args": {"None", "dict"}, "keep_output": {"None", "bool"}, "whole_heads": set(),
+                "distributed": {"bool"},
             },
         ),
         "Supernet": (supernet, {}, {"widths": {"None"}}),
@@ -163,7 +164,7 @@ def list_calls(supernet):
         ),
         "reorder_channels": (
             ta.reorder_channels, {"model": TwoGroups(), "graph": supernet.graph, "order": "l1"},
-            {"model": {"module"}, "graph": set(), "order": set()},
+            {"model": {"module"}, "graph": set(), "order": set(), "distributed": {"bool"}},
         ),
         "check_folder": (ta.check_folder, {}, {"folder": set()}),
         "create_base": (lambda name: ta.create_base(name), {}, {"name": set()}),

@@ -68,6 +68,12 @@ def load_batches(
     return [(images.to(accelerator.device), labels.to(accelerator.device)) for images, labels in pairs]
 
 
+def take_share(indices: Sequence[int], accelerator: Accelerator) -> list[int]:
+    """Return this process's share of some images: as many as each other process has; a rest is left out."""
+    count = len(indices) // accelerator.num_processes
+    return list(indices[accelerator.process_index * count :][:count])
+
+
 def load_calibration_batches(
     args: argparse.Namespace, source: Any, indices: Sequence[int], accelerator: Accelerator
 ) -> list[Tensor]:
@@ -82,6 +88,4 @@ def load_calibration_batches(
             f"--calibration-images {args.calibration_images}: {len(used)} images do not measure a BatchNorm in "
             f"{processes} process(es), which needs two in each and should have hundreds."
         )
-    count = len(used) // processes  # the rest is left out
-    share = used[accelerator.process_index * count :][:count]
-    return [inputs for inputs, _ in load_batches(args, source, share, accelerator)]
+    return [inputs for inputs, _ in load_batches(args, source, take_share(used, accelerator), accelerator)]

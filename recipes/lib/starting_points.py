@@ -139,7 +139,14 @@ def _load_torchvision(model: nn.Module, state: dict[str, Tensor]) -> None:
     load_weights(model, {**state, **left})
 
 
-def order_channels(supernet: Supernet, order: str, loss_fn: LossFn, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+def order_channels(
+    supernet: Supernet,
+    order: str,
+    loss_fn: LossFn,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    distributed: bool = False,
+) -> None:
     """Sort the channels of every group by importance, the best first, in place; the widest's function stays the same.
 
     Source: Cai et al., "Once-for-All", arXiv 1908.09791, section 3.3, there by the L1 norm; "taylor": Molchanov et al.,
@@ -150,6 +157,7 @@ def order_channels(supernet: Supernet, order: str, loss_fn: LossFn, batches: Ite
         order: a name in `timm_autoslim.CRITERIA`.
         loss_fn: whose gradients "taylor" takes, in evaluation mode.
         batches: inputs and targets on the device; only read for "taylor" and "reconstruction".
+        distributed: whether each process has images of its own, for "reconstruction".
     """
     model, training = supernet.model, supernet.model.training
     try:
@@ -160,7 +168,9 @@ def order_channels(supernet: Supernet, order: str, loss_fn: LossFn, batches: Ite
                 loss.backward()  # type: ignore[no-untyped-call]
         # channels that are in no checkpoint keep their order, so the state is all that moves
         images = (inputs for inputs, _ in batches) if order == "reconstruction" else None
-        model.load_state_dict(reorder_channels(model, supernet.graph, order, images).state_dict())
+        model.load_state_dict(
+            reorder_channels(model, supernet.graph, order, images, distributed=distributed).state_dict()
+        )
     finally:
         model.zero_grad()
         model.train(training)

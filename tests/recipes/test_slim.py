@@ -136,6 +136,7 @@ def test_two_processes_walk_the_same_road(weights, finished, tmp_path):
     done = launch_two("-m", "timm_autoslim", "slim", *make_command(tmp_path, weights, "--budgets", "macs=60%"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 process(es) on cpu" in done.stdout
+    assert "layers, from 200 images" in done.stdout  # of both processes together
     assert done.stdout.count("[4 of 4] load the networks again") == 1
     alone, both = (SearchResult.load(run / "search" / "searched.json") for run in (finished, tmp_path / "mine"))
     assert both.networks[0].widths == alone.networks[0].widths

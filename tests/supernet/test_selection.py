@@ -13,7 +13,7 @@ from torch import nn
 from timm_autoslim import baseline, calibrate, convert, reconstruct, uniform_at
 from timm_autoslim.errors import DataError, WidthError
 from timm_autoslim.supernet.order import score_units
-from timm_autoslim.supernet.selection import collect_covariances
+from timm_autoslim.supernet.selection import collect_moments
 
 
 class Hidden(nn.Module):
@@ -107,7 +107,7 @@ def test_channels_of_one_unit_that_say_the_same_count_once():
 def test_layers_of_very_many_inputs_are_not_recorded(monkeypatch):
     monkeypatch.setattr("timm_autoslim.supernet.selection.MOST_CHANNELS", 7)
     model, inputs = Hidden(8).eval(), torch.randn(50, 6)
-    assert list(collect_covariances(model, [inputs])) == ["first"]
+    assert list(collect_moments(model, [inputs])) == ["first"]
     supernet = convert(model, inputs[:2], order="reconstruction", batches=[inputs])  # by magnitude then
     torch.testing.assert_close(supernet(inputs), model(inputs))
 
@@ -130,20 +130,19 @@ def test_it_needs_batches_of_finite_images():
 def test_covariances_are_those_of_the_inputs():
     torch.manual_seed(0)
     model, images = randomise(TwoGroups()).eval(), torch.randn(40, 3, 8, 8) + 100
-    covariances = collect_covariances(model, images.split(16))
+    stem = collect_moments(model, images.split(16))["stem"]
     rows = images.movedim(1, -1).reshape(-1, 3).double()
-    stem = covariances["stem"]
-    assert stem.rows == len(rows)
-    torch.testing.assert_close(stem.mean, rows.mean(0))
-    torch.testing.assert_close(stem.products, torch.cov(rows.T, correction=0), rtol=1e-4, atol=1e-5)
+    assert stem.count == len(rows)
+    torch.testing.assert_close(stem.x[0], rows.mean(0))
+    torch.testing.assert_close(stem.xx[0], torch.cov(rows.T, correction=0), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(4, 2), nn.Conv1d(4, 2, 1), nn.Conv2d(4, 2, 1)])
 def test_an_example_without_a_batch_has_its_channels_where_its_layer_has_them(layer):
     torch.manual_seed(0)
     inputs = torch.randn(4, *range(5, 5 + len(getattr(layer, "kernel_size", ()))))
-    (covariance,) = collect_covariances(nn.Sequential(layer), [inputs]).values()
-    torch.testing.assert_close(covariance.mean, inputs.reshape(4, -1).mean(1).double())
+    (moments,) = collect_moments(nn.Sequential(layer), [inputs]).values()
+    torch.testing.assert_close(moments.x[0], inputs.reshape(4, -1).mean(1).double())
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from helpers.forks import run_in_processes
 from helpers.models import TwoGroups
 from torch import nn
 
@@ -408,3 +409,49 @@ def test_batches_that_are_none_of_the_inputs_are_refused():
     for batch in ((images,), {"before": images, "middle": images}, [images, images]):
         with pytest.raises(DataError, match=r"^batches\[0\]: got a (tuple|dict|list); needed: inputs of the model's"):
             reconstruct(slim, supernet, [batch])
+
+
+@pytest.mark.forks
+@pytest.mark.slow
+def test_two_processes_reconstruct_as_one_on_all_images(tmp_path):
+    def work(rank, distributed=True):
+        torch.manual_seed(0)
+        model = timm.create_model("resnet10t", num_classes=10, channels=(8, 16, 16, 16), stem_width=8).eval()
+        every = torch.randn(120, 3, 32, 32)
+        calibrate(model, [every])
+        own = every[60 * rank : 60 * rank + 60] if distributed else every
+        supernet = convert(
+            model, every[:2], order="reconstruction", batches=own.split(20), distributed=distributed
+        ).eval()
+        slim = supernet.extract(supernet.space.uniform(0.5)).eval()
+        report = reconstruct(slim, supernet, own.split(20), distributed=distributed)
+        rows = torch.tensor([[layer.rows, layer.before or 0, layer.after or 0] for layer in report.layers])
+        return {**slim.state_dict(), "images": torch.tensor(report.images), "rows": rows}
+
+    first, second = run_in_processes(2, work, tmp_path)
+    assert all(torch.equal(first[name], second[name]) for name in first if name != "rows")
+    alone = work(0, distributed=False)
+    assert alone["images"] == 120
+    for name, tensor in alone.items():
+        torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.forks
+@pytest.mark.slow
+def test_a_process_without_batches_is_refused_in_all_of_them(tmp_path):
+    def work(rank):
+        images = make_images(20)
+        supernet = convert(Redundant().eval(), images[:2])
+        messages = []
+        for call in (
+            lambda batches: reconstruct(narrow(supernet, inner=8), supernet, batches, distributed=True),
+            lambda batches: convert(Redundant(), images[:2], order="reconstruction", batches=batches, distributed=True),
+        ):
+            try:
+                call([] if rank else [images])
+            except DataError as error:
+                messages.append(str(error))
+        return messages
+
+    for messages in run_in_processes(2, work, tmp_path):
+        assert [message.partition(";")[0] for message in messages] == ["batches: got none in 1 of 2 processes"] * 2

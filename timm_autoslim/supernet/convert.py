@@ -88,6 +88,7 @@ def convert(
     order: str | None = None,
     *,
     batches: Iterable[Any] | None = None,
+    distributed: bool = False,
     freeze: str | Sequence[str] = (),
     min: int | float | Mapping[str, int | float] | None = None,
     divisor: int | Mapping[str, int] | None = None,
@@ -117,6 +118,8 @@ def convert(
             the model.
         batches: inputs like the example, on the model's device, without labels, for the order "reconstruction"; 500
             images or more are good.
+        distributed: the processes of torch.distributed work together, each with batches of its own, and end with the
+            same order; every process needs batches. Otherwise each works alone, and should get the same batches.
         freeze: globs of module paths; the channels that enter or leave these modules are fixed.
         min: the least width of a group: a share of its size (float) or a number (int), for all or by glob.
         divisor: widths that are sampled and searched are multiples of it, for all or by glob.
@@ -160,6 +163,7 @@ def convert(
     if keep_output is None:
         keep_output = getattr(model, "num_classes", None) != 0
     check_flag("keep_output", keep_output, WidthError)
+    check_flag("distributed", distributed, WidthError)
     spec = derive_spec(model, base, base_args)
     trace = _trace_examples(model, example_input, keep_output, whole_heads)
     trace = replace(trace, graph=_freeze_modules(trace.graph, freeze))
@@ -167,7 +171,7 @@ def convert(
     if order is not None:
         from timm_autoslim.supernet.order import reorder_channels
 
-        model = reorder_channels(model, trace.graph, order, batches)
+        model = reorder_channels(model, trace.graph, order, batches, distributed=distributed)
     return Supernet(model, trace, space, spec)
 
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from timm_autoslim.errors import WidthError
 from timm_autoslim.slicing.slices import clear_caches
-from timm_autoslim.supernet.selection import READS, SelectionImportance, collect_covariances
+from timm_autoslim.supernet.selection import READS, SelectionImportance, collect_moments
 from timm_autoslim.tracing.graph import AxisUnits, ChannelGraph
-from timm_autoslim.utils.arguments import check_module, check_type, quote
+from timm_autoslim.utils.arguments import check_flag, check_module, check_type, quote
+from timm_autoslim.utils.processes import choose_pool, copy_from_first
 from timm_autoslim.utils.tables import Table
 from timm_autoslim.utils.tensors import named_tensors
 
@@ -38,7 +39,7 @@ A unit's score is the mean over all layers that it runs through.
 - "taylor": weight times gradient; it reads the gradients in the model.
 - "random": random numbers.
 - "reconstruction": how well the outputs of the next layers can be computed from the units ranked before, on images; see
-  `SelectionImportance`. This one is called with the covariances of the layers' inputs.
+  `SelectionImportance`. This one is called with the moments of the layers' inputs.
 """
 CRITERIA.add("l1")(functools.partial(tp.importance.GroupMagnitudeImportance, p=1))
 CRITERIA.add("l2")(functools.partial(tp.importance.GroupMagnitudeImportance, p=2))
@@ -89,7 +90,12 @@ def make_pruning_group(model: nn.Module, graph: ChannelGraph, strand: int) -> An
 
 
 def score_units(
-    model: nn.Module, graph: ChannelGraph, criterion: str, seed: int = 0, batches: Iterable[Any] | None = None
+    model: nn.Module,
+    graph: ChannelGraph,
+    criterion: str,
+    seed: int = 0,
+    batches: Iterable[Any] | None = None,
+    distributed: bool = False,
 ) -> list[NDArray[np.float64] | None]:
     """Return the scores of the units of every strand, by rank; None for a strand that the criterion cannot score.
 
@@ -99,6 +105,7 @@ def score_units(
         criterion: a name in `CRITERIA`.
         seed: of the criterion "random"; torch's global generator is left as it was.
         batches: inputs on the model's device, which the criterion "reconstruction" reads.
+        distributed: whether each process has batches of its own.
 
     Raises:
         ConfigError: the criterion is unknown.
@@ -110,11 +117,14 @@ def score_units(
     groups = [make_pruning_group(model, graph, index) for index in range(len(graph.strands))]
     if criterion == "taylor":
         _check_gradients(group for group in groups if group is not None)
-    data = [collect_covariances(model, _check_given(batches))] if criterion == "reconstruction" else []
+    pool = choose_pool(distributed)
+    data = [collect_moments(model, _check_given(batches), pool)] if criterion == "reconstruction" else []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         scorer = make_scorer(*data)
         scores = [None if group is None else scorer(group) for group in groups]
+        if data:
+            copy_from_first(pool, [tensor for tensor in scores if tensor is not None])
     return [
         None if tensor is None else tensor[: strand.size].double().cpu().numpy()
         for strand, tensor in zip(graph.strands, scores, strict=True)
@@ -186,7 +196,14 @@ def permute_units(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.in
     return result
 
 
-def reorder_channels(model: M, graph: ChannelGraph, order: str, batches: Iterable[Any] | None = None) -> M:
+def reorder_channels(
+    model: M,
+    graph: ChannelGraph,
+    order: str,
+    batches: Iterable[Any] | None = None,
+    *,
+    distributed: bool = False,
+) -> M:
     """Return a copy of `model` with the channels of every strand sorted by importance, the best first.
 
     The copy computes the same function up to float rounding. Channels that a shuffle matches by position stay in their
@@ -197,6 +214,8 @@ def reorder_channels(model: M, graph: ChannelGraph, order: str, batches: Iterabl
         graph: its channel graph.
         order: a name in `CRITERIA`; "taylor" needs gradients, so run the loss backward on some batches first.
         batches: inputs on the model's device, without labels, for "reconstruction"; 500 images or more are good.
+        distributed: the processes of torch.distributed work together, each with batches of its own, and end with the
+            same order; every process needs batches. Otherwise each works alone, and should get the same batches.
 
     Raises:
         WidthError: an argument is of the wrong type, the order is unknown, or it is "taylor" and a weight that it reads
@@ -216,7 +235,9 @@ def reorder_channels(model: M, graph: ChannelGraph, order: str, batches: Iterabl
     check_type("graph", graph, ChannelGraph, WidthError, "the model's ChannelGraph, supernet.graph")
     if not isinstance(order, str) or order not in CRITERIA:
         raise WidthError.at("order", got=quote(order), needed=f"None or one of {list(CRITERIA)}")
-    scores = zip(graph.strands, score_units(model, graph, order, batches=batches), strict=True)
+    check_flag("distributed", distributed, WidthError)
+    units = score_units(model, graph, order, batches=batches, distributed=distributed)
+    scores = zip(graph.strands, units, strict=True)
     orders = {
         i: np.argsort(-s, kind="stable") for i, (strand, s) in enumerate(scores) if s is not None and not strand.ordered
     }

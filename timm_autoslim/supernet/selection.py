@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.utils.batches import check_inputs, make_empty_error, run_batch
+from timm_autoslim.utils.moments import Moments, Sums
+from timm_autoslim.utils.processes import Pool, check_share, pool_alone
 from timm_autoslim.utils.tensors import collect_tensors
 
 READS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
@@ -26,50 +28,37 @@ MOST_CHANNELS = 8192
 FLOOR = 1e-4
 
 
-@dataclass(frozen=True)
-class Covariance:
-    """How the input channels of a layer vary together.
-
-    Attributes:
-        rows: images, times positions.
-        mean: (C,).
-        products: means of the products of deviations from the mean (C, C).
-    """
-
-    rows: int
-    mean: Tensor
-    products: Tensor
-
-
-def collect_covariances(model: nn.Module, batches: Iterable[Any]) -> dict[str, Covariance]:
+def collect_moments(model: nn.Module, batches: Iterable[Any], pool: Pool = pool_alone) -> dict[str, Moments]:
     """Run the model, in evaluation mode, and return what enters its linear layers and convolutions, by path.
+
+    The moments are about the means, of one group of channels and without outputs.
 
     Convolutions in groups and layers of very many inputs are left out. The model is not changed.
 
     Args:
         model: the model.
         batches: inputs on the model's device, as `convert` takes them.
+        pool: adds up over processes, each of which has batches of its own.
 
     Raises:
-        DataError: there are no batches, one is none of the model's inputs, or is not finite.
+        DataError: there are no batches (of several processes: in one), one is none of the model's inputs, or is not
+            finite.
     """
     replica = replicate(model, Slices({}, {})).eval()  # the model itself gets no hooks
-    sums: dict[str, list[Any]] = {}
-    wanted = 0
+    sums: dict[str, Sums] = {}
+    count = 0
 
     def record(path: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         rows = _take_rows(module, collect_tensors((inputs, named))[0])  # (rows, C)
-        share = max(LEAST_ROWS, ROWS_PER_CHANNEL * rows.shape[1]) // max(1, wanted)
+        share = max(LEAST_ROWS, ROWS_PER_CHANNEL * rows.shape[1]) // max(1, count)
         if len(rows) > max(1, share):
             generator = torch.Generator().manual_seed(0)
             rows = rows[torch.randperm(len(rows), generator=generator)[: max(1, share)].to(rows.device)]
-        if path not in sums:  # about it, since products of large means are not exact in float32
-            sums[path] = [rows.mean(0), 0, 0.0, 0.0]
-        total = sums[path]
-        rows = rows - total[0]
-        total[1] += len(rows)
-        total[2] = total[2] + rows.sum(0).double()
-        total[3] = total[3] + (rows.T @ rows).double()
+        rows = rows[None]  # (1, rows, C)
+        outputs = rows[..., :0]
+        if path not in sums:
+            sums[path] = Sums(rows.mean(1), outputs.mean(1))
+        sums[path].add(rows, outputs)
 
     for path, module in replica.named_modules():
         inputs = getattr(module, "in_features", getattr(module, "in_channels", 0))
@@ -77,17 +66,15 @@ def collect_covariances(model: nn.Module, batches: Iterable[Any]) -> dict[str, C
         if dense and inputs <= MOST_CHANNELS:
             module.register_forward_pre_hook(functools.partial(record, path), with_kwargs=True)
     parts = list(check_inputs(model, batches))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    check_share(pool, len(parts), device)
     if not parts:
         raise make_empty_error()
-    wanted = len(parts)
-    with torch.no_grad(), torch.autocast(collect_tensors(parts[0])[0].device.type, enabled=False):
+    count = int(pool([torch.tensor(float(len(parts)), device=device)])[0])
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         for index, batch in enumerate(parts):
             run_batch(replica, index, batch)
-    result = {}
-    for path, (origin, count, first, second) in sums.items():
-        mean = first / count
-        result[path] = Covariance(count, origin.double() + mean, second / count - mean[:, None] * mean[None])
-    return result
+    return {path: part.read(pool).center() for path, part in sums.items()}
 
 
 def _take_rows(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -161,9 +148,9 @@ class SelectionImportance:
     Units that only other layers read, such as queries and keys, are ranked by the magnitude of their weights.
     """
 
-    def __init__(self, covariances: dict[str, Covariance]) -> None:
-        """Take the covariances of layers' inputs, by path."""
-        self.covariances = covariances
+    def __init__(self, moments: dict[str, Moments]) -> None:
+        """Take the moments of layers' inputs about their means, by path."""
+        self.moments = moments
         self.otherwise = tp.importance.GroupMagnitudeImportance(p=2)
 
     def __call__(self, group: Any) -> Tensor | None:
@@ -172,8 +159,8 @@ class SelectionImportance:
         count = 1 + max(max(item.root_idxs) for item in group)
         for item in group:
             name = item.dep.target.name.partition(" ")[0]
-            if item.dep.handler in READS and name in self.covariances:
-                readers += self._make_reader(item.dep.target.module, self.covariances[name], item)
+            if item.dep.handler in READS and name in self.moments:
+                readers += self._make_reader(item.dep.target.module, self.moments[name].xx[0], item)
         if not readers:
             scores: Tensor | None = self.otherwise(group)
             return scores
@@ -187,11 +174,11 @@ class SelectionImportance:
                 reader.take(best)
         return scores
 
-    def _make_reader(self, module: nn.Module, covariance: Covariance, item: Any) -> list[_Reader]:
-        """Return the reader; none where the layer puts out nothing that varies."""
+    def _make_reader(self, module: nn.Module, covariance: Tensor, item: Any) -> list[_Reader]:
+        """Return the reader, by the covariance (C, C) of its inputs; none where it puts out nothing that varies."""
         assert isinstance(module.weight, Tensor)
-        channels = torch.as_tensor(np.asarray(item.idxs), device=covariance.mean.device)
-        left = covariance.products[channels][:, channels].float()
+        channels = torch.as_tensor(np.asarray(item.idxs), device=covariance.device)
+        left = covariance[channels][:, channels].float()
         weight = module.weight.detach().to(left).transpose(0, 1).flatten(1)[channels]  # (C, outputs of all taps)
         if weight.shape[1] > len(weight):  # as many outputs with the same products
             values, vectors = torch.linalg.eigh(weight @ weight.T)

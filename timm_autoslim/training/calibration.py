@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from timm_autoslim.errors import DataError, StaleStatisticsError
 from timm_autoslim.utils.arguments import check_flag, check_module
 from timm_autoslim.utils.batches import check_inputs, make_empty_error, run_batch
+from timm_autoslim.utils.processes import are_parallel, pool_over_processes
 from timm_autoslim.utils.restoring import restoring, restoring_on_error
 
 
@@ -53,7 +54,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, distributed: bool = F
     inputs = check_inputs(model, batches)
     if not norms:
         return
-    parallel = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    parallel = are_parallel()
     synchronized = parallel and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     with _restore_statistics_on_error(norms):
         count = _measure_statistics(
@@ -127,9 +128,7 @@ def _average_over_processes(norms: list[_BatchNorm], count: int) -> int:
     for norm in norms:
         mean, var, batches = (norm.get_buffer(n) for n in ("running_mean", "running_var", "num_batches_tracked"))
         parts += [(x.double() * batches).flatten() for x in (mean, var)] + [batches.double().view(1)]
-    flat = torch.cat(parts)
-    dist.all_reduce(flat)
-    sums = iter(torch.split(flat, [len(part) for part in parts]))
+    sums = iter(pool_over_processes(parts))
     total = int(next(sums))
     for norm in norms:
         mean, var, batches = next(sums), next(sums), next(sums)

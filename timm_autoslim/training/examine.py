@@ -16,6 +16,7 @@ from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.slicing.tensors import Axis, take_slice
 from timm_autoslim.training.least_squares import Layer, get_weight, take_outputs, take_rows
 from timm_autoslim.utils.batches import run_batch
+from timm_autoslim.utils.processes import Pool, pool_alone
 from timm_autoslim.utils.tensors import collect_tensors
 
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -145,7 +146,9 @@ def take_channels(outputs: Tensor, module: nn.Module, channels: Axis) -> Tensor:
     return take_slice(outputs, tuple(axes))
 
 
-def renew_statistics(norms: list[nn.Module], inputs: list[Tensor], *, keep: bool = False) -> None:
+def renew_statistics(
+    norms: list[nn.Module], inputs: list[Tensor], *, keep: bool = False, pool: Pool = pool_alone
+) -> None:
     """Set the running statistics of a BatchNorm to those of its inputs (N, C, ...), in all batches together.
 
     With `keep` they stay, and only count as the model's own.
@@ -154,18 +157,22 @@ def renew_statistics(norms: list[nn.Module], inputs: list[Tensor], *, keep: bool
         norms: the BatchNorm, as it is in the model and in its runs.
         inputs: by batch.
         keep: see above.
+        pool: adds up over processes.
     """
     dims = [0, *range(2, inputs[0].dim())]
-    count = sum(x.numel() // x.shape[1] for x in inputs)
-    mean = torch.stack([x.double().sum(dims) for x in inputs]).sum(0) / count  # (C,)
-    square = torch.stack([x.double().square().sum(dims) for x in inputs]).sum(0) / count
+    sizes = inputs[0].new_tensor([len(inputs), sum(x.numel() // x.shape[1] for x in inputs)], dtype=torch.float64)
+    total = torch.stack([x.double().sum(dims) for x in inputs]).sum(0)  # (C,)
+    square = torch.stack([x.double().square().sum(dims) for x in inputs]).sum(0)
+    sizes, total, square = pool([sizes, total, square])
+    batches, count = (int(size) for size in sizes)
+    mean, square = total / count, square / count
     variance = (square - mean**2).clamp_min(0) * (count / max(1, count - 1))
     for norm in norms:
         assert isinstance(norm, _BatchNorm)
         assert norm.running_mean is not None
         assert norm.running_var is not None
         if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.fill_(len(inputs))
+            norm.num_batches_tracked.fill_(batches)
         if not keep:
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)

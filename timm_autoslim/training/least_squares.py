@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_autoslim.utils.moments import Moments, Sums
+from timm_autoslim.utils.processes import Pool, pool_alone
+
 # Each layer gets so many rows for each input, but no fewer than this; more change little.
 ROWS_PER_INPUT, LEAST_ROWS = 8, 32768
 _HELD_OUT = 5  # every fifth image tests
@@ -33,40 +36,6 @@ class Layer:
     def inputs(self) -> int:
         """How many numbers one output is a sum over."""
         return self.module.weight[0].numel()
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Second moments of inputs and outputs, by group of the convolution: G groups, I inputs and O outputs in each.
-
-    Attributes:
-        count: of rows.
-        x, y: means (G, I) and (G, O).
-        xx, xy, yy: means of the products (G, I, I), (G, I, O), (G, O).
-    """
-
-    count: int
-    x: Tensor
-    y: Tensor
-    xx: Tensor
-    xy: Tensor
-    yy: Tensor
-
-    def move(self, x: Tensor, y: Tensor) -> Moments:
-        """Return the moments after (G, I) and (G, O) were added to all rows."""
-        sums, products = (
-            self.x[:, :, None] * x[:, None],
-            self.x[:, :, None] * y[:, None] + x[:, :, None] * self.y[:, None],
-        )
-        xx = self.xx + sums + sums.transpose(1, 2) + x[:, :, None] * x[:, None]
-        xy = self.xy + products + x[:, :, None] * y[:, None]
-        return Moments(self.count, self.x + x, self.y + y, xx, xy, self.yy + 2 * y * self.y + y**2)
-
-    def center(self) -> Moments:
-        """Return the moments about the means."""
-        xx = self.xx - self.x[:, :, None] * self.x[:, None, :]
-        xy = self.xy - self.x[:, :, None] * self.y[:, None, :]
-        return Moments(self.count, self.x, self.y, xx, xy, self.yy - self.y**2)
 
 
 def take_rows(module: nn.Module, inputs: Tensor) -> Tensor:
@@ -122,24 +91,26 @@ def set_weight(module: nn.Module, weight: Tensor, shift: Tensor | None) -> None:
             module.bias.copy_(shift.reshape(-1))
 
 
-def sum_moments(layer: Layer, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Moments, Moments]:
+def sum_moments(
+    layer: Layer, inputs: list[Tensor], outputs: list[Tensor], pool: Pool = pool_alone
+) -> tuple[Moments, Moments]:
     """Return the moments of four images of five, and those of the fifth.
 
     Args:
         layer: the layer.
         inputs: by batch, what enters it.
         outputs: by batch, what should come out of it.
+        pool: adds up over processes.
     """
-    sums: list[list[Tensor]] = [[], []]
-    rows = [0, 0]
+    sums: list[Sums] = []
     wanted = max(ROWS_PER_INPUT * layer.inputs, LEAST_ROWS)
-    first, origin = 0, None
-    total = sum(take_outputs(layer.module, y)[0, :, :, 0].numel() for y in outputs)
+    first, count = 0, sum(take_outputs(layer.module, y)[0, :, :, 0].numel() for y in outputs)
+    (total,) = pool([torch.tensor(float(count), device=inputs[0].device)])
     generator = torch.Generator().manual_seed(0)
     for x, y in zip(inputs, outputs, strict=True):
         all_rows, all_targets = take_rows(layer.module, x.float()), take_outputs(layer.module, y)
         positions = all_rows.shape[2]
-        share = max(1, min(positions, round(positions * wanted / total)))
+        share = max(1, min(positions, round(positions * wanted / int(total))))
         if share < positions:
             chosen = torch.randperm(positions, generator=generator)[:share].to(x.device)
             all_rows, all_targets = all_rows[:, :, chosen], all_targets[:, :, chosen]
@@ -148,18 +119,10 @@ def sum_moments(layer: Layer, inputs: list[Tensor], outputs: list[Tensor]) -> tu
         first += images
         for part, mask in enumerate((number != _HELD_OUT - 1, number == _HELD_OUT - 1)):
             r, t = all_rows[:, mask].flatten(1, 2).float(), all_targets[:, mask].flatten(1, 2).float()
-            if origin is None:  # about it, since products of large means are not exact in float32
-                origin = r.mean(1, keepdim=True), t.mean(1, keepdim=True)
-            r, t = r - origin[0], t - origin[1]
-            products = [r.sum(1), t.sum(1), r.transpose(1, 2) @ r, r.transpose(1, 2) @ t, (t * t).sum(1)]
-            rows[part] += r.shape[1]
-            doubles = [p.double() for p in products]
-            sums[part] = [a + b for a, b in zip(sums[part], doubles, strict=True)] if sums[part] else doubles
-    assert origin is not None
-    solving, testing = (
-        Moments(n, *(value / max(1, n) for value in values)).move(*(x[:, 0].double() for x in origin))
-        for n, values in zip(rows, sums, strict=True)
-    )
+            if not sums:
+                sums = [Sums(r.mean(1), t.mean(1)), Sums(r.mean(1), t.mean(1))]
+            sums[part].add(r, t)
+    solving, testing = (part.read(pool) for part in sums)
     return solving, testing
 
 

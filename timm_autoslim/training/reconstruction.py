@@ -27,11 +27,11 @@ from timm_autoslim.training.least_squares import (
     sum_moments,
 )
 from timm_autoslim.training.lockstep import Lockstep
-from timm_autoslim.utils.arguments import check_integer
+from timm_autoslim.utils.arguments import check_flag, check_integer
 from timm_autoslim.utils.batches import check_inputs, divide_batch, make_empty_error
 from timm_autoslim.utils.meta import count_images
+from timm_autoslim.utils.processes import Pool, check_share, choose_pool, copy_from_first
 from timm_autoslim.utils.restoring import restoring_on_error
-from timm_autoslim.utils.tensors import collect_tensors
 
 # What holds weights near those that they had, relative to the mean variance of the inputs; tried for every layer.
 RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)
@@ -103,6 +103,7 @@ def reconstruct(
     batches: Iterable[Any],
     *,
     memory_mib: int = 2048,
+    distributed: bool = False,
     on_layer: Callable[[LayerReconstruction], None] | None = None,
 ) -> Reconstruction:
     """Give a slim model the weights that reproduce the original's outputs, layer by layer. Nothing is trained.
@@ -125,7 +126,9 @@ def reconstruct(
         original: the supernet, or the model that it was made of (with `order=`, `supernet.model`).
         batches: inputs (N, C, H, W) on the models' device, without labels; 500 to 5,000 images are good. Several inputs
             are a tuple or, by name, a dict, as `convert` takes them.
-        memory_mib: MiB that activations may take, about; where they are large, fewer images are used.
+        memory_mib: MiB that activations may take in this process, about; where they are large, fewer images are used.
+        distributed: the processes of torch.distributed work together, each with batches of its own, and end with the
+            same weights; every process needs batches. Otherwise each works alone, and should get the same batches.
         on_layer: called after each layer.
 
     Raises:
@@ -145,12 +148,15 @@ def reconstruct(
         >>> layer.name, layer.after < layer.before
         ('blocks.0.attn.qkv', True)
     """
+    check_flag("distributed", distributed)
     memory = check_integer("memory_mib", memory_mib, ConfigError) * 2**20
     if any(tensor.is_inference() for tensor in slim.state_dict(keep_vars=True).values()):
         got, needed = "tensors that were made in torch.inference_mode()", "a model that can be changed"
         raise ConfigError.at("the slim model", got=got, needed=needed, remedy="extract or load it outside of that mode")
     parts = check_inputs(slim, batches)
     first = next(parts, None)
+    pool, device = choose_pool(distributed), next((p.device for p in slim.parameters()), torch.device("cpu"))
+    check_share(pool, int(first is not None), device)
     if first is None:
         raise make_empty_error()
     spec = _get_spec(slim)
@@ -158,7 +164,7 @@ def reconstruct(
     kept, divides = _compare_channels(slim, spec, supernet), supernet.takes_any_batch_size
     result = copy.deepcopy(slim).eval()  # the slim model itself changes at the very end
     reports = []
-    with torch.no_grad(), torch.autocast(collect_tensors(first)[0].device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
         example = next(divide_batch(first, 2)) if divides else first
         plan = examine(result, supernet.model, example, count_images(example) if divides else 1)
         layers = {layer.name: layer for layer in plan.layers}
@@ -176,22 +182,25 @@ def reconstruct(
                     module = result.get_submodule(name)
                     targets = [take_channels(target, module, kept.outputs[name]) for target in targets]
                 if name in plan.norms:
-                    keep = all(_are_equal(x, y) for x, y in zip(inputs, targets, strict=True))
-                    renew_statistics(lockstep.list_modules(name), inputs, keep=keep)
+                    differing = sum(not _are_equal(x, y) for x, y in zip(inputs, targets, strict=True))
+                    keep = not pool([torch.tensor(float(differing), device=device)])[0]
+                    renew_statistics(lockstep.list_modules(name), inputs, keep=keep, pool=pool)
                     changed |= not keep
                     continue
-                report = _solve(layers[name], inputs, targets)
+                report = _solve(layers[name], inputs, targets, pool)
                 if not changed and name not in kept.narrowed:
                     _check_order(report)
                 changed |= report.before is None or report.before > EXACT
                 reports.append(report)
                 if on_layer is not None:
                     on_layer(report)
+        copy_from_first(pool, list(result.state_dict().values()))
+        (images,) = pool([torch.tensor(float(lockstep.images), device=device)])
     _set_state(slim, result)
     left = [_leave(layer, 0, layer.reason) for layer in plan.layers if layer.reason is not None]
     order = {name: index for index, name in enumerate(plan.stops)}
     reports = sorted((*reports, *left), key=lambda report: order[report.name])
-    return Reconstruction(tuple(reports), lockstep.images)
+    return Reconstruction(tuple(reports), int(images))
 
 
 def _set_state(slim: nn.Module, result: nn.Module) -> None:
@@ -272,11 +281,11 @@ def _compare_channels(slim: nn.Module, spec: Spec, supernet: Supernet) -> _Chann
     return _Channels(kept, frozenset(narrowed))
 
 
-def _solve(layer: Layer, inputs: list[Tensor], outputs: list[Tensor]) -> LayerReconstruction:
+def _solve(layer: Layer, inputs: list[Tensor], outputs: list[Tensor], pool: Pool) -> LayerReconstruction:
     """Solve for the weights of one layer, and set them if they are better."""
     if any(not have_same_rows(layer.module, x, y) for x, y in zip(inputs, outputs, strict=True)):
         return _leave(layer, 0, "it mixes positions that are narrowed")
-    solving, testing = sum_moments(layer, inputs, outputs)
+    solving, testing = sum_moments(layer, inputs, outputs, pool)
     if solving.count < 2 * layer.inputs or not testing.count:
         return _leave(layer, solving.count, "fewer than two rows for each input")
     module, weight = layer.module, get_weight(layer.module).double()
