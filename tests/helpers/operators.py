@@ -3,9 +3,9 @@
 import torch
 
 from timm_autoslim.tracing import ops
+from timm_autoslim.tracing.calls import FunctionCall
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.ops import tensors_in_lists
-from timm_autoslim.tracing.sizes import FunctionCall
 
 aten = torch.ops.aten
 

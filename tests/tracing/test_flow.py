@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from timm_autoslim.tracing.calls import FunctionCall
 from timm_autoslim.tracing.flow import Flow
-from timm_autoslim.tracing.sizes import FromAttribute, FunctionCall, Size
+from timm_autoslim.tracing.sizes import FromAttribute, Size
 
 
 @pytest.fixture

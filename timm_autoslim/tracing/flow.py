@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from timm_autoslim.tracing.calls import FunctionCall
 from timm_autoslim.tracing.labels import Atoms, AttributeUse, Constraints, Contraction, Kernel, Label, Vector
 from timm_autoslim.tracing.sizes import (
+    Check,
     FromAttribute,
     FromDimension,
     FromExpression,
-    FunctionCall,
+    Ratio,
     Size,
     find_factors,
     find_leaves,
@@ -39,6 +41,7 @@ class Flow:
         constraints: what else the trace learned about the channels.
         contractions: matrix products and convolutions, while `count_macs` is set.
         inequalities: sizes that the model's code has compared, the smaller one first.
+        checks: what else it has asked about sizes.
         images: how many images the products are for; MACs are counted for one.
         call: the torch function that is running.
         stack: the modules that are running.
@@ -59,6 +62,7 @@ class Flow:
         self.images = 1
         self._equalities: list[tuple[Size, Size]] = []
         self.inequalities: list[tuple[Size, Size]] = []
+        self.checks: list[Check] = []
         self._plain: dict[str, dict[int, Size]] = {}  # by module, sizes that became ordinary integers
         self._frozen_count = 0  # how many entries of the constraints `_frozen_atoms` covers
         self._frozen_atoms: Vector = np.zeros(0, np.int64)
@@ -226,6 +230,10 @@ class Flow:
         """Remember two sizes that must stay unequal, because the model's code compares them."""
         self.inequalities.append((a, b) if a < b else (b, a))
 
+    def note_check(self, check: Check) -> None:
+        """Remember what the model's code has asked about sizes: the answer must be the same in every subnet."""
+        self.checks.append(check)
+
     def bind_equal_attributes(self, descriptions: Sequence[AttributeUse] = ()) -> None:
         """Bind attributes that the model's code has compared with others to the channels of these.
 
@@ -292,7 +300,7 @@ class Flow:
                 return True
         return False
 
-    def _bind_attribute(self, leaf: Size, label: Label) -> None:
+    def _bind_attribute(self, leaf: Size | Ratio, label: Label) -> None:
         assert isinstance(leaf.origin, FromAttribute)
         self.constraints.attributes.append(AttributeUse(leaf.origin.path, int(leaf), label))
 

@@ -55,11 +55,13 @@ class ChannelGraph:
         observations: what the trace observed.
         solution: the units, strands and groups that follow from it.
         floor: the narrowest width that the proof could run; 1 for nearly every model.
+        least_widths: (vector, width): the group of these channels is never narrower.
     """
 
     observations: Observations
     solution: Solution
     floor: int = 1
+    least_widths: tuple[tuple[Vector, int], ...] = ()
 
     @classmethod
     def from_observations(cls, observations: Observations, floor: int = 1) -> ChannelGraph:
@@ -71,7 +73,11 @@ class ChannelGraph:
         frozen_vectors = list(self.observations.frozen_vectors)
         frozen_vectors += [(vector, reason) for vector in vectors if vector is not None]
         observations = replace(self.observations, frozen_vectors=tuple(frozen_vectors))
-        return ChannelGraph.from_observations(observations, self.floor)
+        return replace(self, observations=observations, solution=solve(observations))
+
+    def keep_width(self, vector: Vector, width: int) -> ChannelGraph:
+        """Return a graph in which the group of these channels is never narrower than `width`."""
+        return replace(self, least_widths=(*self.least_widths, (vector, width))) if width > 1 else self
 
     def freeze_tensors(self, names: Sequence[str], reason: str) -> ChannelGraph:
         """Return a graph in which all channels of these tensors are fixed as well."""
@@ -93,7 +99,7 @@ class ChannelGraph:
     def _facts(self) -> tuple[object, ...]:
         """Everything that equal graphs have in common, except the units of every axis."""
         return (
-            *(self.names, self.group_sizes, self.floor, self.strands, self.shapes, self.parameters, self.tied_names),
+            *(self.names, self.group_sizes, self.floors, self.strands, self.shapes, self.parameters, self.tied_names),
             *(self.fixed, self.lengths, self.producers, self.attributes, self.products, list(self.places)),
         )
 
@@ -124,10 +130,14 @@ class ChannelGraph:
         """The widest width of every group."""
         return self.solution.sizes
 
-    @property
+    @cached_property
     def floors(self) -> list[int]:
         """The narrowest width of every group."""
-        return [min(self.floor, max(1, n // 2)) for n in self.group_sizes]
+        floors = [min(self.floor, max(1, n // 2)) for n in self.group_sizes]
+        for vector, width in self.least_widths:
+            for group, _ in self.make_count(vector).terms:
+                floors[group] = max(floors[group], min(width, self.group_sizes[group]))
+        return floors
 
     @property
     def names(self) -> tuple[str, ...]:

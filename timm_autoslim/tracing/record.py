@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import prod
 from types import FunctionType
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_autoslim.errors import TraceError
 from timm_autoslim.tracing import ops
+from timm_autoslim.tracing.calls import FunctionCall
 from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.scales import Factor, ScaleTracker, Scores
-from timm_autoslim.tracing.sizes import FromExpression, FunctionCall, Size, watching_sizes
+from timm_autoslim.tracing.sizes import FromExpression, Size, watching_sizes
 from timm_autoslim.tracing.values import KnownValues
 from timm_autoslim.utils.meta import fix_seed, list_generators, run_model
 from timm_autoslim.utils.running import ModuleStack
@@ -286,7 +288,11 @@ class LabelRecorder(Recorder):
     def _add_origin(self, number: int, tensor: Tensor) -> int:
         """Return the number of elements of a tensor, with the product of its sizes as origin."""
         dims = tuple(size for size in self.flow.get_sizes(tensor) if isinstance(size, Size))
-        return Size(number, FromExpression(dims, len(dims) == 1, dims)) if dims else number
+        if not dims:
+            return number
+        rest = number // prod(dims)
+        size: Size = Size(number, FromExpression(lambda *lengths: rest * prod(lengths), dims, len(dims) == 1, dims))
+        return size
 
     def _add_origins(self, shape: Any, tensor: Tensor, *dim: int) -> Any:
         """Return the shape of a tensor, or one length of it, with the dimensions as origins."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import traceback
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from timm_autoslim.errors import TraceError, quote_error
+from timm_autoslim.tracing.source import format_line
 from timm_autoslim.utils.tensors import collect_tensors, named_tensors
 
 # What a module is, and what to do about it.
@@ -157,11 +157,8 @@ def _quote_line(error: Exception) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_MODEL)]
     if not frames:
         return ""
-    path = Path(frames[-1].filename)
-    with contextlib.suppress(ValueError):
-        path = path.relative_to(Path.cwd())
     text = f", `{frames[-1].line}`" if frames[-1].line else ""
-    return f" at {path}:{frames[-1].lineno}{text}"
+    return f" at {format_line(frames[-1].filename, frames[-1].lineno or 0)}{text}"
 
 
 def _find_part(model: nn.Module, returned: Iterable[str]) -> tuple[str, float] | None:

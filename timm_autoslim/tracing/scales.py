@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_autoslim.tracing.calls import FunctionCall
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops.schema import OperatorCall, tensors_in_lists
-from timm_autoslim.tracing.sizes import FunctionCall
 from timm_autoslim.utils.tensors import named_tensors
 
 _PRODUCTS = frozenset({"mm", "addmm", "bmm", "baddbmm", "mv", "dot"})

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.slicing.slices import clear_caches
 from timm_autoslim.tracing import ops
+from timm_autoslim.tracing.calls import wrap_attributes
+from timm_autoslim.tracing.checks import keep_answers
 from timm_autoslim.tracing.comparisons import find_coincidences
 from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
@@ -26,7 +28,6 @@ from timm_autoslim.tracing.prove import Disagreement, Prover, list_suspects
 from timm_autoslim.tracing.record import LabelRecorder, RunRecord
 from timm_autoslim.tracing.refusals import check_example, check_model, explain_failure
 from timm_autoslim.tracing.scales import find_number_tensors, wrap_floats
-from timm_autoslim.tracing.sizes import wrap_attributes
 from timm_autoslim.utils.meta import copy_to_meta, count_images, make_meta_example, run_model
 from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, named_tensors
 
@@ -310,11 +311,9 @@ class Tracer:
         """Freeze channels whose number could become one that the code compares it with, and takes another path."""
         uses = [*self.flow.constraints.attributes, *self.describer.uses]
         vectors = find_coincidences(graph, self.flow.inequalities, uses)
-        return (
-            graph.freeze(vectors, "the code compares their number with another that may become equal")
-            if vectors
-            else graph
-        )
+        if vectors:
+            graph = graph.freeze(vectors, "the code compares their number with another that may become equal")
+        return keep_answers(graph, self.flow.checks)
 
     # -- proving ----------------------------------------------------------------------------------------------------
 
