@@ -52,7 +52,7 @@ from timm_autoslim import (
 )
 from timm_autoslim.errors import DataError, OutputExistsError
 from timm_autoslim.recipes.lib.configuration import parse_args
-from timm_autoslim.recipes.lib.images import open_images
+from timm_autoslim.recipes.lib.images import hash_images, open_images
 from timm_autoslim.recipes.lib.loaders import load_batches
 from timm_autoslim.recipes.lib.models import load_supernet
 from timm_autoslim.recipes.lib.networks import SEARCHED, is_searched, list_networks, write_results
@@ -204,8 +204,9 @@ def describe_settings(run: Path, args: argparse.Namespace, images: int) -> dict[
     """Return what a score depends on besides the widths: weights, images, and how the subnets run."""
     weights = hashlib.sha256((run / SUPERNET).read_bytes()).hexdigest()
     split = hashlib.sha256((run / SPLIT).read_bytes()).hexdigest()
-    flags = {key: vars(args)[key] for key in ("data_dir", "dataset", "batch_size", "amp", "amp_dtype", "channels_last")}
-    return {"supernet": weights, "held_out": split, "images": images, **flags}
+    flags = {key: vars(args)[key] for key in ("batch_size", "amp", "amp_dtype", "channels_last")}
+    files = hash_images(open_images(args))  # which may lie elsewhere now
+    return {"supernet": weights, "held_out": split, "images": images, "images_sha256": files, **flags}
 
 
 def print_results(results: dict[str, SearchResult]) -> None:

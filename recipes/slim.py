@@ -15,8 +15,8 @@ command goes on after an interruption; with further --budgets it goes on from th
 from __future__ import annotations
 
 import argparse
-import hashlib
-import math
+import copy
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +26,26 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_autoslim import Accuracy, Budget, Found, Supernet, Team, cost, files, measure_in_turns, parse_budgets
-from timm_autoslim.errors import ArtifactError, ConfigError
+from timm_autoslim import (
+    Accuracy,
+    Budget,
+    Found,
+    Supernet,
+    Team,
+    cost,
+    describe_luck,
+    files,
+    measure_turns,
+    parse_budgets,
+)
+from timm_autoslim.errors import ArtifactError, BudgetError, ConfigError
 from timm_autoslim.recipes.finetune import finetune, finish
-from timm_autoslim.recipes.lib.comparison import Row, make_table, read_original, write_original
+from timm_autoslim.recipes.lib.comparison import Row, describe_turns, make_table, read_original, write_original
 from timm_autoslim.recipes.lib.configuration import parse_args
+from timm_autoslim.recipes.lib.guide import write_guide
 from timm_autoslim.recipes.lib.images import hash_images, open_images
 from timm_autoslim.recipes.lib.loaders import make_evaluation_loader, take_share
 from timm_autoslim.recipes.lib.models import load_supernet, make_images, make_supernet
@@ -49,6 +61,8 @@ from timm_autoslim.recipes.lib.splits import SPLIT, split_training
 from timm_autoslim.recipes.lib.starting_points import (
     check_starting_flags,
     create_starting_model,
+    find_weights,
+    hash_file,
     is_trained,
     order_channels,
 )
@@ -59,9 +73,9 @@ from timm_autoslim.recipes.search import count_widest, make_conditions, search_n
 FREE = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "threads", "device", "log_interval",
         "checkpoint_hist", "log_wandb", "log_tensorboard", "wandb_project", "val_interval",
         "recovery_interval", "onnx")  # fmt: skip
-DISAGREEING = 0.1  # share of the images on which one of two similar networks is right and the other wrong
-WANTED = 0.03  # accuracy by which luck may move the best of all subnets
 SUBNETS = 10  # that a search scores for each group and budget, about; benchmarks.md has figures
+OTHER_SIDE = 0.001, 3  # share of the test images, or number, that may change sides when a network is loaded again
+TURNS = 9  # in which each network is measured
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,6 +119,7 @@ class Slimming:
         self.texts = write_budgets(args.budgets)
         self.stage, self.stages = 0, 2 + 2 * len(self.texts)
         self.begin = time.perf_counter()
+        self.begun: list[float] = []  # of the stages
 
     def go(self) -> None:
         """Run the stages that are not finished, and compare the networks."""
@@ -118,6 +133,7 @@ class Slimming:
 
     def _announce(self, text: str) -> None:
         self.stage += 1
+        self.begun.append(time.perf_counter())
         self.accelerator.print(f"\n[{self.stage} of {self.stages}] {text}", flush=True)
 
     def _keep_settings(self) -> bool:
@@ -128,11 +144,13 @@ class Slimming:
         """
         path = self.run / "settings.yaml"
         settings = {name: value for name, value in vars(self.args).items() if name not in (*FREE, "budgets")}
-        weights = Path(self.args.initial_checkpoint or "")
-        if weights.is_file():
-            settings["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-        elif path.is_file():  # the run has the weights, and the file may be gone
-            settings["weights_sha256"] = yaml.safe_load(path.read_text(encoding="utf-8")).get("weights_sha256")
+        # Weights are known by what is in the file, wherever it lies; and the run has them, so the file may be gone.
+        before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        weights = find_weights(self.args)
+        settings["weights_sha256"] = hash_file(weights) if weights else before.get("weights_sha256")
+        settings.pop("initial_checkpoint")
+        if self.args.model.startswith("local-dir:"):
+            settings["model"] = "local-dir"
         settings["images_sha256"] = hash_images(self.images)
         begun = any((self.run / name).exists() for name in ("search", "search-progress.json", "finetune"))
         same = True
@@ -146,10 +164,11 @@ class Slimming:
         """Test the original and make it the supernet of the run; return the budgets, the widest first."""
         args, run, accelerator = self.args, self.run, self.accelerator
         row = read_original(run) if same and (run / SUPERNET).is_file() else None
-        self._announce(f"the original: {args.model}" + (" (tested before)" if row else ""))
-        supernet = load_supernet(run, args) if row else self._set_up(args, run)
+        supernet = load_supernet(run, args) if row else self._start(args)
         budgets = self._parse_budgets(supernet)  # refuses those out of reach
+        self._announce(f"the original: {args.model}" + (" (tested before)" if row else ""))
         if not row:
+            self._set_up(args, run, supernet)
             begin = time.perf_counter()
             model = supernet.to(accelerator.device).model
             loader = accelerator.prepare(make_evaluation_loader(args, self.images.test))
@@ -173,16 +192,23 @@ class Slimming:
         self._check_held_out(supernet)
         return budgets
 
-    def _set_up(self, args: argparse.Namespace, folder: Path, split: Path | None = None) -> Supernet:
-        """Make a run folder whose supernet is a trained model, with its channels in order; return the supernet."""
-        accelerator = self.accelerator
+    def _start(self, args: argparse.Namespace) -> Supernet:
+        """Make the supernet of a trained model.
+
+        Raises:
+            ConfigError: its weights are of other classes than the data.
+        """
         set_seed(args.seed)
         if not is_trained(args):
             raise ConfigError(
                 f"The weights of {args.model} are not of the {args.num_classes} classes of the data: fine-tune the "
                 "model on them first."
             )
-        supernet = make_supernet(args, create_starting_model(args)).to(accelerator.device)
+        return make_supernet(args, create_starting_model(args)).to(self.accelerator.device)
+
+    def _set_up(self, args: argparse.Namespace, folder: Path, supernet: Supernet, split: Path | None = None) -> None:
+        """Make a run folder of a supernet, and put its channels in order."""
+        accelerator = self.accelerator
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             if split:
@@ -200,36 +226,39 @@ class Slimming:
             write_args(folder, args)
             write_weights(folder / SUPERNET, supernet.model)
         accelerator.wait_for_everyone()
-        return supernet
 
     def _parse_budgets(self, supernet: Supernet) -> list[Budget]:
         team = Team(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
         conditions = make_conditions(self.args, self.texts, team)
         budgets = dict.fromkeys(parse_budgets(supernet, self.texts, conditions=conditions))
         widest = count_widest(supernet, list(budgets), conditions)
+        for budget in budgets:
+            if budget.holds(widest):
+                raise BudgetError.at(
+                    f"--budgets {budget.text}", got="what the original is within already", needed="a limit below it"
+                )
         return sorted(budgets, key=lambda budget: budget.used(widest))
 
     def _check_held_out(self, supernet: Supernet) -> None:
         """Warn where luck decides which of the subnets seems best."""
         _, held_out = split_training(self.args, len(self.images.train), self.run)
         images = min(len(held_out), self.args.images or len(held_out))
-        subnets = SUBNETS * len(supernet.space)
-        luck = 2 * math.log(subnets) * DISAGREEING
-        if (needed := round(luck / WANTED**2, -2)) > images:
-            self.accelerator.print(
-                f"Warning: {images} held-out images are few. A search takes the best of about {subnets} subnets, and "
-                f"on so few images luck alone moves the best by {100 * math.sqrt(luck / images):.1f} points; with "
-                f"{needed:.0f} images it is {100 * WANTED:.0f}. Give more images, or a larger --held-out."
-            )
+        if luck := describe_luck(images, len(supernet.space)):
+            self.accelerator.print(f"Warning: {luck} Give more images, or a larger --held-out.")
 
     def _estimate(self, supernet: Supernet, seconds: float, budgets: list[Budget]) -> None:
         """Say how long all will take; `seconds` are those of one image in a forward of the original."""
         args = self.args
         training, held_out = split_training(args, len(self.images.train), self.run)
         used = min(len(held_out), args.images or len(held_out))
+        images = len(training) + len(held_out)
         search = SUBNETS * len(supernet.space) * used / 2
-        tuning = args.epochs * (len(training) + len(held_out)) * (3 if args.teach else 2)
-        total = seconds * len(budgets) * (search + tuning)
+        repair = 4 * min(args.reconstruct, images)
+        tests = 2 * len(self.images.test)
+        total = seconds * len(budgets) * (search + repair + tests)
+        if args.epochs:  # the network is smaller than the original, and the original teaches besides
+            step = time_step(supernet.model, make_images(args, args.batch_size, self.accelerator.device))
+            total += len(budgets) * args.epochs * images * (step / args.batch_size + 2 * seconds)
         self.accelerator.print(f"All stages may take {_write_time(total)}: a rough estimate, from this test.")
 
     # ------------------------------------------------------------------------------------------------ one budget
@@ -241,9 +270,9 @@ class Slimming:
         done = is_searched(folder)
         self._announce(f"search {budget.text}, from {start}" + (" (done before)" if done else ""))
         self._check_start(args, folder, budget)
-        if not (folder / SUPERNET).is_file():
-            self._set_up(args, folder, split=self.run / SPLIT)
         if not done:
+            if not (folder / SUPERNET).is_file():
+                self._set_up(args, folder, self._start(args), split=self.run / SPLIT)
             limits = " and ".join(f"{metric}<={limit!r}" for metric, limit in budget.limits)
             of_search = argparse.Namespace(**vars(args) | {"batch_size": self._choose_batch(), "baselines": []})
             search_networks(self.accelerator, of_search, folder, [limits], [budget.text])
@@ -254,7 +283,14 @@ class Slimming:
         done = bool(result and result.widths == network.widths.to_dict())
         self._announce(f"reconstruct, fine-tune, test and export {network.name}" + (" (done before)" if done else ""))
         if not done:
+            if not (folder / SUPERNET).is_file():  # of a search whose network was removed
+                self._set_up(args, folder, self._start(args), split=self.run / SPLIT)
             self._finetune(args, folder, network, exported)
+        if self.accelerator.is_main_process:  # what only an unfinished network needs, to go on from
+            shutil.rmtree(folder / "finetune" / network.name / "checkpoints", ignore_errors=True)
+            if folder != self.run:
+                (folder / SUPERNET).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
         return network
 
     def _finetune(self, args: argparse.Namespace, run: Path, network: Found, exported: Path) -> None:
@@ -272,12 +308,13 @@ class Slimming:
         """Return the flags and the run folder of one budget's stages."""
         args = self.args
         teacher = str(self.run) if args.teacher in (None, "original") else args.teacher
-        values = vars(args) | {"teacher": teacher, "network": None, "from_scratch": False}
+        values = vars(args) | {"teacher": teacher, "network": None, "from_scratch": False, "start_sha256": None}
         name = budget.text.replace(" and ", "-").replace("<=", "-").replace("%", "pct")
         folder = self.run if first else self.run / f"to-{name}"
         if source:
-            values |= {"model": f"local-dir:{self.run / 'exported' / source.name}", "pretrained": True,
-                       "initial_checkpoint": None, "model_kwargs": {}}  # fmt: skip
+            start = self.run / "exported" / source.name
+            values |= {"model": f"local-dir:{start}", "pretrained": True, "initial_checkpoint": None,
+                       "model_kwargs": {}, "start_sha256": hash_file(start / "model.safetensors")}  # fmt: skip
         return argparse.Namespace(**values | {"run": str(folder)}), folder
 
     def _check_start(self, args: argparse.Namespace, folder: Path, budget: Budget) -> None:
@@ -287,8 +324,12 @@ class Slimming:
             ConfigError: it is not.
         """
         begun = [network.text for network in read_networks(folder).values()] if is_searched(folder) else []
-        start = read_args(folder, argparse.Namespace(data_dir=None)).model if (folder / SUPERNET).is_file() else None
-        if begun[:1] not in ([], [budget.text]) or start not in (None, args.model):
+        before = read_args(folder, argparse.Namespace(data_dir=None)) if (folder / "args.yaml").is_file() else None
+        same = (
+            before is None or getattr(before, "start_sha256", None) == args.start_sha256
+        )  # of the run's first folder: the settings
+        if begun[:1] not in ([], [budget.text]) or not same:
+            start = before.model.rpartition("/")[2] if before else "the original"
             raise ConfigError(
                 f"{folder} holds the network of {''.join(begun[:1]) or budget.text}, cut from {start}: give the "
                 "--budgets of before, tighter ones may follow, or another --experiment."
@@ -316,27 +357,41 @@ class Slimming:
             top1 = evaluate(accelerator, model, loader, network.name)["top1"]
             result = Accuracy.load(exported)
             # Other kernels may run on other batches of other devices: a few images may change sides, no more.
-            if result is None or abs(top1 - result.top1) > 0.1:
-                raise ArtifactError(f"{exported} has {top1:.2f} % on the test set when it is loaded again: it changed.")
+            images = len(self.images.test)
+            changed = 0 if result is None else round(abs(top1 - result.top1) * images / 100)
+            if result is None or changed > max(OTHER_SIDE[0] * images, OTHER_SIDE[1]):
+                before = "no accuracy" if result is None else f"{result.top1:.2f} %"
+                raise ArtifactError(
+                    f"{exported} has {top1:.2f} % of {images} test images when it is loaded again, and had {before}, "
+                    f"{changed} images more or less: it changed. Remove it, and it is fine-tuned again."
+                )
             size = (exported / "model.safetensors").stat().st_size
             rows.append(Row(network.name, top1, network.cost.macs, network.cost.params, size))
             models.append(model.cpu())
         if accelerator.is_main_process:
             for network in networks if args.onnx else ():
                 write_onnx(run / "exported" / network.name, self._load_images(), run / "onnx" / f"{network.name}.onnx")
-            times = measure_in_turns(
+            turns = measure_turns(
                 models, make_images(args, args.cost_batch_size), device=args.latency_device,
-                runtime=args.latency_runtime, threads=args.latency_threads, rounds=9, repeats=5,
+                runtime=args.latency_runtime, threads=args.latency_threads, rounds=TURNS, repeats=5,
             )  # fmt: skip
-            first, *others = [replace(row, latency_ms=spent) for row, spent in zip(rows, times, strict=True)]
+            measured = [describe_turns(times) for times in turns]
+            first, *others = [replace(row, **spent) for row, spent in zip(rows, measured, strict=True)]
             table = make_table(first, others)
             files.write_text(run / "table.md", table)
+            write_guide(run, [row.name for row in others], args.onnx)
             threads = f"{args.latency_threads} thread(s)"
             places = f"{run}/exported" + (f", {run}/onnx" if args.onnx else "")
             print(f"\n{table}\nLatency: {args.latency_runtime} on {args.latency_device}, {threads}, batch "
-                  f"{args.cost_batch_size}. All took {_write_time(time.perf_counter() - self.begin)}.\n"
+                  f"{args.cost_batch_size}; the median, and the half of {TURNS} turns in the middle.\n"
+                  f"All took {_write_time(time.perf_counter() - self.begin)}: {self._list_times()}.\n"
                   f"Networks: {places}. After `import timm_autoslim`, timm loads them: "
                   f"timm.create_model('local-dir:{run}/exported/NAME', pretrained=True)")  # fmt: skip
+
+    def _list_times(self) -> str:
+        """Return how long each stage took."""
+        ends = [*self.begun[1:], time.perf_counter()]
+        return ", ".join(_write_time(end - begin) for begin, end in zip(self.begun, ends, strict=True))
 
     def _load_images(self) -> Tensor:
         """Return two test images (2, C, H, W)."""
@@ -351,6 +406,18 @@ def find_source(budget: Budget, steps: list[tuple[Budget, Found]]) -> Found | No
         if limits.keys() == dict(budget.limits).keys() and all(limit <= limits[m] for m, limit in budget.limits):
             return network
     return None
+
+
+def time_step(model: nn.Module, images: Tensor) -> float:
+    """Return the seconds of one forward and backward pass of a copy of a model, on images (N, C, H, W)."""
+    worker = copy.deepcopy(model).eval()
+    for _ in range(2):  # the first one is slower
+        begin = time.perf_counter()
+        loss = worker(images).sum()
+        loss.backward()
+        loss.item()  # waits for a GPU
+        spent = time.perf_counter() - begin
+    return spent
 
 
 def _write_time(seconds: float) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from timm_autoslim.costs.latency import LatencyTable as LatencyTable
     from timm_autoslim.costs.measure import measure_in_turns as measure_in_turns
     from timm_autoslim.costs.measure import measure_latency as measure_latency
+    from timm_autoslim.costs.measure import measure_turns as measure_turns
     from timm_autoslim.costs.metrics import METRICS as METRICS
     from timm_autoslim.costs.reach import Reach as Reach
     from timm_autoslim.costs.reach import reach as reach
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from timm_autoslim.slimming.descent import MODES as MODES
     from timm_autoslim.slimming.goals import parse_budgets as parse_budgets
     from timm_autoslim.slimming.goals import uniform_at as uniform_at
+    from timm_autoslim.slimming.luck import describe_luck as describe_luck
     from timm_autoslim.slimming.refinement import REFINEMENTS as REFINEMENTS
     from timm_autoslim.slimming.result import Found as Found
     from timm_autoslim.slimming.result import SearchResult as SearchResult
@@ -117,11 +119,13 @@ _MODULES = {
     "cost_by_module": "costs.cost",
     "create_base": "artifact.bases",
     "create_meta_base": "artifact.bases",
+    "describe_luck": "slimming.luck",
     "export": "artifact.export",
     "load": "artifact.own",
     "inspect": "costs.inspection",
     "measure_in_turns": "costs.measure",
     "measure_latency": "costs.measure",
+    "measure_turns": "costs.measure",
     "parse_budgets": "slimming.goals",
     "push": "artifact.hub",
     "reach": "costs.reach",

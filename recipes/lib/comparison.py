@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.run_folder import write_json
@@ -23,6 +25,7 @@ class Row:
         macs, params: of the network, for one image.
         file_bytes: of its weights.
         latency_ms: as measured; None before it is.
+        latency_quartiles: between which half of the measurements lie.
     """
 
     name: str
@@ -31,6 +34,7 @@ class Row:
     params: int
     file_bytes: int
     latency_ms: float | None = None
+    latency_quartiles: tuple[float, float] | None = None
 
 
 def write_original(run: Path, row: Row) -> None:
@@ -73,8 +77,18 @@ def make_table(original: Row, networks: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def describe_turns(times: list[float]) -> dict[str, Any]:
+    """Return the median and the quartiles of the turns in which a network was measured, as fields of a row."""
+    low, _, high = statistics.quantiles(times, n=4)
+    return {"latency_ms": statistics.median(times), "latency_quartiles": (low, high)}
+
+
 def _write_latency(row: Row) -> str:
-    return "" if row.latency_ms is None else f"{row.latency_ms:.3g} ms"
+    if row.latency_ms is None:
+        return ""
+    low, high = row.latency_quartiles or (None, None)
+    spread = "" if low is None else f" [{low:.3g}, {high:.3g}]"
+    return f"{row.latency_ms:.3g} ms{spread}"
 
 
 def _write_share(part: float | None, total: float | None) -> str:

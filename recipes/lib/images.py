@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import logging
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -89,15 +90,44 @@ class Subset(Dataset[tuple[Any, int]]):
         faults = []
         for index in (self.indices[(item + more) % len(self)] for more in range(BAD_IN_A_ROW)):
             try:
-                image, target = self.source[index]
+                with _catch_log() as logged:
+                    image, target = self.source[index]
             except Exception as error:  # a damaged file makes a reader raise anything
-                name = self.source.filename(index) if hasattr(self.source, "filename") else f"image {index}"
-                said = str(error).startswith("Failed to load")  # by timm, which has logged what is wrong with the file
-                faults.append(f"{name} cannot be read" + ("" if said else f" ({error})"))
+                said = logged[0] if logged else str(error)  # timm logs what is wrong, and raises something else
+                faults.append(f"{_find_name(self.source, index)} cannot be read ({said})")
                 warnings.warn(f"{faults[-1]}; the next image stands in for it.", stacklevel=2)
             else:
                 return index, image, target
         raise DataError(f"{BAD_IN_A_ROW} images in a row cannot be read. The first: {faults[0]}. Mend the data.")
+
+
+def _find_name(source: Any, index: int) -> str:
+    """Return the path of an image's file, or its name or number where the source has no more."""
+    if not hasattr(source, "filename"):
+        return f"image {index}"
+    try:
+        return str(source.filename(index, absolute=True))
+    except TypeError:
+        return str(source.filename(index))
+
+
+@contextlib.contextmanager
+def _catch_log() -> Iterator[list[str]]:
+    """Collect, for the length of a block, what timm's datasets would log of an image that cannot be read."""
+    texts: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        reason = text.partition("). ")[2] if text.startswith("Skipped sample") else ""
+        texts.extend([reason] if reason else [])
+        return not reason
+
+    logger = logging.getLogger("timm.data.dataset")
+    logger.addFilter(keep)
+    try:
+        yield texts
+    finally:
+        logger.removeFilter(keep)
 
 
 @contextlib.contextmanager
@@ -244,9 +274,9 @@ class Part(Dataset[tuple[Any, int]]):
         image, target = self.source[self.indices[index]]
         return image, int(target)
 
-    def filename(self, index: int) -> str:
+    def filename(self, index: int, absolute: bool = False) -> str:
         """Return the name of an image's file."""
-        return str(self.source.filename(self.indices[index]))
+        return str(self.source.filename(self.indices[index], absolute=absolute))
 
 
 def _divide(source: Any) -> tuple[Part, Part]:

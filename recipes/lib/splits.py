@@ -34,7 +34,10 @@ def split_training(
     used = _count(args.limit_train, total, "--limit-train")
     held_out = _count(args.held_out, used, "--held-out") if args.held_out else 0
     if held_out >= used:
-        raise DataError(f"--held-out {args.held_out} leaves none of {used} training images to train on.")
+        raise DataError(
+            f"--held-out {args.held_out:g} leaves none of {used} training images to train on: "
+            f"give a share such as 0.2, or a number well below {used}."
+        )
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()[:used]
     write_json(run / SPLIT, {"total": total, "training": order[held_out:], "held_out": order[:held_out]})
     return order[held_out:], order[:held_out]

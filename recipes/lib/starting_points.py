@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,18 @@ def create_starting_model(args: argparse.Namespace) -> nn.Module:
     return model
 
 
+def find_weights(args: argparse.Namespace) -> Path | None:
+    """Return the file of the weights that a run starts from, where it lies here."""
+    folder = Path(args.model.removeprefix("local-dir:"))
+    path = Path(args.initial_checkpoint or folder / "model.safetensors")
+    return path if path.is_file() else None
+
+
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def is_trained(args: argparse.Namespace) -> bool:
     """Whether a model starts with trained weights, those of the classifier included.
 
@@ -99,14 +112,40 @@ def _load_checkpoint(args: argparse.Namespace) -> nn.Module:
     model = create_model(args)
     with _explain(args), torch.serialization.safe_globals([argparse.Namespace]):
         state = _read_file(args)
-        if args.model.startswith("torchvision/"):
-            _load_torchvision(model, state)
-            return model
-        donor = _create_donor(args, model, state)
+        try:
+            if args.model.startswith("torchvision/"):
+                _load_torchvision(model, state)
+                return model
+            donor = _create_donor(args, model, state)
+        except Exception as error:
+            if difference := _compare(model, state):
+                raise ValueError(difference) from error
+            raise
     if donor.num_classes != args.num_classes:
         donor.reset_classifier(args.num_classes)
     model.load_state_dict(donor.state_dict())
     return model
+
+
+def _compare(model: Any, state: dict[str, Tensor]) -> str:
+    """Say how a file's tensors differ from those of a model, in names and shapes; empty if they do not."""
+    needed = model.state_dict()
+    lacking = [name for name in needed if name not in state and not name.endswith("num_batches_tracked")]
+    unknown = [name for name in state if name not in needed]
+    config: Any = model.pretrained_cfg
+    heads = config.get("classifier") or ()
+    free = tuple(f"{name}." for name in ([heads] if isinstance(heads, str) else heads))
+    other = [name for name in needed if name in state and state[name].shape != needed[name].shape]
+    other = [name for name in other if not name.startswith(free or "\0")]  # classifiers of other classes are fine
+    parts = []
+    if lacking:
+        parts.append(f"{len(lacking)} of {len(needed)} tensors of the model are not in it, such as {lacking[0]}")
+    if unknown:
+        parts.append(f"{len(unknown)} of {len(state)} tensors in it are not of the model, such as {unknown[0]}")
+    if other:
+        shapes = f"{tuple(state[other[0]].shape)} in place of {tuple(needed[other[0]].shape)}"
+        parts.append(f"{len(other)} have other shapes, such as {other[0]}, {shapes}")
+    return f"it holds the weights of another model: {'; '.join(parts)}. Is --model the right one?" if parts else ""
 
 
 def _create_donor(args: argparse.Namespace, model: nn.Module, state: dict[str, Tensor]) -> Any:

@@ -9,7 +9,7 @@ from torch import nn
 
 from timm_autoslim import LatencyTable, measure_latency
 from timm_autoslim.costs import measure
-from timm_autoslim.costs.measure import measure_in_turns
+from timm_autoslim.costs.measure import measure_in_turns, measure_turns
 from timm_autoslim.errors import LatencyError
 
 
@@ -64,6 +64,13 @@ def test_models_are_measured_in_turns_and_the_median_turn_counts(monkeypatch):
     models = (Named(name, runs) for name in "abc")
     assert measure_in_turns(models, torch.ones(1), rounds=3, repeats=2) == [2.0, 4.0, 7.0]
     assert runs == list("abc" * 3)
+
+
+def test_every_turn_can_be_had_for_the_spread(monkeypatch):
+    times = iter([1.0, 3.0, 2.0, 5.0, 9.0, 4.0])
+    monkeypatch.setattr(measure, "time_runs", lambda run, *_: next(times))
+    models = (Named(name, []) for name in "ab")
+    assert measure_turns(models, torch.ones(1), rounds=3, repeats=1) == [[1.0, 2.0, 9.0], [3.0, 5.0, 4.0]]
 
 
 @pytest.mark.parametrize(

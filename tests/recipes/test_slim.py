@@ -1,7 +1,9 @@
 """recipes/slim.py: from a trained model to slim ones, with one command."""
 
+import contextlib
 import json
 import re
+import shutil
 
 import pytest
 import timm
@@ -10,11 +12,12 @@ from helpers.recipes import TINY, launch_two
 from safetensors.torch import load_file, save_file
 
 from timm_autoslim import Accuracy, SearchResult
-from timm_autoslim.errors import BudgetError, ConfigError
+from timm_autoslim.errors import ArtifactError, BudgetError, ConfigError
 from timm_autoslim.recipes import finetune as finetune_recipe
 from timm_autoslim.recipes import search, slim, train
 from timm_autoslim.recipes.lib import teacher
-from timm_autoslim.recipes.lib.comparison import Row, make_table
+from timm_autoslim.recipes.lib.comparison import Row, describe_turns, make_table
+from timm_autoslim.slimming.report import write_report
 
 BASE = {"channels": [8, 8, 16, 16], "stem_width": 8}
 FIRST, SECOND = "macs-60pct-searched", "macs-40pct-searched"
@@ -64,6 +67,9 @@ def test_the_road_ends_with_one_table_whose_first_row_is_the_original(finished, 
     rows = [line.split("|")[1].strip() for line in table.splitlines()]
     assert rows == ["network", "---", "original", FIRST, SECOND]
     assert "Warning: 40 held-out images are few" in shown
+    assert len(re.findall(r"\| [\d.e+-]+ ms \[[\d.e+-]+, [\d.e+-]+\]", table)) == 3  # the spread of each
+    assert re.search(r"^All took \S+ s: (\d+ s, ){5}\d+ s\.$", shown, re.MULTILINE)
+    assert table in (finished / "README.md").read_text()
     results = Accuracy.load_run(finished)
     full = json.loads((finished / "original.json").read_text())["macs"]
     for name, share in ((FIRST, 0.6), (SECOND, 0.4)):
@@ -100,7 +106,7 @@ def test_the_original_is_the_teacher_and_the_second_network_is_cut_from_the_firs
 STOPS = {
     "the original": ("evaluate", 1), "the first search": ("search_networks", 1), "the first tuning": ("finetune", 1),
     "the second search": ("search_networks", 2), "the second tuning": ("finetune", 2),
-    "the end": ("measure_in_turns", 1),
+    "the end": ("measure_turns", 1),
 }  # fmt: skip
 
 
@@ -141,6 +147,71 @@ def test_two_processes_walk_the_same_road(weights, finished, tmp_path):
     alone, both = (SearchResult.load(run / "search" / "searched.json") for run in (finished, tmp_path / "mine"))
     assert both.networks[0].widths == alone.networks[0].widths
     assert list(Accuracy.load_run(tmp_path / "mine")) == [FIRST]
+
+
+@pytest.mark.slow
+def test_only_what_is_needed_is_left(finished):
+    weights = {
+        str(path.relative_to(finished)) for path in finished.rglob("*") if path.suffix in (".safetensors", ".pt")
+    }
+    networks = {f"exported/{name}/model.safetensors" for name in (FIRST, SECOND)}
+    assert weights == {*networks, "supernet.safetensors"}
+    assert not list(finished.rglob("checkpoints"))
+
+
+@pytest.mark.slow
+def test_a_run_that_was_moved_goes_on_with_weights_that_were_moved(finished, weights, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "renamed")
+    moved = shutil.copy(weights, tmp_path / "moved.safetensors")
+    slim.main([*make_command(tmp_path, moved), "--experiment", "renamed"])
+    assert capsys.readouterr().out.count("(done before)") == 4
+    other = tmp_path / "renamed" / "exported" / FIRST / "model.safetensors"
+    other.write_bytes(other.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(ConfigError, match=f"to-macs-40pct holds the network of macs<=40%, cut from {FIRST}"):
+        slim.main([*make_command(tmp_path, moved), "--experiment", "renamed"])
+
+
+@pytest.mark.slow
+def test_one_report_shows_the_networks_of_all_budgets(finished):
+    page = write_report(finished).read_text()
+    rows = [row for row in page.split("<tr") if "<td>searched</td>" in row]
+    assert ["macs&lt;=60%" in rows[0], "macs&lt;=40%" in rows[1]] == [True, True]
+    assert len(rows) == 2
+    accuracies = Accuracy.load_run(finished)
+    for row, name in zip(rows, (FIRST, SECOND), strict=True):
+        assert f"{accuracies[name].top1:.2f} %" in row
+    original = json.loads((finished / "original.json").read_text())
+    assert f"{original['top1']:.2f} %" in next(row for row in page.split("<tr") if "<td>original</td>" in row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        ("macs=0.1%", "out of reach"),
+        ("mac=50%", "did you mean 'macs'"),
+        ("macs=900G", "macs<=900G: got what the original is within already"),
+    ],
+)
+def test_wrong_budgets_are_told_before_any_work(budget, text, weights, tmp_path, monkeypatch):
+    for name in ("order_channels", "evaluate"):
+        monkeypatch.setattr(slim, name, lambda *_: pytest.fail("at work"))
+    with pytest.raises(BudgetError, match=text):
+        slim.main(make_command(tmp_path, weights, "--budgets", "macs=60%", budget))
+
+
+@pytest.mark.slow
+def test_a_few_images_may_change_sides_when_a_network_is_loaded_again(finished, weights, monkeypatch):
+    result = Accuracy.load(finished / "exported" / FIRST)
+    for images, refused in ((3, False), (4, True)):
+        top1 = result.top1 + 100 * images / 360
+        monkeypatch.setattr(slim, "evaluate", lambda *_, top1=top1: {"top1": top1})
+        with (
+            pytest.raises(ArtifactError, match="4 images more or less")
+            if refused
+            else contextlib.suppress(ArtifactError)
+        ):
+            slim.main(make_command(finished.parent, weights))
 
 
 @pytest.mark.slow
@@ -229,6 +300,11 @@ def test_the_table_says_what_was_lost():
         "| original | 80.00 | | 2.00M | 1.000M | 4.00 MB | 2 ms |",
         "| half | 79.00 | 1.00 | 1.00M (50%) | 0.250M (25%) | 1.00 MB (25%) | 1.5 ms (75%) |",
     ]
+
+
+def test_the_spread_of_a_latency_is_that_of_the_half_in_the_middle():
+    row = Row("original", 80.0, 1, 1, 1, **describe_turns([9.0, 1.0, 2.0, 3.0, 2.5]))
+    assert make_table(row, []).splitlines()[2].endswith("| 2.5 ms [1.5, 6] |")
 
 
 def test_the_original_teaches_where_it_knows_the_classes():

@@ -13,6 +13,7 @@ from timm_autoslim.__main__ import main
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.slimming import report
 from timm_autoslim.slimming.report import read_results
+from timm_autoslim.supernet.widths import Widths, hash_groups
 
 BUDGETS = ["macs<=60%", "macs<=30%"]
 METHODS = ["searched", "uniform", "random"]
@@ -75,6 +76,34 @@ def test_the_page_holds_the_figures_and_the_numbers(run, results, capsys):
 
 def test_results_come_searched_first_then_as_the_baselines_are_listed(run):
     assert read_results(run) == [SearchResult.load(run / "search" / f"{method}.json") for method in METHODS]
+
+
+def test_a_search_that_went_on_from_a_network_is_on_the_same_page(tmp_path, results, no_pictures):
+    first = replace(results[0], networks=results[0].networks[:1])
+    sizes = first.networks[0].widths.to_dict()
+    dropped = first.groups[-1].name  # which had nothing left to lose
+    groups = tuple(
+        replace(g, size=sizes[g.name], choices=(1, sizes[g.name]), floor=1) for g in first.groups if g.name != dropped
+    )
+    widths = Widths(tuple(1 for _ in groups), groups, hash_groups(groups))
+    second = replace(results[0].networks[1], widths=widths)
+    steps = tuple(replace(step, group=groups[0].name, width=1) for step in results[0].steps[:2])
+    later = replace(results[0], networks=(second,), groups=groups, steps=steps)
+    first.save(tmp_path / "search" / "searched.json")
+    later.save(tmp_path / "to-macs-30pct" / "search" / "searched.json")
+    (joined,) = read_results(tmp_path)
+    assert joined.names == results[0].names
+    assert joined.networks[1].widths.to_dict() == {**dict.fromkeys(sizes, 1), dropped: sizes[dropped]}
+    assert [step.index for step in joined.steps] == list(range(len(first.steps) + 2))
+    assert joined.evaluations == 2 * first.evaluations
+    assert main(["report", str(tmp_path)]) == 0
+    assert "macs&lt;=30%" in (tmp_path / "report.html").read_text()
+    wider = tuple(replace(g, size=g.size + 1) for g in groups)
+    replace(
+        later, groups=wider, networks=(replace(second, widths=Widths(widths.values_, wider, hash_groups(wider))),)
+    ).save(tmp_path / "to-macs-30pct" / "search" / "searched.json")
+    with pytest.raises(ArtifactError, match="a search of another supernet; needed: a search that went on from"):
+        read_results(tmp_path)
 
 
 def write_test(run, name, **row):

@@ -144,3 +144,11 @@ def test_an_evaluate_without_a_forward_costs_nothing():
     named = Scorer(supernet, lambda subnet: float(subnet(x=torch.zeros(7, 3, 8, 8)).sum()))
     named(supernet.space.max())
     assert named.macs == 7 * cost(supernet).macs
+
+
+def test_a_loss_of_every_image_is_told():
+    supernet = make_supernet()
+    with pytest.raises(
+        EvaluationError, match=r"evaluate: got a tensor of the shape \(3,\); needed: one number.*reduction"
+    ):
+        Scorer(supernet, lambda subnet: torch.ones(3))(supernet.space.max())

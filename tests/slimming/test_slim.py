@@ -9,7 +9,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from timm_autoslim import convert, cost, export, slim
-from timm_autoslim.errors import BudgetError, DataError
+from timm_autoslim.errors import BudgetError, DataError, EvaluationError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*held-out images are few")
 
 
 def make_model():
@@ -141,3 +143,58 @@ def test_stages_know_the_gradients_of_their_own_networks():
 def test_several_budgets_are_refused():
     with pytest.raises(BudgetError, match="2 budgets"):
         slim(make_model(), {"macs": ["50%", "30%"]}, make_batches(), cross_entropy, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "text"),
+    [
+        (
+            torch.zeros(4, 3, 32, 32, dtype=torch.uint8),
+            r"of torch.uint8, on which the model raises.*images.float\(\) / 255",
+        ),
+        (torch.zeros(4, 1, 32, 32), r"inputs \(4, 1, 32, 32\) of torch.float32.*look at their channels"),
+    ],
+)
+def test_images_that_the_model_does_not_take_are_told_before_anything_is_traced(inputs, text):
+    with pytest.raises(DataError, match=text):
+        slim(make_model(), "50%", [(inputs, torch.zeros(4, dtype=torch.long))], cross_entropy)
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (lambda outputs, targets: cross_entropy(outputs, targets, reduction="none"), r"shape \(20,\).*reduction"),
+        (lambda outputs, targets: cross_entropy(outputs, targets.float()), "loss: got RuntimeError: .*batch 0"),
+    ],
+)
+def test_a_loss_that_is_no_number_is_told(loss, text):
+    with pytest.raises(EvaluationError, match=text):
+        slim(make_model(), "50%", make_batches(), loss)
+
+
+def test_an_unknown_rule_is_one_of_slim():
+    with pytest.raises(TypeError, match=r"slim\(\) got an unexpected keyword argument 'frezee': did you mean 'freeze'"):
+        slim(make_model(), "50%", make_batches(), cross_entropy, frezee="layer1.*")
+    with pytest.raises(TypeError, match=r"'example_input'; rules are freeze, min"):
+        slim(make_model(), "50%", make_batches(), cross_entropy, example_input=None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        ("macs<=500G", "macs<=500G: got a budget that the original is within"),
+        ("0.1%", "out of reach"),
+        ({"macs": ["50%", "40%"]}, "got 2 budgets"),
+    ],
+)
+def test_wrong_budgets_are_told_before_the_channels_are_ordered(budget, text, monkeypatch):
+    monkeypatch.setattr("timm_autoslim.supernet.order.reorder_channels", lambda *_: pytest.fail("ordering"))
+    with pytest.raises(BudgetError, match=text):
+        slim(make_model(), budget, make_batches(), cross_entropy)
+
+
+@pytest.mark.slow
+def test_few_images_are_warned_of():
+    with pytest.warns(UserWarning, match="40 held-out images are few"):
+        slim(make_model(), "70%", make_batches(), cross_entropy, progress=False)

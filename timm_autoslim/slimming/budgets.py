@@ -155,6 +155,19 @@ def make_budget(limits: Sequence[Limit], widest: Cost) -> Budget:
     return Budget(numbers, _write_text(limits))
 
 
+def check_tight(budgets: Sequence[Budget], original: Cost) -> None:
+    """Make sure that every budget asks for less than the original.
+
+    Raises:
+        BudgetError: the original is within one of them, so nothing would be slimmed.
+    """
+    for budget in budgets:
+        if budget.holds(original):
+            spent = " and ".join(METRICS[metric].format(original.pick(metric)) for metric in budget.metrics)
+            got = f"a budget that the original is within ({spent})"
+            raise BudgetError.at(f"the budget {budget.text}", got=got, needed="a limit below what the original has")
+
+
 def list_limits(budgets: Budgets) -> list[list[Limit]]:
     """Return the limits of every budget, as the user wrote them; `parse_budgets` says in which forms.
 

@@ -15,6 +15,7 @@ from timm_autoslim.slimming.accuracy import Accuracy
 from timm_autoslim.slimming.baselines import BASELINES
 from timm_autoslim.slimming.budgets import Budget
 from timm_autoslim.slimming.figures import FIGURES, list_networks, name_loss, render_svg
+from timm_autoslim.slimming.json_reader import JsonValue
 from timm_autoslim.slimming.result import Found, SearchResult
 from timm_autoslim.utils.files import replace_file, write_text
 
@@ -24,8 +25,9 @@ def write_report(run: Path) -> Path:
 
     The page holds its figures and needs no other file. It shows the widths of every group at each budget against the
     widest and the uniform network, the descent, the networks of all methods by cost and loss, the MACs of each module,
-    and the numbers as a table, with the accuracies of RUN/exported/NETWORK/result.json where there are some. Networks
-    of earlier searches that were fine-tuned have a table of their own.
+    and the numbers as a table, with the accuracies of RUN/exported/NETWORK/result.json where there are some. Searches
+    that went on from a network of the run, RUN/to-*/search, are part of it. Networks of earlier searches that were
+    fine-tuned have a table of their own.
 
     Returns:
         The path of the page.
@@ -35,7 +37,7 @@ def write_report(run: Path) -> Path:
             nothing was written; or the folder cannot be written to.
     """
     results = read_results(run)
-    tested = Accuracy.load_run(run)
+    tested, original = Accuracy.load_run(run), _read_original(run)
     names = [name for name in FIGURES if name != "descent" or any(result.steps for result in results)]
     pictures = {name: render_svg(FIGURES[name][0](results)) for name in names}
     folder, page = run / "report", run / "report.html"
@@ -46,7 +48,7 @@ def write_report(run: Path) -> Path:
         for name, picture in pictures.items():
             with replace_file(folder / f"{name}.svg") as part:
                 part.write_bytes(picture)
-        write_text(page, _render(run.resolve().name, results, tested, pictures))
+        write_text(page, _render(run.resolve().name, results, tested, original, pictures))
     except OSError as error:
         raise ArtifactError(
             f"the report cannot be written ({error}); needed: a folder {folder} and a file {page}, new or of an "
@@ -72,9 +74,42 @@ def read_results(run: Path) -> list[SearchResult]:
             needed, remedy = f"one of the same supernet as {paths[0].name}", "move one of them away, or search again"
             raise ArtifactError.at(str(path), got="a result of another supernet", needed=needed, remedy=remedy)
     order = [SearchResult.SEARCHED, *BASELINES]
-    return sorted(
+    ordered = sorted(
         results.values(), key=lambda r: (order.index(r.method) if r.method in order else len(order), r.method)
     )
+    if ordered[0].method == SearchResult.SEARCHED:
+        ordered[0] = _join_stages(run, ordered[0])
+    return ordered
+
+
+def _join_stages(run: Path, first: SearchResult) -> SearchResult:
+    """Return a search with those that went on from its networks: RUN/to-*/search, the widest first.
+
+    Raises:
+        ArtifactError: one cannot be read, or is of no network of this run.
+    """
+    stages = {path: SearchResult.load(path) for path in run.glob("to-*/search/searched.json")}
+    result = first
+    for path, stage in sorted(stages.items(), key=lambda item: -item[1].networks[0].cost.macs):
+        joined = result.join(stage)
+        if joined is None:
+            needed, remedy = "a search that went on from a network of this run", "move the folder away"
+            raise ArtifactError.at(str(path), got="a search of another supernet", needed=needed, remedy=remedy)
+        result = joined
+    return result
+
+
+def _read_original(run: Path) -> float | None:
+    """Return the accuracy of the original on the test images, in per cent; None if the run has not measured it.
+
+    Raises:
+        ArtifactError: the file of it cannot be read.
+    """
+    path = run / "original.json"
+    if not path.is_file():
+        return None
+    parts = JsonValue.read(path, "what slim wrote; remove it, and the original is tested again").members()
+    return parts["top1"].number() if "top1" in parts else None
 
 
 def _describe_work(result: SearchResult) -> str:
@@ -123,7 +158,8 @@ tr.searched td { font-weight: 600; }
 <th>{{ loss }}</th>{% if accuracies %}<th>test top-1</th>{% endif %}</tr>
 <tr><td></td><td>original</td><td>{{ macs.format_number(widest.macs) }}</td><td></td>
 <td>{{ params.format_number(widest.params) }}</td>
-<td>{{ '%.4f' % widest_loss if widest_loss is not none }}</td>{% if accuracies %}<td></td>{% endif %}</tr>
+<td>{{ '%.4f' % widest_loss if widest_loss is not none }}</td>
+{%- if accuracies %}<td>{{ '%.2f %%' % original if original is not none }}</td>{% endif %}</tr>
 {%- for budget, networks in budgets.items() %}{% for network in networks %}
 <tr class="{{ network.method }}"><td>{{ budget }}</td><td>{{ network.method }}</td>
 <td>{{ macs.format_number(network.cost.macs) }}</td><td>{{ '%.1f' % (100 * used(network)) }} %</td>
@@ -155,7 +191,11 @@ tr.searched td { font-weight: 600; }
 
 
 def _render(
-    name: str, results: Sequence[SearchResult], tested: Mapping[str, Accuracy], pictures: Mapping[str, bytes]
+    name: str,
+    results: Sequence[SearchResult],
+    tested: Mapping[str, Accuracy],
+    original: float | None,
+    pictures: Mapping[str, bytes],
 ) -> str:
     """Return the page."""
     figures = [
@@ -163,7 +203,11 @@ def _render(
         for key, picture in pictures.items()
     ]
     networks = {network.name: network.widths.to_dict() for result in results for network in result.networks}
-    accuracies = {name: test.top1 for name, test in tested.items() if networks.get(name) == test.widths}
+    accuracies = {
+        name: test.top1
+        for name, test in tested.items()
+        if name in networks and test.widths.items() <= networks[name].items()
+    }
     values: dict[str, Any] = {
         "name": name,
         "base": results[0].base,
@@ -173,6 +217,7 @@ def _render(
         "params": METRICS["params"],
         "work": [_describe_work(result) for result in results],
         "accuracies": accuracies,
+        "original": original,
         "loss": name_loss(results),
         "further": {name: test for name, test in tested.items() if name not in accuracies},
         "budgets": list_networks(results),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -225,6 +225,40 @@ class SearchResult:
     def list_narrowest(self, network: Found) -> tuple[str, ...]:
         """Return the groups that a network has at their least width: a lower or higher `min=` would change it."""
         return tuple(group.name for group in self.groups if network.widths[group.name] <= group.choices[0])
+
+    def join(self, later: SearchResult) -> SearchResult | None:
+        """Return this result with the networks and the steps of a search that went on from one of its networks.
+
+        Their widths are told in the groups of this search space. A group that had nothing left to lose keeps the width
+        of the network that the later search began with.
+
+        Returns:
+            The joint result; None if the later search began with no network of this one.
+        """
+        sizes = {group.name: group.size for group in later.groups}
+        starts = [{group.name: group.size for group in self.groups}, *(n.widths.to_dict() for n in self.networks)]
+        start = next((start for start in reversed(starts) if sizes.items() <= start.items()), None)
+        if start is None:
+            return None
+        key = hash_groups(self.groups)
+        networks = []
+        for network in later.networks:
+            widths = start | network.widths.to_dict()
+            values = tuple(widths[group.name] for group in self.groups)
+            networks.append(replace(network, widths=Widths(values, self.groups, key)))
+        steps = [
+            replace(step, index=len(self.steps) + number, evaluations=self.evaluations + step.evaluations)
+            for number, step in enumerate(later.steps)
+        ]
+        return replace(
+            self,
+            networks=(*self.networks, *networks),
+            steps=(*self.steps, *steps),
+            evaluations=self.evaluations + later.evaluations,
+            evaluated_macs=self.evaluated_macs + later.evaluated_macs,
+            images=max(self.images, later.images),
+            seconds=None if None in (self.seconds, later.seconds) else (self.seconds or 0) + (later.seconds or 0),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result for JSON."""

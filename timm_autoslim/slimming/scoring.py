@@ -229,9 +229,9 @@ class Scorer:
         try:
             with torch.no_grad(), self.supernet.at(widths), batch_statistics(model), _count_images(model) as images:
                 if isinstance(self.evaluate, HeldOut):
-                    loss = float(self.evaluate.score(self.supernet, self.evaluate.batches[part]))
+                    loss = _read_number(self.evaluate.score(self.supernet, self.evaluate.batches[part]))
                 else:
-                    loss = float(self.evaluate(self.supernet))
+                    loss = _read_number(self.evaluate(self.supernet))
                 check_batch_statistics(model)
         except AutoSlimError:
             raise
@@ -245,6 +245,20 @@ class Scorer:
         if not math.isfinite(loss):
             raise EvaluationError(f"evaluate returned {loss}; needed: a finite loss; at the widths {widths.to_dict()}")
         return [loss, sum(images)]
+
+
+def _read_number(value: Any) -> float:
+    """Return what `evaluate` returned as a float.
+
+    Raises:
+        EvaluationError: it is a tensor of several numbers.
+    """
+    if isinstance(value, Tensor) and value.numel() != 1:
+        got, needed = f"a tensor of the shape {tuple(value.shape)}", "one number for all images"
+        raise EvaluationError.at(
+            "evaluate", got=got, needed=needed, remedy='leave out reduction="none", or take .mean()'
+        )
+    return float(value)
 
 
 def _counts_images(value: float, images: float) -> bool:

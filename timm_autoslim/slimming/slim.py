@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -13,19 +16,21 @@ from tqdm.auto import tqdm
 
 from timm_autoslim.costs.conditions import Conditions
 from timm_autoslim.costs.cost import count_cost
-from timm_autoslim.errors import BudgetError, DataError
-from timm_autoslim.slimming.budgets import Budget, Budgets
+from timm_autoslim.errors import BudgetError, DataError, EvaluationError
+from timm_autoslim.slimming.budgets import Budget, Budgets, check_tight
 from timm_autoslim.slimming.goals import parse_budgets
+from timm_autoslim.slimming.luck import describe_luck
 from timm_autoslim.slimming.result import Step
 from timm_autoslim.slimming.scoring import HeldOut
 from timm_autoslim.slimming.search import search
 from timm_autoslim.slimming.stages import list_stages
-from timm_autoslim.supernet.convert import convert_by
+from timm_autoslim.supernet.convert import convert, convert_by
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.reconstruction import LayerReconstruction, reconstruct
 from timm_autoslim.utils.arguments import check_callable, check_flag, check_module
 from timm_autoslim.utils.batches import check_inputs
-from timm_autoslim.utils.meta import run_model
+from timm_autoslim.utils.meta import count_images, run_model
+from timm_autoslim.utils.tensors import collect_tensors
 
 M = TypeVar("M", bound=nn.Module)
 Pair = tuple[Any, Any]
@@ -72,9 +77,11 @@ def slim(
         An ordinary model of the class of `model`, in evaluation mode; `export` writes it to a folder.
 
     Raises:
-        BudgetError: the budget is malformed, out of reach, or several budgets.
-        DataError: the batches are no pairs, there are none, or what is first in one is none of the model's inputs.
-        ConfigError, EvaluationError, NothingToSlimError, TraceError, WidthError: as `convert`, `search` and
+        BudgetError: the budget is malformed, out of reach, not below the original, or several budgets.
+        DataError: the batches are no pairs, there are none, or the model does not take what is first in one.
+        EvaluationError: the loss raises, or returns more than one number.
+        TypeError: a rule that `convert` does not have.
+        ConfigError, NothingToSlimError, TraceError, WidthError: as `convert`, `search` and
             `reconstruct` do.
 
     Example:
@@ -89,17 +96,21 @@ def slim(
     check_module("model", model)
     check_callable("loss", loss, DataError, "a callable loss(outputs, targets) that returns a scalar")
     check_flag("progress", progress)
+    _check_rules(rules)
     pairs = _check_pairs(model, batches)
     inputs = [batch for batch, _ in pairs]
     smaller: nn.Module = copy.deepcopy(model).eval()  # whose gradients are ours, and whose modes
-    stages: list[Budget] = []
+    _try_first(smaller, pairs[0], loss)
+    supernet = convert_by(smaller, inputs[0], **rules)  # budgets are checked before the channels are ordered
+    stages = _plan(supernet, budget, conditions, in_stages=not {"min", "choices"} & rules.keys())
+    if luck := describe_luck(sum(map(count_images, inputs)), len(supernet.space)):
+        warnings.warn(luck, stacklevel=2)
     for number in itertools.count(1):
         if order == "taylor":
             _take_gradients(smaller, pairs, loss)
         supernet = convert_by(smaller, inputs[0], order=order, batches=inputs, **rules).eval()
         smaller.zero_grad()
         supernet.zero_grad()
-        stages = stages or _plan(supernet, budget, conditions, in_stages=not {"min", "choices"} & rules.keys())
         evaluate = HeldOut(pairs, lambda subnet, batch: float(loss(run_model(subnet, batch[0]), batch[1])))
         of = f" {number} of {len(stages)}" if len(stages) > 1 else ""
         with _show(f"search{of}", "step", progress) as bar:
@@ -128,9 +139,11 @@ def _plan(supernet: Supernet, budget: Any, conditions: Conditions | None, *, in_
     budgets = parse_budgets(supernet, _read_budget(budget), conditions=conditions)
     if len(budgets) != 1:
         raise BudgetError.at("budget", got=f"{len(budgets)} budgets", needed="one", remedy="call slim for each")
+    widest = count_cost(supernet, supernet.space.max(), budgets[0].metrics, conditions)
+    check_tight(budgets, widest)
     if not in_stages:  # rules that count from the widths of the model itself
         return budgets
-    return list_stages(budgets[0], count_cost(supernet, supernet.space.max(), budgets[0].metrics, conditions))
+    return list_stages(budgets[0], widest)
 
 
 def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: bool, of: str) -> nn.Module:
@@ -156,6 +169,53 @@ def _read_budget(budget: Any) -> Budgets:
         return [budget]
     budgets: Budgets = budget if isinstance(budget, Mapping) else {"macs": budget}
     return budgets
+
+
+def _check_rules(rules: Mapping[str, Any]) -> None:
+    """Make sure that all rules are arguments of `convert` that `slim` leaves to the caller.
+
+    Raises:
+        TypeError: one is not.
+    """
+    taken = ("model", "example_input", "order", "batches", "distributed")
+    names = [name for name in inspect.signature(convert).parameters if name not in taken]
+    for name in rules:
+        if name not in names:
+            near = difflib.get_close_matches(name, [*names, "maximize", "conditions", "progress", "seed"], n=1)
+            hint = f": did you mean {near[0]!r}?" if near else f"; rules are {', '.join(names)}"
+            raise TypeError(f"slim() got an unexpected keyword argument {name!r}{hint}")
+
+
+def _try_first(model: nn.Module, pair: Pair, loss: Callable[[Any, Any], Tensor]) -> None:
+    """Run the model and the loss once, on the first batch.
+
+    Raises:
+        DataError: the model does not take the images.
+        EvaluationError: the loss raises, or returns more than one number.
+    """
+    inputs, targets = pair
+    with torch.no_grad():
+        try:
+            outputs = run_model(model, inputs)
+        except Exception as error:  # a forward may raise anything
+            tensors = collect_tensors(inputs)
+            shapes = " and ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in tensors)
+            got = f"inputs {shapes}, on which the model raises {type(error).__name__}: "
+            remedy = (
+                "bytes become numbers by images.float() / 255, normalised by mean and std as in training"
+                if any(tensor.dtype == torch.uint8 for tensor in tensors)
+                else "look at their channels, their size, their type and their device"
+            )
+            needed = "inputs that the model takes as they are, mostly (N, C, H, W) in the type of its weights"
+            raise DataError.at("batch 0", got=got + str(error)[:200], needed=needed, remedy=remedy) from error
+        try:
+            value = loss(outputs, targets)
+        except Exception as error:  # so may a loss
+            got = f"{type(error).__name__}: {error}, from the outputs and the targets of batch 0"
+            raise EvaluationError.at("loss", got=got, needed="loss(outputs, targets) that returns a scalar") from error
+    if isinstance(value, Tensor) and value.numel() != 1:
+        got, remedy = f"a tensor of the shape {tuple(value.shape)}", 'leave out reduction="none", or take .mean()'
+        raise EvaluationError.at("loss", got=got, needed="one number for all images", remedy=remedy)
 
 
 def _check_pairs(model: nn.Module, batches: Iterable[Any]) -> list[Pair]:

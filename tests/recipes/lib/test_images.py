@@ -104,14 +104,15 @@ def test_test_images_without_training_images_are_no_class_folders(tmp_path):
 # -- images that cannot be read ---------------------------------------------------------------------------------------
 
 
-def test_another_image_of_the_subset_stands_in_for_one_that_cannot_be_read(tmp_path):
+def test_another_image_of_the_subset_stands_in_for_one_that_cannot_be_read(tmp_path, caplog):
     for name in ("train", "val"):
         make_images(tmp_path / name, ["cat", "dog"])
     (tmp_path / "train" / "cat" / "1.png").write_bytes(b"no image")
     source = open_images(make_args(data_dir=str(tmp_path))).train
     subset = Subset(source, 2, [0, 1, 5])
-    with pytest.warns(UserWarning, match=r"1\.png cannot be read; the next image stands in for it"):
+    with pytest.warns(UserWarning, match=r"cat.1\.png cannot be read \(cannot identify .*\); the next image stands"):
         image, target = subset[1]
+    assert "Skipped sample" not in caplog.text
     assert (image.getpixel((0, 0)), target) == ((20, 0, 0), 1)  # 5, and not 2 of another subset
     assert subset[0][1] == 0
 

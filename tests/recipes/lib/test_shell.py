@@ -1,10 +1,14 @@
-"""Errors reach the shell as messages."""
+"""Errors and warnings reach the shell as messages."""
+
+import warnings
 
 import pytest
+import torch
 from helpers.recipes import parse, write_config
 
-from timm_autoslim.errors import AutoSlimError, ConfigError
+from timm_autoslim.errors import AutoSlimError, ConfigError, DataError
 from timm_autoslim.recipes import finetune, search
+from timm_autoslim.recipes.lib.images import Subset
 from timm_autoslim.recipes.lib.run_folder import write_args
 from timm_autoslim.recipes.lib.shell import run_command
 
@@ -21,3 +25,37 @@ def test_errors_reach_the_shell_as_messages(tmp_path):
     write_args(tmp_path, args)
     with pytest.raises(ConfigError, match=r"holds no supernet.safetensors: finish its training first"):
         search.main([str(tmp_path)])
+
+
+class Broken:
+    """A source of images of which none can be read."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, index):
+        raise OSError("no image")
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_is_a_message_without_the_workers_traceback(capsys):
+    def load():
+        next(iter(torch.utils.data.DataLoader(Subset(Broken(), 2), num_workers=1)))
+
+    with pytest.raises(SystemExit) as raised:
+        run_command(load)
+    text = "DataError: 10 images in a row cannot be read. The first: image 0 cannot be read (no image). Mend the data."
+    assert str(raised.value) == text
+    assert issubclass(DataError, AutoSlimError)
+
+
+def test_warnings_of_the_recipes_are_one_line(capsys):
+    def warn():
+        with warnings.catch_warnings(action="always"):
+            Subset(Broken(), 2)._read(0)
+
+    with pytest.raises(SystemExit):
+        run_command(warn)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "Warning: image 0 cannot be read (no image); the next image stands in for it."
+    assert len(lines) == 10

@@ -83,6 +83,22 @@ def test_files_that_do_not_fit_are_refused_and_run_no_code(tmp_path, capsys):
         create_starting_model(parse_train(tmp_path, "--initial-checkpoint", str(tmp_path / "nowhere.pth")))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet10t", "torchvision/resnet18"])
+def test_weights_of_another_model_are_told_by_their_names_and_shapes(name, tmp_path):
+    path = tmp_path / "weights.pth"
+    torch.save(timm.create_model("mobilenetv3_small_050", num_classes=10).state_dict(), path)
+    kwargs = {} if name == "torchvision/resnet18" else {"channels": [8, 8, 16, 16]}
+    args = parse_train(tmp_path, "--initial-checkpoint", str(path), model=name, model_kwargs=kwargs, in_chans=3)
+    text = (
+        r"it holds the weights of another model: \d+ of \d+ tensors of the model are not in it, such as \S+; \d+ of \d+"
+    )
+    with pytest.raises(ConfigError, match=text) as raised:
+        create_starting_model(args)
+    assert "Is --model the right one?" in str(raised.value)
+    assert "state_dict" not in str(raised.value)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
