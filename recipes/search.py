@@ -62,6 +62,7 @@ from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args
 from timm_autoslim.recipes.lib.scores import SavedScores
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.splits import SPLIT, read_split
+from timm_autoslim.recipes.lib.starting_points import take_gradients
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,6 +131,8 @@ def search_networks(
             on_step=bar.show_step, **shared,
         )  # fmt: skip
         results = {SEARCHED: dataclasses.replace(searched, seconds=time.perf_counter() - begin)}
+        if args.criterion == "taylor" and {"importance", "isomorphic"}.intersection(args.baselines):
+            take_gradients(supernet.model, F.cross_entropy, load_ordering(args, run, accelerator))
         for method in dict.fromkeys(args.baselines):
             bar.say(f"baseline {method}")
             results[method] = baseline(
@@ -198,6 +201,13 @@ def load_held_out(args: argparse.Namespace, run: Path, accelerator: Accelerator)
     if not held_out:
         raise DataError(f"{run}/{SPLIT} lists no held-out images: train a supernet with --held-out above 0.")
     return load_batches(args, images.train, held_out[: args.images or None], accelerator)
+
+
+def load_ordering(args: argparse.Namespace, run: Path, accelerator: Accelerator) -> list[tuple[Tensor, Tensor]]:
+    """Load the training images that the importance of channels is measured on."""
+    images = open_images(args)
+    training, _ = read_split(run, len(images.train))
+    return load_batches(args, images.train, training[: args.order_images], accelerator)
 
 
 def describe_settings(run: Path, args: argparse.Namespace, images: int) -> dict[str, Any]:

@@ -44,7 +44,11 @@ TRAINED, HELD_OUT, PARTS, CALIBRATED, RANKED = 10_000, 500, 4, 6_000, 2_000
 EPOCHS, RATE, BATCH, SMOOTHING, TEMPERATURE = (1, 5), 1e-3, 64, 0.1, 2.0
 # Starts and teachers, what matters most first; None is the mark of a job that measures without training.
 TRAININGS = (("reconstructed", "original"), ("cut", "labels"), ("reconstructed", "labels"), ("cut", "original"))
-SKIPPED = {("importance", "labels"), ("uniform", "labels")}  # of the reconstructed ones: the teacher's row is enough
+SKIPPED = {
+    ("importance", "labels"),
+    ("isomorphic", "labels"),
+    ("uniform", "labels"),
+}  # of the reconstructed ones: the teacher's row is enough
 
 
 def scale(images: Tensor) -> Tensor:

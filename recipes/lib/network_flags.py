@@ -26,9 +26,10 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--criterion",
-        choices=[name for name in CRITERIA if name not in ("taylor", "random", "reconstruction")],
+        choices=[name for name in CRITERIA if name not in ("random", "reconstruction")],
         default="l2",
-        help="criterion of torch-pruning by which the baseline importance ranks the channels",
+        help="criterion of torch-pruning by which the baselines importance and isomorphic rank the channels; taylor "
+        "reads the gradients of the run's --order-images training images",
     )
 
 

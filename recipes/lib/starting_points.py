@@ -178,6 +178,14 @@ def _load_torchvision(model: nn.Module, state: dict[str, Tensor]) -> None:
     load_weights(model, {**state, **left})
 
 
+def take_gradients(model: nn.Module, loss_fn: LossFn, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Add the gradients of the loss in evaluation mode, in which the model stays, to its weights."""
+    model.eval()
+    for inputs, targets in batches:
+        loss = loss_fn(model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
 def order_channels(
     supernet: Supernet,
     order: str,
@@ -201,10 +209,7 @@ def order_channels(
     model, training = supernet.model, supernet.model.training
     try:
         if order == "taylor":
-            model.eval()
-            for inputs, targets in batches:
-                loss = loss_fn(model(inputs), targets)
-                loss.backward()  # type: ignore[no-untyped-call]
+            take_gradients(model, loss_fn, batches)
         # channels that are in no checkpoint keep their order, so the state is all that moves
         images = (inputs for inputs, _ in batches) if order == "reconstruction" else None
         model.load_state_dict(

@@ -1,15 +1,22 @@
 """The baselines land at the budget, count what they score, and find what they are known to find."""
 
+import copy
+
+import numpy as np
 import pytest
+import timm
 import torch
+import torch_pruning as tp
 from helpers.comparisons import assert_same, snapshot
 from helpers.models import randomise
 from helpers.searches import IMAGE, SIZES, Branches, Chain, assert_filled, charge, draw_budgets, few, layers, width_of
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from timm_autoslim import BASELINES, baseline, convert, cost, uniform_at
 from timm_autoslim.errors import BudgetError, ConfigError, EvaluationError, WidthError
+from timm_autoslim.slimming.baselines import rank_within_structures
 
 KINDS = list(BASELINES)
 FEW = {"candidates": 12, "population": 4}
@@ -144,6 +151,61 @@ def test_groups_without_scores_keep_the_share_that_others_keep():
     ).networks[0]
     shares = [found.widths[g.name] / g.size for g in supernet.space.groups]
     assert max(shares) - min(shares) <= 1 / 8
+
+
+def test_isomorphic_groups_are_ranked_together_and_lose_one_share():
+    model = nn.Sequential(
+        nn.Conv2d(3, 20, 1), nn.Conv2d(20, 12, 1), nn.Conv2d(12, 8, 1), nn.Flatten(),
+        nn.Linear(8, 10), nn.Linear(10, 6), nn.Linear(6, 2),
+    )  # fmt: skip
+    supernet = convert(model, torch.randn(1, 3, 1, 1))
+    names = supernet.space.names
+    assert names == ("0", "1", "2", "4", "5")
+    # of convolutions 0 and 1, of a convolution that a linear layer reads, and of linear layers 4 and 5
+    scores = [np.linspace(9, 8, 20), np.linspace(8.6, 7, 12), np.full(8, 3.0), np.linspace(2, 1, 10), np.zeros(6)]
+    ranks = dict(zip(names, rank_within_structures(supernet, scores), strict=True))
+    for kind, size in (("01", 32), ("2", 8), ("45", 16)):
+        assert np.allclose(np.sort(np.concatenate([ranks[name] for name in kind])), (np.arange(size) + 0.5) / size)
+    assert all((np.diff(part) < 0).all() for part in ranks.values())  # falling still
+    assert min(ranks["4"]) > max(ranks["5"])  # which linear layers alone are compared in
+    lost = {name: int((part < 0.5).sum()) for name, part in ranks.items()}
+    assert lost == {"0": 6, "1": 10, "2": 4, "4": 2, "5": 6}
+
+
+def test_where_all_groups_are_isomorphic_it_is_the_global_ranking(supernet):
+    for share in ("80%", "40%"):
+        one, two = (
+            baseline(supernet, {"macs": share}, lambda subnet: 0.0, method).networks[0].widths
+            for method in ("importance", "isomorphic")
+        )
+        assert one == two
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "isomorphic"), [("importance", False), ("isomorphic", True)])
+@pytest.mark.parametrize("criterion", ["taylor", "l2"])
+def test_the_widths_are_those_of_torch_pruning(method, isomorphic, criterion):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet26", num_classes=10, zero_init_last=False).eval()
+    images, targets = torch.randn(8, 3, 64, 64), torch.randint(10, (8,))
+    torch.nn.functional.cross_entropy(model(images), targets).backward()
+    supernet = convert(model, images[:1], min=1)
+    pruned = copy.deepcopy(model)
+    for ours, theirs in zip(model.parameters(), pruned.parameters(), strict=True):
+        theirs.grad = ours.grad.clone()
+    importances = {
+        "taylor": tp.importance.GroupTaylorImportance(), "l2": tp.importance.GroupMagnitudeImportance(p=2)
+    }  # fmt: skip
+    tp.pruner.BasePruner(
+        pruned, images[:1], importance=importances[criterion], global_pruning=True, pruning_ratio=0.4,
+        ignored_layers=[pruned.fc], isomorphic=isomorphic,
+    ).step()  # fmt: skip
+    budget = cost(convert(pruned, images[:1])).macs
+    result = baseline(supernet, {"macs": budget}, lambda subnet: 0.0, method, criterion=criterion)
+    ours = dict(supernet.extract(result.networks[0].widths).named_modules())
+    for path, layer in pruned.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            assert abs(layer.out_channels - ours[path].out_channels) <= 1, path
 
 
 def test_taylor_needs_gradients(supernet):

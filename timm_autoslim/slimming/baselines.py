@@ -67,6 +67,9 @@ def baseline(
       its `global_pruning=True` does (DepGraph, arXiv 2301.12900): those with the lowest scores go first. A subnet keeps
       the first channels of each group, so convert with `order=` the same criterion to keep those that were ranked
       highest. One subnet is scored. Groups of which the criterion says nothing keep the share that all others keep.
+    - "isomorphic": the same ranking, but among groups of the same structure (Isomorphic Pruning, arXiv 2407.04616, as
+      torch-pruning's `isomorphic=True`): scores of layers of different types say nothing of each other, so the same
+      share of the channels goes from each kind of groups. The paper's criterion is "taylor".
     - "evolutionary": mutation and crossover of the best half of a population (Single Path One-Shot, arXiv 1904.00420,
       section 3.4), `candidates` subnets in all, of which the first `population` are the uniform one and random ones.
 
@@ -77,7 +80,8 @@ def baseline(
         method: a key of `BASELINES`, see above.
         candidates: subnets that "random" and "evolutionary" draw for each budget; one drawn twice is scored once.
         population: subnets that "evolutionary" keeps.
-        criterion: a key of `CRITERIA`; "taylor" needs gradients in `supernet.model`.
+        criterion: a key of `CRITERIA`, for "importance" and "isomorphic"; "taylor" needs gradients in `supernet.model`.
+            Global first-order ranking is "importance" with "taylor", and DepGraph's group magnitude that with "l2".
         seed: of all random draws; each budget starts from it anew.
         scores, team: as for `search`.
 
@@ -177,9 +181,23 @@ def _move(goal: Goal, widths: Widths, generator: torch.Generator) -> Widths:
 
 @BASELINES.add("importance")
 def _choose_by_importance(goal: Goal, options: Options) -> Widths:
-    """Take away the units with the lowest scores until the budget is met, and fill it up."""
-    space = goal.supernet.space
+    return _remove_lowest(goal, _score_units(goal.supernet, options.criterion, options.seed))
+
+
+@BASELINES.add("isomorphic")
+def _choose_isomorphic(goal: Goal, options: Options) -> Widths:
     scores = _score_units(goal.supernet, options.criterion, options.seed)
+    return _remove_lowest(goal, rank_within_structures(goal.supernet, scores))
+
+
+def _remove_lowest(goal: Goal, scores: list[NDArray[np.float64]]) -> Widths:
+    """Take away the units with the lowest scores until the budget is met, and fill it up.
+
+    Args:
+        goal: the budget to meet.
+        scores: for every group those of its units, falling.
+    """
+    space = goal.supernet.space
     owners = np.repeat(np.arange(len(space)), [len(s) for s in scores])
     owners = owners[np.argsort(np.concatenate(scores), kind="stable")]  # the group of every unit, lowest score first
 
@@ -219,6 +237,28 @@ def _score_units(supernet: Supernet, criterion: str, seed: int) -> list[NDArray[
         np.quantile(pool, (np.arange(size, 0, -1) - 0.5) / size) if scores is None else scores
         for scores, size in zip(units, graph.group_sizes, strict=True)
     ]
+
+
+def rank_within_structures(supernet: Supernet, scores: list[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+    """Return, for the units of every group, the share of the units of isomorphic groups that are below them."""
+    from timm_autoslim.supernet.order import describe_structures
+
+    graph = supernet.graph
+    structures: list[list[tuple[str, ...]]] = [[] for _ in graph.group_sizes]
+    for strand, layers in zip(graph.strands, describe_structures(supernet.model, graph), strict=True):
+        structures[strand.group].append(layers)
+    isomorphic: dict[tuple[tuple[str, ...], ...], list[int]] = {}
+    for group, structure in enumerate(structures):
+        isomorphic.setdefault(tuple(structure), []).append(group)
+    ranks = list(scores)
+    for groups in isomorphic.values():
+        falling = np.concatenate([scores[index] for index in groups])
+        shares = np.empty(len(falling))
+        shares[np.argsort(-falling, kind="stable")] = (np.arange(len(falling), 0, -1) - 0.5) / len(falling)
+        ends = np.cumsum([len(scores[index]) for index in groups])
+        for index, part in zip(groups, np.split(shares, ends[:-1]), strict=True):
+            ranks[index] = part
+    return ranks
 
 
 # -- evolution ------------------------------------------------------------------------------------------------------

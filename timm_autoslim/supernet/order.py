@@ -89,6 +89,31 @@ def make_pruning_group(model: nn.Module, graph: ChannelGraph, strand: int) -> An
     return group if first else None
 
 
+# Torch-pruning's functions that remove what a layer puts out; all others remove what it reads.
+_OUTPUTS = (
+    tp.prune_conv_out_channels,
+    tp.prune_linear_out_channels,
+    tp.prune_batchnorm_out_channels,
+    tp.prune_layernorm_out_channels,
+)
+
+
+def describe_structures(model: nn.Module, graph: ChannelGraph) -> list[tuple[str, ...]]:
+    """Return by strand which types of layers put its channels out, and which read them, in their order in the model.
+
+    Strands with equal descriptions are isomorphic (Fang et al., "Isomorphic Pruning for Vision Models", arXiv
+    2407.04616, compare sub-structures so, by types of layers alone).
+    """
+    groups = [make_pruning_group(model, graph, index) for index in range(len(graph.strands))]
+    return [
+        tuple(
+            f"{type(dependency.target.module).__name__} {'out' if dependency.handler in _OUTPUTS else 'in'}"
+            for dependency, _ in group or ()
+        )
+        for group in groups
+    ]
+
+
 def score_units(
     model: nn.Module,
     graph: ChannelGraph,

@@ -121,6 +121,11 @@ def rank_importance(task: Task) -> Iterator[Network]:
     yield from _run_baseline(task, "importance", "taylor")
 
 
+def rank_isomorphic(task: Task) -> Iterator[Network]:
+    """First-order importance, ranked within groups of the same structure (arXiv 2407.04616), in our interface."""
+    yield from _run_baseline(task, "isomorphic", "taylor")
+
+
 def _run_baseline(task: Task, method: str, order: str) -> Iterator[Network]:
     start = time.process_time()
     supernet = make_supernet(task, order)
@@ -173,6 +178,7 @@ METHODS: dict[str, Callable[[Task], Iterator[Network]]] = {
     "searched at once": search_at_once,
     "uniform": take_uniform,
     "importance": rank_importance,
+    "isomorphic": rank_isomorphic,
     "torch-pruning, taylor": prune_by_taylor,
     "torch-pruning, magnitude": prune_by_magnitude,
     "torch-pruning, isomorphic": prune_isomorphic,
