@@ -222,6 +222,13 @@ class LabelRecorder(Recorder):
             reason = f"its code reads numbers that are computed from {self._names[id(tensor)]}"
             self.flow.freeze_labels(self.flow.get_labels(tensor), reason)
 
+    def freeze_kept(self, path: str, name: str, tensor: Tensor) -> None:
+        """Freeze the channels that decide a tensor which a module keeps from one call to the next."""
+        for root in self.values.list_roots(tensor):
+            reason = f"{path or 'the model'}: its forward keeps {name}, which it computes from {self._names[id(root)]}"
+            for label in (*self.flow.get_labels(root), *self.flow.get_labels(tensor)):
+                self.flow.constraints.freeze(label, reason)
+
     def check_tensor(self, tensor: Tensor) -> None:
         """Make sure that no weight of the user's model takes part in the run of a copy.
 

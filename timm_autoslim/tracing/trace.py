@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.slicing.slices import clear_caches
 from timm_autoslim.tracing import ops
+from timm_autoslim.tracing.caches import empty_attributes, find_caches, find_filled, list_kept_tensors
 from timm_autoslim.tracing.calls import wrap_attributes
 from timm_autoslim.tracing.checks import keep_answers
 from timm_autoslim.tracing.comparisons import find_coincidences
@@ -25,7 +26,7 @@ from timm_autoslim.tracing.observe import observe
 from timm_autoslim.tracing.other_methods import Surroundings, find_refilled
 from timm_autoslim.tracing.outer_state import EmptyCaches, with_empty_caches
 from timm_autoslim.tracing.prove import Disagreement, Prover, list_suspects
-from timm_autoslim.tracing.record import LabelRecorder, RunRecord
+from timm_autoslim.tracing.record import LabelRecorder, Recorder, RunRecord
 from timm_autoslim.tracing.refusals import check_example, check_model, explain_failure
 from timm_autoslim.tracing.scales import find_number_tensors, wrap_floats
 from timm_autoslim.utils.meta import copy_to_meta, count_images, make_meta_example, run_model
@@ -76,6 +77,8 @@ class Tracer:
         recorder: it runs the copy.
         records: the runs so far.
         written: paths of attributes that hold integers, and that a run changed.
+        caches: attributes of the model that hold tensors which an earlier run has computed.
+        kept: the tensors that modules hold in attributes, before the first run and after each.
         attributes: paths of the attributes that the modules had before any run.
     """
 
@@ -93,12 +96,14 @@ class Tracer:
         self.flow = Flow(whole_heads)
         self.flow.images = self.batches[False] if doubles else 1
         self.copy = copy_to_meta(model)
+        self.caches = find_caches(model, make_meta_example(example, self.batches[False]))
+        empty_attributes(self.copy, self.caches)
         clear_caches(self.copy.modules())  # what an earlier run left there is of plain sizes
         self.attributes = {f"{path}.{name}" for path, m in self.copy.named_modules() for name in m.__dict__}
         wrap_attributes(self.copy, {id(value) for module in model.modules() for value in vars(module).values()})
         wrap_floats(self.copy)
-        self.numbers = find_number_tensors(model)
         self.tensors = named_tensors(self.copy)
+        self.numbers = {name: factor for name, factor in find_number_tensors(model).items() if name in self.tensors}
         self.labels = {n: self._label_tensor(n, t) for n, t in self.tensors.items() if t.is_floating_point()}
         self.describer = Describer(self.flow, self.copy)
         data = named_tensors(model)
@@ -106,6 +111,7 @@ class Tracer:
         self.recorder = LabelRecorder(self.copy, self.flow, foreign_ids, self.describer, self.numbers, data)
         self.records: list[RunRecord] = []
         self.written: set[str] = set()
+        self.kept = [list_kept_tensors(self.copy)]
 
     def _label_tensor(self, name: str, tensor: Tensor) -> list[Label]:
         """Label every axis of a weight with new atoms, except height and width of a convolution's kernel."""
@@ -141,6 +147,9 @@ class Tracer:
         read = self.recorder.scales.read
         HeadBinder(self.copy, self.flow, self.records, self.numbers, self.attributes, read).bind(self.describer)
         self._freeze_unused_tensors()
+        for (path, name), tensors in find_filled(*self.kept).items():
+            for tensor in tensors:
+                self.recorder.freeze_kept(path, name, tensor)
         self._constrain_unsaved_tensors(self.labels.keys() - set(self.copy.state_dict()))
         described = self.describer
         uses = [*self.flow.constraints.attributes, *described.uses]
@@ -245,6 +254,7 @@ class Tracer:
             )
             raise TraceError(text) from error
         self._freeze_outputs(out, training)
+        self.kept.append(list_kept_tensors(self.copy))
         self.written.update(self._list_written())
 
     def _freeze_outputs(self, out: Any, training: bool) -> None:
@@ -326,6 +336,12 @@ class Tracer:
             The proven graph, and the reasons for which more was frozen.
         """
         meta_copy, data = copy_to_meta(self.model), named_tensors(self.model)  # a copy without labels and hooks
+        if find_filled(*self.kept):  # subnets get what the widest has kept
+            empty_attributes(meta_copy, self.caches)
+            for record in self.records:
+                runner = Recorder(meta_copy.train(record.training), data=data)
+                runner.run(make_meta_example(self.example, self.batches[record.training]))
+                runner.stack.release()
         prover = Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data)
         repairs: list[str] = []
         failure = ""  # of a width of 1, after which the floor became 2

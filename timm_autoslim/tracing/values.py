@@ -95,6 +95,11 @@ class KnownValues:
             self._note_read(value.list_roots())
         return result
 
+    def list_roots(self, tensor: Tensor) -> list[Tensor]:
+        """Return the model's tensors that a tensor is computed from; none if it follows from inputs or constants."""
+        value = self._get(tensor)
+        return [] if value is None else value.list_roots()
+
     # -- functions --------------------------------------------------------------------------------------------------
 
     def run_function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
