@@ -32,10 +32,10 @@ from timm_autoslim import (
     export,
     reconstruct,
 )
-from timm_autoslim.errors import OutputExistsError
+from timm_autoslim.errors import ConfigError, OutputExistsError
 from timm_autoslim.recipes.lib.checkpoints import Checkpoints
 from timm_autoslim.recipes.lib.configuration import parse_args
-from timm_autoslim.recipes.lib.images import open_images
+from timm_autoslim.recipes.lib.images import UNLABELLED, Joined, open_images, open_unlabelled
 from timm_autoslim.recipes.lib.loaders import (
     load_calibration_batches,
     make_evaluation_loader,
@@ -58,7 +58,7 @@ from timm_autoslim.recipes.lib.resume import find_start
 from timm_autoslim.recipes.lib.run_folder import read_args, write_args
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.splits import read_all_training
-from timm_autoslim.recipes.lib.teacher import choose_teacher, create_teacher
+from timm_autoslim.recipes.lib.teacher import check_unlabelled, choose_teacher, create_teacher
 from timm_autoslim.recipes.lib.trainer import Backward, Trainer
 from timm_autoslim.recipes.lib.training import make_loss, prepare
 from timm_autoslim.recipes.lib.validation import check_batch, evaluate
@@ -67,6 +67,7 @@ from timm_autoslim.recipes.lib.validation import check_batch, evaluate
 def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
     args = parse_args("finetune", __doc__, argv)
+    check_unlabelled(args)
     run = Path(args.run)
     network = find_network(run, args.network)
     args = read_args(run, args)
@@ -87,23 +88,29 @@ def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, netw
     folder = run / "finetune" / network.name
     images = open_images(args)
     training = read_all_training(run, len(images.train))
+    source, labelled = images.train, len(training)
+    if unlabelled := open_unlabelled(args):
+        source = Joined(images.train, unlabelled)
+        training = [*training, *range(source.labelled, len(source))]
     set_seed(args.seed)
     fresh = not (args.resume and Checkpoints(folder, args.checkpoint_hist).list_paths())  # else weights are there
     reconstruction = training[: args.reconstruct] if fresh and not args.from_scratch else []
-    loader = make_evaluation_loader(args, images.train, take_share(reconstruction, accelerator))
+    loader = make_evaluation_loader(args, source, take_share(reconstruction, accelerator))
     model = extract(accelerator, args, run, network, loader)
     start = find_start(accelerator, args, folder, {
         "network": network.name, "widths": network.widths.to_dict(), "training_images": len(training),
+        **({"unlabelled_images": len(unlabelled)} if unlabelled else {}),
         "from_scratch": args.from_scratch,
     })  # fmt: skip
     if accelerator.is_main_process:
         write_args(folder, args)
     cost = network.cost
     accelerator.print(f"{network.name}: {cost.macs / 1e6:.2f}M MACs, {cost.params / 1e6:.3f}M parameters, "
-                      f"{len(training)} training images")  # fmt: skip
+                      f"{len(training)} training images"
+                      + (f", {len(unlabelled)} of them without labels" if unlabelled else ""))  # fmt: skip
 
-    calibration = load_calibration_batches(args, images.train, training, accelerator)
-    loop = prepare(accelerator, args, start, model, model, make_training_loader(args, images.train, training))
+    calibration = load_calibration_batches(args, source, training[:labelled], accelerator)
+    loop = prepare(accelerator, args, start, model, model, make_training_loader(args, source, training))
     Trainer(loop, Lesson(accelerator, args)).fit()
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     calibrate(model, calibration, distributed=True)
@@ -195,6 +202,8 @@ class Lesson:
         self.temperature, self.distill = args.distill_temperature, DISTILLATION_LOSSES[args.distill_loss]
         name = choose_teacher(args) if args.epochs and args.teach else None
         self.teacher: nn.Module | None = None
+        if args.unlabelled and not name:
+            raise ConfigError("--unlabelled needs a --teacher: the original has no trained weights of these classes.")
         if name:
             self.teacher = create_teacher(argparse.Namespace(**vars(args) | {"teacher": name})).to(accelerator.device)
             if args.channels_last:
@@ -206,14 +215,27 @@ class Lesson:
     ) -> dict[str, Tensor]:
         """Add the gradients of one batch; returns the loss."""
         outputs = network(inputs)
-        loss = self.loss_fn(outputs, targets)
-        if self.teacher:
+        if not self.teacher:
+            loss = self.loss_fn(outputs, targets)
+        else:
             with torch.no_grad(), self.accelerator.autocast():
                 logits = self.teacher(inputs)
-            lesson = self.distill(outputs, logits, temperature=self.temperature)
-            loss = (1 - self.share) * loss + self.share * lesson
+            loss = self._learn(outputs, targets, logits)
         backward(loss)
         return {"loss": loss}
+
+    def _learn(self, outputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
+        """Return the loss of a batch; of images without labels it is the teacher's alone."""
+        known = targets != UNLABELLED if targets.dim() == 1 else torch.ones(len(targets), dtype=torch.bool)
+        count, total = int(known.sum()), len(targets)
+        if count == total:
+            lesson = self.distill(outputs, logits, temperature=self.temperature)
+            mixed: Tensor = (1 - self.share) * self.loss_fn(outputs, targets) + self.share * lesson
+            return mixed
+        loss: Tensor = self.distill(outputs[~known], logits[~known], temperature=self.temperature) * (total - count)
+        if count:
+            loss = loss + self._learn(outputs[known], targets[known], logits[known]) * count
+        return loss / total
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from timm_autoslim.recipes.finetune import finetune, finish
 from timm_autoslim.recipes.lib.comparison import Row, describe_turns, make_table, read_original, write_original
 from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.guide import write_guide
-from timm_autoslim.recipes.lib.images import hash_images, open_images
+from timm_autoslim.recipes.lib.images import hash_images, open_images, open_unlabelled
 from timm_autoslim.recipes.lib.loaders import make_evaluation_loader, take_share
 from timm_autoslim.recipes.lib.models import load_supernet, make_images, make_supernet
 from timm_autoslim.recipes.lib.names import is_stored
@@ -66,13 +66,14 @@ from timm_autoslim.recipes.lib.starting_points import (
     is_trained,
     order_channels,
 )
+from timm_autoslim.recipes.lib.teacher import check_unlabelled
 from timm_autoslim.recipes.lib.validation import evaluate
 from timm_autoslim.recipes.search import count_widest, make_conditions, search_networks, write_budgets
 
 # A run that goes on may differ in these: they do not change the networks.
 FREE = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "threads", "device", "log_interval",
         "checkpoint_hist", "log_wandb", "log_tensorboard", "wandb_project", "val_interval",
-        "recovery_interval", "onnx")  # fmt: skip
+        "recovery_interval", "onnx", "unlabelled")  # fmt: skip
 SUBNETS = 10  # that a search scores for each group and budget, about; benchmarks.md has figures
 OTHER_SIDE = 0.001, 3  # share of the test images, or number, that may change sides when a network is loaded again
 TURNS = 9  # in which each network is measured
@@ -105,6 +106,7 @@ def check_flags(args: argparse.Namespace) -> None:
         )
     if args.onnx:
         check_onnx()
+    check_unlabelled(args)
     if not (args.data_dir or args.dataset):
         raise ConfigError("slim needs images: give --data-dir DIR, or --dataset NAME (digits are scikit-learn's).")
 
@@ -151,7 +153,9 @@ class Slimming:
         settings.pop("initial_checkpoint")
         if self.args.model.startswith("local-dir:"):
             settings["model"] = "local-dir"
-        settings["images_sha256"] = hash_images(self.images)
+        settings["images_sha256"] = hash_images(self.images.train, self.images.test)
+        if unlabelled := open_unlabelled(self.args):
+            settings["unlabelled_sha256"] = hash_images(unlabelled)
         begun = any((self.run / name).exists() for name in ("search", "search-progress.json", "finetune"))
         same = True
         if self.accelerator.is_main_process:

@@ -9,7 +9,7 @@ import torch
 
 import timm_autoslim
 
-MODULES = ("errors", "files")  # public modules, beside the names of the package itself
+MODULES = ("errors", "files", "plot")  # public modules, beside the names of the package itself
 
 
 def is_documented(value):

@@ -18,7 +18,7 @@ PACKAGE = Path(timm_autoslim.__file__).parent
 # From the ground up. Imports that only a type checker reads count like all others.
 WINGS = ["errors", "utils", "slicing", "tracing", "artifact", "supernet", "costs", "training", "slimming"]
 # They import from all wings, and no wing from them.
-FRONT_DOORS = ["__init__", "__main__", "files"]
+FRONT_DOORS = ["__init__", "__main__", "files", "plot"]
 
 
 def files():

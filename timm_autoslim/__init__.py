@@ -140,10 +140,13 @@ _MODULES = {
     "zero_last_norms": "training.residual",
 }
 __all__ = ["AutoSlimError", *_MODULES]
+_PUBLIC_MODULES = ("errors", "files", "plot")
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
+    """Import a public name, or a public module, when it is first asked for."""
+    if name in _PUBLIC_MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset
+from timm.data import create_dataset, get_img_extensions
 from torch.utils.data import Dataset
 
 from timm_autoslim.errors import DataError
@@ -36,13 +36,13 @@ class Images:
     num_classes: int
 
 
-def hash_images(images: Images) -> str:
-    """Return a hash of what the images are: their names with the class folders, their sizes in bytes, their number.
+def hash_images(*parts: Any) -> str:
+    """Return a hash of what sources of images are: names with class folders, sizes in bytes, their number.
 
     Files of the same name and size are taken for the same.
     """
     digest = hashlib.sha256()
-    for part in (images.train, images.test):
+    for part in parts:
         source = getattr(part, "source", part)
         digest.update(f"{len(part)} of {len(source)}\n".encode())
         if hasattr(source, "filenames"):
@@ -72,7 +72,8 @@ class Subset(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, item: int) -> tuple[Any, int]:
         index, image, target = self._read(item)
-        if not 0 <= int(target) < self.classes:
+        labelled = not (isinstance(self.source, Joined) and index >= self.source.labelled)
+        if labelled and not 0 <= int(target) < self.classes:
             raise DataError(
                 f"Image {index} has the class {int(target)}, but the model has {self.classes} classes (0 to "
                 f"{self.classes - 1}): give the --num-classes of the data."
@@ -277,6 +278,65 @@ class Part(Dataset[tuple[Any, int]]):
     def filename(self, index: int, absolute: bool = False) -> str:
         """Return the name of an image's file."""
         return str(self.source.filename(self.indices[index], absolute=absolute))
+
+
+UNLABELLED = -1  # the target of an image without a label
+
+
+class Unlabelled(Dataset[tuple[Any, int]]):
+    """All images below a folder, at any depth; their target is UNLABELLED.
+
+    Raises:
+        DataError: the folder is not there, or holds no images.
+    """
+
+    def __init__(self, folder: str, mode: str) -> None:
+        self.folder, self.mode = Path(folder), mode
+        found = self.folder.rglob("*") if self.folder.is_dir() else ()
+        self.paths = sorted(path for path in found if path.suffix.lower() in get_img_extensions())
+        if not self.paths:
+            got = "no images" if self.folder.is_dir() else "no such folder"
+            raise DataError.at(f"--unlabelled {folder}", got=got, needed="a folder with images, at any depth")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        with Image.open(self.paths[index]) as image:
+            return image.convert(self.mode), UNLABELLED
+
+    def filenames(self, absolute: bool = False) -> list[str]:
+        """Return the names of the files, in the folder or in full."""
+        return [str(path if absolute else path.relative_to(self.folder)) for path in self.paths]
+
+
+class Joined(Dataset[tuple[Any, int]]):
+    """The images of a source, and behind them others without labels."""
+
+    def __init__(self, source: Any, others: Unlabelled) -> None:
+        self.source, self.others, self.labelled = source, others, len(source)
+
+    def __len__(self) -> int:
+        return self.labelled + len(self.others)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        pair: tuple[Any, int] = self.source[index] if index < self.labelled else self.others[index - self.labelled]
+        return pair
+
+    def filename(self, index: int, absolute: bool = False) -> str:
+        """Return the name of an image's file."""
+        if index >= self.labelled:
+            return self.others.filenames(absolute)[index - self.labelled]
+        return str(self.source.filename(index, absolute=absolute))
+
+
+def open_unlabelled(args: argparse.Namespace) -> Unlabelled | None:
+    """Open the images of --unlabelled, if there are some.
+
+    Raises:
+        DataError: there are none in the folder.
+    """
+    return Unlabelled(args.unlabelled, "L" if args.in_chans == 1 else "RGB") if args.unlabelled else None
 
 
 def _divide(source: Any) -> tuple[Part, Part]:

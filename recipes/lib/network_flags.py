@@ -94,6 +94,11 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the teacher's loss; the labels have the rest",
     )
+    group.add_argument(
+        "--unlabelled",
+        metavar="DIR",
+        help="folder of further images to train on, at any depth and without labels: the teacher's loss alone counts",
+    )
     add_teacher(
         group,
         "the teacher: original (what the run's training started from; the default where it had trained weights of "

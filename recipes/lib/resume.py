@@ -18,7 +18,7 @@ from timm_autoslim.recipes.lib.checkpoints import Checkpoint, Checkpoints, Progr
 # A resumed run may differ in these without a word: they do not change the weights.
 SILENT = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "device", "grad_checkpointing",
           "log_interval", "checkpoint_hist", "log_wandb", "log_tensorboard", "wandb_project",
-          "val_interval")  # fmt: skip
+          "val_interval", "unlabelled")  # fmt: skip
 
 
 @dataclass(frozen=True)

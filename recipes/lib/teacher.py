@@ -56,6 +56,22 @@ def choose_teacher(args: argparse.Namespace) -> str | None:
     return ORIGINAL if is_trained(args) else None
 
 
+def check_unlabelled(args: argparse.Namespace) -> None:
+    """Refuse images without labels where nothing says what they show.
+
+    Raises:
+        ConfigError: there is no teacher, or its loss has no share; or images are mixed with each other by their labels.
+    """
+    if not args.unlabelled:
+        return
+    if args.teacher == NONE or not args.teach or not args.epochs:
+        raise ConfigError("--unlabelled needs a --teacher, --teach above 0 and --epochs: else nobody labels them.")
+    if args.mixup or args.cutmix:
+        raise ConfigError(
+            "--unlabelled: --mixup and --cutmix mix labels, which these images do not have. Leave them out."
+        )
+
+
 def create_teacher(args: argparse.Namespace) -> Teacher:
     """Create --teacher with its trained weights; `args` describe the student, whose input is resolved already.
 

@@ -41,8 +41,7 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Any]
 class Validation:
     """Accuracies of the widest, some uniform and the narrowest subnet, each with its own BatchNorm statistics.
 
-    The widest has the running statistics of its training; the others are extracted from the supernet and calibrated,
-    each process on its share of the calibration images.
+    All are extracted from the supernet and calibrated, each process on its share of the calibration images.
     """
 
     def __init__(
@@ -65,10 +64,8 @@ class Validation:
         begin = time.perf_counter()
         metrics: dict[str, float] = {}
         for name, widths in self.subnets.items():
-            model = self.supernet.model
-            if name != "widest":
-                model = self.supernet.extract(widths)
-                calibrate(model, self.calibration, distributed=True)
+            model = self.supernet.extract(widths)  # the widest too: averages of its training lag behind its weights
+            calibrate(model, self.calibration, distributed=True)
             accuracies = evaluate(self.accelerator, model, self.loader, name)
             metrics |= {f"{name}_{key}": value for key, value in accuracies.items()}
         speed = self.images * len(self.subnets) / (time.perf_counter() - begin)

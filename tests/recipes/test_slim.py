@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from helpers.recipes import TINY, launch_two
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from timm_autoslim import Accuracy, SearchResult
@@ -147,6 +148,42 @@ def test_two_processes_walk_the_same_road(weights, finished, tmp_path):
     alone, both = (SearchResult.load(run / "search" / "searched.json") for run in (finished, tmp_path / "mine"))
     assert both.networks[0].widths == alone.networks[0].widths
     assert list(Accuracy.load_run(tmp_path / "mine")) == [FIRST]
+
+
+@pytest.mark.slow
+def test_images_without_labels_are_taught_by_the_teacher_alone(finished, weights, tmp_path, capsys):
+    folder = tmp_path / "more" / "deep"
+    folder.mkdir(parents=True)
+    for number in range(40):
+        Image.new("L", (16, 16), 6 * number).save(folder / f"{number}.png")
+    more = ["--budgets", "macs=60%", "--unlabelled", str(tmp_path / "more")]
+    command = make_command(tmp_path, weights, *more)
+    slim.main(command)
+    shown = capsys.readouterr().out
+    assert "240 training images, 40 of them without labels" in shown
+    path = f"exported/{FIRST}/model.safetensors"
+    before, now = load_file(finished / path), load_file(tmp_path / "mine" / path)
+    assert any(not torch.equal(tensor, now[key]) for key, tensor in before.items())
+    slim.main([*make_command(tmp_path, weights), *more])  # which goes on
+    Image.new("L", (16, 16)).save(folder / "new.png")
+    with pytest.raises(ConfigError, match=r"begun with other settings \(unlabelled_sha256\)"):
+        slim.main(command)
+    with pytest.raises(ConfigError, match="--unlabelled needs a --teacher, --teach above 0"):
+        slim.main([*command, "--teacher", "none"])
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_images():
+    lesson = object.__new__(finetune_recipe.Lesson)
+    lesson.share, lesson.temperature = 0.25, 1.0
+    lesson.loss_fn = torch.nn.functional.cross_entropy
+    lesson.distill = lambda outputs, logits, temperature: (outputs - logits).square().mean()
+    outputs, logits, targets = torch.randn(4, 3), torch.randn(4, 3), torch.tensor([0, -1, 2, -1])
+    each = [
+        lesson.distill(outputs[i : i + 1], logits[i : i + 1], 1.0) * (1.0 if targets[i] < 0 else 0.25)
+        + (0 if targets[i] < 0 else 0.75 * lesson.loss_fn(outputs[i : i + 1], targets[i : i + 1]))
+        for i in range(4)
+    ]
+    assert torch.allclose(lesson._learn(outputs, targets, logits), torch.stack(each).mean())
 
 
 @pytest.mark.slow

@@ -57,6 +57,13 @@ _SETTINGS: Any = {
 }  # fmt: skip
 
 
+class Drawing(Figure):
+    """A figure that a notebook shows as SVG, in the colours of its page, without pyplot."""
+
+    def _repr_svg_(self) -> str:
+        return render_svg(self).decode()
+
+
 def render_svg(figure: Figure) -> bytes:
     """Return a figure as the content of an SVG file, whose colours are those of the reader: light or dark."""
     file = io.StringIO()
@@ -67,21 +74,21 @@ def render_svg(figure: Figure) -> bytes:
     return (text[:start] + _STYLE + text[start:]).encode()
 
 
-def _draw(draw: Callable[[Sequence[SearchResult]], Figure]) -> Callable[[Sequence[SearchResult]], Figure]:
+def _draw(draw: Callable[[Sequence[SearchResult]], Drawing]) -> Callable[[Sequence[SearchResult]], Drawing]:
     """Return a function that draws with the settings of all figures."""
 
     @functools.wraps(draw)
-    def run(results: Sequence[SearchResult]) -> Figure:
+    def run(results: Sequence[SearchResult]) -> Drawing:
         with matplotlib.rc_context(_SETTINGS):
             return draw(results)
 
     return run
 
 
-def _make_rows(count: int, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def _make_rows(count: int, columns: int = 1) -> tuple[Drawing, list[Axes]]:
     """Return a figure of bars, one row below the other, as tall as the rows need."""
     width = 8.0 if columns < 3 else 2.0 + 3.0 * columns
-    figure = Figure(figsize=(width, 1.3 + 0.21 * count), layout="constrained")
+    figure = Drawing(figsize=(width, 1.3 + 0.21 * count), layout="constrained")
     axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0].tolist()
     for ax in axes:
         ax.set_ylim(count - 0.4, -0.6)
@@ -90,7 +97,7 @@ def _make_rows(count: int, columns: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 @_draw
-def draw_widths(results: Sequence[SearchResult]) -> Figure:
+def draw_widths(results: Sequence[SearchResult]) -> Drawing:
     """Draw the width of every group at each budget: widest, uniform, searched (as in arXiv 1903.11728's figures)."""
     sizes = {group.name: group.size for group in results[0].groups}
     networks = list_networks(results)
@@ -111,11 +118,11 @@ def draw_widths(results: Sequence[SearchResult]) -> Figure:
 
 
 @_draw
-def draw_descent(results: Sequence[SearchResult]) -> Figure:
+def draw_descent(results: Sequence[SearchResult]) -> Drawing:
     """Draw the loss over MACs, and the width of every group after each step, of the first result with steps."""
     result = next(result for result in results if result.steps)
     steps, sizes, macs = result.steps, {group.name: group.size for group in result.groups}, METRICS["macs"]
-    figure = Figure(figsize=(8, 4 + 0.2 * len(sizes)), layout="constrained")
+    figure = Drawing(figsize=(8, 4 + 0.2 * len(sizes)), layout="constrained")
     top, bottom = figure.subplots(2, 1, height_ratios=[3, 0.9 + 0.19 * len(sizes)])
     points = [(step.macs / macs.scale, step.loss) for step in steps]
     if result.widest_loss is not None:
@@ -143,9 +150,9 @@ def draw_descent(results: Sequence[SearchResult]) -> Figure:
 
 
 @_draw
-def draw_losses(results: Sequence[SearchResult]) -> Figure:
+def draw_losses(results: Sequence[SearchResult]) -> Drawing:
     """Draw the held-out loss of all networks over MACs and over parameters, one line for each method."""
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    figure = Drawing(figsize=(8, 3.8), layout="constrained")
     widest_loss = next((result.widest_loss for result in results if result.widest_loss is not None), None)
     for ax, name in zip(figure.subplots(1, 2, sharey=True), ("macs", "params"), strict=True):
         metric = METRICS[name]
@@ -163,7 +170,7 @@ def draw_losses(results: Sequence[SearchResult]) -> Figure:
 
 
 @_draw
-def draw_modules(results: Sequence[SearchResult]) -> Figure:
+def draw_modules(results: Sequence[SearchResult]) -> Drawing:
     """Draw the MACs of every module: the widest's, and those of the searched networks."""
     widest, macs = results[0].macs_by_module, METRICS["macs"]
     networks = [find_network(of, SEARCHED) or of[0] for of in list_networks(results).values()]
@@ -184,7 +191,7 @@ def draw_modules(results: Sequence[SearchResult]) -> Figure:
 
 
 # By name: what draws it, its title, and what it shows.
-FIGURES: dict[str, tuple[Callable[[Sequence[SearchResult]], Figure], str, str]] = {
+FIGURES: dict[str, tuple[Callable[[Sequence[SearchResult]], Drawing], str, str]] = {
     "widths": (draw_widths, "Widths", "Width of every group: the original, the searched and the uniform network."),
     "descent": (
         draw_descent,

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_autoslim.artifact.spec import derive_spec
+from timm_autoslim.artifact.recognition import recognize
+from timm_autoslim.artifact.spec import TORCHVISION, derive_spec
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.supernet.rules import build_space
 from timm_autoslim.supernet.supernet import Supernet
@@ -126,7 +127,8 @@ def convert(
         choices: the widths that are sampled and searched, by glob.
         base, base_args: the timm name ("resnet18") or "torchvision/NAME", and its arguments, that build the model
             again; an exported model needs them. A timm model that was created by name has its name already, and also
-            its arguments if timm keeps them (1.0.31 does) and they are JSON; `base_args` are added to these.
+            its arguments if timm keeps them (1.0.31 does) and they are JSON; `base_args` are added to these. For a
+            torchvision model the builder that makes the same modules is looked for.
         keep_output: whether the channels of the model's outputs are fixed. By default they are, unless the model has
             `num_classes == 0`: then its outputs are features, and the last stage can be narrowed like all others.
         whole_heads: globs of attention modules in which a unit is a head; in all others every head stays, and each head
@@ -164,6 +166,8 @@ def convert(
         keep_output = getattr(model, "num_classes", None) != 0
     check_flag("keep_output", keep_output, WidthError)
     check_flag("distributed", distributed, WidthError)
+    if base is None and not hasattr(model, "autoslim") and (match := recognize(model)) is not None:
+        base, base_args = f"{TORCHVISION}{match[0]}", {**match[1], **(base_args or {})}
     spec = derive_spec(model, base, base_args)
     trace = _trace_examples(model, example_input, keep_output, whole_heads)
     trace = replace(trace, graph=_freeze_modules(trace.graph, freeze))

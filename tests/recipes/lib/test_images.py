@@ -9,7 +9,16 @@ from PIL import Image
 from timm.data import create_dataset
 
 from timm_autoslim.errors import DataError
-from timm_autoslim.recipes.lib.images import Digits, Images, Subset, hash_images, open_images
+from timm_autoslim.recipes.lib.images import (
+    UNLABELLED,
+    Digits,
+    Images,
+    Joined,
+    Subset,
+    hash_images,
+    open_images,
+    open_unlabelled,
+)
 
 
 def make_images(folder, classes, count=4):
@@ -148,7 +157,7 @@ def test_the_hash_of_images_knows_names_classes_sizes_and_numbers(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (side, side)).save(path)
         source = create_dataset("", root=str(folder / "train"))
-        return hash_images(Images(Subset(source, 2), Subset(source, 2), 2))
+        return hash_images(Subset(source, 2), Subset(source, 2))
 
     same = [("a/1.png", 8), ("b/1.png", 8)]
     assert write(*same) == write(*same)  # wherever they lie
@@ -156,4 +165,28 @@ def test_the_hash_of_images_knows_names_classes_sizes_and_numbers(tmp_path):
               [*same, ("b/2.png", 8)]]  # fmt: skip
     assert len({write(*same), *(write(*files) for files in others)}) == 5
     digits = Images(Digits(True, "L"), Digits(False, "L"), 10)
-    assert hash_images(digits) == hash_images(digits)
+    assert hash_images(digits.train, digits.test) == hash_images(digits.train, digits.test)
+
+
+# -- images without labels ---------------------------------------------------------------------------------------------
+
+
+def test_images_without_labels_lie_at_any_depth_and_come_behind_the_others(tmp_path):
+    make_images(tmp_path / "train", ["cat", "dog"])
+    make_images(tmp_path / "val", ["cat", "dog"])
+    make_images(tmp_path / "more", ["deep"])
+    source = open_images(make_args(data_dir=str(tmp_path))).train
+    others = open_unlabelled(make_args(unlabelled=str(tmp_path / "more")))
+    joined = Joined(source, others)
+    assert len(joined) == len(source) + len(others)
+    subset = Subset(joined, 2)
+    assert [subset[index][1] for index in range(len(subset))][len(source) :] == [UNLABELLED] * len(others)
+    assert joined.filename(len(source)) == others.filenames()[0]
+    assert open_unlabelled(make_args(unlabelled=None)) is None
+
+
+@pytest.mark.parametrize(("name", "text"), [("nowhere", "got no such folder"), ("empty", "got no images")])
+def test_a_folder_without_images_is_refused(name, text, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=text):
+        open_unlabelled(make_args(unlabelled=str(tmp_path / name)))
