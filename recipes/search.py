@@ -131,7 +131,7 @@ def search_networks(
             on_step=bar.show_step, **shared,
         )  # fmt: skip
         results = {SEARCHED: dataclasses.replace(searched, seconds=time.perf_counter() - begin)}
-        if args.criterion == "taylor" and {"importance", "isomorphic"}.intersection(args.baselines):
+        if {"importance", "isomorphic"}.intersection(args.baselines) and args.criterion == "taylor":
             take_gradients(supernet.model, F.cross_entropy, load_ordering(args, run, accelerator))
         for method in dict.fromkeys(args.baselines):
             bar.say(f"baseline {method}")
