@@ -66,6 +66,8 @@ Set budgets <docs/howto/budgets>
 Freeze layers and limit widths <docs/howto/freezing>
 Slim transformers <docs/howto/transformers>
 Slim backbones and own models <docs/howto/backbones>
+Slim a YOLO <docs/howto/yolo>
+Use slim models in other packages <docs/howto/packages>
 Deploy <docs/howto/deploy>
 Use several GPUs <docs/howto/multi-gpu>
 Resume <docs/howto/resume>
@@ -80,6 +82,7 @@ docs/training
 docs/costs
 docs/limits
 docs/coverage
+docs/ecosystem
 docs/benchmarks
 docs/api
 ```

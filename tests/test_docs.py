@@ -5,6 +5,7 @@ to the parsers of what they start, and `inspect` runs. `text` marks what is show
 diagrams, and commands with names that only a reader can fill in.
 """
 
+import importlib.util
 import itertools
 import re
 import shlex
@@ -54,17 +55,24 @@ def commands(page):
     return lines
 
 
+def is_runnable(page):
+    """Whether the packages are installed that the Python of a page needs beside our own extras."""
+    needs = re.findall(r"^<!-- needs: (.*) -->$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return all(importlib.util.find_spec(name) is not None for name in " ".join(needs).split())
+
+
 def run_blocks(page):
     names = {"__name__": "__main__"}
     for block in blocks(page, "python"):
         exec(compile(block, page.name, "exec"), names)
 
 
+RUNNABLE = [page for page in PAGES if blocks(page, "python") and is_runnable(page)]
 QUICK = ["docs/quickstart.md", "docs/operators.md", "docs/howto/freezing.md"]
 
 
 @pytest.mark.xdist_group("apart")
-@pytest.mark.parametrize("name", slow_but(QUICK, [name_of(page) for page in PAGES if blocks(page, "python")]))
+@pytest.mark.parametrize("name", slow_but(QUICK, [name_of(page) for page in RUNNABLE]))
 def test_python_blocks_run(name, tmp_path):
     # apart: a page may register a rule, seed, or set threads
     done = run_apart(run_blocks, ROOT / name, cwd=tmp_path)

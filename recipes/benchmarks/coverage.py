@@ -13,12 +13,11 @@ Results are one JSON line a model; a run that is started again goes on with the 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import functools
 import resource
 import statistics
 import time
 from collections import defaultdict
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from tqdm import tqdm
 
 from timm_autoslim import Supernet, convert, create_base, create_meta_base, files, reach
 from timm_autoslim.errors import AutoSlimError
+from timm_autoslim.recipes.benchmarks.lib.children import describe_error, run_children
 from timm_autoslim.recipes.benchmarks.lib.models import list_names
 from timm_autoslim.recipes.benchmarks.lib.results import Results
 
@@ -55,7 +55,7 @@ def measure(name: str, equal: float) -> dict[str, Any]:
     try:
         supernet = convert(model)
     except AutoSlimError as error:
-        return result | {"error": f"{type(error).__name__}: {error}"[:400]}
+        return result | {"error": describe_error(error)}
     result |= {"seconds": time.process_time() - start, "gigabytes": measure_memory() - before}
     reached = reach(supernet)
     for key, cost in (("half", reached.half), ("min", reached.narrowest)):
@@ -90,44 +90,6 @@ def _same(a: Any, b: Any) -> bool:
         return torch.equal(a, b)
     values = zip(a.values(), b.values(), strict=True) if isinstance(a, dict) else zip(a, b, strict=True)
     return all(_same(x, y) for x, y in values)
-
-
-def measure_and_send(name: str, equal: float, gigabytes: int, pipe: Connection) -> None:
-    """Measure one model in this process, whose memory is limited, and send the result."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (gigabytes << 30),) * 2)
-    try:
-        pipe.send(measure(name, equal))
-    except Exception as error:  # an error of any kind is a result too
-        pipe.send({"name": name, "error": f"{type(error).__name__}: {error}"[:400]})
-
-
-def run_processes(todo: list[str], jobs: int, equal: float, gigabytes: int, seconds: float) -> Any:
-    """Yield the result of every model, `jobs` at a time."""
-    context = multiprocessing.get_context("fork")
-    running: dict[Any, tuple[str, Any, float]] = {}
-    waiting = list(reversed(todo))
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            name = waiting.pop()
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=measure_and_send, args=(name, equal, gigabytes, sender))
-            process.start()
-            sender.close()
-            running[receiver] = name, process, time.monotonic() + seconds
-        soonest = min(end for _, _, end in running.values()) - time.monotonic()
-        ready = wait(list(running), timeout=max(0.0, soonest))
-        for pipe, (name, process, end) in list(running.items()):
-            if pipe not in ready and time.monotonic() < end:
-                continue
-            try:
-                yield pipe.recv() if pipe in ready else {"name": name, "error": f"no result within {seconds:.0f} s"}
-            except EOFError:
-                process.join()
-                yield {"name": name, "error": f"the process ended with status {process.exitcode}"}
-            process.kill()
-            process.join()
-            del running[pipe]
 
 
 def summarize(results: list[dict[str, Any]]) -> list[str]:
@@ -218,7 +180,13 @@ def main() -> None:
     done = {r["name"] for r in results}
     wanted = [] if args.only_table else args.models or list_names(args.smallest)
     todo = [n for n in wanted if n not in done]
-    measurements = run_processes(todo, args.jobs, args.equal, args.gigabytes, args.seconds)
+    measurements = run_children(
+        functools.partial(measure, equal=args.equal),
+        todo,
+        jobs=args.jobs,
+        gigabytes=args.gigabytes,
+        seconds=args.seconds,
+    )
     for result in tqdm(measurements, total=len(todo), unit="model"):
         results.add(result)
     if args.table:
