@@ -455,3 +455,52 @@ def test_a_process_without_batches_is_refused_in_all_of_them(tmp_path):
 
     for messages in run_in_processes(2, work, tmp_path):
         assert [message.partition(";")[0] for message in messages] == ["batches: got none in 1 of 2 processes"] * 2
+
+
+class Siamese(nn.Module):
+    """One encoder of two images."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(4, 16, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+        )
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, before, after):
+        return self.head((self.encoder(before) - self.encoder(after)).abs().mean((2, 3)))
+
+
+def test_batch_norms_that_run_twice_have_the_statistics_of_both_runs():
+    torch.manual_seed(0)
+    model, images = Siamese(), make_images(120)
+    batches = list(zip(images.split(30), (2 * images.flip(0) + 1).split(30), strict=True))
+    calibrate(model, batches)
+    supernet = convert(model.eval(), batches[0])
+    slim = supernet.extract(supernet.space.uniform(0.5)).eval()
+    report = reconstruct(slim, supernet, batches)
+    reasons = {layer.name: layer.reason for layer in report.layers}
+    twice = "it runs several times in a forward"
+    assert reasons == {"encoder.0": twice, "encoder.3": twice, "head": None}
+    # the first norm has the inputs that it has in the end; the second one's first run had a first norm of its own
+    calibrated = copy.deepcopy(slim)
+    calibrate(calibrated, batches)
+    for name, rtol in (("encoder.1", 1e-2), ("encoder.4", 0.3)):
+        ours, theirs = slim.get_submodule(name), calibrated.get_submodule(name)
+        torch.testing.assert_close(ours.running_mean, theirs.running_mean, rtol=rtol, atol=rtol / 2)
+        torch.testing.assert_close(ours.num_batches_tracked, theirs.num_batches_tracked)
+
+
+def test_a_layer_behind_narrowed_ones_that_are_left_is_no_sign_of_another_order():
+    torch.manual_seed(0)
+    model, images = Siamese().eval(), make_images(60)
+    model.encoder[1], model.encoder[4] = nn.Identity(), nn.Identity()
+    with torch.no_grad():
+        model.encoder[3].weight[:, :8] *= 0.01  # what is left of the encoder says something else altogether
+    batches = list(zip(images.split(30), images.flip(0).split(30), strict=True))
+    supernet = convert(model, batches[0], freeze="head")
+    slim = supernet.extract(supernet.space.uniform(0.5)).eval()
+    report = reconstruct(slim, supernet, batches)
+    head = report.layers[-1]
+    assert head.name == "head"
+    assert head.before > 0.9 > 0.95 * head.after

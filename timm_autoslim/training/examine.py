@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ class Plan:
     Attributes:
         layers: those with weights that inputs are multiplied with.
         norms: paths of BatchNorms with running statistics.
-        stops: paths of both, in the order of the forward.
+        stops: paths of both, in the order of the forward; that of a BatchNorm once for each time that it runs.
         sizes: by stop, the bytes of one image that go into and out of any module from there on, at most.
     """
 
@@ -79,10 +80,10 @@ def examine(slim: nn.Module, original: nn.Module, inputs: Any, images: int) -> P
     for call in reversed(calls):  # so that the size of what comes later is known
         module = slim.get_submodule(call.path)
         largest = max(largest, bytes_by_path[call.path])
-        if call.path in stops:
-            continue
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and counts[call.path] == 1:
+        if isinstance(module, _BatchNorm) and module.running_mean is not None:
             norms.append(call.path)
+        elif call.path in stops:
+            continue
         elif isinstance(module, _LAYERS):
             reason = _find_reason(module, call, counts[call.path], owners)
             centered = (id(call.outputs), call.versions[1]) in followed
@@ -91,7 +92,9 @@ def examine(slim: nn.Module, original: nn.Module, inputs: Any, images: int) -> P
             continue
         stops.append(call.path)
         sizes.append(largest)
-    return Plan(tuple(reversed(layers)), tuple(reversed(norms)), tuple(reversed(stops)), tuple(reversed(sizes)))
+    return Plan(
+        tuple(reversed(layers)), tuple(dict.fromkeys(reversed(norms))), tuple(reversed(stops)), tuple(reversed(sizes))
+    )
 
 
 def _find_reason(
@@ -147,8 +150,13 @@ def take_channels(outputs: Tensor, module: nn.Module, channels: Axis) -> Tensor:
 
 
 def renew_statistics(
-    norms: list[nn.Module], inputs: list[Tensor], *, keep: bool = False, pool: Pool = pool_alone
-) -> None:
+    norms: list[nn.Module],
+    inputs: list[Tensor],
+    *,
+    earlier: Sequence[Tensor] = (),
+    keep: bool = False,
+    pool: Pool = pool_alone,
+) -> list[Tensor]:
     """Set the running statistics of a BatchNorm to those of its inputs (N, C, ...), in all batches together.
 
     With `keep` they stay, and only count as the model's own.
@@ -156,14 +164,20 @@ def renew_statistics(
     Args:
         norms: the BatchNorm, as it is in the model and in its runs.
         inputs: by batch.
+        earlier: what this function returned when the BatchNorm ran before in the same forward.
         keep: see above.
         pool: adds up over processes.
+
+    Returns:
+        The sums that the statistics were computed from, of this process.
     """
     dims = [0, *range(2, inputs[0].dim())]
     sizes = inputs[0].new_tensor([len(inputs), sum(x.numel() // x.shape[1] for x in inputs)], dtype=torch.float64)
     total = torch.stack([x.double().sum(dims) for x in inputs]).sum(0)  # (C,)
     square = torch.stack([x.double().square().sum(dims) for x in inputs]).sum(0)
-    sizes, total, square = pool([sizes, total, square])
+    sums = [sizes, total, square]
+    sums = [a + b for a, b in zip(sums, earlier, strict=True)] if earlier else sums
+    sizes, total, square = pool(sums)
     batches, count = (int(size) for size in sizes)
     mean, square = total / count, square / count
     variance = (square - mean**2).clamp_min(0) * (count / max(1, count - 1))
@@ -176,3 +190,4 @@ def renew_statistics(
         if not keep:
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
+    return sums

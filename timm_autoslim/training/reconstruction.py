@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +176,7 @@ def reconstruct(
             result, supernet.model, solved, plan.norms, sizes, itertools.chain([first], parts), memory, divides
         )
         changed = False
+        statistics: dict[str, list[Tensor]] = {}  # by BatchNorm
         with lockstep:
             for name, inputs, targets in lockstep:
                 if name in kept.outputs:
@@ -184,11 +185,13 @@ def reconstruct(
                 if name in plan.norms:
                     differing = sum(not _are_equal(x, y) for x, y in zip(inputs, targets, strict=True))
                     keep = not pool([torch.tensor(float(differing), device=device)])[0]
-                    renew_statistics(lockstep.list_modules(name), inputs, keep=keep, pool=pool)
+                    statistics[name] = renew_statistics(
+                        lockstep.list_modules(name), inputs, earlier=statistics.get(name, ()), keep=keep, pool=pool
+                    )
                     changed |= not keep
                     continue
                 report = _solve(layers[name], inputs, targets, pool)
-                if not changed and name not in kept.narrowed:
+                if not changed and name not in kept.narrowed and not _follows_narrowed(name, plan.stops, solved, kept):
                     _check_order(report)
                 changed |= report.before is None or report.before > EXACT
                 reports.append(report)
@@ -227,6 +230,12 @@ def _check_order(report: LayerReconstruction) -> None:
             needed="the model that it was cut from, with its channels in the same order",
             remedy="pass the supernet that it was extracted from: with order=, its model is a reordered copy",
         )
+
+
+def _follows_narrowed(name: str, stops: Sequence[str], solved: Sequence[str], kept: _Channels) -> bool:
+    """Whether a layer that was narrowed, and that is not solved for, may run before this one."""
+    before = set(stops[: stops.index(name)])
+    return any(path not in solved and (path in before or path not in stops) for path in kept.narrowed)
 
 
 @dataclass(frozen=True)
