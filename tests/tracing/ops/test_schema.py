@@ -57,7 +57,7 @@ def test_an_argument_that_the_schema_does_not_have_is_told():
 def test_operators_of_others_are_bound_too():
     boxes, scores = tensor(4, 4), tensor(4)
     op = bind(torch.ops.torchvision.nms.default, (boxes, scores, 0.5), {}, None)
-    assert (op.operator, op.name, op["iou_threshold"]) == ("torchvision.nms", "nms", 0.5)
+    assert (op.operator, op.name, op["iou_threshold"]) == ("torchvision.nms", "torchvision.nms", 0.5)
 
 
 def test_tensors_are_looked_for_in_tuples_and_lists_only():

@@ -10,7 +10,7 @@ every channel that enters it and is reported, so an unknown operator can cost re
 from __future__ import annotations
 
 from timm_autoslim.tracing.flow import Flow
-from timm_autoslim.tracing.ops import contraction, elementwise, indexing, rearranging, reduction, views
+from timm_autoslim.tracing.ops import contraction, elementwise, fourier, indexing, rearranging, reduction, views
 from timm_autoslim.tracing.ops.meta_kernels import execute
 from timm_autoslim.tracing.ops.schema import OperatorCall, bind, tensors_in_lists
 from timm_autoslim.tracing.ops.table import RULES, freeze_inputs
@@ -22,6 +22,7 @@ __all__ = [
     "contraction",
     "elementwise",
     "execute",
+    "fourier",
     "has_rule",
     "indexing",
     "rearranging",
@@ -34,8 +35,7 @@ __all__ = [
 
 def has_rule(operator: str) -> bool:
     """Whether this operator (`aten.add.Tensor`, or without the overload) has a rule."""
-    namespace, name, *_ = operator.split(".")
-    return namespace == "aten" and name in RULES
+    return ".".join(operator.split(".")[:2]).removeprefix("aten.") in RULES
 
 
 def run(flow: Flow, op: OperatorCall) -> None:

@@ -60,6 +60,26 @@ def _convolution(flow: Flow, op: OperatorCall) -> None:
     flow.add_producer(out_label)
 
 
+@RULES.add("torchvision.deform_conv2d")
+def _deformable_convolution(flow: Flow, op: OperatorCall) -> None:
+    """Label torchvision's deformable convolution; the channels of offsets and masks are coordinates, and stay."""
+    x, weight, bias = op["input"], op["weight"], op["bias"]  # (N, C, H, W), (O, C / groups, kh, kw), (O,)
+    for tensor in (op["offset"], op["mask"]):
+        flow.freeze_labels(flow.get_labels(tensor), "the offsets and masks of a deformable convolution")
+    lx, lw = flow.get_labels(x), flow.get_labels(weight)
+    flow.freeze_labels([lx[0], *lx[2:], *lw[2:]], "a deformable convolution treats this dimension as positions")
+    if op["groups"] == op["offset_groups"] == 1:
+        flow.join(lx[1], lw[1], "a deformable convolution")
+    else:
+        flow.freeze_labels([lx[1], lw[0], lw[1]], "a deformable convolution in groups keeps all channels")
+    if lw[0] is not None or flow.get_labels(bias)[0] is not None:
+        flow.join(lw[0], flow.get_labels(bias)[0], "the bias of a deformable convolution")
+    flow.set_labels(op.out, [None, lw[0], None, None])
+    kernel = [(weight.shape[0], lw[0]), (weight.shape[1], lw[1])]
+    flow.add_contraction(op.out.shape[0] * op.out.shape[2:].numel() * weight.shape[2:].numel(), kernel)
+    flow.add_producer(lw[0])
+
+
 def _label_along(flow: Flow, op: OperatorCall, labels: Labels) -> Labels:
     """Label what a kernel runs along: channels survive in their order if it gives one for each (as in ECA)."""
     out: Labels = []

@@ -41,8 +41,8 @@ class OperatorCall:
 
     @property
     def name(self) -> str:
-        """The operator's name alone (`add`), as in the table of rules."""
-        return self.operator.rpartition(".")[2]
+        """The name in the table of rules: without the overload, and `add` alone for `aten.add`."""
+        return self.operator.removeprefix("aten.")
 
     def __getitem__(self, argument: str) -> Any:
         """Return the argument of this name.
