@@ -5,9 +5,10 @@ import json
 import pytest
 import timm
 import torch
+from torch import nn
 
 from timm_autoslim import convert, cost, inspect
-from timm_autoslim.errors import TraceError
+from timm_autoslim.errors import NothingToSlimError, TraceError
 
 
 def test_an_inspection_says_what_the_supernet_says():
@@ -27,3 +28,35 @@ def test_an_inspection_says_what_the_supernet_says():
 def test_what_is_no_model_is_refused():
     with pytest.raises(TraceError, match="got a str"):
         inspect("resnet18")
+
+
+class Tower(nn.Module):
+    """Features as its output, and a part that no forward uses."""
+
+    def __init__(self, unused=0):
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 24, 3, padding=1)
+        self.outer, self.layers = nn.Conv2d(24, 16, 1), nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(4))
+        self.unused = nn.Sequential(nn.Conv2d(16, unused, 3)) if unused else nn.Identity()
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.outer(self.inner(x).relu())
+        for layer in self.layers:
+            x = x + layer(x.relu())
+        return x
+
+
+def test_what_would_help_is_named():
+    (unused, outputs) = inspect(Tower(99), torch.zeros(1, 3, 8, 8)).advice
+    assert unused == "no forward uses 73% of the parameters (unused): delete these modules before convert"
+    assert "of the MACs are held by the model's outputs" in outputs
+    assert "convert(model, keep_output=False)" in outputs
+    assert "what would help:" in str(inspect(Tower(99), torch.zeros(1, 3, 8, 8)))
+    assert inspect(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)).advice == ()
+
+
+def test_a_tower_of_which_nothing_shrinks_is_told_of_its_output():
+    tower = nn.Sequential(nn.Conv2d(3, 16, 3))
+    with pytest.raises(NothingToSlimError, match=r"features that may be narrower, convert\(model, keep_output=False\)"):
+        inspect(tower, torch.zeros(1, 3, 8, 8))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from timm_autoslim.costs.reach import Reach, reach
 from timm_autoslim.supernet.convert import convert
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.supernet.widths import ChannelGroup
+from timm_autoslim.tracing.solve import UNUSED
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Inspection:
         fixed: what stays as it is, the most frequent reason first.
         constants: numbers in the forward that stay as they are at all widths.
         macs_by_module: the MACs of each module at full and at half width.
+        advice: what would let more shrink.
         seconds: how long tracing and proving took.
         table: the groups as a table.
 
@@ -63,6 +65,7 @@ class Inspection:
     fixed: tuple[Fixed, ...]
     constants: tuple[str, ...]
     macs_by_module: Mapping[str, tuple[int, int]] = field(hash=False, repr=False)
+    advice: tuple[str, ...]
     seconds: float = field(compare=False)
     table: str = field(compare=False, repr=False)
 
@@ -78,6 +81,7 @@ class Inspection:
         lines += [f"  {share:6.2%} of the MACs held by: {reason}" for reason, share in limits.obstacles[:5]]
         lines += ["", "fixed axes, and why:"]
         lines += [f"{one.count:5}  {one.reason}  (such as axis {one.axis} of {one.name})" for one in self.fixed]
+        lines += ["", "what would help:", *(f"  {text}" for text in self.advice)] if self.advice else []
         if self.constants:
             lines += ["", "numbers that stay as they are at all widths:", *(f"  {text}" for text in self.constants)]
         return "\n".join(lines)
@@ -95,7 +99,7 @@ class Inspection:
         modules = {path: {"macs": a, "macs_at_half": b} for path, (a, b) in self.macs_by_module.items()}
         return {
             "groups": groups, **costs, "obstacles": obstacles, "fixed": [asdict(one) for one in self.fixed],
-            "constants": [*self.constants], "modules": modules, "seconds": self.seconds,
+            "constants": [*self.constants], "advice": [*self.advice], "modules": modules, "seconds": self.seconds,
         }  # fmt: skip
 
 
@@ -120,12 +124,41 @@ def inspect(model: nn.Module, example_input: Any = None) -> Inspection:
     start = time.perf_counter()
     supernet = convert(model, example_input)
     seconds = time.perf_counter() - start
-    space = supernet.space
+    space, limits = supernet.space, reach(supernet)
     half = cost_by_module(supernet, space.uniform(0.5))
     modules = {path: (macs, half[path]) for path, macs in cost_by_module(supernet).items()}
     return Inspection(
-        space.groups, reach(supernet), _list_fixed(supernet), supernet.constants, modules, seconds, space.table()
+        groups=space.groups,
+        reach=limits,
+        fixed=_list_fixed(supernet),
+        constants=supernet.constants,
+        macs_by_module=modules,
+        advice=tuple(_list_advice(supernet, limits)),
+        seconds=seconds,
+        table=space.table(),
     )
+
+
+_MUCH = 0.2  # of the MACs or of the parameters
+
+
+def _list_advice(supernet: Supernet, limits: Reach) -> Iterator[str]:
+    """Yield what the user may change so that more shrinks."""
+    graph, parameters = supernet.graph, dict(supernet.model.named_parameters())
+    used = {name for name, axis in graph.places if graph.fixed.get((name, axis)) != UNUSED}
+    used |= parameters.keys() - {name for name, _ in graph.places}  # without channels
+    unused = [name for name in graph.parameters if name not in used]
+    total, count = sum(p.numel() for p in parameters.values()), sum(parameters[name].numel() for name in unused)
+    if count > _MUCH * total:
+        paths = sorted({name.partition(".")[0] for name in unused} - {name.partition(".")[0] for name in used})
+        names = f" ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})" if paths else ""
+        yield f"no forward uses {count / total:.0%} of the parameters{names}: delete these modules before convert"
+    outputs = sum(share for reason, share in limits.obstacles if reason == "an output of the model")
+    if outputs > _MUCH:
+        yield (
+            f"{outputs:.0%} of the MACs are held by the model's outputs: if they are features that may be narrower, "
+            "convert(model, keep_output=False)"
+        )
 
 
 def _list_fixed(supernet: Supernet) -> tuple[Fixed, ...]:

@@ -33,6 +33,7 @@ from timm_autoslim.utils.meta import copy_to_meta, count_images, make_meta_examp
 from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, named_tensors
 
 MAX_REPAIRS = 40
+_OUTPUT = "an output of the model"  # a reason
 GOOD_SHARE = 0.35  # of the MACs at half width; the ideal is a quarter
 
 
@@ -160,8 +161,10 @@ class Tracer:
                 return Tracer(self.model, self.example, self.keep_output, ["*"], self.doubles).run(empty_caches)
         if not graph.group_sizes:
             reasons = sorted(set(graph.fixed.values()))[:8] or ["it has no weights, and so no channels"]
+            remedy = "; if its outputs are features that may be narrower, convert(model, keep_output=False)"
             raise NothingToSlimError(
                 f"no channel of the model can be removed; what is in the way: {'; '.join(reasons)}"
+                f"{remedy if any(reason == _OUTPUT for reason in reasons) and len(reasons) < 3 else ''}"
             )
         names = {o.name for record in self.records for o in record.operators}
         unruled = frozenset(name.rpartition(".")[0] for name in names if not ops.has_rule(name))
@@ -267,7 +270,7 @@ class Tracer:
             )
         for tensor in tensors if self.keep_output else []:
             for label in self.flow.get_labels(tensor):
-                self.flow.constraints.freeze(label, "an output of the model")
+                self.flow.constraints.freeze(label, _OUTPUT)
 
     def _freeze_unused_tensors(self) -> None:
         """Freeze tensors that no operator reads."""
