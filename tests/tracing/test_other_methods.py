@@ -168,3 +168,39 @@ def test_names_that_count_channels(name):
 @pytest.mark.parametrize("name", ["img_size", "kernel_size", "num_heads", "window", "feature_ends", "feat_ratio", "k"])
 def test_names_that_count_something_else(name):
     assert not counts_channels(name)
+
+
+class Ranking(nn.Module):
+    """A head that ranks (query, class) pairs; inner scores are as many as the classes, and may be fewer."""
+
+    def __init__(self, classes=16, **_):
+        super().__init__()
+        self.nc = classes
+        self.inner, self.scores = nn.Linear(12, classes), nn.Linear(12, classes)
+        self.reset()
+
+    def reset(self):
+        nn.init.constant_(self.scores.bias, 0.01 / self.nc)
+
+    def forward(self, x):
+        x = x * self.inner(x).amax(-1, keepdim=True)
+        return self.rank(self.scores(x))
+
+    def rank(self, scores):
+        values, index = scores.flatten(1).topk(5)
+        return torch.stack([values, torch.div(index, self.nc, rounding_mode="floor"), index % self.nc], -1)
+
+
+def test_a_number_that_the_forward_reads_too_counts_what_the_trace_saw():
+    model = randomise(nn.Sequential(nn.Linear(6, 12), Ranking()))
+    rows = torch.randn(2, 7, 6)
+    supernet = convert(model, rows)
+    widths = supernet.space.min()
+    slim = supernet.extract(widths)
+    assert slim[1].inner.out_features < 16
+    assert slim[1].nc == slim[1].scores.out_features == 16
+    outputs = slim(rows)
+    assert torch.equal(supernet(rows, widths), outputs)
+    found = slim[1].scores(slim[0](rows) * slim[1].inner(slim[0](rows)).amax(-1, keepdim=True))
+    picked = found[torch.arange(2)[:, None], outputs[..., 1].long(), outputs[..., 2].long()]
+    assert torch.equal(picked, outputs[..., 0])

@@ -48,6 +48,12 @@ def list_names_read(cls: type) -> frozenset[str]:
     return frozenset(name for method, names in methods.items() if method not in reached for name in names)
 
 
+def _list_names_run(cls: type) -> frozenset[str]:
+    """Return the names that the forward of a class mentions, and the methods that it calls."""
+    methods = _list_methods(cls)
+    return frozenset(name for method in _reach(methods, ("forward",)) for name in methods[method])
+
+
 def find_refilled(module: nn.Module, slices: Slices) -> set[str]:
     """Return the buffers that timm's `init_non_persistent_buffers` of a narrower module fills with other numbers.
 
@@ -134,12 +140,15 @@ class Surroundings:
         (`groups`) follows that one.
         """
         modules = list(self.model.named_modules())
-        read = frozenset(name for kind in {type(module) for _, module in modules} for name in list_names_read(kind))
+        kinds = {type(module) for _, module in modules}
+        read = frozenset(name for kind in kinds for name in list_names_read(kind))
+        run = {kind: _list_names_run(kind) for kind in kinds}  # the trace has bound what counts channels there
         bound = {use.path for use in self.uses}
         for path, module in modules:
             if type(module).__module__.startswith("torch."):
                 continue
-            for name in [n for n in module.__dict__ if n in read and not n.startswith("_")]:
+            names = read - run[type(module)]
+            for name in [n for n in module.__dict__ if n in names and not n.startswith("_")]:
                 for leaf, value in _list_integers(name, module.__dict__[name]):
                     full = f"{path}.{leaf}" if path else leaf
                     use = None if full in bound else self._find_use(path, name, value, leaf != name)
