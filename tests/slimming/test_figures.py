@@ -32,7 +32,8 @@ def test_every_figure_is_drawn(results, name):
     figure = draw(results)
     tree = ElementTree.fromstring(render_svg(figure))
     texts = {element.text for element in tree.iter("{http://www.w3.org/2000/svg}text")}
-    shown = {"widths": results[0].groups[0].name, "descent": results[0].groups[0].name, "losses": "uniform",
+    group = results[0].groups[0]
+    shown = {"widths": f"{group.name}  {group.size}", "descent": group.name, "losses": "uniform",
              "modules": next(iter(results[0].macs_by_module))}  # fmt: skip
     assert shown[name] in texts
     assert "original" in texts  # everywhere

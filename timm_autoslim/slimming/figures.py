@@ -98,22 +98,24 @@ def _make_rows(count: int, columns: int = 1) -> tuple[Drawing, list[Axes]]:
 
 @_draw
 def draw_widths(results: Sequence[SearchResult]) -> Drawing:
-    """Draw the width of every group at each budget: widest, uniform, searched (as in arXiv 1903.11728's figures)."""
+    """Draw what every group has left of its width at each budget: widest, uniform, searched."""
     sizes = {group.name: group.size for group in results[0].groups}
     networks = list_networks(results)
     figure, axes = _make_rows(len(sizes), len(networks))
     place = np.arange(len(sizes))
     for ax, (budget, of_budget) in zip(axes, networks.items(), strict=True):
-        ax.barh(place, list(sizes.values()), 0.8, color=QUIET, label=ORIGINAL)
+        ax.barh(place, np.ones(len(sizes)), 0.8, color=QUIET, label=ORIGINAL)
         for method, dy in ((SEARCHED, -0.2), ("uniform", 0.2)):
             network = find_network(of_budget, method)
             if network is not None:
-                ax.barh(place + dy, list(network.widths.values()), 0.36, color=COLOURS[method], label=method)
+                shares = [network.widths[name] / size for name, size in sizes.items()]
+                ax.barh(place + dy, shares, 0.36, color=COLOURS[method], label=method)
         ax.set_title(budget, loc="left", fontsize=10)
-        ax.set_xlabel("width")
-    axes[0].set_yticks(place, list(sizes), fontsize=8)
+        ax.set_xlabel("share of the width")
+    # groups of 8 and of 2,000 channels stand below each other: shares tell what each has left, names its width
+    axes[0].set_yticks(place, [f"{name}  {size}" for name, size in sizes.items()], fontsize=8)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=3, fontsize=9, loc="outside upper right")
+    figure.legend(handles, labels, ncols=3, fontsize=9, loc="outside upper left")
     return figure
 
 
@@ -192,7 +194,11 @@ def draw_modules(results: Sequence[SearchResult]) -> Drawing:
 
 # By name: what draws it, its title, and what it shows.
 FIGURES: dict[str, tuple[Callable[[Sequence[SearchResult]], Drawing], str, str]] = {
-    "widths": (draw_widths, "Widths", "Width of every group: the original, the searched and the uniform network."),
+    "widths": (
+        draw_widths,
+        "Widths",
+        "What every group has left of its width (the number beside its name): the searched and the uniform network.",
+    ),
     "descent": (
         draw_descent,
         "The descent",
