@@ -63,6 +63,7 @@ Concepts and glossary <docs/concepts>
 Slim with one command <docs/howto/slim>
 Slim without training <docs/howto/reconstruct>
 Set budgets <docs/howto/budgets>
+Choose a budget for a device <docs/howto/devices>
 Freeze layers and limit widths <docs/howto/freezing>
 Slim transformers <docs/howto/transformers>
 Slim backbones and own models <docs/howto/backbones>
