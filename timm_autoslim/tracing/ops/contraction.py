@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from timm_autoslim.tracing.flow import Flow, Labels
+from timm_autoslim.tracing.flow import Flow
+from timm_autoslim.tracing.labelling import Labels
 from timm_autoslim.tracing.labels import Label, Vector
 from timm_autoslim.tracing.ops.schema import OperatorCall
 from timm_autoslim.tracing.ops.table import RULES

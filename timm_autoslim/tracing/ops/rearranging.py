@@ -7,7 +7,8 @@ from math import prod
 
 import numpy as np
 
-from timm_autoslim.tracing.flow import Flow, Labels
+from timm_autoslim.tracing.flow import Flow
+from timm_autoslim.tracing.labelling import Labels
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops.schema import OperatorCall
 from timm_autoslim.tracing.ops.table import RULES

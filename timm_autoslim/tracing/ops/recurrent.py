@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from timm_autoslim.tracing.flow import Flow, Labels
+from timm_autoslim.tracing.flow import Flow
+from timm_autoslim.tracing.labelling import Labels
 from timm_autoslim.tracing.labels import Label, Vector
 from timm_autoslim.tracing.ops.schema import tensors_in_lists
 

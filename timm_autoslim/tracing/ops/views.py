@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from timm_autoslim.tracing.flow import Flow, Labels
+from timm_autoslim.tracing.flow import Flow
+from timm_autoslim.tracing.labelling import Labels
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops.schema import OperatorCall, tensors_in_lists
 from timm_autoslim.tracing.ops.table import RULES, freeze_inputs
