@@ -40,7 +40,7 @@ from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Network,
 Row = dict[str, Any]
 
 SHARES = (0.5, 0.25)
-TRAINED, HELD_OUT, PARTS, CALIBRATED, RANKED = 10_000, 500, 4, 6_000, 2_000
+TRAINED, HELD_OUT, PARTS, RANKED = 10_000, 500, 4, 2_000
 EPOCHS, RATE, BATCH, SMOOTHING, TEMPERATURE = (1, 5), 1e-3, 64, 0.1, 2.0
 # Starts and teachers, what matters most first; None is the mark of a job that measures without training.
 TRAININGS = (("reconstructed", "original"), ("cut", "labels"), ("reconstructed", "labels"), ("cut", "original"))
@@ -88,12 +88,12 @@ def load_data(args: argparse.Namespace, seed: int) -> Data:
     trained, held = (60, 20) if args.toy else (TRAINED, HELD_OUT)
     images, targets = (t.to(args.device) for t in read_part(args, "train", trained + held, seed))
     test, classes = (t.to(args.device) for t in read_part(args, "test", 60 if args.toy else 10_000, 0))
-    calibrated = torch.split(scale(images[: min(CALIBRATED, trained)]), 250)
+    batches = torch.split(scale(images[:trained]), 250)
     return Data(
         Pictures(images[:trained], targets[:trained], 127),
         (images[trained:], targets[trained:]),
         (scale(test), classes),
-        list(calibrated),
+        list(batches),
     )
 
 
