@@ -1,8 +1,10 @@
-"""Stages: budgets on the way to a far one, so that no search has to look further than a model can still be judged."""
+"""The plan: which searches lead from a trained model to its budgets, and what each of them starts from."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from timm_autoslim.costs.cost import Cost
 from timm_autoslim.slimming.budgets import Budget
@@ -10,23 +12,67 @@ from timm_autoslim.slimming.budgets import Budget
 HALVED = 0.5  # the least share that one stage leaves; docs/benchmarks.md has what two stages gain over one
 
 
-def list_stages(budget: Budget, widest: Cost) -> list[Budget]:
-    """Return the budgets of all stages, the last of which is the budget itself.
+@dataclass(frozen=True)
+class Stage:
+    """One search of a plan.
 
-    Every stage leaves the same share of each metric, and no less than half.
+    Attributes:
+        budget: of the network that it looks for.
+        start: budget of the network that it starts from, one of an earlier stage; None for the original.
+        asked: whether it is one of the user's budgets. Other networks are only on the way: they are reconstructed, and
+            not trained.
+    """
+
+    budget: Budget
+    start: Budget | None
+    asked: bool
+
+
+def plan_stages(budgets: Sequence[Budget], widest: Cost, *, from_widest: bool = False) -> list[Stage]:
+    """Return the searches that lead to all budgets.
+
+    A search starts from the last network whose budget limits the same metrics, all less tightly; without one from the
+    original. Where it would have to leave less than half, stages between leave the same share each, and no less than
+    half: bare slices say little about networks so narrow.
 
     Args:
-        budget: the goal.
-        widest: cost of the widest subnet, with the metrics that the budget limits.
+        budgets: in the order of the searches, the widest first.
+        widest: cost of the original, with all metrics that a budget limits.
+        from_widest: whether each budget has one search, from the original, for its rules count from there.
 
     Example:
-        >>> [stage.text for stage in list_stages(Budget((("macs", 25.0),)), Cost(macs=100, params=10))]
-        ['macs<=50', 'macs<=25']
+        >>> budget = Budget((("macs", 20.0),))
+        >>> for stage in plan_stages([budget], Cost(macs=80, params=10)):
+        ...     print(stage.budget.text, stage.start and stage.start.text, stage.asked)
+        macs<=40 None False
+        macs<=20 macs<=40 True
     """
-    shares = {metric: limit / widest.pick(metric) for metric, limit in budget.limits}
-    count = max(1, math.ceil(math.log(min(shares.values())) / math.log(HALVED) - 1e-6))
-    between = [
-        Budget(tuple((metric, widest.pick(metric) * share ** (index / count)) for metric, share in shares.items()))
+    stages: list[Stage] = []
+    for budget in budgets:
+        asked = [stage.budget for stage in reversed(stages) if stage.asked]
+        start = None if from_widest else next((other for other in asked if _is_tighter(budget, other)), None)
+        amounts = dict(start.limits) if start else {metric: widest.pick(metric) for metric in budget.metrics}
+        for between in () if from_widest else _divide(budget, amounts):
+            stages.append(Stage(between, start, asked=False))
+            start = between
+        stages.append(Stage(budget, start, asked=True))
+    return stages
+
+
+def _is_tighter(budget: Budget, other: Budget) -> bool:
+    limits = dict(other.limits)
+    return limits.keys() == dict(budget.limits).keys() and all(limit <= limits[m] for m, limit in budget.limits)
+
+
+def _divide(budget: Budget, amounts: Mapping[str, float]) -> list[Budget]:
+    """Return the budgets between these amounts of each metric and a budget."""
+    shares = {metric: limit / amounts[metric] for metric, limit in budget.limits}
+    count = math.ceil(math.log(min(shares.values())) / math.log(HALVED) - 1e-6)
+    return [
+        Budget(
+            tuple(
+                (metric, float(f"{amounts[metric] * share ** (index / count):.4g}")) for metric, share in shares.items()
+            )
+        )
         for index in range(1, count)
     ]
-    return [*between, budget]
