@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 from timm_autoslim.costs.conditions import Conditions
 from timm_autoslim.costs.cost import count_cost
 from timm_autoslim.errors import BudgetError, DataError, EvaluationError
-from timm_autoslim.slimming.budgets import Budget, Budgets, check_tight
+from timm_autoslim.slimming.budgets import Budgets, check_tight
 from timm_autoslim.slimming.goals import parse_budgets
 from timm_autoslim.slimming.luck import describe_luck
 from timm_autoslim.slimming.result import Step
 from timm_autoslim.slimming.scoring import HeldOut
 from timm_autoslim.slimming.search import search
-from timm_autoslim.slimming.stages import list_stages
+from timm_autoslim.slimming.stages import Stage, plan_stages
 from timm_autoslim.supernet.convert import convert, convert_by
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.reconstruction import LayerReconstruction, reconstruct
@@ -102,7 +102,7 @@ def slim(
     smaller: nn.Module = copy.deepcopy(model).eval()  # whose gradients are ours, and whose modes
     _try_first(smaller, pairs[0], loss)
     supernet = convert_by(smaller, inputs[0], **rules)  # budgets are checked before the channels are ordered
-    stages = _plan(supernet, budget, conditions, in_stages=not {"min", "choices"} & rules.keys())
+    stages = _plan(supernet, budget, conditions, from_widest=bool({"min", "choices"} & rules.keys()))
     if luck := describe_luck(sum(map(count_images, inputs)), len(supernet.space)):
         warnings.warn(luck, stacklevel=2)
     for number in itertools.count(1):
@@ -120,7 +120,7 @@ def slim(
                 bar.update()
 
             result = search(
-                supernet, [stages[number - 1]], evaluate, maximize=maximize, conditions=conditions, seed=seed,
+                supernet, [stages[number - 1].budget], evaluate, maximize=maximize, conditions=conditions, seed=seed,
                 on_step=show_step,
             )  # fmt: skip
         smaller = _extract(supernet, result.networks[0].widths, pairs, progress, of)
@@ -130,8 +130,8 @@ def slim(
     return smaller  # type: ignore[return-value]
 
 
-def _plan(supernet: Supernet, budget: Any, conditions: Conditions | None, *, in_stages: bool) -> list[Budget]:
-    """Return the budgets of all stages.
+def _plan(supernet: Supernet, budget: Any, conditions: Conditions | None, *, from_widest: bool) -> list[Stage]:
+    """Return the searches that lead to the budget, each of which starts from the network before.
 
     Raises:
         BudgetError: the budget is malformed, out of reach, or several budgets.
@@ -141,9 +141,7 @@ def _plan(supernet: Supernet, budget: Any, conditions: Conditions | None, *, in_
         raise BudgetError.at("budget", got=f"{len(budgets)} budgets", needed="one", remedy="call slim for each")
     widest = count_cost(supernet, supernet.space.max(), budgets[0].metrics, conditions)
     check_tight(budgets, widest)
-    if not in_stages:  # rules that count from the widths of the model itself
-        return budgets
-    return list_stages(budgets[0], widest)
+    return plan_stages(budgets, widest, from_widest=from_widest)
 
 
 def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: bool, of: str) -> nn.Module:
