@@ -33,6 +33,7 @@ from timm_autoslim import (
     Accuracy,
     Budget,
     Found,
+    Stage,
     Supernet,
     Team,
     cost,
@@ -40,8 +41,9 @@ from timm_autoslim import (
     files,
     measure_turns,
     parse_budgets,
+    plan_stages,
 )
-from timm_autoslim.errors import ArtifactError, BudgetError, ConfigError
+from timm_autoslim.errors import ArtifactError, ConfigError
 from timm_autoslim.recipes.finetune import finetune, finish
 from timm_autoslim.recipes.lib.comparison import Row, describe_turns, make_table, read_original, write_original
 from timm_autoslim.recipes.lib.configuration import parse_args
@@ -119,19 +121,19 @@ class Slimming:
         self.images = open_images(args)
         args.num_classes = self.images.num_classes
         self.texts = write_budgets(args.budgets)
-        self.stage, self.stages = 0, 2 + 2 * len(self.texts)
+        self.stage = self.stages = 0
         self.begin = time.perf_counter()
         self.begun: list[float] = []  # of the stages
 
     def go(self) -> None:
         """Run the stages that are not finished, and compare the networks."""
         same = self._keep_settings()
-        budgets = self._test_original(same)
-        steps: list[tuple[Budget, Found]] = []
-        for budget in budgets:
-            source = find_source(budget, steps) if not (self.args.choices or self.args.min_width) else None
-            steps.append((budget, self._slim_to(budget, source, first=not steps)))
-        self._compare([network for _, network in steps])
+        plan = self._test_original(same)
+        networks: dict[Budget, Found] = {}
+        folders: dict[Budget | None, Path] = {}  # of exported networks
+        for stage in plan:
+            networks[stage.budget], folders[stage.budget] = self._slim_to(stage, folders.get(stage.start), not networks)
+        self._compare([networks[stage.budget] for stage in plan if stage.asked])
 
     def _announce(self, text: str) -> None:
         self.stage += 1
@@ -164,12 +166,13 @@ class Slimming:
 
     # ------------------------------------------------------------------------------------------------ the original
 
-    def _test_original(self, same: bool) -> list[Budget]:
-        """Test the original and make it the supernet of the run; return the budgets, the widest first."""
+    def _test_original(self, same: bool) -> list[Stage]:
+        """Test the original and make it the supernet of the run; return the searches that lead to the budgets."""
         args, run, accelerator = self.args, self.run, self.accelerator
         row = read_original(run) if same and (run / SUPERNET).is_file() else None
         supernet = load_supernet(run, args) if row else self._start(args)
-        budgets = self._parse_budgets(supernet)  # refuses those out of reach
+        plan = self._plan(supernet)  # refuses budgets out of reach
+        self.stages = 2 + 2 * len(plan)
         self._announce(f"the original: {args.model}" + (" (tested before)" if row else ""))
         if not row:
             self._set_up(args, run, supernet)
@@ -180,7 +183,7 @@ class Slimming:
             seconds = (time.perf_counter() - begin) / max(1, len(self.images.test))
             spent = cost(supernet)
             row = Row("original", top1, spent.macs, spent.params, (run / SUPERNET).stat().st_size)
-            self._estimate(supernet, seconds, budgets)
+            self._estimate(supernet, seconds, plan)
             if accelerator.is_main_process:
                 write_original(run, row)
             accelerator.wait_for_everyone()
@@ -194,7 +197,8 @@ class Slimming:
                 "of these classes, in this order, for images of this --mean, --std and --img-size?"
             )
         self._check_held_out(supernet)
-        return budgets
+        accelerator.print(f"Plan: {'; '.join(map(str, plan))}.")
+        return plan
 
     def _start(self, args: argparse.Namespace) -> Supernet:
         """Make the supernet of a trained model.
@@ -231,17 +235,13 @@ class Slimming:
             write_weights(folder / SUPERNET, supernet.model)
         accelerator.wait_for_everyone()
 
-    def _parse_budgets(self, supernet: Supernet) -> list[Budget]:
+    def _plan(self, supernet: Supernet) -> list[Stage]:
         team = Team(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
         conditions = make_conditions(self.args, self.texts, team)
         budgets = dict.fromkeys(parse_budgets(supernet, self.texts, conditions=conditions))
         widest = count_widest(supernet, list(budgets), conditions)
-        for budget in budgets:
-            if budget.holds(widest):
-                raise BudgetError.at(
-                    f"--budgets {budget.text}", got="what the original is within already", needed="a limit below it"
-                )
-        return sorted(budgets, key=lambda budget: budget.used(widest))
+        budgets_in_order = sorted(budgets, key=lambda budget: budget.used(widest))
+        return plan_stages(budgets_in_order, widest, from_widest=bool(self.args.choices or self.args.min_width))
 
     def _check_held_out(self, supernet: Supernet) -> None:
         """Warn where luck decides which of the subnets seems best."""
@@ -250,7 +250,7 @@ class Slimming:
         if luck := describe_luck(images, len(supernet.space)):
             self.accelerator.print(f"Warning: {luck} Give more images, or a larger --held-out.")
 
-    def _estimate(self, supernet: Supernet, seconds: float, budgets: list[Budget]) -> None:
+    def _estimate(self, supernet: Supernet, seconds: float, plan: list[Stage]) -> None:
         """Say how long all will take; `seconds` are those of one image in a forward of the original."""
         args = self.args
         training, held_out = split_training(args, len(self.images.train), self.run)
@@ -259,17 +259,18 @@ class Slimming:
         search = SUBNETS * len(supernet.space) * used / 2
         repair = 4 * min(args.reconstruct, images)
         tests = 2 * len(self.images.test)
-        total = seconds * len(budgets) * (search + repair + tests)
+        total = seconds * len(plan) * (search + repair + tests)
         if args.epochs:  # the network is smaller than the original, and the original teaches besides
             step = time_step(supernet.model, make_images(args, args.batch_size, self.accelerator.device))
-            total += len(budgets) * args.epochs * images * (step / args.batch_size + 2 * seconds)
+            total += sum(stage.asked for stage in plan) * args.epochs * images * (step / args.batch_size + 2 * seconds)
         self.accelerator.print(f"All stages may take {_write_time(total)}: a rough estimate, from this test.")
 
     # ------------------------------------------------------------------------------------------------ one budget
 
-    def _slim_to(self, budget: Budget, source: Found | None, first: bool) -> Found:
-        """Search the network of one budget, and reconstruct, fine-tune, test and export it."""
-        args, folder = self._choose_start(budget, source, first)
+    def _slim_to(self, stage: Stage, source: Path | None, first: bool) -> tuple[Found, Path]:
+        """Search the network of one stage, reconstruct, fine-tune and test it; return it and its exported folder."""
+        budget = stage.budget
+        args, folder = self._choose_start(stage, source, first)
         start = source.name if source else "the original"
         done = is_searched(folder)
         self._announce(f"search {budget.text}, from {start}" + (" (done before)" if done else ""))
@@ -282,10 +283,11 @@ class Slimming:
             search_networks(self.accelerator, of_search, folder, [limits], [budget.text])
             self.accelerator.wait_for_everyone()
         (network,) = read_networks(folder).values()
-        exported = self.run / "exported" / network.name
+        exported = self.run / ("exported" if stage.asked else "between") / network.name
         result = Accuracy.load(exported)
         done = bool(result and result.widths == network.widths.to_dict())
-        self._announce(f"reconstruct, fine-tune, test and export {network.name}" + (" (done before)" if done else ""))
+        what = "reconstruct, fine-tune, test and export" if args.epochs else "reconstruct, test and export"
+        self._announce(f"{what} {network.name}" + (" (done before)" if done else ""))
         if not done:
             if not (folder / SUPERNET).is_file():  # of a search whose network was removed
                 self._set_up(args, folder, self._start(args), split=self.run / SPLIT)
@@ -295,7 +297,7 @@ class Slimming:
             if folder != self.run:
                 (folder / SUPERNET).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
-        return network
+        return network, exported
 
     def _finetune(self, args: argparse.Namespace, run: Path, network: Found, exported: Path) -> None:
         folder = run / "finetune" / network.name
@@ -308,17 +310,17 @@ class Slimming:
         accelerator.wait_for_everyone()
         accelerator.free_memory()
 
-    def _choose_start(self, budget: Budget, source: Found | None, first: bool) -> tuple[argparse.Namespace, Path]:
-        """Return the flags and the run folder of one budget's stages."""
-        args = self.args
+    def _choose_start(self, stage: Stage, source: Path | None, first: bool) -> tuple[argparse.Namespace, Path]:
+        """Return the flags and the run folder of one stage."""
+        args, budget = self.args, stage.budget
         teacher = str(self.run) if args.teacher in (None, "original") else args.teacher
         values = vars(args) | {"teacher": teacher, "network": None, "from_scratch": False, "start_sha256": None}
+        values |= {} if stage.asked else {"epochs": 0}
         name = budget.text.replace(" and ", "-").replace("<=", "-").replace("%", "pct")
         folder = self.run if first else self.run / f"to-{name}"
         if source:
-            start = self.run / "exported" / source.name
-            values |= {"model": f"local-dir:{start}", "pretrained": True, "initial_checkpoint": None,
-                       "model_kwargs": {}, "start_sha256": hash_file(start / "model.safetensors")}  # fmt: skip
+            values |= {"model": f"local-dir:{source}", "pretrained": True, "initial_checkpoint": None,
+                       "model_kwargs": {}, "start_sha256": hash_file(source / "model.safetensors")}  # fmt: skip
         return argparse.Namespace(**values | {"run": str(folder)}), folder
 
     def _check_start(self, args: argparse.Namespace, folder: Path, budget: Budget) -> None:
@@ -401,15 +403,6 @@ class Slimming:
         """Return two test images (2, C, H, W)."""
         loader = make_evaluation_loader(self.args, self.images.test, range(2))
         return torch.cat([inputs for inputs, _ in loader])
-
-
-def find_source(budget: Budget, steps: list[tuple[Budget, Found]]) -> Found | None:
-    """Return the network to go on from: the last one whose budget limits the same metrics, all less tightly."""
-    for earlier, network in reversed(steps):
-        limits = dict(earlier.limits)
-        if limits.keys() == dict(budget.limits).keys() and all(limit <= limits[m] for m, limit in budget.limits):
-            return network
-    return None
 
 
 def time_step(model: nn.Module, images: Tensor) -> float:

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from timm_autoslim.slimming.scoring import check_scores as check_scores
     from timm_autoslim.slimming.search import search as search
     from timm_autoslim.slimming.slim import slim as slim
+    from timm_autoslim.slimming.stages import Stage as Stage
+    from timm_autoslim.slimming.stages import plan_stages as plan_stages
     from timm_autoslim.slimming.team import SharedLatency as SharedLatency
     from timm_autoslim.slimming.team import Team as Team
     from timm_autoslim.supernet.convert import convert as convert
@@ -104,6 +106,7 @@ _MODULES = {
     "SearchResult": "slimming.result",
     "SearchSpace": "supernet.space",
     "SharedLatency": "slimming.team",
+    "Stage": "slimming.stages",
     "Step": "slimming.result",
     "Supernet": "supernet.supernet",
     "Team": "slimming.team",
@@ -127,6 +130,7 @@ _MODULES = {
     "measure_latency": "costs.measure",
     "measure_turns": "costs.measure",
     "parse_budgets": "slimming.goals",
+    "plan_stages": "slimming.stages",
     "push": "artifact.hub",
     "reach": "costs.reach",
     "reconstruct": "training.reconstruction",

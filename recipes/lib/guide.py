@@ -19,7 +19,7 @@ model = timm.create_model("local-dir:{first}", pretrained=True)
 | what | for |
 |---|---|
 | `exported/` | the networks, each with its card and `result.json`: all that you need |
-{onnx}| `table.md` | the table above |
+{between}{onnx}| `table.md` | the table above |
 | `search/`, `to-*/search/` | widths and steps; `python -m timm_autoslim report {run}` shows them on one page |
 | `finetune/`, `to-*/finetune/` | flags and curves (`summary.csv`) of the fine-tunings |
 | `supernet.safetensors` | the original, its channels in order: the teacher, and the start of further budgets |
@@ -28,6 +28,7 @@ model = timm.create_model("local-dir:{first}", pretrained=True)
 Checkpoints of networks that are finished are removed. The same command with further, tighter `--budgets` goes on from
 here; for that, all but `finetune/` and `onnx/` must stay.
 """
+_BETWEEN = "| `between/` | networks on the way to the budgets: reconstructed, not trained |\n"
 _ONNX = "| `onnx/` | the networks as ONNX files, checked in ONNX Runtime |\n"
 
 
@@ -35,5 +36,6 @@ def write_guide(run: Path, networks: Sequence[str], onnx: bool) -> None:
     """Write README.md of a finished run; its table.md is there."""
     table = (run / "table.md").read_text(encoding="utf-8")
     first = run / "exported" / networks[0]
-    text = _TEXT.format(name=run.name, table=table, first=first, run=run, onnx=_ONNX if onnx else "")
+    lines = {"between": _BETWEEN if (run / "between").exists() else "", "onnx": _ONNX if onnx else ""}
+    text = _TEXT.format(name=run.name, table=table, first=first, run=run, **lines)
     files.write_text(run / "README.md", text)

@@ -139,6 +139,33 @@ def test_killed_at_any_stage_and_given_again_it_goes_on(stop, after, finished, w
 
 
 @pytest.mark.slow
+def test_a_far_budget_has_a_network_on_the_way_that_is_not_trained(weights, tmp_path, monkeypatch, capsys):
+    command = make_command(tmp_path, weights, "--budgets", "macs=25%")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # killed between the two searches
+        patch.setattr(slim.Slimming, "_finetune", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            slim.main(command)
+    slim.main(command)
+    shown = capsys.readouterr().out
+    (between,), (exported,) = ((tmp_path / "mine" / name).iterdir() for name in ("between", "exported"))
+    full = json.loads((tmp_path / "mine" / "original.json").read_text())["macs"]
+    assert 0.4 < Accuracy.load(between).macs / full <= 0.5
+    assert 0.2 < Accuracy.load(exported).macs / full <= 0.25
+    assert f"[5 of 6] reconstruct, fine-tune, test and export {exported.name}" in shown
+    assert f"[4 of 6] search macs<=25%, from {between.name}\n" in shown
+    assert re.search(r"Plan: macs<=\d+ from the original \(on the way, not trained\); macs<=25% from macs<=\d+\.", shown)
+    assert not list((tmp_path / "mine" / "finetune").glob("*/summary.csv"))
+    table = (tmp_path / "mine" / "table.md").read_text()
+    assert between.name not in table
+    assert exported.name in table
+    assert "between/" in (tmp_path / "mine" / "README.md").read_text()
+
+
+@pytest.mark.slow
 def test_two_processes_walk_the_same_road(weights, finished, tmp_path):
     done = launch_two("-m", "timm_autoslim", "slim", *make_command(tmp_path, weights, "--budgets", "macs=60%"))
     assert done.returncode == 0, done.stderr[-3000:]

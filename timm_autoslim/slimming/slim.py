@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from timm_autoslim.costs.conditions import Conditions
 from timm_autoslim.costs.cost import count_cost
 from timm_autoslim.errors import BudgetError, DataError, EvaluationError
-from timm_autoslim.slimming.budgets import Budgets, check_tight
+from timm_autoslim.slimming.budgets import Budgets
 from timm_autoslim.slimming.goals import parse_budgets
 from timm_autoslim.slimming.luck import describe_luck
 from timm_autoslim.slimming.result import Step
@@ -140,7 +140,6 @@ def _plan(supernet: Supernet, budget: Any, conditions: Conditions | None, *, fro
     if len(budgets) != 1:
         raise BudgetError.at("budget", got=f"{len(budgets)} budgets", needed="one", remedy="call slim for each")
     widest = count_cost(supernet, supernet.space.max(), budgets[0].metrics, conditions)
-    check_tight(budgets, widest)
     return plan_stages(budgets, widest, from_widest=from_widest)
 
 

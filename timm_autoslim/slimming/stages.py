@@ -7,25 +7,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from timm_autoslim.costs.cost import Cost
-from timm_autoslim.slimming.budgets import Budget
+from timm_autoslim.slimming.budgets import Budget, check_tight
 
 HALVED = 0.5  # the least share that one stage leaves; docs/benchmarks.md has what two stages gain over one
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One search of a plan.
+    """One search of a plan, as `plan_stages` makes them.
 
     Attributes:
         budget: of the network that it looks for.
         start: budget of the network that it starts from, one of an earlier stage; None for the original.
         asked: whether it is one of the user's budgets. Other networks are only on the way: they are reconstructed, and
             not trained.
+
+    Example:
+        >>> print(Stage(Budget((("macs", 20.0),)), start=None, asked=True))
+        macs<=20 from the original
     """
 
     budget: Budget
     start: Budget | None
     asked: bool
+
+    def __str__(self) -> str:
+        """Return a line such as "macs<=25% from macs<=50%"."""
+        text = f"{self.budget.text} from {self.start.text if self.start else 'the original'}"
+        return text if self.asked else f"{text} (on the way, not trained)"
 
 
 def plan_stages(budgets: Sequence[Budget], widest: Cost, *, from_widest: bool = False) -> list[Stage]:
@@ -40,13 +49,17 @@ def plan_stages(budgets: Sequence[Budget], widest: Cost, *, from_widest: bool = 
         widest: cost of the original, with all metrics that a budget limits.
         from_widest: whether each budget has one search, from the original, for its rules count from there.
 
+    Raises:
+        BudgetError: the original is within a budget already.
+
     Example:
         >>> budget = Budget((("macs", 20.0),))
         >>> for stage in plan_stages([budget], Cost(macs=80, params=10)):
-        ...     print(stage.budget.text, stage.start and stage.start.text, stage.asked)
-        macs<=40 None False
-        macs<=20 macs<=40 True
+        ...     print(stage)
+        macs<=40 from the original (on the way, not trained)
+        macs<=20 from macs<=40
     """
+    check_tight(budgets, widest)
     stages: list[Stage] = []
     for budget in budgets:
         asked = [stage.budget for stage in reversed(stages) if stage.asked]
