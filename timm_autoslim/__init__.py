@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from timm_autoslim.slimming.goals import parse_budgets as parse_budgets
     from timm_autoslim.slimming.goals import uniform_at as uniform_at
     from timm_autoslim.slimming.luck import describe_luck as describe_luck
+    from timm_autoslim.slimming.network import Found as Found
+    from timm_autoslim.slimming.network import Step as Step
     from timm_autoslim.slimming.refinement import REFINEMENTS as REFINEMENTS
-    from timm_autoslim.slimming.result import Found as Found
     from timm_autoslim.slimming.result import SearchResult as SearchResult
-    from timm_autoslim.slimming.result import Step as Step
     from timm_autoslim.slimming.scoring import HeldOut as HeldOut
     from timm_autoslim.slimming.scoring import check_scores as check_scores
     from timm_autoslim.slimming.search import search as search
@@ -88,7 +88,7 @@ _MODULES = {
     "Cost": "costs.cost",
     "DISTILLATION_LOSSES": "training.distillation",
     "Fixed": "costs.inspection",
-    "Found": "slimming.result",
+    "Found": "slimming.network",
     "HeldOut": "slimming.scoring",
     "Inspection": "costs.inspection",
     "LayerReconstruction": "training.reconstruction",
@@ -107,7 +107,7 @@ _MODULES = {
     "SearchSpace": "supernet.space",
     "SharedLatency": "slimming.team",
     "Stage": "slimming.stages",
-    "Step": "slimming.result",
+    "Step": "slimming.network",
     "Supernet": "supernet.supernet",
     "Team": "slimming.team",
     "Widths": "supernet.widths",

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from timm_autoslim.costs.metrics import METRICS
-from timm_autoslim.slimming.result import Found, SearchResult
+from timm_autoslim.slimming.network import Found
+from timm_autoslim.slimming.result import SearchResult
 
 SEARCHED = SearchResult.SEARCHED
 ORIGINAL = "original"  # the widest subnet, which computes what the original does

@@ -16,7 +16,8 @@ from timm_autoslim.slimming.baselines import BASELINES
 from timm_autoslim.slimming.budgets import Budget
 from timm_autoslim.slimming.figures import FIGURES, list_networks, name_loss, render_svg
 from timm_autoslim.slimming.json_reader import JsonValue
-from timm_autoslim.slimming.result import Found, SearchResult
+from timm_autoslim.slimming.network import Found
+from timm_autoslim.slimming.result import SearchResult
 from timm_autoslim.utils.files import replace_file, write_text
 
 

@@ -1,4 +1,4 @@
-"""What a search or a baseline chose, as values that a file can hold."""
+"""What a search or a baseline chose, and all that a report shows of it, as a value that a file can hold."""
 
 from __future__ import annotations
 
@@ -9,124 +9,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from timm_autoslim.costs.cost import Cost, cost_by_module, count_cost
-from timm_autoslim.costs.metrics import METRICS
-from timm_autoslim.errors import ArtifactError, BudgetError, WidthError
+from timm_autoslim.errors import ArtifactError
 from timm_autoslim.slimming.goals import Goal
 from timm_autoslim.slimming.json_reader import JsonValue
+from timm_autoslim.slimming.network import Found, Step
+from timm_autoslim.slimming.result_reader import FORMAT, SOURCE, parse_result
 from timm_autoslim.slimming.scoring import Scorer
 from timm_autoslim.supernet.widths import ChannelGroup, Widths, hash_groups
 from timm_autoslim.utils.arguments import check_path
 from timm_autoslim.utils.files import write_text
 from timm_autoslim.utils.html import make_html_table
-
-FORMAT = 1
-_FILE = "a file that SearchResult.save wrote"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a descent: `group` was slimmed to `width`, and then the subnet had this loss and cost.
-
-    In the fast mode the loss is that on the part of the held-out images which this step looked at.
-
-    Attributes:
-        index: which step it is.
-        group, width: what was slimmed.
-        loss, macs, params: of the subnet after the step.
-        metric, budget: the limit of the next budget on the way down that was furthest exceeded before the step.
-        evaluations: subnets scored so far.
-        limits: all limits of that budget, by metric.
-        spent: what the subnet costs, in all metrics that any budget of the search limits.
-
-    Example:
-        >>> import timm, torch
-        >>> from timm_autoslim import convert, search
-        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
-        >>> result = search(supernet, {"macs": "95%"}, lambda subnet: 0.0)
-        >>> for step in result.steps:
-        ...     print(f"{step.index}: {step.group} to {step.width}, loss {step.loss:.2f}")
-        0: conv1.6 to 56, loss 0.00
-    """
-
-    index: int
-    group: str
-    width: int
-    loss: float
-    macs: int
-    params: int
-    metric: str
-    budget: float
-    evaluations: int
-    limits: Mapping[str, float] = field(hash=False)
-    spent: Mapping[str, float] = field(hash=False)
-
-
-@dataclass(frozen=True)
-class Found:
-    """The network that a method chose for one budget.
-
-    Attributes:
-        method: "searched", or a key of `BASELINES`.
-        metric, budget: the limit of which the network uses the largest share.
-        text: the budget as the user wrote it, such as "macs<=60%".
-        widths, cost, loss: the network; its cost has MACs, parameters and the metrics of the budget. Where the search
-            maximised a score, the loss is its negative.
-        limits: all limits of the budget, by metric.
-        macs_by_module: the network's MACs by module, in the order of execution.
-
-    Example:
-        >>> import timm, torch
-        >>> from timm_autoslim import convert, search
-        >>> supernet = convert(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
-        >>> result = search(supernet, {"macs": ["60%", "40%"]}, lambda subnet: 0.0, refine="none")
-        >>> for network in result.networks:
-        ...     print(network.text, network.cost.macs <= network.budget)
-        macs<=60% True
-        macs<=40% True
-        >>> model = supernet.extract(result.networks[0].widths)
-    """
-
-    method: str
-    metric: str
-    budget: float
-    text: str
-    widths: Widths
-    cost: Cost
-    loss: float
-    limits: Mapping[str, float] = field(hash=False)
-    macs_by_module: Mapping[str, int] = field(hash=False, repr=False)
-
-    @classmethod
-    def of(cls, method: str, goal: Goal, widths: Widths, loss: float) -> Found:
-        """Return the network of these widths, which a method chose for a goal.
-
-        Raises:
-            BudgetError: the network is above the budget: the latency was predicted lower before, for the same widths.
-        """
-        cost, budget = goal.cost(widths), goal.budget
-        for metric, limit in budget.exceeded(cost):
-            got = f"{cost.pick(metric):,} {metric}, where it was at most {limit:,} before"
-            needed = f"the same {metric} for the same widths at every prediction"
-            raise BudgetError.at("the network", got=got, needed=needed)
-        by_module = cost_by_module(goal.supernet, widths)
-        return cls(method, *budget.tightest(cost), budget.text, widths, cost, loss, dict(budget.limits), by_module)
-
-    @property
-    def name(self) -> str:
-        """A name of the budget and the method, such as `macs-60pct-params-2M-searched`."""
-        slug = self.text.replace(" and ", "-").replace("<=", "-").replace("%", "pct")
-        return f"{slug}-{self.method}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the network for JSON; the method is that of the result that holds it."""
-        values = {key: getattr(self, key) for key in ("metric", "budget", "text", "loss")}
-        return {
-            **values,
-            "cost": self.cost.to_dict(),
-            "limits": dict(self.limits),
-            "widths": self.widths.to_dict(),
-            "macs_by_module": dict(self.macs_by_module),
-        }
 
 
 @dataclass(frozen=True)
@@ -297,109 +189,5 @@ class SearchResult:
         Raises:
             ArtifactError: the file cannot be read, or holds no result of this format; the text says what is wrong.
         """
-        return _parse_result(JsonValue.read(check_path("path", path, ArtifactError), _FILE))
-
-
-# -- reading a file -------------------------------------------------------------------------------------------------
-
-
-def _parse_result(content: JsonValue) -> SearchResult:
-    number = content.members().get("format", JsonValue(f"{content.where}.format", None))
-    if number.value != FORMAT:
-        number.refuse(f"format {FORMAT}, of {_FILE}")
-    parts = content.object(["format", "method", *(item.name for item in fields(SearchResult))])
-    groups = _parse_groups(parts["groups"])
-    networks = [_parse_network(item, parts["method"].text(), groups) for item in parts["networks"].items()]
-    if not networks:
-        parts["networks"].refuse("at least one network")
-    return SearchResult(
-        networks=tuple(networks),
-        steps=tuple(_parse_step(item, groups) for item in parts["steps"].items()),
-        evaluations=parts["evaluations"].integer(),
-        evaluated_macs=parts["evaluated_macs"].integer(),
-        images=parts["images"].integer(),
-        groups=groups,
-        widest=_parse_cost(parts["widest"]),
-        widest_loss=None if parts["widest_loss"].value is None else parts["widest_loss"].number(),
-        macs_by_module={path: macs.integer() for path, macs in parts["macs_by_module"].members().items()},
-        settings={name: _parse_setting(value) for name, value in parts["settings"].members().items()},
-        base=None if parts["base"].value is None else parts["base"].text(),
-        seconds=None if parts["seconds"].value is None else parts["seconds"].number(-1.0),
-    )
-
-
-def _parse_groups(content: JsonValue) -> tuple[ChannelGroup, ...]:
-    groups = tuple(_parse_group(item) for item in content.items())
-    if not groups or len({group.name for group in groups}) < len(groups):
-        content.refuse("at least one group, each with another name")
-    return groups
-
-
-def _parse_group(content: JsonValue) -> ChannelGroup:
-    parts = content.object([item.name for item in fields(ChannelGroup)])
-    numbers = {key: parts[key].integer(1) for key in ("size", "min", "divisor", "channels", "floor")}
-    choices = tuple(item.integer(1) for item in parts["choices"].items())
-    producers = tuple(item.text() for item in parts["producers"].items())
-    return ChannelGroup(name=parts["name"].text(), choices=choices, producers=producers, **numbers)
-
-
-def _parse_network(content: JsonValue, method: str, groups: tuple[ChannelGroup, ...]) -> Found:
-    parts = content.object([item.name for item in fields(Found) if item.name != "method"])
-    cost, limits = _parse_cost(parts["cost"]), _parse_metrics(parts["limits"], above=0.0)
-    if not limits or not limits.keys() <= cost.to_dict().keys():
-        parts["limits"].refuse(f"limits in metrics of the cost: {list(cost.to_dict())}")
-    if parts["metric"].text() not in limits:
-        parts["metric"].refuse(f"one of {list(limits)}")
-    widths = parts["widths"].object([group.name for group in groups])
-    values = tuple(widths[group.name].integer(1) for group in groups)
-    try:
-        subnet = Widths(values, groups, hash_groups(groups))
-    except WidthError as error:
-        raise ArtifactError(f"{parts['widths'].where}: {error}") from None
-    return Found(
-        method=method,
-        metric=parts["metric"].text(),
-        budget=parts["budget"].number(above=0.0),
-        text=parts["text"].text(),
-        widths=subnet,
-        cost=cost,
-        loss=parts["loss"].number(),
-        limits=limits,
-        macs_by_module={path: macs.integer() for path, macs in parts["macs_by_module"].members().items()},
-    )
-
-
-def _parse_step(content: JsonValue, groups: tuple[ChannelGroup, ...]) -> Step:
-    parts = content.object([item.name for item in fields(Step)])
-    names = [group.name for group in groups]
-    if parts["group"].text() not in names:
-        parts["group"].refuse("the name of a group")
-    limits = _parse_metrics(parts["limits"], above=0.0)
-    if parts["metric"].text() not in limits:
-        parts["metric"].refuse(f"one of {list(limits)}")
-    numbers = {key: parts[key].integer() for key in ("index", "width", "macs", "params", "evaluations")}
-    return Step(
-        group=parts["group"].text(),
-        loss=parts["loss"].number(),
-        metric=parts["metric"].text(),
-        budget=parts["budget"].number(above=0.0),
-        limits=limits,
-        spent=_parse_metrics(parts["spent"]),
-        **numbers,
-    )
-
-
-def _parse_cost(content: JsonValue) -> Cost:
-    parts = content.object(["macs", "params"], optional=["peak_bytes", "latency_ms"])
-    integers = {key: parts[key].integer() for key in ("macs", "params", "peak_bytes") if key in parts}
-    return Cost(**integers, latency_ms=parts["latency_ms"].number(0.0) if "latency_ms" in parts else None)
-
-
-def _parse_metrics(content: JsonValue, above: float = -1.0) -> dict[str, float]:
-    return {name: part.number(above) for name, part in content.object([], optional=list(METRICS)).items()}
-
-
-def _parse_setting(content: JsonValue) -> Any:
-    if not isinstance(content.value, str | int | float | None):
-        content.refuse("a text, a number, true, false or null")
-    return content.value
+        content = JsonValue.read(check_path("path", path, ArtifactError), SOURCE)
+        return cls(**parse_result(content, [item.name for item in fields(cls)]))

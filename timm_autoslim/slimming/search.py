@@ -13,8 +13,9 @@ from timm_autoslim.slimming.budgets import Budgets
 from timm_autoslim.slimming.candidates import RANKINGS
 from timm_autoslim.slimming.descent import MODES, Descent
 from timm_autoslim.slimming.goals import Goal, parse_budgets
+from timm_autoslim.slimming.network import Found, Step
 from timm_autoslim.slimming.refinement import REFINEMENTS
-from timm_autoslim.slimming.result import Found, SearchResult, Step
+from timm_autoslim.slimming.result import SearchResult
 from timm_autoslim.slimming.scoring import Evaluate, Scorer, Scores
 from timm_autoslim.slimming.team import Team, check_team_conditions
 from timm_autoslim.supernet.supernet import Supernet

@@ -20,7 +20,7 @@ from timm_autoslim.errors import BudgetError, DataError, EvaluationError
 from timm_autoslim.slimming.budgets import Budgets
 from timm_autoslim.slimming.goals import parse_budgets
 from timm_autoslim.slimming.luck import describe_luck
-from timm_autoslim.slimming.result import Step
+from timm_autoslim.slimming.network import Step
 from timm_autoslim.slimming.scoring import HeldOut
 from timm_autoslim.slimming.search import search
 from timm_autoslim.slimming.stages import Stage, plan_stages
