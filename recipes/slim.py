@@ -15,7 +15,6 @@ command goes on after an interruption; with further --budgets it goes on from th
 from __future__ import annotations
 
 import argparse
-import copy
 import shutil
 import time
 from dataclasses import replace
@@ -26,7 +25,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from timm_autoslim import (
@@ -43,10 +42,18 @@ from timm_autoslim import (
     parse_budgets,
     plan_stages,
 )
-from timm_autoslim.errors import ArtifactError, ConfigError
+from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.finetune import finetune, finish
-from timm_autoslim.recipes.lib.comparison import Row, describe_turns, make_table, read_original, write_original
+from timm_autoslim.recipes.lib.comparison import (
+    Row,
+    check_same,
+    describe_turns,
+    make_table,
+    read_original,
+    write_original,
+)
 from timm_autoslim.recipes.lib.configuration import parse_args
+from timm_autoslim.recipes.lib.durations import time_step, write_time
 from timm_autoslim.recipes.lib.guide import write_guide
 from timm_autoslim.recipes.lib.images import hash_images, open_images, open_unlabelled
 from timm_autoslim.recipes.lib.loaders import make_evaluation_loader, take_share
@@ -77,7 +84,6 @@ FREE = ("config", "data_dir", "output", "experiment", "run", "resume", "workers"
         "checkpoint_hist", "log_wandb", "log_tensorboard", "wandb_project", "val_interval",
         "recovery_interval", "onnx", "unlabelled")  # fmt: skip
 SUBNETS = 10  # that a search scores for each group and budget, about; benchmarks.md has figures
-OTHER_SIDE = 0.001, 3  # share of the test images, or number, that may change sides when a network is loaded again
 TURNS = 9  # in which each network is measured
 
 
@@ -263,7 +269,7 @@ class Slimming:
         if args.epochs:  # the network is smaller than the original, and the original teaches besides
             step = time_step(supernet.model, make_images(args, args.batch_size, self.accelerator.device))
             total += sum(stage.asked for stage in plan) * args.epochs * images * (step / args.batch_size + 2 * seconds)
-        self.accelerator.print(f"All stages may take {_write_time(total)}: a rough estimate, from this test.")
+        self.accelerator.print(f"All stages may take {write_time(total)}: a rough estimate, from this test.")
 
     # ------------------------------------------------------------------------------------------------ one budget
 
@@ -361,16 +367,7 @@ class Slimming:
             exported = run / "exported" / network.name
             model = timm.create_model(f"local-dir:{exported}", pretrained=True).to(accelerator.device)
             top1 = evaluate(accelerator, model, loader, network.name)["top1"]
-            result = Accuracy.load(exported)
-            # Other kernels may run on other batches of other devices: a few images may change sides, no more.
-            images = len(self.images.test)
-            changed = 0 if result is None else round(abs(top1 - result.top1) * images / 100)
-            if result is None or changed > max(OTHER_SIDE[0] * images, OTHER_SIDE[1]):
-                before = "no accuracy" if result is None else f"{result.top1:.2f} %"
-                raise ArtifactError(
-                    f"{exported} has {top1:.2f} % of {images} test images when it is loaded again, and had {before}, "
-                    f"{changed} images more or less: it changed. Remove it, and it is fine-tuned again."
-                )
+            check_same(exported, top1, len(self.images.test))
             size = (exported / "model.safetensors").stat().st_size
             rows.append(Row(network.name, top1, network.cost.macs, network.cost.params, size))
             models.append(model.cpu())
@@ -390,36 +387,19 @@ class Slimming:
             places = f"{run}/exported" + (f", {run}/onnx" if args.onnx else "")
             print(f"\n{table}\nLatency: {args.latency_runtime} on {args.latency_device}, {threads}, batch "
                   f"{args.cost_batch_size}; the median, and the half of {TURNS} turns in the middle.\n"
-                  f"All took {_write_time(time.perf_counter() - self.begin)}: {self._list_times()}.\n"
+                  f"All took {write_time(time.perf_counter() - self.begin)}: {self._list_times()}.\n"
                   f"Networks: {places}. After `import timm_autoslim`, timm loads them: "
                   f"timm.create_model('local-dir:{run}/exported/NAME', pretrained=True)")  # fmt: skip
 
     def _list_times(self) -> str:
         """Return how long each stage took."""
         ends = [*self.begun[1:], time.perf_counter()]
-        return ", ".join(_write_time(end - begin) for begin, end in zip(self.begun, ends, strict=True))
+        return ", ".join(write_time(end - begin) for begin, end in zip(self.begun, ends, strict=True))
 
     def _load_images(self) -> Tensor:
         """Return two test images (2, C, H, W)."""
         loader = make_evaluation_loader(self.args, self.images.test, range(2))
         return torch.cat([inputs for inputs, _ in loader])
-
-
-def time_step(model: nn.Module, images: Tensor) -> float:
-    """Return the seconds of one forward and backward pass of a copy of a model, on images (N, C, H, W)."""
-    worker = copy.deepcopy(model).eval()
-    for _ in range(2):  # the first one is slower
-        begin = time.perf_counter()
-        loss = worker(images).sum()
-        loss.backward()
-        loss.item()  # waits for a GPU
-        spent = time.perf_counter() - begin
-    return spent
-
-
-def _write_time(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes:.0f} min" if minutes < 100 else f"{minutes / 60:.1f} h"
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from timm_autoslim.errors import ConfigError
+from timm_autoslim import Accuracy
+from timm_autoslim.errors import ArtifactError, ConfigError
 from timm_autoslim.recipes.lib.run_folder import write_json
 
 ORIGINAL = "original.json"  # of a run folder
+# Share of the test images, or number, that may change sides: other kernels may run on other batches of other devices.
+_OTHER_SIDE = 0.001, 3
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,27 @@ def read_original(run: Path) -> Row | None:
         return Row(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read ({error}): remove it, and the original is tested again.") from error
+
+
+def check_same(exported: Path, top1: float, images: int) -> None:
+    """Make sure that a network which was loaded again has the accuracy of before.
+
+    Args:
+        exported: its folder, with the result of before.
+        top1: accuracy of now, in per cent.
+        images: number of test images.
+
+    Raises:
+        ArtifactError: it has not.
+    """
+    result = Accuracy.load(exported)
+    changed = 0 if result is None else round(abs(top1 - result.top1) * images / 100)
+    if result is None or changed > max(_OTHER_SIDE[0] * images, _OTHER_SIDE[1]):
+        before = "no accuracy" if result is None else f"{result.top1:.2f} %"
+        raise ArtifactError(
+            f"{exported} has {top1:.2f} % of {images} test images when it is loaded again, and had {before}, "
+            f"{changed} images more or less: it changed. Remove it, and it is fine-tuned again."
+        )
 
 
 def make_table(original: Row, networks: Sequence[Row]) -> str:
