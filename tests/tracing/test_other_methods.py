@@ -127,39 +127,6 @@ def test_names_that_only_the_forward_reads_are_left_to_the_trace():
     assert list_names_read(nn.Conv2d) == frozenset()
 
 
-class Frequencies(nn.Module):
-    """Frequencies of channels, as rotary tables have them, in a buffer that no checkpoint holds."""
-
-    def __init__(self, dim, computed):
-        super().__init__()
-        self.dim, self.computed = dim, computed
-        self.proj = nn.Linear(8, dim)
-        self.register_buffer("frequency", torch.empty(dim), persistent=False)
-        self.register_buffer("zeros", torch.empty(dim), persistent=False)
-        self.init_non_persistent_buffers()
-
-    def init_non_persistent_buffers(self):
-        powers = torch.arange(self.dim, dtype=torch.float) / self.dim if self.computed else torch.ones(self.dim)
-        self.frequency.copy_(powers)
-        self.zeros.zero_()
-
-    def forward(self, x):
-        return self.proj(x) * self.frequency + self.zeros
-
-
-@pytest.mark.parametrize("computed", [True, False])
-def test_a_buffer_that_a_module_fills_with_other_numbers_stays(computed):
-    model = nn.Sequential(nn.Linear(4, 8), Frequencies(16, computed), nn.Linear(16, 3))
-    supernet = convert(model, torch.zeros(1, 4))
-    slim, images = supernet.extract(supernet.space.uniform(0.5)), torch.randn(2, 4)
-    before = slim(images)
-    slim[1].init_non_persistent_buffers()
-    assert torch.equal(slim(images), before)
-    assert slim[1].frequency.shape == ((16,) if computed else (8,))
-    if computed:
-        assert "init_non_persistent_buffers" in supernet.graph.fixed["1.frequency", 0]
-
-
 @pytest.mark.parametrize("name", ["c", "c1", "cin", "in_chs", "dim_out", "hidden_size", "hiddenDim", "num_features"])
 def test_names_that_count_channels(name):
     assert counts_channels(name)

@@ -53,14 +53,6 @@ def response_norm(self, x):
     return x * energy / (energy.mean(1, keepdim=True) + 1)
 
 
-class Coordinates(nn.Module):
-    """Holds a table that some models compute anew for another size of image."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("table", torch.rand(9, 4), persistent=False)
-
-
 def flattened(self, x):
     return self.linear(F.adaptive_avg_pool2d(x, 2).flatten(1))[:, :, None, None]
 
@@ -175,11 +167,6 @@ FROZEN = {
         "the model: it returns indices of these channels",
     ),
     "a layer that does not run": (lambda s, x: x, 8, {"a": conv(8, 6)}, ("a.weight", 0), "not used in forward"),
-    "columns of a table": (
-        lambda s, x: x + s.read(s.grid.table).mean(0)[:, None, None], 8,
-        {"grid": Coordinates(), "read": nn.Linear(4, 8)}, ("read.weight", 1),
-        "the columns of a table that no module computes",
-    ),
     "the input": (lambda s, x: x, 8, {}, ("stem.weight", 1), "the model: a channel of the model's input"),
     "the output": (lambda s, x: x, 8, {}, ("head.bias", 0), "an output of the model"),
 }  # fmt: skip

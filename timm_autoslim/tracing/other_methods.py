@@ -10,10 +10,8 @@ from functools import cache
 from types import CodeType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from timm_autoslim.slicing.slices import Slices, extract_model
 from timm_autoslim.tracing.labels import AttributeUse, Label
 
 # Words of names of attributes that count channels (`in_chs`, `dim_out`, `hidden_size`, `c1`), and of some that do not.
@@ -52,35 +50,6 @@ def _list_names_run(cls: type) -> frozenset[str]:
     """Return the names that the forward of a class mentions, and the methods that it calls."""
     methods = _list_methods(cls)
     return frozenset(name for method in _reach(methods, ("forward",)) for name in methods[method])
-
-
-def find_refilled(module: nn.Module, slices: Slices) -> set[str]:
-    """Return the buffers that timm's `init_non_persistent_buffers` of a narrower module fills with other numbers.
-
-    timm calls it after a model was built on the meta device. Zeros and indexes, for example, are the same as the wide
-    buffer's slice. Without data only shapes are compared.
-
-    Args:
-        module: a module of the model.
-        slices: what a subnet keeps of it.
-    """
-    if not hasattr(module, "init_non_persistent_buffers"):
-        return set()
-    narrow: Any = extract_model(module, slices)
-    before = {name: buffer.clone() for name, buffer in narrow.named_buffers(recurse=False)}
-    try:
-        with torch.no_grad():
-            narrow.init_non_persistent_buffers()
-    except Exception:  # whatever a method raises that knows the wide sizes alone
-        return set(before)
-    after = dict(narrow.named_buffers(recurse=False))
-    return {name for name, buffer in before.items() if not _is_same(buffer, after.get(name))}
-
-
-def _is_same(buffer: Tensor, other: Tensor | None) -> bool:
-    if other is None or buffer.shape != other.shape:
-        return False
-    return buffer.is_meta or torch.equal(buffer, other)
 
 
 def _list_methods(cls: type) -> dict[str, set[str]]:

@@ -105,21 +105,6 @@ class _Lockstep(Recorder):
                 raise Disagreement(message, scores.path, None, [scores.label])
 
 
-def list_suspects(records: Sequence[RunRecord], fault: Disagreement) -> Iterator[list[Label]]:
-    """Yield larger and larger sets of labels that may be at fault: of the operator, of the module, of its parents."""
-    operators = [o for run in records for o in run.operators]
-    yield [v for o in operators if o.path == fault.path and o.name == fault.operator for v in o.labels]
-    yield list(fault.labels)
-    path = fault.path
-    while True:
-        yield [v for o in operators if o.path == path for v in o.labels]
-        inside = [o for o in operators if o.path == path or o.path.startswith(path + ".") or not path]
-        yield [v for o in inside for v in o.labels]
-        if not path:
-            return
-        path = path.rpartition(".")[0]
-
-
 class Prover:
     """Runs a meta copy of a model as any subnet, and compares it with the records of the widest."""
 

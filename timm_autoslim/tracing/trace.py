@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.slicing.slices import clear_caches
 from timm_autoslim.tracing import ops
+from timm_autoslim.tracing.buffers import constrain_unsaved, freeze_refilled, freeze_tables
 from timm_autoslim.tracing.caches import empty_attributes, find_caches, find_filled, list_kept_tensors
 from timm_autoslim.tracing.calls import wrap_attributes
 from timm_autoslim.tracing.checks import keep_answers
@@ -23,16 +24,16 @@ from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.heads import HeadBinder
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.observe import observe
-from timm_autoslim.tracing.other_methods import Surroundings, find_refilled
+from timm_autoslim.tracing.other_methods import Surroundings
 from timm_autoslim.tracing.outer_state import EmptyCaches, with_empty_caches
-from timm_autoslim.tracing.prove import Disagreement, Prover, list_suspects
+from timm_autoslim.tracing.prove import Prover
 from timm_autoslim.tracing.record import LabelRecorder, Recorder, RunRecord
 from timm_autoslim.tracing.refusals import check_example, check_model, explain_failure
+from timm_autoslim.tracing.repair import repair
 from timm_autoslim.tracing.scales import find_number_tensors, wrap_floats
 from timm_autoslim.utils.meta import copy_to_meta, count_images, make_meta_example, run_model
 from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, named_tensors
 
-MAX_REPAIRS = 40
 _OUTPUT = "an output of the model"  # a reason
 GOOD_SHARE = 0.35  # of the MACs at half width; the ideal is a quarter
 
@@ -151,11 +152,13 @@ class Tracer:
         for (path, name), tensors in find_filled(*self.kept).items():
             for tensor in tensors:
                 self.recorder.freeze_kept(path, name, tensor)
-        self._constrain_unsaved_tensors(self.labels.keys() - set(self.copy.state_dict()))
+        unsaved = self.labels.keys() - set(self.copy.state_dict())
+        constrain_unsaved(self.copy, self.labels, unsaved, self.flow.constraints)
         described = self.describer
         uses = [*self.flow.constraints.attributes, *described.uses]
         described.uses += Surroundings(self.copy, uses, described.inputs, described.outputs, self.labels).find_uses()
-        graph, repairs = self._prove(self._freeze_compared(self._freeze_computed(self._freeze_tables(self._solve()))))
+        graph = freeze_refilled(freeze_tables(self._solve(), self.labels), self.model, self.labels, unsaved)
+        graph, repairs = repair(self._freeze_compared(graph), self._make_prover())
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):
                 return Tracer(self.model, self.example, self.keep_output, ["*"], self.doubles).run(empty_caches)
@@ -279,47 +282,6 @@ class Tracer:
                 for label in self.labels.get(name, []):
                     self.flow.constraints.freeze(label, "not used in forward")
 
-    def _constrain_unsaved_tensors(self, names: Iterable[str]) -> None:
-        """Freeze tensors that no checkpoint holds if their module may compute them again; else keep their order.
-
-        A module that overrides `_apply` computes them again when it is cast or moved (rotary tables).
-        """
-        for name in names:
-            module = self.copy.get_submodule(name.rpartition(".")[0])
-            recomputes = type(module)._apply is not nn.Module._apply
-            for label in self.labels[name]:
-                if recomputes:
-                    reason = f"no checkpoint holds {name}, and its module may compute it again"
-                    self.flow.constraints.freeze(label, reason)
-                elif label is not None:
-                    self.flow.constraints.ordered_vectors.append(label)
-
-    def _freeze_tables(self, graph: ChannelGraph) -> ChannelGraph:
-        """Freeze the columns of tables that no module computes, such as coordinates: they are data, as inputs are."""
-        produced_groups = {strand.group for strand in graph.strands if strand.producers}
-        strands = {index for index, strand in enumerate(graph.strands) if strand.group not in produced_groups}
-        columns = [
-            label
-            for name in self.labels.keys() - set(graph.parameters)
-            for axis, label in enumerate(self.labels[name])
-            if label is not None and not strands.isdisjoint(graph.places[name, axis].strand.tolist())
-        ]
-        return graph.freeze(columns, "the columns of a table that no module computes") if columns else graph
-
-    def _freeze_computed(self, graph: ChannelGraph) -> ChannelGraph:
-        """Freeze buffers that no checkpoint holds, if their module would fill narrower ones with other numbers."""
-        narrow, unsaved = {name for name, _ in graph.lengths}, self.labels.keys() - set(self.copy.state_dict())
-        slices = graph.slices([max(1, n // 2) for n in graph.group_sizes])
-        differing: dict[type, set[str]] = {}  # by class, as many modules may be of one
-        for name in sorted(narrow & unsaved):
-            path, _, leaf = name.rpartition(".")
-            module = self.model.get_submodule(path)
-            if type(module) not in differing:
-                differing[type(module)] = find_refilled(module, slices.within(path) if path else slices)
-            if leaf in differing[type(module)]:
-                graph = graph.freeze(self.labels[name], f"{name}: init_non_persistent_buffers computes it again")
-        return graph
-
     def _freeze_compared(self, graph: ChannelGraph) -> ChannelGraph:
         """Freeze channels whose number could become one that the code compares it with, and takes another path."""
         uses = [*self.flow.constraints.attributes, *self.describer.uses]
@@ -328,55 +290,16 @@ class Tracer:
             graph = graph.freeze(vectors, "the code compares their number with another that may become equal")
         return keep_answers(graph, self.flow.checks)
 
-    # -- proving ----------------------------------------------------------------------------------------------------
-
-    def _prove(self, graph: ChannelGraph) -> tuple[ChannelGraph, list[str]]:
-        """Run subnets; where one disagrees with the graph, freeze more channels and start again.
-
-        If half width runs and a width of 1 fails (statistics over a single value), a floor of 2 is tried first.
-
-        Returns:
-            The proven graph, and the reasons for which more was frozen.
-        """
+    def _make_prover(self) -> Prover:
+        """Return what compares subnets with the records; they get what the widest has kept."""
         meta_copy, data = copy_to_meta(self.model), named_tensors(self.model)  # a copy without labels and hooks
-        if find_filled(*self.kept):  # subnets get what the widest has kept
+        if find_filled(*self.kept):
             empty_attributes(meta_copy, self.caches)
             for record in self.records:
                 runner = Recorder(meta_copy.train(record.training), data=data)
                 runner.run(make_meta_example(self.example, self.batches[record.training]))
                 runner.stack.release()
-        prover = Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data)
-        repairs: list[str] = []
-        failure = ""  # of a width of 1, after which the floor became 2
-        for _ in range(MAX_REPAIRS):
-            fault = next(prover.find_faults(graph), None) if graph.group_sizes else None
-            if fault is None:
-                return graph, repairs
-            reason = f"{fault.path or 'the model'}: in a subnet, {fault}"
-            if fault.half_runs and not failure:
-                failure, graph = reason, replace(graph, floor=2)
-                continue
-            if fault.half_runs and reason.partition(":")[0] == failure.partition(":")[0]:
-                graph = replace(graph, floor=1)  # the width of 1 was not the cause
-            repairs.append(reason)
-            graph = self._repair(graph, fault, reason)
-        raise TraceError.at(
-            "the model",
-            got=f"subnets that still fail after {MAX_REPAIRS} repairs (the last: {repairs[-1]})",
-            needed="a model whose subnets run as the channel graph predicts",
-        )
-
-    def _repair(self, graph: ChannelGraph, fault: Disagreement, reason: str) -> ChannelGraph:
-        """Freeze larger and larger sets of suspects, until a group has become smaller."""
-        for labels in list_suspects(self.records, fault):
-            graph, before = graph.freeze(labels, reason), graph
-            if sum(graph.group_sizes) < sum(before.group_sizes):
-                return graph
-        raise TraceError.at(
-            "the model",
-            got=f"a subnet that fails whatever is frozen ({reason})",
-            needed="a model whose subnets run as the channel graph predicts",
-        )
+        return Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data)
 
 
 def _holds_integers(value: Any) -> bool:
