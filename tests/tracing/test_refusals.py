@@ -5,6 +5,7 @@ import threading
 import types
 
 import pytest
+import timm
 import torch
 from helpers.conversions import (
     IMAGE,
@@ -29,6 +30,7 @@ from torch.nn.utils import prune
 from torchvision.models.quantization import mobilenet_v2
 
 from timm_autoslim import convert
+from timm_autoslim.errors import TraceError
 
 # -- kinds of modules and weights -------------------------------------------------------------------------------------
 
@@ -303,3 +305,16 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_attribute(value, mess
     model = make_net()
     model.a.extra = value
     check_refusal(model, message)
+
+
+@pytest.mark.parametrize(
+    ("example", "remedy"),
+    [
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"give images as the model gets them, in torch.float32"),
+        (torch.zeros(1, 1, 32, 32), r"give images of 3 channels, .* such as torch.zeros\(1, 3, 32, 32\)"),
+        (torch.zeros(3, 32, 32), r"give a batch of images, example_input\[None\]: of the shape \(1, 3, 32, 32\)"),
+    ],
+)
+def test_an_example_that_is_no_batch_of_images_is_told_what_is_one(example, remedy):
+    with pytest.raises(TraceError, match=remedy):
+        convert(timm.create_model("resnet10t", num_classes=10), example)

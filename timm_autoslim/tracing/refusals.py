@@ -115,6 +115,7 @@ def explain_failure(
     got: list[tuple[int, ...]],
     reads_data: bool = True,
     returned: Iterable[str] = (),
+    example: Any = None,
 ) -> str:
     """Return the text of the error for a forward that raised: where, why, and what to do.
 
@@ -125,6 +126,7 @@ def explain_failure(
         got: shapes of the tensors that entered it.
         reads_data: whether the code asked for the data of a tensor.
         returned: paths of the modules that had returned by then.
+        example: what the model ran on.
     """
     paths = {id(module): path for path, module in model.named_modules()}
     raised, frame = last, error.__traceback__
@@ -134,7 +136,9 @@ def explain_failure(
     where = f"given inputs of the shapes {got}"
     if raised != last:
         where = f"in the code of {raised or 'the model'} after {last} had run"
-    remedy = "give another example_input, or look at this line: without convert, it may raise too"
+    remedy = _find_misfit(model, example) or (
+        "give another example_input, or look at this line: without convert, it may raise too"
+    )
     if reads_data:
         part = _find_part(model, returned)
         remedy = "replace .item(), `if tensor`, nonzero and boolean masks there by operations such as torch.where"
@@ -150,6 +154,23 @@ def explain_failure(
         f"({quote_error(error)}), {where}; needed: a forward that runs on example_input without reading data values; "
         f"{remedy}"
     )
+
+
+def _find_misfit(model: nn.Module, example: Any) -> str | None:
+    """Return what to do about an example that is no batch of images for the first convolution of the model, or None."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    tensors = collect_tensors(example)
+    if first is None or len(tensors) != 1:
+        return None
+    shape, channels = tuple(tensors[0].shape), first.in_channels
+    if len(shape) == 3 and shape[0] == channels:
+        return f"give a batch of images, example_input[None]: of the shape {(1, *shape)}"
+    if len(shape) == 4 and shape[1] != channels:
+        images = f"torch.zeros{(1, channels, *shape[2:])}"
+        return f"give images of {channels} channels, which the first convolution takes, such as {images}"
+    if not tensors[0].is_floating_point():
+        return f"give images as the model gets them, in {first.weight.dtype}: example_input.float() / 255, normalised"
+    return None
 
 
 def _quote_line(error: Exception) -> str:

@@ -256,8 +256,9 @@ class Tracer:
         except Exception as error:
             reads_data, returned = recorder.has_read_data(error), recorder.list_returned()
             text = explain_failure(
-                error, self.copy, recorder.last_path, recorder.last_shapes, reads_data=reads_data, returned=returned
-            )
+                error, self.copy, recorder.last_path, recorder.last_shapes, reads_data=reads_data, returned=returned,
+                example=example,
+            )  # fmt: skip
             raise TraceError(text) from error
         self._freeze_outputs(out, training)
         self.kept.append(list_kept_tensors(self.copy))
