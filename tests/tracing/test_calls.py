@@ -3,7 +3,8 @@
 from torch import nn
 
 from timm_autoslim.tracing.calls import FunctionCall, wrap_attributes
-from timm_autoslim.tracing.sizes import FromAttribute, Size
+from timm_autoslim.tracing.origins import FromAttribute
+from timm_autoslim.tracing.sizes import Size
 
 
 def test_wrapping_reaches_integers_alone_or_in_sequences_and_nothing_else():

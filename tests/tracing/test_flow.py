@@ -6,7 +6,8 @@ import torch
 
 from timm_autoslim.tracing.calls import FunctionCall
 from timm_autoslim.tracing.flow import Flow
-from timm_autoslim.tracing.sizes import FromAttribute, Size
+from timm_autoslim.tracing.origins import FromAttribute
+from timm_autoslim.tracing.sizes import Size
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from timm_autoslim.tracing.calls import wrap_attributes
 from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
+from timm_autoslim.tracing.origins import FromDimension
 from timm_autoslim.tracing.record import LabelRecorder, Recorder
-from timm_autoslim.tracing.sizes import FromDimension
 
 
 def meta(*shape):

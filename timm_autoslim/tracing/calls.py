@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from timm_autoslim.tracing.sizes import FromAttribute, Size
+from timm_autoslim.tracing.origins import FromAttribute
+from timm_autoslim.tracing.sizes import Size
 
 
 @dataclass

@@ -16,7 +16,8 @@ import numpy as np
 from timm_autoslim.tracing.formulas import AttributeFormula, Count
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import Vector
-from timm_autoslim.tracing.sizes import Check, FromAttribute, FromDimension, get_plain, list_leaves
+from timm_autoslim.tracing.origins import FromAttribute, FromDimension, get_plain, list_leaves
+from timm_autoslim.tracing.watching import Check
 
 _MAX_CHOICES = 4096  # of the widths of several groups; of more, so many are drawn
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from timm_autoslim.tracing.formulas import Count
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import AttributeUse, Vector
-from timm_autoslim.tracing.sizes import FromAttribute, FromDimension, Size, find_leaves, is_proportional
+from timm_autoslim.tracing.origins import FromAttribute, FromDimension, Number, find_leaves, is_proportional
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class _Range:
 
 
 def find_coincidences(
-    graph: ChannelGraph, inequalities: Sequence[tuple[Size, Size]], uses: Sequence[AttributeUse]
+    graph: ChannelGraph, inequalities: Sequence[tuple[Number, Number]], uses: Sequence[AttributeUse]
 ) -> list[Vector]:
     """Return channels that are to be fixed, so that no two sizes that differ at the widest are equal in a subnet.
 
@@ -37,12 +37,12 @@ def find_coincidences(
     for small, large in inequalities:
         a, b = _find_range(graph, small, uses), _find_range(graph, large, uses)
         together = a.groups == b.groups and len(a.groups) == 1 and a.proportional and b.proportional
-        if b.vectors and b.low <= small and not together:
+        if b.vectors and b.low <= int(small) and not together:
             vectors |= {id(vector): vector for vector in b.vectors}
     return list(vectors.values())
 
 
-def _find_range(graph: ChannelGraph, size: Size, uses: Sequence[AttributeUse]) -> _Range:
+def _find_range(graph: ChannelGraph, size: Number, uses: Sequence[AttributeUse]) -> _Range:
     floors = graph.floors
     ranges = []
     leaves = list(find_leaves(size))

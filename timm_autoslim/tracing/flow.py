@@ -11,18 +11,18 @@ from torch import Tensor
 
 from timm_autoslim.tracing.labelling import Labelling, Labels
 from timm_autoslim.tracing.labels import Atoms, AttributeUse, Kernel, Label, Vector
-from timm_autoslim.tracing.sizes import (
-    Check,
+from timm_autoslim.tracing.origins import (
     FromAttribute,
     FromDimension,
     FromExpression,
-    Ratio,
-    Size,
+    Number,
     find_factors,
     find_leaves,
     find_quotient,
     is_proportional,
 )
+from timm_autoslim.tracing.sizes import Size
+from timm_autoslim.tracing.watching import Check
 
 
 class Flow(Labelling):
@@ -43,8 +43,8 @@ class Flow(Labelling):
         self.matching_globs: set[str] = set()
         self.matrix_columns: dict[int, Vector] = {}
         self.kernels: dict[int, Kernel] = {}
-        self._equalities: list[tuple[Size, Size]] = []
-        self.inequalities: list[tuple[Size, Size]] = []
+        self._equalities: list[tuple[Number, Number]] = []
+        self.inequalities: list[tuple[Number, Number]] = []
         self.checks: list[Check] = []
         self._plain: dict[str, dict[int, Size]] = {}  # by module, sizes that became ordinary integers
 
@@ -55,7 +55,7 @@ class Flow(Labelling):
         labels = self.get_labels(tensor)
         return [n if v is None else Size(n, FromDimension(v)) for n, v in zip(tensor.shape, labels, strict=True)]
 
-    def constrain(self, label: Label, size: int) -> None:
+    def constrain(self, label: Label, size: int | Number) -> None:
         """Tie the active count of a dimension to the integer that the model's code passed as its length."""
         if size == -1:
             return
@@ -78,7 +78,7 @@ class Flow(Labelling):
             for leaf in leaves:
                 self._bind_attribute(leaf, label if leaf is factor else None)
 
-    def note_equal(self, a: Size, b: Size) -> None:
+    def note_equal(self, a: Number, b: Number) -> None:
         """Keep two sizes equal in every subnet, because the model's code compares them and goes on if they are."""
         self._equalities.append((a, b))
         for one, other in ((a, b), (b, a)):
@@ -87,9 +87,9 @@ class Flow(Labelling):
                 return self.constrain(leaves[0].origin.vector, other)
         return None
 
-    def note_unequal(self, a: Size, b: Size) -> None:
+    def note_unequal(self, a: Number, b: Number) -> None:
         """Remember two sizes that must stay unequal, because the model's code compares them."""
-        self.inequalities.append((a, b) if a < b else (b, a))
+        self.inequalities.append((a, b) if int(a) < int(b) else (b, a))
 
     def note_check(self, check: Check) -> None:
         """Remember what the model's code has asked about sizes: the answer must be the same in every subnet."""
@@ -111,7 +111,7 @@ class Flow(Labelling):
                         if not self.is_frozen(vector):
                             self.constrain(vector, other)
 
-    def note_plain(self, size: Size) -> None:
+    def note_plain(self, size: Number) -> None:
         """Remember a size that the model's code has made an ordinary integer of, as by `int(x.shape[1])`."""
         guess = Size(int(size), size.origin)
         guess.is_guess = True
@@ -126,7 +126,7 @@ class Flow(Labelling):
         """Forget the ordinary integers of the last run."""
         self._plain.clear()
 
-    def _rank_factor(self, leaf: Size) -> tuple[bool, bool, int]:
+    def _rank_factor(self, leaf: Number) -> tuple[bool, bool, int]:
         """Rank a factor for shrinking: first one that shrinks elsewhere, then one that is not fixed, then by size."""
         assert isinstance(leaf.origin, FromAttribute)
         path = leaf.origin.path
@@ -134,7 +134,7 @@ class Flow(Labelling):
         shrinks = any(v is not None and not self.is_frozen(v) for v in vectors)
         return shrinks, not self._is_fixed_attribute(path), int(leaf)
 
-    def _tie_quotient(self, size: Size) -> bool:
+    def _tie_quotient(self, size: Number) -> bool:
         """Tie a and b where `a // b` cannot shrink, such as channels and heads; return whether `size` is a quotient."""
         operands = find_quotient(size)
         if operands is None:
@@ -148,7 +148,7 @@ class Flow(Labelling):
                     self._bind_attribute(leaf, step)
         return True
 
-    def _bind_difference(self, size: Size, label: Label) -> bool:
+    def _bind_difference(self, size: Number, label: Label) -> bool:
         """Bind a of `a - b` to the channels of b and `label`, as in a split into b and the rest; return whether."""
         if not (isinstance(size.origin, FromExpression) and size.origin.is_difference) or label is None:
             return False
@@ -161,7 +161,7 @@ class Flow(Labelling):
                 return True
         return False
 
-    def _bind_attribute(self, leaf: Size | Ratio, label: Label) -> None:
+    def _bind_attribute(self, leaf: Number, label: Label) -> None:
         assert isinstance(leaf.origin, FromAttribute)
         self.constraints.attributes.append(AttributeUse(leaf.origin.path, int(leaf), label))
 

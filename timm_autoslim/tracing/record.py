@@ -22,9 +22,11 @@ from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import recurrent
+from timm_autoslim.tracing.origins import FromExpression
 from timm_autoslim.tracing.scales import Factor, ScaleTracker, Scores
-from timm_autoslim.tracing.sizes import FromExpression, Size, watching_sizes
+from timm_autoslim.tracing.sizes import Size
 from timm_autoslim.tracing.values import KnownValues
+from timm_autoslim.tracing.watching import watching_sizes
 from timm_autoslim.utils.meta import fix_seed, list_generators, run_model
 from timm_autoslim.utils.running import ModuleStack
 from timm_autoslim.utils.tensors import collect_tensors, named_tensors

@@ -9,7 +9,8 @@ from timm_autoslim.tracing.labelling import Labels
 from timm_autoslim.tracing.labels import Label, Vector
 from timm_autoslim.tracing.ops.schema import OperatorCall
 from timm_autoslim.tracing.ops.table import RULES
-from timm_autoslim.tracing.sizes import FromAttribute, Size
+from timm_autoslim.tracing.origins import FromAttribute
+from timm_autoslim.tracing.sizes import Size
 
 
 @RULES.add("mm", "addmm", "bmm", "baddbmm", "mv", "dot")
