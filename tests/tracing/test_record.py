@@ -1,5 +1,8 @@
 """The recorder: it sees every module, torch function and operator of a run on the meta device, and carries labels."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +13,7 @@ from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.origins import FromDimension
 from timm_autoslim.tracing.record import LabelRecorder, Recorder
+from timm_autoslim.utils.meta import copy_to_meta
 
 
 def meta(*shape):
@@ -147,3 +151,16 @@ def test_another_run_starts_a_record_of_its_own(recorder):
 def test_the_shape_of_a_norm_binds_the_attribute_that_gives_it(recorder):
     (use,) = {use.path: use for use in recorder.flow.constraints.attributes}.values()
     assert (use.path, use.value, len(use.vector)) == ("width", 6, 6)
+
+
+def test_a_recorder_that_is_released_keeps_no_model_alive():
+    model = copy_to_meta(nn.Sequential(nn.Linear(4, 8), nn.ReLU()))
+    recorder, alive = Recorder(model), weakref.ref(model)
+    recorder.run(torch.empty(2, 4, device="meta"))
+    gc.disable()
+    try:
+        recorder.release()
+        del recorder, model
+        assert alive() is None
+    finally:
+        gc.enable()

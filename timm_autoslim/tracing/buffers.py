@@ -54,10 +54,12 @@ def freeze_refilled(
         labels: one label for each axis of every tensor, by name.
         names: the tensors that no checkpoint holds.
     """
-    narrow = {name for name, _ in graph.lengths}
+    narrow = names & {name for name, _ in graph.lengths}
+    if not narrow:
+        return graph
     slices = graph.slices([max(1, n // 2) for n in graph.group_sizes])
     differing: dict[type, set[str]] = {}  # by class, as many modules may be of one
-    for name in sorted(narrow & names):
+    for name in sorted(narrow):
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if type(module) not in differing:

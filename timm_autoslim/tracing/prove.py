@@ -159,6 +159,8 @@ class Prover:
         except Exception as error:
             path = lockstep.stack.interrupted or ""
             raise Disagreement(f"its forward raises {type(error).__name__}: {error}", path) from error
+        finally:
+            lockstep.release()
 
     def _follow_scales(self, subnet: nn.Module, slices: Slices) -> ScaleTracker:
         """Return a tracker for a subnet, whose tensors have no data: their numbers are those of its slices."""

@@ -91,6 +91,11 @@ class Recorder:
         with self.recording():
             return run_model(self.model, example)
 
+    def release(self) -> None:
+        """Let go of the model, so that it is freed at once, not by a search for cycles; this recorder runs no more."""
+        self.stack.release()
+        self.__dict__.clear()
+
 
 class _FunctionMode(TorchFunctionMode):
     """Hands every torch function to the recorder."""

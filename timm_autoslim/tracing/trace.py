@@ -299,7 +299,7 @@ class Tracer:
             for record in self.records:
                 runner = Recorder(meta_copy.train(record.training), data=data)
                 runner.run(make_meta_example(self.example, self.batches[record.training]))
-                runner.stack.release()
+                runner.release()
         return Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data)
 
 

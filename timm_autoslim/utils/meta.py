@@ -62,10 +62,15 @@ def is_generator(value: Any) -> bool:
 def list_generators(model: nn.Module) -> list[Any]:
     """Return the generators of random numbers that the modules of a model hold as attributes, or in lists and dicts."""
     generators = []
+    kinds: dict[type, bool] = {}  # a model holds many values of few types
     for module in model.modules():
         for value in module.__dict__.values():
             members = value if type(value) in (list, tuple) else value.values() if type(value) is dict else (value,)
-            generators += [member for member in members if is_generator(member)]
+            for member in members:
+                if type(member) not in kinds:
+                    kinds[type(member)] = is_generator(member)
+                if kinds[type(member)]:
+                    generators.append(member)
     return generators
 
 

@@ -92,6 +92,9 @@ def tensors_in_lists(values: Any) -> list[Tensor]:
     """Return every tensor in nested tuples and lists: an operator takes and returns no others."""
     if isinstance(values, Tensor):
         return [values]
+    tensors: list[Tensor] = []
     if isinstance(values, (tuple, list)):
-        return [t for v in values for t in tensors_in_lists(v)]
-    return []
+        for value in values:  # most are numbers
+            if isinstance(value, (Tensor, tuple, list)):
+                tensors += tensors_in_lists(value)
+    return tensors
