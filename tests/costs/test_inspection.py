@@ -1,6 +1,7 @@
 """What can be slimmed in a model, as a value."""
 
 import json
+import re
 
 import pytest
 import timm
@@ -60,3 +61,26 @@ def test_a_tower_of_which_nothing_shrinks_is_told_of_its_output():
     tower = nn.Sequential(nn.Conv2d(3, 16, 3))
     with pytest.raises(NothingToSlimError, match=r"features that may be narrower, convert\(model, keep_output=False\)"):
         inspect(tower, torch.zeros(1, 3, 8, 8))
+
+
+class Wide(nn.Module):
+    """A path of its code needs a width."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = nn.Conv2d(3, 12, 1), nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.head((x.relu() if x.shape[1] >= 4 else x).mean((2, 3)))
+
+
+def test_a_least_width_has_the_line_that_asks_for_it():
+    inspection = inspect(Wide(), torch.zeros(1, 3, 8, 8))
+    reason = inspection.least_widths["a"]
+    assert re.fullmatch(r"the code asks about their number at .*test_inspection\.py:\d+", reason)
+    assert f"least widths, and why:\n  a: 4, {reason}\n" in str(inspection)
+    assert inspection.to_dict()["least_widths"] == {"a": reason}
+    assert "least widths" not in str(
+        inspect(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)), torch.zeros(1, 3, 8, 8))
+    )

@@ -1,5 +1,7 @@
 """A forward that asks about sizes takes the same path in every subnet as at the widest."""
 
+import re
+
 import pytest
 import torch
 from helpers.models import randomise
@@ -108,6 +110,10 @@ def test_subnets_take_the_path_of_the_widest(name):
     supernet = convert(model, torch.zeros(1, 3, 8, 8))
     space, images = supernet.space, torch.randn(2, 3, 4, 4)
     assert {n: space[n].floor if n in space.names else "" for n in ("a", "b")} == least
+    reasons = space.list_floor_reasons()
+    assert reasons.keys() == {n for n, width in least.items() if width not in ("", 1)}
+    assert all(re.fullmatch(r"the code asks about their number at .*test_paths.py:\d+", r) for r in reasons.values())
+    assert all(f"  {n}: {least[n]}, {reason}" in str(space).splitlines() for n, reason in reasons.items())
     factor = 3 if ask(model, 12, 8) else 1
     for a in range(least["a"] or 12, 13):
         for b in range(least["b"] or 8, 9):

@@ -49,6 +49,7 @@ class Inspection:
         constants: numbers in the forward that stay as they are at all widths.
         macs_by_module: the MACs of each module at full and at half width.
         advice: what would let more shrink.
+        least_widths: by group, the line of the code that decides its least width.
         seconds: how long tracing and proving took.
         table: the groups as a table.
 
@@ -66,6 +67,7 @@ class Inspection:
     constants: tuple[str, ...]
     macs_by_module: Mapping[str, tuple[int, int]] = field(hash=False, repr=False)
     advice: tuple[str, ...]
+    least_widths: Mapping[str, str] = field(hash=False)
     seconds: float = field(compare=False)
     table: str = field(compare=False, repr=False)
 
@@ -99,6 +101,7 @@ class Inspection:
         modules = {path: {"macs": a, "macs_at_half": b} for path, (a, b) in self.macs_by_module.items()}
         return {
             "groups": groups, **costs, "obstacles": obstacles, "fixed": [asdict(one) for one in self.fixed],
+            "least_widths": dict(self.least_widths),
             "constants": [*self.constants], "advice": [*self.advice], "modules": modules, "seconds": self.seconds,
         }  # fmt: skip
 
@@ -134,6 +137,7 @@ def inspect(model: nn.Module, example_input: Any = None) -> Inspection:
         constants=supernet.constants,
         macs_by_module=modules,
         advice=tuple(_list_advice(supernet, limits)),
+        least_widths=space.list_floor_reasons(),
         seconds=seconds,
         table=space.table(),
     )

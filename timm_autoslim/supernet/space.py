@@ -253,8 +253,22 @@ class SearchSpace:
         values = self.check(widths).values_
         return {path: count(values) for path, count in self._graph.producers.items()}
 
+    def list_floor_reasons(self) -> dict[str, str]:
+        """Return, for every group whose least width the model's code decides, why: by name, with the line of the code.
+
+        Example:
+            >>> import timm, torch
+            >>> from timm_autoslim import convert
+            >>> convert(timm.create_model("resnet10t"), torch.zeros(1, 3, 32, 32)).space.list_floor_reasons()
+            {}
+        """
+        return {self.names[group]: reason for group, reason in sorted(self._graph.floor_reasons.items())}
+
     def table(self) -> str:
-        """Return a table of the groups, with the MACs and parameters of the subnets at min, half and max."""
+        """Return a table of the groups, with the MACs and parameters of the subnets at min, half and max.
+
+        Where the model's code asks about the width of a group, the least width and the line of the code follow.
+        """
         rows = [("group", "size", "min", "divisor", "choices", "modules")]
         for g in self.groups:
             rows.append(
@@ -274,4 +288,7 @@ class SearchSpace:
                 f"{name:<5} {macs / 1e6:>10.1f}M MACs ({macs / graph.macs(widest):6.1%})  "
                 f"{params / 1e6:>8.2f}M params ({params / graph.params(widest):6.1%})"
             )
+        reasons = self.list_floor_reasons()
+        lines += ["", "least widths, and why:"] if reasons else []
+        lines += [f"  {name}: {self[name].floor}, {reason}" for name, reason in reasons.items()]
         return "\n".join(lines)

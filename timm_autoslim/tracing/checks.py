@@ -46,11 +46,11 @@ def keep_answers(graph: ChannelGraph, checks: Sequence[Check]) -> ChannelGraph:
                 break
             least = _find_least(graph, check, leaves)
             largest = max(leaves.values(), key=lambda leaf: (leaf.count(graph.group_sizes), -leaf.count.fixed))
+            reason = f"the code asks about their number at {check.where}"
             if least is not None:
-                graph = graph.keep_width(largest.vectors[0], least)
+                graph = graph.keep_width(largest.vectors[0], least, reason)
                 break
-            reason = f"the code asks about their number at {check.where}, and takes another path if it is smaller"
-            graph = graph.freeze(largest.vectors, reason)
+            graph = graph.freeze(largest.vectors, f"{reason}, and takes another path if it is smaller")
     return graph
 
 

@@ -55,13 +55,13 @@ class ChannelGraph:
         observations: what the trace observed.
         solution: the units, strands and groups that follow from it.
         floor: the narrowest width that the proof could run; 1 for nearly every model.
-        least_widths: (vector, width): the group of these channels is never narrower.
+        least_widths: (vector, width, reason): the group of these channels is never narrower.
     """
 
     observations: Observations
     solution: Solution
     floor: int = 1
-    least_widths: tuple[tuple[Vector, int], ...] = ()
+    least_widths: tuple[tuple[Vector, int, str], ...] = ()
 
     @classmethod
     def from_observations(cls, observations: Observations, floor: int = 1) -> ChannelGraph:
@@ -75,9 +75,9 @@ class ChannelGraph:
         observations = replace(self.observations, frozen_vectors=tuple(frozen_vectors))
         return replace(self, observations=observations, solution=solve(observations))
 
-    def keep_width(self, vector: Vector, width: int) -> ChannelGraph:
+    def keep_width(self, vector: Vector, width: int, reason: str) -> ChannelGraph:
         """Return a graph in which the group of these channels is never narrower than `width`."""
-        return replace(self, least_widths=(*self.least_widths, (vector, width))) if width > 1 else self
+        return replace(self, least_widths=(*self.least_widths, (vector, width, reason))) if width > 1 else self
 
     def freeze_tensors(self, names: Sequence[str], reason: str) -> ChannelGraph:
         """Return a graph in which all channels of these tensors are fixed as well."""
@@ -101,6 +101,7 @@ class ChannelGraph:
         return (
             *(self.names, self.group_sizes, self.floors, self.strands, self.shapes, self.parameters, self.tied_names),
             *(self.fixed, self.lengths, self.producers, self.attributes, self.products, list(self.places)),
+            self.floor_reasons,
         )
 
     # -- what the model is ------------------------------------------------------------------------------------------
@@ -134,10 +135,24 @@ class ChannelGraph:
     def floors(self) -> list[int]:
         """The narrowest width of every group."""
         floors = [min(self.floor, max(1, n // 2)) for n in self.group_sizes]
-        for vector, width in self.least_widths:
-            for group, _ in self.make_count(vector).terms:
-                floors[group] = max(floors[group], min(width, self.group_sizes[group]))
+        for group, (width, _) in self._least_by_group.items():
+            floors[group] = max(floors[group], width)
         return floors
+
+    @property
+    def floor_reasons(self) -> dict[int, str]:
+        """For every group whose narrowest width the model's code decides, why."""
+        return {group: reason for group, (_, reason) in self._least_by_group.items()}
+
+    @cached_property
+    def _least_by_group(self) -> dict[int, tuple[int, str]]:
+        """For every group with a least width, the largest of them, and its reason."""
+        least: dict[int, tuple[int, str]] = {}
+        for vector, width, reason in self.least_widths:
+            for group, _ in self.make_count(vector).terms:
+                if width > least.get(group, (1, ""))[0]:
+                    least[group] = min(width, self.group_sizes[group]), reason
+        return least
 
     @property
     def names(self) -> tuple[str, ...]:
