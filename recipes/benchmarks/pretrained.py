@@ -21,6 +21,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,29 @@ def run_job(job: tuple[str, int], args: argparse.Namespace) -> None:
                      "traceback": "".join(traceback.format_exception(error, limit=-5))})  # fmt: skip
 
 
+def run_jobs(args: argparse.Namespace) -> None:
+    """Run all jobs side by side, until they or the time end.
+
+    Raises:
+        BrokenProcessPool: a worker was killed, for want of memory perhaps.
+    """
+    start, jobs = time.monotonic(), [(method, seed) for method in args.methods for seed in args.seeds]
+    names = [("train", seed) for seed in args.seeds] + [("test", 0)]
+    sizes = {"train": 80 if args.toy else TRAINED + HELD_OUT, "test": 60 if args.toy else 10_000}
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+        for name, seed in names:  # images first, once each
+            pool.submit(read_part, args, name, sizes[name], seed).result()
+        futures = [pool.submit(run_job, job, args) for job in jobs]
+        left = None if args.limit is None else max(0.0, args.limit - (time.monotonic() - start))
+        done, others = wait(futures, left, FIRST_EXCEPTION)
+        if others:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+    for future in done:
+        future.result()
+
+
 KEYS = ("method", "seed", "share", "start", "teacher", "epochs")
 
 
@@ -252,14 +276,7 @@ def main() -> None:
     if not args.only_table:
         if not args.data_dir:
             parser.error("give --data-dir, with train.tar and test.tar of class folders")
-        context, start = multiprocessing.get_context("spawn"), time.monotonic()
-        with context.Pool(args.workers) as pool:  # images first, once each
-            names = [("train", seed) for seed in args.seeds] + [("test", 0)]
-            sizes = {"train": 80 if args.toy else TRAINED + HELD_OUT, "test": 60 if args.toy else 10_000}
-            pool.starmap(read_part, [(args, name, sizes[name], seed) for name, seed in names])
-            jobs = [(method, seed) for method in args.methods for seed in args.seeds]
-            left = pool.map_async(functools.partial(run_job, args=args), jobs, chunksize=1)
-            left.wait(None if args.limit is None else max(0.0, args.limit - (time.monotonic() - start)))
+        run_jobs(args)
     table = make_table(Results(args.results))
     print(table)
     if args.table:
