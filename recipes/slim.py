@@ -197,9 +197,10 @@ class Slimming:
             f"test top-1 {row.top1:.2f} %, {row.macs / 1e6:.2f}M MACs, {row.params / 1e6:.3f}M params, "
             f"{len(supernet.space)} groups of channels"
         )
-        if row.top1 < 200 / args.num_classes:
+        chance = 100 / args.num_classes
+        if row.top1 < chance + (100 - chance) / 10:
             accelerator.print(
-                f"Warning: that is hardly better than chance ({100 / args.num_classes:.1f} %). Are these the weights "
+                f"Warning: that is hardly better than chance ({chance:.1f} %). Are these the weights "
                 "of these classes, in this order, for images of this --mean, --std and --img-size?"
             )
         self._check_held_out(supernet)
@@ -285,7 +286,10 @@ class Slimming:
             if not (folder / SUPERNET).is_file():
                 self._set_up(args, folder, self._start(args), split=self.run / SPLIT)
             limits = " and ".join(f"{metric}<={limit!r}" for metric, limit in budget.limits)
-            of_search = argparse.Namespace(**vars(args) | {"batch_size": self._choose_batch(), "baselines": []})
+            flags = {"batch_size": self._choose_batch(), "baselines": []}
+            if args.divisor and args.refine == "units":  # else the last channels would be no multiples
+                flags["refine"] = "choices"
+            of_search = argparse.Namespace(**vars(args) | flags)
             search_networks(self.accelerator, of_search, folder, [limits], [budget.text])
             self.accelerator.wait_for_everyone()
         (network,) = read_networks(folder).values()

@@ -198,3 +198,24 @@ def test_wrong_budgets_are_told_before_the_channels_are_ordered(budget, text, mo
 def test_few_images_are_warned_of():
     with pytest.warns(UserWarning, match="40 held-out images are few"):
         slim(make_model(), "70%", make_batches(), cross_entropy, progress=False)
+
+
+@pytest.mark.slow
+def test_a_model_with_activations_in_its_norms_is_exported_after_it(tmp_path):
+    model = timm.create_model("mobilenetv3_small_050", num_classes=10)
+    smaller = slim(model, "50%", make_batches(4), cross_entropy, progress=False, base_args={"num_classes": 10})
+    again = timm.create_model(f"local-dir:{export(smaller, tmp_path / 'slim')}", pretrained=True)
+    assert all(torch.equal(x, y) for x, y in zip(again.buffers(), smaller.buffers(), strict=True))
+
+
+@pytest.mark.slow
+def test_a_divisor_holds_for_all_widths():
+    model = timm.create_model("resnet10t", num_classes=10, channels=[32, 32, 64, 64], stem_width=16)
+    smaller = slim(model, "30%", make_batches(4), cross_entropy, progress=False, divisor=8)
+    widths = {module.out_channels for module in smaller.modules() if isinstance(module, nn.Conv2d)}
+    assert all(width % 8 == 0 for width in widths)
+
+
+def test_several_budgets_in_a_list_are_refused():
+    with pytest.raises(BudgetError, match="2 budgets"):
+        slim(make_model(), ["macs<=50%", "macs<=30%"], make_batches(), cross_entropy, progress=False)

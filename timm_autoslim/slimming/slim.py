@@ -71,7 +71,8 @@ def slim(
         conditions: what `peak_bytes` and `latency_ms` are counted for.
         progress: whether to show progress bars.
         seed: of the search.
-        **rules: further arguments of `convert`, such as `freeze=`, `min=`, `divisor=` and `base_args=`.
+        **rules: further arguments of `convert`, such as `freeze=`, `min=`, `divisor=` and `base_args=`. With
+            `divisor=` or `choices=` all widths are of the search space.
 
     Returns:
         An ordinary model of the class of `model`, in evaluation mode; `export` writes it to a folder.
@@ -121,7 +122,7 @@ def slim(
 
             result = search(
                 supernet, [stages[number - 1].budget], evaluate, maximize=maximize, conditions=conditions, seed=seed,
-                on_step=show_step,
+                refine="choices" if {"divisor", "choices"} & rules.keys() else "units", on_step=show_step,
             )  # fmt: skip
         smaller = _extract(supernet, result.networks[0].widths, pairs, progress, of)
         if number == len(stages):
@@ -162,6 +163,8 @@ def _show(text: str, unit: str, progress: bool) -> Any:
 
 def _read_budget(budget: Any) -> Budgets:
     """Return a budget as `search` takes it: a text with limits as it is, an amount as one of MACs."""
+    if isinstance(budget, list | tuple):
+        return list(budget)
     if isinstance(budget, str) and "<=" in budget:
         return [budget]
     budgets: Budgets = budget if isinstance(budget, Mapping) else {"macs": budget}

@@ -124,7 +124,7 @@ def _find_reason(
 
 
 def _record(model: nn.Module, batch: Any) -> list[_Call]:
-    """Return the calls of layers, and of other modules without children, that take and return a tensor, in order."""
+    """Return the calls of layers, BatchNorms, and other modules without children that take and return a tensor."""
     calls: list[_Call] = []
 
     def record(path: str, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
@@ -136,7 +136,7 @@ def _record(model: nn.Module, batch: Any) -> list[_Call]:
 
     replica = replicate(model, Slices({}, {})).eval()  # the model itself gets no hooks
     for path, module in replica.named_modules():
-        if not len(module._modules) or isinstance(module, _LAYERS):
+        if not len(module._modules) or isinstance(module, (*_LAYERS, _BatchNorm)):  # timm's BatchNormAct2d has children
             module.register_forward_hook(functools.partial(record, path), with_kwargs=True)
     run_batch(replica, 0, batch)
     return calls
