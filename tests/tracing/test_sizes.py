@@ -60,3 +60,8 @@ def test_torch_takes_them_as_integers():
     assert x.view(attribute(4), -1).shape == (4, 6)
     assert torch.equal(x[: attribute(6) // 2], x[:3])
     assert [part.numel() for part in x.split([attribute(8), attribute(16)])] == [8, 16]
+
+
+def test_a_power_with_a_modulus_is_a_plain_number():
+    assert pow(attribute(12), 2, 5) == 4
+    assert type(pow(attribute(12), 2, 5)) is int

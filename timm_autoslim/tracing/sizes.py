@@ -140,7 +140,9 @@ def _make_length(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Si
 def _make_other(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Any, Any], Any]:
     """Return the method of `Integer` for one operator; its result is no length."""
 
-    def method(self: Any, other: Any) -> Any:
+    def method(self: Any, other: Any, *modulus: Any) -> Any:
+        if modulus:  # of pow
+            return pow(get_plain(self), get_plain(other), *map(get_plain, modulus))
         if not isinstance(other, int):
             return compute(other, get_plain(self)) if swap else compute(get_plain(self), other)
         inputs = (other, self) if swap else (self, other)
