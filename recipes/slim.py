@@ -135,6 +135,7 @@ class Slimming:
         """Run the stages that are not finished, and compare the networks."""
         same = self._keep_settings()
         plan = self._test_original(same)
+        self._check_plan(plan)
         networks: dict[Budget, Found] = {}
         folders: dict[Budget | None, Path] = {}  # of exported networks
         for stage in plan:
@@ -326,12 +327,30 @@ class Slimming:
         teacher = str(self.run) if args.teacher in (None, "original") else args.teacher
         values = vars(args) | {"teacher": teacher, "network": None, "from_scratch": False, "start_sha256": None}
         values |= {} if stage.asked else {"epochs": 0}
-        name = budget.text.replace(" and ", "-").replace("<=", "-").replace("%", "pct")
-        folder = self.run if first else self.run / f"to-{name}"
+        folder = self._name_folder(budget, first)
         if source:
             values |= {"model": f"local-dir:{source}", "pretrained": True, "initial_checkpoint": None,
                        "model_kwargs": {}, "start_sha256": hash_file(source / "model.safetensors")}  # fmt: skip
         return argparse.Namespace(**values | {"run": str(folder)}), folder
+
+    def _name_folder(self, budget: Budget, first: bool) -> Path:
+        name = budget.text.replace(" and ", "-").replace("<=", "-").replace("%", "pct")
+        return self.run if first else self.run / f"to-{name}"
+
+    def _check_plan(self, plan: list[Stage]) -> None:
+        """Make sure that no stage which an earlier command has begun starts from a network that is yet to come.
+
+        Raises:
+            ConfigError: one does.
+        """
+        begun = {stage.budget: is_searched(self._name_folder(stage.budget, stage is plan[0])) for stage in plan}
+        for stage in plan:
+            if stage.start and begun[stage.budget] and not begun[stage.start]:
+                folder = self._name_folder(stage.budget, first=False)
+                raise ConfigError(
+                    f"{folder} holds the network of {stage.budget.text}, cut before there was one of {stage.start.text}: "
+                    "give the --budgets of before, tighter ones may follow, or another --experiment."
+                )
 
     def _check_start(self, args: argparse.Namespace, folder: Path, budget: Budget) -> None:
         """Make sure that a folder which an earlier command has left is of this budget, cut from the same model.
