@@ -348,8 +348,9 @@ class Slimming:
             if stage.start and begun[stage.budget] and not begun[stage.start]:
                 folder = self._name_folder(stage.budget, first=False)
                 raise ConfigError(
-                    f"{folder} holds the network of {stage.budget.text}, cut before there was one of {stage.start.text}: "
-                    "give the --budgets of before, tighter ones may follow, or another --experiment."
+                    f"{folder} holds the network of {stage.budget.text}, cut before there was one of "
+                    f"{stage.start.text}: give the --budgets of before, tighter ones may follow, or another "
+                    "--experiment."
                 )
 
     def _check_start(self, args: argparse.Namespace, folder: Path, budget: Budget) -> None:
