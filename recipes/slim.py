@@ -63,10 +63,11 @@ from timm_autoslim.recipes.lib.networks import is_searched, read_networks
 from timm_autoslim.recipes.lib.onnx_file import check_onnx, write_onnx
 from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import make_accelerator
-from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args, write_args, write_weights
+from timm_autoslim.recipes.lib.run_folder import SUPERNET, write_args, write_weights
 from timm_autoslim.recipes.lib.settings import keep_settings
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.splits import SPLIT, split_training
+from timm_autoslim.recipes.lib.stage_folders import check_plan, check_start, choose_start
 from timm_autoslim.recipes.lib.starting_points import (
     check_starting_flags,
     create_starting_model,
@@ -135,7 +136,7 @@ class Slimming:
         """Run the stages that are not finished, and compare the networks."""
         same = self._keep_settings()
         plan = self._test_original(same)
-        self._check_plan(plan)
+        check_plan(self.run, plan)
         networks: dict[Budget, Found] = {}
         folders: dict[Budget | None, Path] = {}  # of exported networks
         for stage in plan:
@@ -278,11 +279,11 @@ class Slimming:
     def _slim_to(self, stage: Stage, source: Path | None, first: bool) -> tuple[Found, Path]:
         """Search the network of one stage, reconstruct, fine-tune and test it; return it and its exported folder."""
         budget = stage.budget
-        args, folder = self._choose_start(stage, source, first)
+        args, folder = choose_start(self.args, self.run, stage, source, first)
         start = source.name if source else "the original"
         done = is_searched(folder)
         self._announce(f"search {budget.text}, from {start}" + (" (done before)" if done else ""))
-        self._check_start(args, folder, budget)
+        check_start(args, folder, budget)
         if not done:
             if not (folder / SUPERNET).is_file():
                 self._set_up(args, folder, self._start(args), split=self.run / SPLIT)
@@ -320,56 +321,6 @@ class Slimming:
                 finetune(accelerator, args, run, network, exported)
         accelerator.wait_for_everyone()
         accelerator.free_memory()
-
-    def _choose_start(self, stage: Stage, source: Path | None, first: bool) -> tuple[argparse.Namespace, Path]:
-        """Return the flags and the run folder of one stage."""
-        args, budget = self.args, stage.budget
-        teacher = str(self.run) if args.teacher in (None, "original") else args.teacher
-        values = vars(args) | {"teacher": teacher, "network": None, "from_scratch": False, "start_sha256": None}
-        values |= {} if stage.asked else {"epochs": 0}
-        folder = self._name_folder(budget, first)
-        if source:
-            values |= {"model": f"local-dir:{source}", "pretrained": True, "initial_checkpoint": None,
-                       "model_kwargs": {}, "start_sha256": hash_file(source / "model.safetensors")}  # fmt: skip
-        return argparse.Namespace(**values | {"run": str(folder)}), folder
-
-    def _name_folder(self, budget: Budget, first: bool) -> Path:
-        name = budget.text.replace(" and ", "-").replace("<=", "-").replace("%", "pct")
-        return self.run if first else self.run / f"to-{name}"
-
-    def _check_plan(self, plan: list[Stage]) -> None:
-        """Make sure that no stage which an earlier command has begun starts from a network that is yet to come.
-
-        Raises:
-            ConfigError: one does.
-        """
-        begun = {stage.budget: is_searched(self._name_folder(stage.budget, stage is plan[0])) for stage in plan}
-        for stage in plan:
-            if stage.start and begun[stage.budget] and not begun[stage.start]:
-                folder = self._name_folder(stage.budget, first=False)
-                raise ConfigError(
-                    f"{folder} holds the network of {stage.budget.text}, cut before there was one of "
-                    f"{stage.start.text}: give the --budgets of before, tighter ones may follow, or another "
-                    "--experiment."
-                )
-
-    def _check_start(self, args: argparse.Namespace, folder: Path, budget: Budget) -> None:
-        """Make sure that a folder which an earlier command has left is of this budget, cut from the same model.
-
-        Raises:
-            ConfigError: it is not.
-        """
-        begun = [network.text for network in read_networks(folder).values()] if is_searched(folder) else []
-        before = read_args(folder, argparse.Namespace(data_dir=None)) if (folder / "args.yaml").is_file() else None
-        same = (
-            before is None or getattr(before, "start_sha256", None) == args.start_sha256
-        )  # of the run's first folder: the settings
-        if begun[:1] not in ([], [budget.text]) or not same:
-            start = before.model.rpartition("/")[2] if before else "the original"
-            raise ConfigError(
-                f"{folder} holds the network of {''.join(begun[:1]) or budget.text}, cut from {start}: give the "
-                "--budgets of before, tighter ones may follow, or another --experiment."
-            )
 
     def _choose_batch(self) -> int:
         """Return how many held-out images are scored together: an eighth, for the fast search looks at parts."""

@@ -1,0 +1,76 @@
+"""The folders of slim.py's stages, and whether what an earlier command has left in them fits the plan."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from timm_autoslim import Budget, Stage
+from timm_autoslim.errors import ConfigError
+from timm_autoslim.recipes.lib.networks import is_searched, read_networks
+from timm_autoslim.recipes.lib.run_folder import read_args
+from timm_autoslim.recipes.lib.starting_points import hash_file
+
+
+def choose_start(
+    args: argparse.Namespace, run: Path, stage: Stage, source: Path | None, first: bool
+) -> tuple[argparse.Namespace, Path]:
+    """Return the flags and the folder of one stage.
+
+    Args:
+        args: the flags of the run.
+        run: its folder.
+        stage: the stage.
+        source: the exported network that it starts from; None for the original.
+        first: whether it is the first one, which lies in the run's own folder.
+    """
+    teacher = str(run) if args.teacher in (None, "original") else args.teacher
+    values = vars(args) | {"teacher": teacher, "network": None, "from_scratch": False, "start_sha256": None}
+    values |= {} if stage.asked else {"epochs": 0}
+    folder = name_folder(run, stage.budget, first)
+    if source:
+        values |= {"model": f"local-dir:{source}", "pretrained": True, "initial_checkpoint": None,
+                   "model_kwargs": {}, "start_sha256": hash_file(source / "model.safetensors")}  # fmt: skip
+    return argparse.Namespace(**values | {"run": str(folder)}), folder
+
+
+def name_folder(run: Path, budget: Budget, first: bool) -> Path:
+    """Return the folder of the stage of a budget."""
+    name = budget.text.replace(" and ", "-").replace("<=", "-").replace("%", "pct")
+    return run if first else run / f"to-{name}"
+
+
+def check_plan(run: Path, plan: list[Stage]) -> None:
+    """Make sure that no stage which an earlier command has begun starts from a network that is yet to come.
+
+    Raises:
+        ConfigError: one does.
+    """
+    begun = {stage.budget: is_searched(name_folder(run, stage.budget, stage is plan[0])) for stage in plan}
+    for stage in plan:
+        if stage.start and begun[stage.budget] and not begun[stage.start]:
+            folder = name_folder(run, stage.budget, first=False)
+            raise ConfigError(
+                f"{folder} holds the network of {stage.budget.text}, cut before there was one of "
+                f"{stage.start.text}: give the --budgets of before, tighter ones may follow, or another "
+                "--experiment."
+            )
+
+
+def check_start(args: argparse.Namespace, folder: Path, budget: Budget) -> None:
+    """Make sure that a folder which an earlier command has left is of this budget, cut from the same model.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    begun = [network.text for network in read_networks(folder).values()] if is_searched(folder) else []
+    before = read_args(folder, argparse.Namespace(data_dir=None)) if (folder / "args.yaml").is_file() else None
+    same = (
+        before is None or getattr(before, "start_sha256", None) == args.start_sha256
+    )  # of the run's first folder: the settings
+    if begun[:1] not in ([], [budget.text]) or not same:
+        start = before.model.rpartition("/")[2] if before else "the original"
+        raise ConfigError(
+            f"{folder} holds the network of {''.join(begun[:1]) or budget.text}, cut from {start}: give the "
+            "--budgets of before, tighter ones may follow, or another --experiment."
+        )
