@@ -215,8 +215,7 @@ def describe_settings(run: Path, args: argparse.Namespace, images: int) -> dict[
     weights = hashlib.sha256((run / SUPERNET).read_bytes()).hexdigest()
     split = hashlib.sha256((run / SPLIT).read_bytes()).hexdigest()
     flags = {key: vars(args)[key] for key in ("batch_size", "amp", "amp_dtype", "channels_last")}
-    data = open_images(args)
-    files = hash_images(data.train, data.test)  # which may lie elsewhere now
+    files = hash_images(open_images(args).train)  # which may lie elsewhere now
     return {"supernet": weights, "held_out": split, "images": images, "images_sha256": files, **flags}
 
 

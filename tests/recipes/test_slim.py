@@ -255,7 +255,7 @@ def test_one_report_shows_the_networks_of_all_budgets(finished):
     [
         ("macs=0.1%", "out of reach"),
         ("mac=50%", "did you mean 'macs'"),
-        ("macs=900G", "macs<=900G: got what the original is within already"),
+        ("macs=900G", "macs<=900G: got a budget that the original is within"),
     ],
 )
 def test_wrong_budgets_are_told_before_any_work(budget, text, weights, tmp_path, monkeypatch):

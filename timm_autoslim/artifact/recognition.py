@@ -23,7 +23,7 @@ def recognize(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
     What no module tells is left to the proof of the export, which runs the base beside the model.
 
     Args:
-        model: any model that was not slimmed; of other packages' classes None is returned at once.
+        model: any model that was not slimmed; of other packages' classes, and of RegNets, None is returned at once.
     """
     file = type(model).__module__
     if not file.startswith("torchvision.models."):
@@ -40,6 +40,8 @@ def recognize(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
                 candidate = build_on_meta(construct_torchvision, name, **arguments)
         except (ArtifactError, AttributeError, TypeError, ValueError):  # a builder that needs more than classes
             continue
+        except NotImplementedError:  # one that reads values, which the meta device lacks, as RegNets' do
+            return None
         if type(candidate) is type(model) and _describe(candidate) == look:
             return name, arguments
     return None

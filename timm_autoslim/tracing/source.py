@@ -19,7 +19,11 @@ _TABLES = (dict, set, frozenset)
 @cache
 def format_line(path: str, number: int) -> str:
     """Return `file:line`, with the file as seen from the working directory or from the installed packages."""
-    for folder in (Path.cwd(), *map(Path, sys.path)):
+    folders = [Path.cwd(), *map(Path, sys.path)]
+    installed = [
+        folder for folder in folders if folder.name.endswith("-packages")
+    ]  # which may lie in the working directory
+    for folder in (*installed, *folders):
         with contextlib.suppress(ValueError):
             return f"{Path(path).relative_to(folder)}:{number}"
     return f"{path}:{number}"
