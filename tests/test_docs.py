@@ -68,7 +68,7 @@ def run_blocks(page):
 
 
 RUNNABLE = [page for page in PAGES if blocks(page, "python") and is_runnable(page)]
-QUICK = ["docs/quickstart.md", "docs/operators.md", "docs/howto/freezing.md"]
+QUICK = ["docs/quickstart.md"]
 
 
 @pytest.mark.xdist_group("apart")

@@ -34,6 +34,7 @@ def test_a_configuration_of_another_model_is_refused(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_the_input_is_that_of_the_training_and_not_of_the_base(tmp_path):
     model = timm.create_model("resnet10t", num_classes=10, in_chans=1)
     assert "test_input_size" in model.pretrained_cfg
