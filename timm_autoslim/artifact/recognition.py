@@ -36,24 +36,27 @@ def recognize(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of initialisations that will change
-                arguments = _find_classes(model, name)
-                candidate = build_on_meta(construct_torchvision, name, **arguments)
+                candidate = build_on_meta(construct_torchvision, name)
+                if type(candidate) is not type(model) or candidate.state_dict().keys() != model.state_dict().keys():
+                    continue
+                arguments = _find_classes(model, candidate)
+                if arguments:
+                    candidate = build_on_meta(construct_torchvision, name, **arguments)
         except (ArtifactError, AttributeError, TypeError, ValueError):  # a builder that needs more than classes
             continue
         except NotImplementedError:  # one that reads values, which the meta device lacks, as RegNets' do
             return None
-        if type(candidate) is type(model) and _describe(candidate) == look:
+        if _describe(candidate) == look:
             return name, arguments
     return None
 
 
-def _find_classes(model: nn.Module, name: str) -> dict[str, int]:
-    """Return the number of classes of a model as an argument, where a builder makes another number.
+def _find_classes(model: nn.Module, candidate: Any) -> dict[str, int]:
+    """Return the number of classes of a model as an argument, where its builder has made a candidate of another number.
 
     Raises:
-        AttributeError: the model has no classifier where that builder has one.
+        AttributeError: the model has no classifier where the candidate has one.
     """
-    candidate: Any = build_on_meta(construct_torchvision, name)
     heads = candidate.pretrained_cfg["classifier"]
     head: Any = model.get_submodule(heads if isinstance(heads, str) else heads[0])
     classes = int(head.out_channels if isinstance(head, nn.Conv2d) else head.out_features)
