@@ -26,7 +26,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from torch import Tensor
-from torch.nn import functional as F
 
 from timm_autoslim import (
     Accuracy,
@@ -56,7 +55,7 @@ from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.durations import time_step, write_time
 from timm_autoslim.recipes.lib.guide import write_guide
 from timm_autoslim.recipes.lib.images import hash_images, open_images, open_unlabelled
-from timm_autoslim.recipes.lib.loaders import make_evaluation_loader, take_share
+from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
 from timm_autoslim.recipes.lib.models import load_supernet, make_images, make_supernet
 from timm_autoslim.recipes.lib.names import is_stored
 from timm_autoslim.recipes.lib.networks import is_searched, read_networks
@@ -74,7 +73,7 @@ from timm_autoslim.recipes.lib.starting_points import (
     find_weights,
     hash_file,
     is_trained,
-    order_channels,
+    order_by_images,
 )
 from timm_autoslim.recipes.lib.teacher import check_unlabelled
 from timm_autoslim.recipes.lib.validation import evaluate
@@ -235,10 +234,7 @@ class Slimming:
         accelerator.wait_for_everyone()
         training, _ = split_training(args, len(self.images.train), folder)
         if args.order:
-            apart, shown = args.order == "reconstruction", training[: args.order_images]
-            loader = make_evaluation_loader(args, self.images.train, take_share(shown, accelerator) if apart else shown)
-            batches = ((inputs.to(accelerator.device), targets.to(accelerator.device)) for inputs, targets in loader)
-            order_channels(supernet, args.order, F.cross_entropy, batches, distributed=apart)
+            order_by_images(accelerator, args, supernet, self.images.train, training)
         if accelerator.is_main_process:
             write_args(folder, args)
             write_weights(folder / SUPERNET, supernet.model)

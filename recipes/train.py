@@ -28,7 +28,6 @@ from timm_autoslim.recipes.lib.loaders import (
     load_calibration_batches,
     make_evaluation_loader,
     make_training_loader,
-    take_share,
 )
 from timm_autoslim.recipes.lib.models import checkpoint_gradients, make_images, make_supernet
 from timm_autoslim.recipes.lib.networks import is_searched
@@ -43,7 +42,7 @@ from timm_autoslim.recipes.lib.starting_points import (
     check_starting_flags,
     create_starting_model,
     describe_start,
-    order_channels,
+    order_by_images,
 )
 from timm_autoslim.recipes.lib.teacher import create_teacher
 from timm_autoslim.recipes.lib.trainer import Trainer
@@ -78,10 +77,7 @@ def train(accelerator: Accelerator, args: argparse.Namespace, run: Path) -> None
             args, len(images.train), run, anew=not resumes and accelerator.is_main_process
         )
     if args.order and not resumes:
-        apart, shown = args.order == "reconstruction", training[: args.order_images]
-        loader = make_evaluation_loader(args, images.train, take_share(shown, accelerator) if apart else shown)
-        batches = ((inputs.to(accelerator.device), targets.to(accelerator.device)) for inputs, targets in loader)
-        order_channels(supernet, args.order, torch.nn.functional.cross_entropy, batches, distributed=apart)
+        order_by_images(accelerator, args, supernet, images.train, training)
     start = find_start(accelerator, args, run, {
         "model": args.model, "num_classes": args.num_classes, "in_chans": args.in_chans,
         "training_images": len(training), "limit_train": args.limit_train, "held_out": args.held_out,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from timm_autoslim import Supernet, create_base, reorder_channels, zero_last_norms
 from timm_autoslim.errors import ConfigError
+from timm_autoslim.recipes.lib.loaders import make_evaluation_loader, take_share
 from timm_autoslim.recipes.lib.models import (
     choose_base_args,
     count_pretrained_classes,
@@ -184,6 +187,19 @@ def take_gradients(model: nn.Module, loss_fn: LossFn, batches: Iterable[tuple[Te
     for inputs, targets in batches:
         loss = loss_fn(model(inputs), targets)
         loss.backward()  # type: ignore[no-untyped-call]
+
+
+def order_by_images(
+    accelerator: Accelerator, args: argparse.Namespace, supernet: Supernet, source: Any, training: Sequence[int]
+) -> None:
+    """Sort the channels of a supernet by `--order`, on the first `--order-images` training images.
+
+    For "reconstruction" each process takes a share of them; for the others all take all.
+    """
+    apart, shown = args.order == "reconstruction", training[: args.order_images]
+    loader = make_evaluation_loader(args, source, take_share(shown, accelerator) if apart else shown)
+    batches = ((inputs.to(accelerator.device), targets.to(accelerator.device)) for inputs, targets in loader)
+    order_channels(supernet, args.order, F.cross_entropy, batches, distributed=apart)
 
 
 def order_channels(

@@ -259,7 +259,7 @@ def test_one_report_shows_the_networks_of_all_budgets(finished):
     ],
 )
 def test_wrong_budgets_are_told_before_any_work(budget, text, weights, tmp_path, monkeypatch):
-    for name in ("order_channels", "evaluate"):
+    for name in ("order_by_images", "evaluate"):
         monkeypatch.setattr(slim, name, lambda *_: pytest.fail("at work"))
     with pytest.raises(BudgetError, match=text):
         slim.main(make_command(tmp_path, weights, "--budgets", "macs=60%", budget))

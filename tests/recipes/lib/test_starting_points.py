@@ -160,7 +160,7 @@ def test_a_start_that_is_gone_is_not_missed_by_a_resumed_run(tmp_path, monkeypat
     read_run(tmp_path, "parts", *flags, epochs=1)
     (tmp_path / "parts" / "supernet.safetensors").unlink()
     (tmp_path / "start.pth").unlink()
-    monkeypatch.delattr(train, "order_channels")
+    monkeypatch.delattr(train, "order_by_images")
     assert read_run(tmp_path, "parts", *flags, "--resume", epochs=2) == uninterrupted
 
 
