@@ -20,10 +20,8 @@ _TABLES = (dict, set, frozenset)
 def format_line(path: str, number: int) -> str:
     """Return `file:line`, with the file as seen from the working directory or from the installed packages."""
     folders = [Path.cwd(), *map(Path, sys.path)]
-    installed = [
-        folder for folder in folders if folder.name.endswith("-packages")
-    ]  # which may lie in the working directory
-    for folder in (*installed, *folders):
+    # site-packages first, for they may lie in the working directory
+    for folder in sorted(folders, key=lambda folder: not folder.name.endswith("-packages")):
         with contextlib.suppress(ValueError):
             return f"{Path(path).relative_to(folder)}:{number}"
     return f"{path}:{number}"
