@@ -58,12 +58,15 @@ def _choose_options(args: argparse.Namespace) -> dict[str, Any]:
 def load_batches(
     args: argparse.Namespace, source: Any, indices: Sequence[int], accelerator: Accelerator
 ) -> list[tuple[Tensor, Tensor]]:
-    """Load images once, onto the device, in batches of nearly equal size: inputs (N, C, H, W) and targets (N,)."""
+    """Load images once, onto the device, in batches of nearly equal size: inputs (N, C, H, W) and targets (N,).
+
+    None has one image alone, of which a BatchNorm may get a single value per channel, if there are two images.
+    """
     loader = make_evaluation_loader(args, source, indices)
     inputs, targets = (torch.cat(parts) for parts in zip(*loader, strict=True))
     if args.channels_last:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
-    count = -(-len(inputs) // args.batch_size)
+    count = min(-(-len(inputs) // args.batch_size), max(1, len(inputs) // 2))
     pairs = zip(inputs.tensor_split(count), targets.tensor_split(count), strict=True)
     return [(images.to(accelerator.device), labels.to(accelerator.device)) for images, labels in pairs]
 

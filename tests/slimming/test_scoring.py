@@ -3,8 +3,9 @@
 import pytest
 import torch
 from helpers.searches import IMAGE, PRICES, held_out, make_supernet, width_of
+from torch import nn
 
-from timm_autoslim import HeldOut, Team, baseline, cost, search
+from timm_autoslim import HeldOut, Team, baseline, convert, cost, search
 from timm_autoslim.errors import DataError, EvaluationError, StaleStatisticsError
 from timm_autoslim.slimming.scoring import Scorer
 
@@ -152,3 +153,11 @@ def test_a_loss_of_every_image_is_told():
         EvaluationError, match=r"evaluate: got a tensor of the shape \(3,\); needed: one number.*reduction"
     ):
         Scorer(supernet, lambda subnet: torch.ones(3))(supernet.space.max())
+
+
+def test_a_batch_of_one_image_is_told_with_what_to_do():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    supernet = convert(model, torch.zeros(1, 3, 32, 32))
+    scorer = Scorer(supernet, lambda subnet: subnet(torch.zeros(1, 3, 32, 32)).mean())
+    with pytest.raises(EvaluationError, match=r"got a batch of one image, .* two images or more .* drop_last=True"):
+        scorer(supernet.space.max())

@@ -219,3 +219,16 @@ def test_a_divisor_holds_for_all_widths():
 def test_several_budgets_in_a_list_are_refused():
     with pytest.raises(BudgetError, match="2 budgets"):
         slim(make_model(), ["macs<=50%", "macs<=30%"], make_batches(), cross_entropy, progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(20, 20, 1), (1,) * 40])
+def test_batches_of_one_image_are_joined(sizes):
+    inputs, targets = (torch.cat(column)[: sum(sizes)].split(sizes) for column in zip(*make_batches(3), strict=True))
+    model, pairs = make_model(), list(zip(inputs, targets, strict=True))
+    assert count_macs(slim(model, "80%", pairs, cross_entropy, progress=False)) <= 0.8 * count_macs(model)
+
+
+def test_one_image_in_all_is_refused():
+    with pytest.raises(DataError, match=r"got one image, .*; needed: two images or more"):
+        slim(make_model(), "80%", make_batches(1, 1), cross_entropy, progress=False)

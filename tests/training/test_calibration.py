@@ -385,3 +385,32 @@ def test_two_processes_of_a_sandwich_are_one_if_their_norms_are_synchronised(tmp
             torch.testing.assert_close(first[name], value, atol=1e-5, rtol=1e-4)
     else:
         assert not torch.allclose(first["0.3.weight"], alone["0.3.weight"], atol=1e-5, rtol=1e-4)
+
+
+def pooling_network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4), nn.Flatten())
+
+
+@pytest.mark.parametrize(("sizes", "joined"), [([8, 8, 1], [8, 9]), ([1, 8], [9]), ([1] * 5, [5])])
+def test_a_batch_of_one_image_is_joined_where_a_norm_gets_one_value_per_channel(sizes, joined):
+    model, expected = pooling_network(), pooling_network()
+    images = batches(1, sum(sizes))[0]
+    calibrate(model, images.split(sizes))
+    calibrate(expected, images.split(joined))
+    assert_same(state(model), state(expected))
+    assert model[2].num_batches_tracked == len(joined)
+
+
+def test_batches_of_one_image_stay_where_norms_get_many_values():
+    model = network()
+    calibrate(model, batches(3, 1))
+    assert model[1].num_batches_tracked == 3
+
+
+def test_one_image_in_all_has_no_variance():
+    model = pooling_network()
+    before = state(model)
+    with pytest.raises(DataError, match=r"got one image, .*; needed: two images or more"):
+        calibrate(model, batches(1, 1))
+    assert_same(state(model), before)

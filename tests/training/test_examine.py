@@ -5,6 +5,7 @@ import torch
 from timm.layers import ScaledStdConv2d
 from torch import nn
 
+from timm_autoslim.errors import DataError
 from timm_autoslim.training.examine import examine, renew_statistics, take_channels
 
 
@@ -56,3 +57,11 @@ def test_channels_are_taken_where_the_layer_has_them():
     outputs, channels = torch.randn(2, 5, 4, 6), ((0, 1), (3, 1))
     assert torch.equal(take_channels(outputs, nn.Conv2d(1, 5, 1), channels), outputs[:, [0, 3]])
     assert torch.equal(take_channels(outputs, nn.Linear(1, 6), channels), outputs[..., [0, 3]])
+
+
+def test_one_value_in_all_gives_no_statistics():
+    norm = nn.BatchNorm2d(4)
+    with pytest.raises(DataError, match="needed: two images or more"):
+        renew_statistics([norm], [torch.zeros(1, 4, 1, 1)])
+    renew_statistics([norm], [torch.zeros(1, 4, 1, 1)], keep=True)
+    assert norm.running_var.equal(torch.ones(4))

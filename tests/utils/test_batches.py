@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from timm_autoslim.errors import DataError
-from timm_autoslim.utils.batches import check_batches, divide_batch, make_empty_error
+from timm_autoslim.utils.batches import check_batches, divide_batch, join_singles, make_empty_error
 
 IMAGES = torch.zeros(2, 3, 4, 4)
 
@@ -57,3 +57,41 @@ def test_a_batch_is_divided_where_it_is_one():
     assert [part.tolist() for part in divide_batch(images, 4)] == [[0, 1, 2, 3], [4]]
     (same,) = divide_batch(batch, 5)
     assert same is batch
+
+
+@pytest.mark.parametrize(
+    ("sizes", "joined"),
+    [
+        ([20, 20, 1], [20, 21]),
+        ([1, 20], [21]),
+        ([20, 1, 1, 20], [20, 22]),
+        ([1] * 70, [32, 38]),
+        ([1, 1], [2]),
+        ([20, 5], [20, 5]),
+    ],
+)
+def test_batches_of_one_image_are_joined_to_their_neighbours(sizes, joined):
+    images = torch.arange(sum(sizes) * 3.0).view(-1, 3)
+    pairs = [((part, {"by name": part}), part[:, 0]) for part in images.split(sizes)]
+    result = list(join_singles(iter(pairs), lambda pair: True))
+    assert [len(targets) for _, targets in result] == joined
+    for get in (lambda pair: pair[0][0], lambda pair: pair[0][1]["by name"]):
+        assert torch.equal(torch.cat([get(pair) for pair in result]), images)
+    assert torch.equal(torch.cat([targets for _, targets in result]), images[:, 0])
+
+
+def test_batches_of_one_image_that_are_enough_stay_as_they_are():
+    batches = [IMAGES[:1]] * 3
+    assert all(x is y for x, y in zip(join_singles(batches, lambda _: False), batches, strict=True))
+
+
+def test_one_image_in_all_is_too_few():
+    with pytest.raises(DataError, match=r"got one image, .*; needed: two images or more"):
+        list(join_singles([IMAGES[:1]], lambda _: True))
+
+
+def test_a_batch_of_one_image_of_another_size_cannot_be_joined():
+    with pytest.raises(
+        DataError, match=r"\(\[\(2, 3, 4, 4\)\] and \[\(1, 3, 5, 5\)\]\); needed: two .* drop_last=True"
+    ):
+        list(join_singles([IMAGES, torch.zeros(1, 3, 5, 5)], lambda _: True))

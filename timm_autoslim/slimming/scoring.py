@@ -236,6 +236,14 @@ class Scorer:
         except AutoSlimError:
             raise
         except Exception as cause:  # the user's callable may raise anything, and the widths must be named
+            if isinstance(cause, ValueError) and "more than 1 value per channel" in str(cause):
+                raise EvaluationError.at(
+                    "evaluate",
+                    got="a batch of one image, of which a BatchNorm gets a single value per channel",
+                    needed="two images or more in each batch, better hundreds: subnets are scored with the statistics "
+                    "of the batch, and one value has no variance",
+                    remedy="join the batch to another, or leave it out, as drop_last=True in a DataLoader does",
+                ) from cause
             raise EvaluationError(
                 f"evaluate raised {type(cause).__name__}: {cause}; at the widths {widths.to_dict()}"
             ) from cause

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -24,11 +23,12 @@ from timm_autoslim.slimming.network import Step
 from timm_autoslim.slimming.scoring import HeldOut
 from timm_autoslim.slimming.search import search
 from timm_autoslim.slimming.stages import Stage, plan_stages
-from timm_autoslim.supernet.convert import convert, convert_by
+from timm_autoslim.supernet.convert import convert, convert_by, order_supernet
 from timm_autoslim.supernet.supernet import Supernet
+from timm_autoslim.training.calibration import lacks_variance
 from timm_autoslim.training.reconstruction import LayerReconstruction, reconstruct
 from timm_autoslim.utils.arguments import check_callable, check_flag, check_module
-from timm_autoslim.utils.batches import check_inputs
+from timm_autoslim.utils.batches import check_inputs, join_singles
 from timm_autoslim.utils.meta import count_images, run_model
 from timm_autoslim.utils.tensors import collect_tensors
 
@@ -64,7 +64,8 @@ def slim(
             ("macs<=300M and latency_ms<=4"), or {metric: amount}.
         batches: pairs of inputs (N, C, H, W) and targets on the model's device, not augmented. They order the channels,
             rank the subnets and reconstruct the layers. 500 to 5,000 images are good, in 8 batches or more. Several
-            inputs are a tuple or, by name, a dict, as `convert` takes them: `((image, mask), targets)`.
+            inputs are a tuple or, by name, a dict, as `convert` takes them: `((image, mask), targets)`. A batch of one
+            image is joined to its neighbour where a BatchNorm needs two.
         loss: called with the model's outputs and the targets of a batch; returns a scalar, lower is better.
         maximize: whether higher is better in what `loss` returns, such as an accuracy.
         order: a criterion of `CRITERIA`; None leaves the channels in their order.
@@ -79,7 +80,8 @@ def slim(
 
     Raises:
         BudgetError: the budget is malformed, out of reach, not below the original, or several budgets.
-        DataError: the batches are no pairs, there are none, or the model does not take what is first in one.
+        DataError: the batches are no pairs, there are none, the model does not take what is first in one, or there is
+            one image in all and a BatchNorm needs two.
         EvaluationError: the loss raises, or returns more than one number.
         TypeError: a rule that `convert` does not have.
         ConfigError, NothingToSlimError, TraceError, WidthError: as `convert`, `search` and
@@ -99,19 +101,21 @@ def slim(
     check_flag("progress", progress)
     _check_rules(rules)
     pairs = _check_pairs(model, batches)
-    inputs = [batch for batch, _ in pairs]
     smaller: nn.Module = copy.deepcopy(model).eval()  # whose gradients are ours, and whose modes
     _try_first(smaller, pairs[0], loss)
-    supernet = convert_by(smaller, inputs[0], **rules)  # budgets are checked before the channels are ordered
+    supernet = convert_by(smaller, pairs[0][0], **rules)  # budgets are checked before the channels are ordered
     stages = _plan(supernet, budget, conditions, from_widest=bool({"min", "choices"} & rules.keys()))
+    if supernet.takes_any_batch_size:
+        pairs = list(join_singles(pairs, lambda pair: lacks_variance(smaller, pair[0])))
+    inputs = [batch for batch, _ in pairs]
     if luck := describe_luck(sum(map(count_images, inputs)), len(supernet.space)):
         warnings.warn(luck, stacklevel=2)
-    for number in itertools.count(1):
-        if order == "taylor":
-            _take_gradients(smaller, pairs, loss)
-        supernet = convert_by(smaller, inputs[0], order=order, batches=inputs, **rules).eval()
-        smaller.zero_grad()
-        supernet.zero_grad()
+    for number, stage in enumerate(stages, 1):
+        if number > 1:
+            supernet = convert_by(smaller, inputs[0], **rules)
+        if order is not None:
+            supernet = _order(supernet, order, pairs, loss)
+        supernet.eval()
         evaluate = HeldOut(pairs, lambda subnet, batch: float(loss(run_model(subnet, batch[0]), batch[1])))
         of = f" {number} of {len(stages)}" if len(stages) > 1 else ""
         with _show(f"search{of}", "step", progress) as bar:
@@ -121,12 +125,10 @@ def slim(
                 bar.update()
 
             result = search(
-                supernet, [stages[number - 1].budget], evaluate, maximize=maximize, conditions=conditions, seed=seed,
+                supernet, [stage.budget], evaluate, maximize=maximize, conditions=conditions, seed=seed,
                 refine="choices" if {"divisor", "choices"} & rules.keys() else "units", on_step=show_step,
             )  # fmt: skip
         smaller = _extract(supernet, result.networks[0].widths, pairs, progress, of)
-        if number == len(stages):
-            break
         rules = {name: rule for name, rule in rules.items() if name not in ("base", "base_args")}  # it knows its base
     return smaller  # type: ignore[return-value]
 
@@ -236,6 +238,17 @@ def _check_pairs(model: nn.Module, batches: Iterable[Any]) -> list[Pair]:
     for _ in check_inputs(model, [inputs for inputs, _ in pairs]):
         pass
     return pairs
+
+
+def _order(supernet: Supernet, order: str, pairs: Sequence[Pair], loss: Callable[[Any, Any], Tensor]) -> Supernet:
+    """Return the supernet of a copy of the model with its channels sorted; no gradient is left."""
+    model = supernet.model
+    if order == "taylor":
+        _take_gradients(model, pairs, loss)
+    ordered = order_supernet(supernet, order, [inputs for inputs, _ in pairs])
+    model.zero_grad()
+    ordered.zero_grad()
+    return ordered
 
 
 def _take_gradients(model: nn.Module, pairs: Sequence[Pair], loss: Callable[[Any, Any], Tensor]) -> None:

@@ -172,11 +172,23 @@ def convert(
     trace = _trace_examples(model, example_input, keep_output, whole_heads)
     trace = replace(trace, graph=_freeze_modules(trace.graph, freeze))
     space = build_space(trace.graph, min, divisor, choices)
-    if order is not None:
-        from timm_autoslim.supernet.order import reorder_channels
+    supernet = Supernet(model, trace, space, spec)
+    return supernet if order is None else order_supernet(supernet, order, batches, distributed=distributed)
 
-        model = reorder_channels(model, trace.graph, order, batches, distributed=distributed)
-    return Supernet(model, trace, space, spec)
+
+@torch.inference_mode(False)
+def order_supernet(
+    supernet: Supernet, order: str, batches: Iterable[Any] | None = None, *, distributed: bool = False
+) -> Supernet:
+    """Return the supernet of a copy of the model, with the channels of every group sorted; as `convert(order=)` does.
+
+    Raises:
+        WidthError, DataError: as `convert` does.
+    """
+    from timm_autoslim.supernet.order import reorder_channels
+
+    model = reorder_channels(supernet.model, supernet.graph, order, batches, distributed=distributed)
+    return Supernet(model, supernet._trace, supernet.space, supernet._spec)
 
 
 def convert_by(model: nn.Module, batch: Any, **rules: Any) -> Supernet:

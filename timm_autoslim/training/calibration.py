@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,8 +13,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from timm_autoslim.errors import DataError, StaleStatisticsError
+from timm_autoslim.slicing.replica import replicate
+from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.utils.arguments import check_flag, check_module
-from timm_autoslim.utils.batches import check_inputs, make_empty_error, run_batch
+from timm_autoslim.utils.batches import check_inputs, join_singles, make_empty_error, run_batch
 from timm_autoslim.utils.processes import are_parallel, pool_over_processes
 from timm_autoslim.utils.restoring import restoring, restoring_on_error
 
@@ -29,14 +32,16 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, distributed: bool = F
     Args:
         model: the model, changed in place; one without running statistics is left alone.
         batches: inputs (N, C, H, W) on the model's device, all of the same size; a few thousand images are plenty.
-            Several inputs are a tuple or, by name, a dict, as `convert` takes them.
+            Several inputs are a tuple or, by name, a dict, as `convert` takes them. A batch of one image is joined to
+            its neighbour where a BatchNorm would get a single value per channel, which has no variance.
         distributed: the processes of torch.distributed measure together, each on batches of its own, and end with the
             same statistics: the average over the batches of all of them. Otherwise each process measures alone, and
             should get the same batches. `SyncBatchNorm` joins the batches of all processes in any case.
 
     Raises:
         DataError: `batches` is no iterable, or is a tensor itself; it is empty (with `distributed`, in every process);
-            a batch is none of the model's inputs, has no images, or is not finite; or a model with `SyncBatchNorm` gets
+            a batch is none of the model's inputs, has no images, or is not finite; there is one image in all, and it
+            has no variance; or a model with `SyncBatchNorm` gets
             more batches in one process than in another.
         ConfigError: another argument is of the wrong type.
 
@@ -56,10 +61,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any], *, distributed: bool = F
         return
     parallel = are_parallel()
     synchronized = parallel and any(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+    if synchronized:
+        inputs = _iterate_together(inputs, _get_device(norms))
+    else:
+        inputs = join_singles(inputs, functools.partial(lacks_variance, model))
     with _restore_statistics_on_error(norms):
-        count = _measure_statistics(
-            model, norms, _iterate_together(inputs, _get_device(norms)) if synchronized else inputs
-        )
+        count = _measure_statistics(model, norms, inputs)
         if distributed and parallel:
             count = _average_over_processes(norms, count)
         if not count:
@@ -172,6 +179,27 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         for norm in norms:
             norm.track_running_stats = False  # in training mode: normalise by the batch, update nothing
         yield
+
+
+def lacks_variance(model: nn.Module, inputs: Any) -> bool:
+    """Whether a BatchNorm of a model would get a single value per channel of these inputs; one value has no variance.
+
+    Args:
+        model: the model; a replica of it runs in evaluation mode.
+        inputs: a batch of its inputs.
+    """
+    counts: list[int] = []
+
+    def count(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        values = (*inputs, *named.values())[0]  # (N, C, ...)
+        counts.append(values.numel() // max(1, values.shape[1]))
+
+    replica = replicate(model, Slices({}, {})).eval()  # the model itself gets no hooks
+    for norm in _list_norms(replica):
+        norm.register_forward_pre_hook(count, with_kwargs=True)
+    with torch.no_grad():
+        run_batch(replica, 0, inputs)
+    return 1 in counts
 
 
 def check_batch_statistics(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from timm_autoslim.errors import DataError
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.slicing.tensors import Axis, take_slice
@@ -170,6 +171,9 @@ def renew_statistics(
 
     Returns:
         The sums that the statistics were computed from, of this process.
+
+    Raises:
+        DataError: there is a single value per channel in all.
     """
     dims = [0, *range(2, inputs[0].dim())]
     sizes = inputs[0].new_tensor([len(inputs), sum(x.numel() // x.shape[1] for x in inputs)], dtype=torch.float64)
@@ -179,6 +183,9 @@ def renew_statistics(
     sums = [a + b for a, b in zip(sums, earlier, strict=True)] if earlier else sums
     sizes, total, square = pool(sums)
     batches, count = (int(size) for size in sizes)
+    if count < 2 and not keep:
+        got = "one image, of which a BatchNorm gets a single value per channel"
+        raise DataError.at("batches", got=got, needed="two images or more, better hundreds: one has no variance")
     mean, square = total / count, square / count
     variance = (square - mean**2).clamp_min(0) * (count / max(1, count - 1))
     for norm in norms:

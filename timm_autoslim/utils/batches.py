@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from timm_autoslim.errors import DataError, quote_error
@@ -13,6 +14,7 @@ from timm_autoslim.utils.meta import count_images, run_model
 from timm_autoslim.utils.tensors import collect_tensors, map_tensors
 
 NEEDED = "an iterable of at least one input tensor (N, C, H, W)"
+JOINED = 32  # images in a batch that is made of batches of one image
 
 
 def check_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -136,3 +138,63 @@ def divide_batch(batch: Any, count: int) -> Iterator[Any]:
 def make_empty_error(got: str = "none") -> DataError:
     """Return the error for batches of which there is none; `got` may say what they were needed for."""
     return DataError.at("batches", got=got, needed=NEEDED, remedy="a generator that was read before is empty")
+
+
+def join_singles(batches: Iterable[Any], is_short: Callable[[Any], bool]) -> Iterator[Any]:
+    """Yield batches; those of one image that `is_short` says so of are joined to each other and to their neighbours.
+
+    A last batch of one image joins the batch before it; many of one image become batches of `JOINED`. A batch is any
+    nested value of tensors, such as a pair of inputs and targets. All others pass as they are.
+
+    Raises:
+        DataError: there is one image in all; or two batches differ in more than their images, and so cannot be joined.
+    """
+    waiting: Any = None  # which a last single image would join
+    singles: list[Any] = []
+    for batch in batches:
+        if count_images(batch) == 1 and is_short(batch):
+            singles.append(batch)
+            if len(singles) < JOINED:
+                continue
+            batch, singles = _join(singles), []
+        elif singles:
+            batch, singles = _join([*singles, batch]), []
+        if waiting is not None:
+            yield waiting
+        waiting = batch
+    if waiting is None and len(singles) == 1:
+        got = "one image, of which a BatchNorm gets a single value per channel"
+        raise DataError.at("batches", got=got, needed="two images or more, better hundreds: one has no variance")
+    if singles:
+        waiting = _join(singles if waiting is None else [waiting, *singles])
+    if waiting is not None:
+        yield waiting
+
+
+def _join(batches: Sequence[Any]) -> Any:
+    """Return one batch of all images.
+
+    Raises:
+        DataError: they differ in more than their images.
+    """
+    images = [count_images(batch) for batch in batches]
+    tensors = [_list_tensors(batch) for batch in batches]
+    joined = []
+    for column in zip(*tensors, strict=False):
+        of_images = all(tensor.dim() and len(tensor) == n for tensor, n in zip(column, images, strict=True))
+        if of_images and len({(tensor.shape[1:], tensor.dtype, tensor.device) for tensor in column}) == 1:
+            joined.append(torch.cat(column))
+    if {len(of_one) for of_one in tensors} != {len(joined)}:
+        shapes = " and ".join(str([tuple(tensor.shape) for tensor in of_one]) for of_one in (tensors[0], tensors[-1]))
+        got = f"a batch of one image, too few for a BatchNorm, and a neighbour that it cannot be joined to ({shapes})"
+        remedy = "leave it out, as drop_last=True in a DataLoader does"
+        raise DataError.at("batches", got=got, needed="two images or more in each batch", remedy=remedy)
+    remaining = iter(joined)
+    return map_tensors(lambda _: next(remaining), batches[0])
+
+
+def _list_tensors(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch in the order in which `map_tensors` comes to them."""
+    tensors: list[Tensor] = []
+    map_tensors(lambda tensor: tensors.append(tensor) or tensor, batch)  # type: ignore[func-returns-value]
+    return tensors

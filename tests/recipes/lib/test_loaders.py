@@ -5,12 +5,13 @@ import random
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.recipes import parse_train
 from PIL import Image
 
 from timm_autoslim.errors import DataError
 from timm_autoslim.recipes.lib.images import Digits, Subset
-from timm_autoslim.recipes.lib.loaders import make_evaluation_loader, make_training_loader
+from timm_autoslim.recipes.lib.loaders import load_batches, make_evaluation_loader, make_training_loader
 
 
 def test_a_class_that_the_model_does_not_have_is_named(tmp_path):
@@ -47,3 +48,11 @@ def test_images_are_augmented_by_seed_epoch_and_image_alone(tmp_path):
     assert torch.equal(batches(indices[::-1], 0).flip(0), first)
     assert not torch.equal(batches(indices, 1), first)
     assert not torch.equal(batches(indices, 0, seed=7), first)
+
+
+@pytest.mark.parametrize(("images", "size", "sizes"), [(5, 1, [3, 2]), (5, 4, [3, 2]), (1, 4, [1]), (8, 4, [4, 4])])
+def test_no_batch_in_memory_has_one_image_alone(images, size, sizes, tmp_path):
+    args = parse_train(tmp_path, "-b", str(size), num_classes=10)
+    args.interpolation, args.crop_pct, args.crop_mode = "bilinear", 1.0, "center"
+    batches = load_batches(args, Digits(True, "L"), range(images), Accelerator())
+    assert [len(targets) for _, targets in batches] == sizes
