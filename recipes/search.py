@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def search_networks(
-    accelerator: Accelerator, args: argparse.Namespace, run: Path, texts: list[str], titles: Sequence[str] = ()
+    accelerator: Accelerator, args: argparse.Namespace, run: Path, wanted: Sequence[str | Budget]
 ) -> None:
     """Search the networks of all budgets, and choose those of the baselines.
 
@@ -91,17 +91,15 @@ def search_networks(
         accelerator: Accelerate's.
         args: the flags.
         run: the run folder.
-        texts: the budgets.
-        titles: other texts for them in what is written, by which their networks are named.
+        wanted: the budgets.
     """
     supernet = load_supernet(run, args)
     team = Team(accelerator.process_index, accelerator.num_processes, gather_object)
-    conditions = make_conditions(args, texts, team)
-    budgets = list(dict.fromkeys(parse_budgets(supernet, texts, conditions=conditions)))  # refuses those out of reach
-    texts = [budget.text for budget in budgets]
-    for title, budget in zip(titles or texts, budgets, strict=True):
+    conditions = make_conditions(args, wanted, team)
+    budgets = list(dict.fromkeys(parse_budgets(supernet, wanted, conditions=conditions)))  # refuses those out of reach
+    for budget in budgets:
         limits = " and ".join(METRICS[metric].format(limit) for metric, limit in budget.limits)
-        accelerator.print(f"budget {title}: at most {limits}; within reach")
+        accelerator.print(f"budget {budget.text}: at most {limits}; within reach")
     batches = load_held_out(args, run, accelerator)
     supernet.to(accelerator.device)
     if args.channels_last:
@@ -127,7 +125,7 @@ def search_networks(
         evaluate = HeldOut(batches, score)
         begin = time.perf_counter()
         searched = search(
-            supernet, texts, evaluate, mode=args.mode, rank=args.rank, steps=args.steps, refine=args.refine,
+            supernet, budgets, evaluate, mode=args.mode, rank=args.rank, steps=args.steps, refine=args.refine,
             on_step=bar.show_step, **shared,
         )  # fmt: skip
         results = {SEARCHED: dataclasses.replace(searched, seconds=time.perf_counter() - begin)}
@@ -136,11 +134,9 @@ def search_networks(
         for method in dict.fromkeys(args.baselines):
             bar.say(f"baseline {method}")
             results[method] = baseline(
-                supernet, texts, evaluate, method, candidates=args.candidates, criterion=args.criterion, **shared
+                supernet, budgets, evaluate, method, candidates=args.candidates, criterion=args.criterion, **shared
             )
     if accelerator.is_main_process:
-        if titles:
-            results = {method: retitle(result, titles) for method, result in results.items()}
         write_steps(run / "search.csv", results[SEARCHED].steps)
         write_results(run, results)  # which marks the end
         print_results(results)
@@ -155,21 +151,13 @@ def write_budgets(flags: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(" ".join(text.split()) for text in texts))
 
 
-def retitle(result: SearchResult, titles: Sequence[str]) -> SearchResult:
-    """Return a result whose budgets have other texts."""
-    pairs = zip(result.networks, titles, strict=True)
-    return dataclasses.replace(
-        result, networks=tuple(dataclasses.replace(network, text=text) for network, text in pairs)
-    )
-
-
-def make_conditions(args: argparse.Namespace, texts: Sequence[str], team: Team) -> Conditions:
+def make_conditions(args: argparse.Namespace, budgets: Sequence[str | Budget], team: Team) -> Conditions:
     """Return what peak_bytes and latency_ms are counted for; the first process alone opens the table of latencies.
 
     Raises:
         LatencyError: an unknown device, or a table of another one.
     """
-    if not any("latency_ms" in text for text in texts):
+    if not any("latency_ms" in (budget.metrics if isinstance(budget, Budget) else budget) for budget in budgets):
         return Conditions(args.cost_batch_size)
     table = None
     if team.index == 0:

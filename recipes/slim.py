@@ -36,6 +36,7 @@ from timm_autoslim import (
     Team,
     cost,
     describe_luck,
+    estimate_subnets,
     files,
     measure_turns,
     parse_budgets,
@@ -83,7 +84,6 @@ from timm_autoslim.recipes.search import count_widest, make_conditions, search_n
 FREE = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "threads", "device", "log_interval",
         "checkpoint_hist", "log_wandb", "log_tensorboard", "wandb_project", "val_interval",
         "recovery_interval", "onnx", "unlabelled")  # fmt: skip
-SUBNETS = 10  # that a search scores for each group and budget, about; benchmarks.md has figures
 TURNS = 9  # in which each network is measured
 
 
@@ -261,7 +261,7 @@ class Slimming:
         training, held_out = split_training(args, len(self.images.train), self.run)
         used = min(len(held_out), args.images or len(held_out))
         images = len(training) + len(held_out)
-        search = SUBNETS * len(supernet.space) * used / 2
+        search = estimate_subnets(len(supernet.space)) * used / 2
         repair = 4 * min(args.reconstruct, images)
         tests = 2 * len(self.images.test)
         total = seconds * len(plan) * (search + repair + tests)
@@ -283,12 +283,11 @@ class Slimming:
         if not done:
             if not (folder / SUPERNET).is_file():
                 self._set_up(args, folder, self._start(args), split=self.run / SPLIT)
-            limits = " and ".join(f"{metric}<={limit!r}" for metric, limit in budget.limits)
             flags = {"batch_size": self._choose_batch(), "baselines": []}
             if args.divisor and args.refine == "units":  # else the last channels would be no multiples
                 flags["refine"] = "choices"
             of_search = argparse.Namespace(**vars(args) | flags)
-            search_networks(self.accelerator, of_search, folder, [limits], [budget.text])
+            search_networks(self.accelerator, of_search, folder, [budget])
             self.accelerator.wait_for_everyone()
         (network,) = read_networks(folder).values()
         exported = self.run / ("exported" if stage.asked else "between") / network.name

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from timm_autoslim.slimming.goals import parse_budgets as parse_budgets
     from timm_autoslim.slimming.goals import uniform_at as uniform_at
     from timm_autoslim.slimming.luck import describe_luck as describe_luck
+    from timm_autoslim.slimming.luck import estimate_subnets as estimate_subnets
     from timm_autoslim.slimming.network import Found as Found
     from timm_autoslim.slimming.network import Step as Step
     from timm_autoslim.slimming.refinement import REFINEMENTS as REFINEMENTS
@@ -123,6 +124,7 @@ _MODULES = {
     "create_base": "artifact.bases",
     "create_meta_base": "artifact.bases",
     "describe_luck": "slimming.luck",
+    "estimate_subnets": "slimming.luck",
     "export": "artifact.export",
     "load": "artifact.own",
     "inspect": "costs.inspection",

@@ -249,3 +249,13 @@ def test_a_budget_that_neither_the_narrowest_nor_a_uniform_subnet_meets_is_refus
 def test_a_share_in_place_of_a_number_is_told_how_to_write_it(supernet, amount, share):
     with pytest.raises(BudgetError, match=f'out of reach: .*; write "{share}" for a share of the widest, raise'):
         find_subnet(Goal(supernet, parse_limits(f"macs<={amount}", cost(supernet))))
+
+
+def test_a_budget_keeps_its_text(supernet):
+    budget = Budget((("macs", cost(supernet).macs / 2),), "macs<=50%")
+    assert [parsed.text for parsed in parse_budgets(supernet, [budget, "macs<=40%"])] == ["macs<=50%", "macs<=40%"]
+
+
+def test_a_budget_is_checked_too(supernet):
+    with pytest.raises(BudgetError, match="a positive number"):
+        parse_budgets(supernet, [Budget((("macs", -1.0),))])

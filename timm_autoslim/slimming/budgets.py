@@ -145,14 +145,15 @@ def _split(text: str) -> list[Limit]:
     return list(limits.items())
 
 
-def make_budget(limits: Sequence[Limit], widest: Cost) -> Budget:
-    """Return a budget with its amounts as numbers; per cent are of the widest subnet.
+def make_budget(limits: Budget | Sequence[Limit], widest: Cost) -> Budget:
+    """Return a budget with its amounts as numbers; per cent are of the widest subnet. A `Budget` keeps its text.
 
     Raises:
         BudgetError: an amount is malformed.
     """
-    numbers = tuple((metric, parse_amount(amount, widest.pick(metric))) for metric, amount in limits)
-    return Budget(numbers, _write_text(limits))
+    pairs: Sequence[Limit] = limits.limits if isinstance(limits, Budget) else limits
+    numbers = tuple((metric, parse_amount(amount, widest.pick(metric))) for metric, amount in pairs)
+    return Budget(numbers, limits.text if isinstance(limits, Budget) else _write_text(pairs))
 
 
 def check_tight(budgets: Sequence[Budget], original: Cost) -> None:
@@ -168,20 +169,25 @@ def check_tight(budgets: Sequence[Budget], original: Cost) -> None:
             raise BudgetError.at(f"the budget {budget.text}", got=got, needed="a limit below what the original has")
 
 
-def list_limits(budgets: Budgets) -> list[list[Limit]]:
+def list_metrics(budget: Budget | Sequence[Limit]) -> tuple[str, ...]:
+    """Return the metrics that a budget limits."""
+    return budget.metrics if isinstance(budget, Budget) else tuple(metric for metric, _ in budget)
+
+
+def list_limits(budgets: Budgets) -> list[Budget | list[Limit]]:
     """Return the limits of every budget, as the user wrote them; `parse_budgets` says in which forms.
 
     Raises:
         BudgetError: the budgets are of another form, or a metric is unknown or named twice.
     """
     if isinstance(budgets, Mapping) and budgets:
-        limits: list[list[Limit]] = []
+        limits: list[Budget | list[Limit]] = []
         for metric, amounts in budgets.items():
             METRICS.pick(metric)
             several = [amounts] if isinstance(amounts, str) or not isinstance(amounts, Sequence) else amounts
             limits += [[(metric, amount)] for amount in several]
     elif isinstance(budgets, Sequence) and budgets and not isinstance(budgets, str):
-        limits = [list(budget.limits) if isinstance(budget, Budget) else _split(budget) for budget in budgets]
+        limits = [budget if isinstance(budget, Budget) else _split(budget) for budget in budgets]
     else:
         raise BudgetError.at("budgets", got=repr(budgets), needed=f"{_FORMS}, metrics {list(METRICS)}")
     if not limits:

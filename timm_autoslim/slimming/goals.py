@@ -10,7 +10,7 @@ from timm_autoslim.costs.conditions import Conditions, check_conditions
 from timm_autoslim.costs.cost import Cost, check_supernet, count_cost
 from timm_autoslim.costs.metrics import METRICS
 from timm_autoslim.errors import BudgetError
-from timm_autoslim.slimming.budgets import Amount, Budget, Budgets, list_limits, make_budget
+from timm_autoslim.slimming.budgets import Amount, Budget, Budgets, list_limits, list_metrics, make_budget
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.supernet.widths import Widths
 
@@ -52,7 +52,7 @@ def parse_budgets(supernet: Supernet, budgets: Budgets, *, conditions: Condition
         supernet: per cent are of its widest subnet.
         budgets: by metric (a key of `METRICS`), a number, a text such as "300M" or "60%", or a list of them, each a
             budget of its own; or a list of texts such as "macs<=300M and params<=2M", where all limits of one text must
-            hold. A `Budget` stands for itself.
+            hold. A `Budget` stands for itself, its text too.
         conditions: what `peak_bytes` and `latency_ms` are counted for; None is one image, in the model's type.
 
     Raises:
@@ -72,7 +72,7 @@ def parse_budgets(supernet: Supernet, budgets: Budgets, *, conditions: Condition
     check_supernet(supernet)
     conditions = check_conditions(conditions)
     limits = list_limits(budgets)
-    metrics = dict.fromkeys(metric for of_one in limits for metric, _ in of_one)
+    metrics = dict.fromkeys(metric for of_one in limits for metric in list_metrics(of_one))
     widest = count_cost(supernet, supernet.space.max(), metrics, conditions)
     parsed = [make_budget(of_one, widest) for of_one in limits]
     for budget in parsed:

@@ -7,9 +7,25 @@ import math
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.utils.arguments import check_integer
 
-SUBNETS = 10  # that a search scores for each group and budget, about; benchmarks.md has figures
+_SUBNETS = 10  # that a search scores for each group and budget, about; benchmarks.md has figures
 _DISAGREEING = 0.1  # share of the images on which one of two similar networks is right and the other wrong
 _WANTED = 0.03  # accuracy by which luck may move the best of all subnets
+
+
+def estimate_subnets(groups: int) -> int:
+    """Return how many subnets a search scores for one budget, about.
+
+    Args:
+        groups: of channels, in the search space.
+
+    Raises:
+        ConfigError: no positive integer.
+
+    Example:
+        >>> estimate_subnets(8)
+        80
+    """
+    return _SUBNETS * check_integer("groups", groups, ConfigError)
 
 
 def describe_luck(images: int, groups: int) -> str:
@@ -20,7 +36,7 @@ def describe_luck(images: int, groups: int) -> str:
 
     Args:
         images: held-out images that rank the subnets.
-        groups: of channels, in the search space; a search scores about ten subnets for each.
+        groups: of channels, in the search space, as for `estimate_subnets`.
 
     Raises:
         ConfigError: a number is none, or not positive.
@@ -32,7 +48,7 @@ def describe_luck(images: int, groups: int) -> str:
         ''
     """
     images = check_integer("images", images, ConfigError)
-    subnets = SUBNETS * check_integer("groups", groups, ConfigError)
+    subnets = estimate_subnets(groups)
     luck = 2 * math.log(subnets) * _DISAGREEING
     needed = round(luck / _WANTED**2, -2)
     if needed <= images:
