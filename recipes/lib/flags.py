@@ -13,7 +13,7 @@ from timm_autoslim.recipes.lib.network_flags import (
     add_slim_flags,
     add_teacher_flags,
 )
-from timm_autoslim.recipes.lib.parser import ON_OFF, KeyValues
+from timm_autoslim.recipes.lib.parser import ON_OFF, KeyValues, share
 from timm_autoslim.recipes.lib.training_flags import (
     add_augmentation_flags,
     add_optimizer_flags,
@@ -87,8 +87,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--crop-mode", choices=CROPS, help="how a test crops; as the model has it if not given")
     group.add_argument("--drop", type=float, help="the model argument drop_rate")
     group.add_argument("--drop-path", type=float, help="the model argument drop_path_rate")
-    group.add_argument("--freeze", nargs="*", default=[], metavar="GLOB", help="modules that keep all their channels")
-    group.add_argument("--min-width", type=float, help="narrowest share of every group's channels")
+    group.add_argument("--freeze", nargs="*", default=[], metavar="GLOB", help="modules that keep all channels")
+    group.add_argument("--min-width", type=share, help="narrowest share of every group's channels")
     group.add_argument("--divisor", type=int, help="widths are multiples of this")
     group.add_argument(
         "--choices",
@@ -96,7 +96,8 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         default={},
         action=KeyValues,
         metavar="GLOB=[...]",
-        help="widths of the groups that a glob matches, such as layer1*=[8,16,32]; wins over the two above",
+        help="widths of the groups that a glob matches, such as layer1=[8,16,32] or '*=[0.25,0.5]', which are shares; "
+        "wins over the two above",
     )
     group.add_argument(
         "--dataset",
@@ -106,11 +107,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--train-split", metavar="NAME", help="of the training images, if it is not train")
     group.add_argument("--val-split", metavar="NAME", help="of the test images, if it is not val, validation or test")
     group.add_argument(
-        "--limit-train", type=float, default=1.0, help="share, or number, of the training images; more: all of them"
+        "--limit-train", type=share, default=1.0, help="share, or number, of the training images; more: all of them"
     )
     group.add_argument(
         "--held-out",
-        type=float,
+        type=share,
         default=0.1,
         help="share, or number, of the training images that are held out for the search",
     )
@@ -152,7 +153,7 @@ def add_supernet_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--val-widths",
-        type=float,
+        type=share,
         nargs="*",
         default=[0.75, 0.5, 0.25],
         metavar="SHARE",

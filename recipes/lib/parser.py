@@ -16,6 +16,16 @@ ON_OFF = argparse.BooleanOptionalAction
 MANY = 20  # flags, from which on a usage of all of them would hide the error
 
 
+def share(text: str) -> float:
+    """Return a number, or per cent as a share; the type of flags that take shares.
+
+    Raises:
+        ValueError: the text is neither.
+    """
+    text = text.strip()
+    return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
+
+
 class Parser(argparse.ArgumentParser):
     """Takes whole names of flags only; an unknown one is told with the nearest that there is."""
 

@@ -102,15 +102,24 @@ def test_freezing_by_glob_keeps_all_channels_of_a_module_and_says_why():
         supernet.space.from_channels({"inner": 3})
     with pytest.raises(
         WidthError,
-        match=r"freeze: got a glob \('layer'\) that matches no module with weights; needed: globs of module paths",
+        match=r"freeze: got a glob \('layer'\) that matches no module with weights; needed: globs of module",
     ):
         convert(TwoGroups(), IMAGE, freeze="layer")
+    with pytest.raises(WidthError, match=r"freeze: got a glob \('bn_iner'\) .*; the closest are \['bn_inner'"):
+        convert(TwoGroups(), IMAGE, freeze="bn_iner")
     # of a convolution, those that enter as well as those that leave it
     with pytest.raises(
         NothingToSlimError,
         match=r"freeze: got \['inner'\], which freezes all channels; needed: channels that can be removed; freeze",
     ):
         convert(TwoGroups(), IMAGE, freeze="inner")
+
+
+def test_freezing_a_module_freezes_all_modules_in_it():
+    model, image = timm.create_model("resnet10t"), torch.zeros(1, 3, 64, 64)
+    supernet = convert(model, image, freeze="layer1")
+    assert supernet.space.names == convert(model, image, freeze="layer1.*").space.names
+    assert supernet.graph.fixed["layer1.0.conv1.weight", 0] == "frozen by the user (layer1)"
 
 
 def test_a_timm_model_names_its_base_and_any_other_gets_it_from_the_user():

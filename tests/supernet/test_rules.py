@@ -1,11 +1,13 @@
 """The user's rules: least widths, divisors and choices, for all groups or by glob, and what holds without any."""
 
 import json
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
 from helpers.models import TwoGroups
+from torch import nn
 
 from timm_autoslim import convert
 from timm_autoslim.errors import WidthError
@@ -50,12 +52,26 @@ def test_rules_for_all_and_by_glob():
     assert space_with(min=0.5)["inner"].choices == (32, 40, 48, 56, 64)
     assert space_with(min=30)["inner"].choices == (32, 40, 48, 56, 64)
     assert space_with(min=1.0).min().to_dict() == {"stem": 32, "inner": 64}
+    assert space_with(min="10%").min().to_dict() == space_with(min=0.1).min().to_dict()
+    assert space_with(min={"inner": " 62.5 %"})["inner"].min == 40
     assert space_with(divisor=20)["inner"].choices == (20, 40, 60, 64)
     by_glob = space_with(min={"inn*": 0.75}, divisor={"*": 16, "inner": 4}, choices={"outer": [7, 3]})
     assert by_glob["inner"].choices == (48, 52, 56, 60, 64)  # the last glob that matches
     assert by_glob["stem"].choices == (3, 7, 32)  # matched by another of its modules; the widest is always there
     assert by_glob.min().to_dict() == {"stem": 3, "inner": 48}
     assert by_glob.from_dict({"stem": 1, "inner": 1}).to_dict() == {"stem": 1, "inner": 1}  # rules shape sampling only
+
+
+def test_choices_are_numbers_or_shares_for_all_or_by_glob():
+    assert space_with(choices=[0.25, "50%", 1.0])["inner"].choices == (16, 32, 64)
+    assert space_with(choices={"inner": [7, 0.001, "50%"]})["inner"].choices == (1, 7, 32, 64)
+    assert space_with(choices=[8, 16])["stem"].choices == (8, 16, 32)
+
+
+def test_a_module_stands_for_all_modules_in_it():
+    model = nn.Sequential(OrderedDict(body=TwoGroups(32).eval()))
+    for rules in ({"min": {"body": 0.5}}, {"min": {"*": 0.25, "body": "50%"}}):
+        assert convert(model, IMAGE, **rules).space.min().to_dict() == {"body.stem": 16, "body.inner": 32}
 
 
 def test_rules_take_numpys_integers_and_make_them_pythons_own():
@@ -68,24 +84,29 @@ def test_rules_take_numpys_integers_and_make_them_pythons_own():
 @pytest.mark.parametrize(
     ("rules", "message"),
     [
-        ({"min": 0}, r"stem: got min=0; needed: an integer from 1 to 32, or a share above 0 and at most 1"),
+        ({"min": 0}, r"stem: got min=0; needed: an integer from 1 to 32, or a share .* such as 0.25 or \"25%\""),
         ({"min": 1.5}, r"stem: got min=1\.5; needed"),
         ({"min": -0.1}, r"stem: got min=-0\.1; needed"),
         ({"min": {"inner": 65}}, r"inner: got min=65; needed: an integer from 1 to 64"),
         ({"min": True}, r"stem: got min=True; needed: an integer from 1 to 32"),
         ({"min": "8"}, r"stem: got min='8'; needed"),
+        ({"min": "0%"}, r"stem: got min='0%'; needed"),
+        ({"min": "%"}, r"stem: got min='%'; needed"),
+        ({"min": "120%"}, r"stem: got min='120%'; needed"),
         ({"choices": {"inner": []}}, r"inner: got choices=\[\]; needed: a list of at least one width"),
+        ({"choices": "8"}, r"stem: got choices='8'; needed: a list of at least one width or share"),
+        ({"choices": {"inner": ["8"]}}, r"inner: got the width '8'; needed: an integer from 1 to 64, or a share"),
         ({"choices": {"inner": 8}}, r"inner: got choices=8; needed: a list of at least one width"),
         ({"choices": {"inner": [8.0]}}, r"inner: got the width 8\.0; needed: an integer from 1 to 64"),
-        ({"choices": [8, 16]}, r"choices: got a list; needed: a dict \{glob: \[widths\]\}"),
         ({"divisor": True}, r"stem: got divisor=True; needed: an integer of at least 1"),
         ({"divisor": 0}, r"stem: got divisor=0; needed: an integer of at least 1"),
         ({"divisor": 0.5}, r"stem: got divisor=0\.5; needed: an integer"),
         ({"choices": {"inner": [8, 65]}}, r"inner: got the width 65; needed: an integer from 1 to 64"),
         (
             {"min": {"layer*": 8}},
-            r"min: got a glob \('layer\*'\) that matches no group; needed: .*; the groups are \['stem', 'inner'\]",
+            r"min: got a glob \('layer\*'\) that matches no group; needed: .*; there are \['stem', 'inner', 'outer'",
         ),
+        ({"min": {"iner": 8}}, r"min: got a glob \('iner'\) that matches no group; .*; the closest are \['inner'"),
         ({"divisor": {"layer*": 8}}, r"divisor: got a glob \('layer\*'\) that matches no group"),
         ({"choices": {"layer*": [8]}}, r"choices: got a glob \('layer\*'\) that matches no group"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,6 +19,7 @@ from timm_autoslim.tracing.trace import Trace, trace_model
 from timm_autoslim.utils.arguments import check_flag, check_texts, check_type
 from timm_autoslim.utils.batches import divide_batch
 from timm_autoslim.utils.collecting import pause_collection
+from timm_autoslim.utils.globs import describe_near, matches
 
 # Tried one after the other if neither the user nor the model gives a size.
 _USUAL_SIZES = (224, 299, 256, 32)
@@ -70,10 +70,13 @@ def _trace_examples(model: nn.Module, example_input: Any, keep_output: bool, who
 def _freeze_modules(graph: ChannelGraph, globs: Sequence[str]) -> ChannelGraph:
     """Return a graph in which the channels of every module that a glob matches are fixed."""
     for glob in globs:
-        names = [n for n in graph.shapes if fnmatch.fnmatchcase(n.rpartition(".")[0], glob)]
+        paths = {name: name.rpartition(".")[0] for name in graph.shapes}
+        names = [name for name, path in paths.items() if matches(path, glob)]
         if not names:
             got, needed = f"a glob ({glob!r}) that matches no module with weights", "globs of module paths"
-            raise WidthError.at("freeze", got=got, needed=needed)
+            raise WidthError.at(
+                "freeze", got=got, needed=needed, remedy=describe_near(glob, filter(None, paths.values()))
+            )
         graph = graph.freeze_tensors(names, f"frozen by the user ({glob})")
     if globs and not graph.group_sizes:
         got, needed = f"{list(globs)}, which freezes all channels", "channels that can be removed"
@@ -91,9 +94,9 @@ def convert(
     batches: Iterable[Any] | None = None,
     distributed: bool = False,
     freeze: str | Sequence[str] = (),
-    min: int | float | Mapping[str, int | float] | None = None,
+    min: int | float | str | Mapping[str, int | float | str] | None = None,
     divisor: int | Mapping[str, int] | None = None,
-    choices: Mapping[str, Sequence[int]] | None = None,
+    choices: Sequence[int | float | str] | Mapping[str, Sequence[int | float | str]] | None = None,
     base: str | None = None,
     base_args: Mapping[str, Any] | None = None,
     keep_output: bool | None = None,
@@ -121,18 +124,19 @@ def convert(
             images or more are good.
         distributed: the processes of torch.distributed work together, each with batches of its own, and end with the
             same order; every process needs batches. Otherwise each works alone, and should get the same batches.
-        freeze: globs of module paths; the channels that enter or leave these modules are fixed.
-        min: the least width of a group: a share of its size (float) or a number (int), for all or by glob.
+        freeze: globs of module paths; the channels that enter or leave these modules, or modules in them, are fixed.
+        min: the least width of a group: a share of its size (0.25 or "25%") or a number (int), for all or by glob. Like
+            that of `freeze`, a glob of a module stands for all modules in it.
         divisor: widths that are sampled and searched are multiples of it, for all or by glob.
-        choices: the widths that are sampled and searched, by glob.
+        choices: the widths that are sampled and searched, numbers or shares, for all or by glob.
         base, base_args: the timm name ("resnet18") or "torchvision/NAME", and its arguments, that build the model
             again; an exported model needs them. A timm model that was created by name has its name already, and also
             its arguments if timm keeps them (1.0.31 does) and they are JSON; `base_args` are added to these. For a
             torchvision model the builder that makes the same modules is looked for.
         keep_output: whether the channels of the model's outputs are fixed. By default they are, unless the model has
             `num_classes == 0`: then its outputs are features, and the last stage can be narrowed like all others.
-        whole_heads: globs of attention modules in which a unit is a head; in all others every head stays, and each head
-            is narrowed.
+        whole_heads: globs of attention modules, or of modules that hold them, in which a unit is a head; in all others
+            every head stays, and each head is narrowed.
 
     Raises:
         ArtifactError: `base` or `base_args` cannot be written into the spec of an exported model.

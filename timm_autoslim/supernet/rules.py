@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from timm_autoslim.errors import WidthError
-from timm_autoslim.supernet.space import SearchSpace, check_mapping
+from timm_autoslim.supernet.space import SearchSpace
 from timm_autoslim.supernet.widths import ChannelGroup
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.utils.arguments import as_integer
+from timm_autoslim.utils.globs import describe_near, matches
 
 # AutoSlim lets every layer go down to about 0.15 of its channels (arXiv 1903.11728, section 4).
 DEFAULT_MIN = 0.15
@@ -20,15 +20,17 @@ DEFAULT_STEPS = 8
 
 ByGlob = Mapping[str, Any]
 
+_SHARE = 'a share above 0 and at most 1, such as 0.25 or "25%"'
+
 
 def _find_value(rule: ByGlob, name: str, producers: Iterable[str], matching_globs: set[str]) -> Any:
-    """Return the value of the last glob that matches the group's name or one of its modules; None if none does.
+    """Return the value of the last glob that matches a group by its name or its modules; None if none does.
 
     Every glob that matches is added to `matching_globs`.
     """
     result = None
     for glob, value in rule.items():
-        if any(fnmatch.fnmatchcase(path, glob) for path in (name, *producers)):
+        if any(matches(path, glob) for path in (name, *producers)):
             matching_globs.add(glob)
             result = value
     return result
@@ -45,21 +47,19 @@ def choose_divisor(size: int, channels: int) -> int:
 
 def build_space(
     graph: ChannelGraph,
-    min: int | float | ByGlob | None = None,
+    min: int | float | str | ByGlob | None = None,
     divisor: int | ByGlob | None = None,
-    choices: ByGlob | None = None,
+    choices: Sequence[Any] | ByGlob | None = None,
 ) -> SearchSpace:
     """Return the search space of a graph; `min`, `divisor` and `choices` are one value for all, or values by glob.
 
     Raises:
         WidthError: a value is out of range, or a glob matches no group.
     """
+    given = {"min": min, "divisor": divisor, "choices": choices}
     rules: dict[str, ByGlob] = {
-        "min": min if isinstance(min, Mapping) else {} if min is None else {"*": min},
-        "divisor": divisor if isinstance(divisor, Mapping) else {} if divisor is None else {"*": divisor},
-        "choices": {} if choices is None else choices,
+        key: rule if isinstance(rule, Mapping) else {} if rule is None else {"*": rule} for key, rule in given.items()
     }
-    check_mapping("choices", rules["choices"], "{glob: [widths]}")
     matching_globs: dict[str, set[str]] = {key: set() for key in rules}
     groups = []
     for index, (name, size) in enumerate(zip(graph.names, graph.group_sizes, strict=True)):
@@ -72,7 +72,8 @@ def build_space(
         for glob in rule:
             if glob not in matching_globs[key]:
                 got, needed = f"a glob ({glob!r}) that matches no group", "globs of group names or their modules"
-                raise WidthError.at(key, got=got, needed=needed, remedy=f"the groups are {list(graph.names[:8])}...")
+                paths = dict.fromkeys((*graph.names, *(p for group in groups for p in group.producers)))
+                raise WidthError.at(key, got=got, needed=needed, remedy=describe_near(str(glob), paths))
     return SearchSpace(graph, groups)
 
 
@@ -84,17 +85,37 @@ def _build_group(
     if divisor is None or divisor < 1:
         raise WidthError.at(name, got=f"divisor={values['divisor']!r}", needed="an integer of at least 1")
     least = DEFAULT_MIN if values["min"] is None else values["min"]
-    if isinstance(least, float):
-        lowest = max(round(least * size), floor) if 0 < least <= 1 else None
-    else:
-        lowest = as_integer(least)
+    lowest = max(floor, round(share * size)) if (share := _read_share(least)) else as_integer(least)
     if lowest is None or not floor <= lowest <= size:
-        needed = f"an integer from {floor} to {size}, or a share above 0 and at most 1"
-        raise WidthError.at(name, got=f"min={values['min']!r}", needed=needed)
+        raise WidthError.at(name, got=f"min={least!r}", needed=f"an integer from {floor} to {size}, or {_SHARE}")
     first = -(-lowest // divisor) * divisor
     steps = [*range(first, size, divisor), size] if values["choices"] is None else values["choices"]
     if not isinstance(steps, Iterable) or isinstance(steps, (str, bytes)) or not (steps := list(steps)):
-        raise WidthError.at(name, got=f"choices={values['choices']!r}", needed="a list of at least one width")
+        needed = "a list of at least one width or share"
+        raise WidthError.at(name, got=f"choices={values['choices']!r}", needed=needed)
     group = ChannelGroup(name, size, lowest, divisor, (), channels, producers, floor)
-    choices = sorted({*map(group.check_width, steps), size})  # the widest is always a subnet
+    choices = sorted({*(_read_choice(group, step) for step in steps), size})  # the widest is always a subnet
     return replace(group, choices=tuple(choices))
+
+
+def _read_choice(group: ChannelGroup, choice: Any) -> int:
+    """Return a width of a group that a user gave as a number or as a share.
+
+    Raises:
+        WidthError: it is neither, or is out of range.
+    """
+    if share := _read_share(choice):
+        return max(group.floor, round(share * group.size))
+    if as_integer(choice) is None:
+        needed = f"an integer from {group.floor} to {group.size}, or {_SHARE}"
+        raise WidthError.at(group.name, got=f"the width {choice!r}", needed=needed)
+    return group.check_width(choice)
+
+
+def _read_share(value: Any) -> float | None:
+    """Return a share that is written as a float or as a text of per cent; None for anything else."""
+    try:
+        share = float(value.strip().removesuffix("%")) / 100 if isinstance(value, str) and "%" in value else value
+    except ValueError:
+        return None
+    return share if isinstance(share, float) and 0 < share <= 1 else None

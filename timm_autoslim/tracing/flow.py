@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from timm_autoslim.tracing.origins import (
 )
 from timm_autoslim.tracing.sizes import Size
 from timm_autoslim.tracing.watching import Check
+from timm_autoslim.utils.globs import matches
 
 
 class Flow(Labelling):
@@ -230,7 +230,7 @@ class Flow(Labelling):
 
     def find_head_globs(self) -> list[str]:
         """Return the globs of `whole_heads` that match the running module."""
-        return [glob for glob in self.whole_heads if fnmatch.fnmatchcase(self.path, glob)]
+        return [glob for glob in self.whole_heads if matches(self.path, glob)]
 
     @staticmethod
     def _find_separable_axis(roots: Vector) -> int | None:

@@ -38,3 +38,15 @@ def test_an_unknown_command_is_told_with_all_that_there_are(capsys):
     said = capsys.readouterr().err
     assert "invalid choice: 'trian'" in said
     assert "'finetune'" in said
+
+
+def test_shares_may_be_per_cent(tmp_path, capsys):
+    words = ["--min-width", "10%", "--held-out", "20 %", "--limit-train", "0.5", "--val-widths", "75%", "0.25"]
+    args = parse_args("train", None, words)
+    assert (args.min_width, args.held_out, args.limit_train, args.val_widths) == (0.1, 0.2, 0.5, [0.75, 0.25])
+    path = tmp_path / "x.yaml"
+    path.write_text("min_width: 10%\nval_widths: [75%, 0.25]\n")
+    assert parse_args("train", None, ["-c", str(path)]).val_widths == [0.75, 0.25]
+    with pytest.raises(SystemExit):
+        parse_args("train", None, ["--min-width", "ten"])
+    assert "argument --min-width: invalid share value: 'ten'" in capsys.readouterr().err
