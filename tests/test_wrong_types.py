@@ -61,7 +61,7 @@ def list_calls(supernet):
             {"model": TwoGroups(), "example_input": IMAGE},
             {
                 "model": set(), "example_input": {"None"}, "order": {"None"}, "freeze": set(), "min": {"None", *NUMBER},
-                "divisor": {"None", "integer"}, "choices": {"None"}, "base": {"None", "text"},
+                "divisor": {"None", "integer"}, "choices": {"None", "list"}, "base": {"None", "text"},
                 "base_args": {"None", "dict"}, "keep_output": {"None", "bool"}, "whole_heads": set(),
                 "distributed": {"bool"},
             },
