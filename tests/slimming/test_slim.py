@@ -185,6 +185,7 @@ def test_an_unknown_rule_is_one_of_slim():
     [
         ("macs<=500G", "macs<=500G: got a budget that the original is within"),
         ("0.1%", "out of reach"),
+        ("latency_ms<=4", r"got no latency table; .*; give conditions=Conditions\(latency=LatencyTable\(\)\) to slim"),
         ({"macs": ["50%", "40%"]}, "got 2 budgets"),
     ],
 )

@@ -61,7 +61,10 @@ def _count_peak_bytes(supernet: Supernet, widths: Widths, conditions: Conditions
 def _predict_latency(supernet: Supernet, widths: Widths, conditions: Conditions) -> float:
     latency = conditions.latency
     if latency is None:
-        remedy = "cost(..., latency=table), or Conditions(latency=table) for a search"
+        remedy = (
+            "give conditions=Conditions(latency=LatencyTable()) to slim, search, baseline, parse_budgets and "
+            "uniform_at, or latency=LatencyTable() to cost"
+        )
         raise BudgetError.at("latency_ms", got="no latency table", needed="a LatencyTable of a device", remedy=remedy)
     milliseconds = latency.predict(supernet, widths)
     if not isinstance(milliseconds, Real) or not 0 < milliseconds < float("inf"):

@@ -11,6 +11,7 @@ from timm_autoslim.costs.cost import Cost, check_supernet, count_cost
 from timm_autoslim.costs.metrics import METRICS
 from timm_autoslim.errors import BudgetError
 from timm_autoslim.slimming.budgets import Amount, Budget, Budgets, list_limits, list_metrics, make_budget
+from timm_autoslim.slimming.obstacles import describe_remedy
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.supernet.widths import Widths
 
@@ -137,11 +138,11 @@ def find_subnet(goal: Goal) -> Widths:
     places = 3 if metric == "latency_ms" else 0
     also = ", and no uniform one holds it" if subnets else ""
     share = f'write "{100 * limit if limit <= 1 else limit:g}%" for a share of the widest, ' if limit <= 100 else ""
-    remedy = "" if metric == "latency_ms" else share  # milliseconds may well be below 100
+    share = "" if metric == "latency_ms" else share  # milliseconds may well be below 100
     raise BudgetError(
         f"the budget of {limit:,.{places}f} {metric} is out of reach: the narrowest subnet of the search space has "
-        f"{narrowest:,.{places}f} ({narrowest / widest:.1%} of the widest){also}; {remedy}raise the "
-        "budget, or lower `min` in convert() (--min-width)"
+        f"{narrowest:,.{places}f} ({narrowest / widest:.1%} of the widest){also}; {share}"
+        f"{describe_remedy(goal.supernet, metric, limit, goal.conditions)}"
     )
 
 

@@ -23,6 +23,8 @@ from timm_autoslim.utils.globs import describe_near, matches
 
 # Tried one after the other if neither the user nor the model gives a size.
 _USUAL_SIZES = (224, 299, 256, 32)
+# Why channels are fixed that a glob of the user freezes.
+FROZEN = "frozen by the user ({})"
 
 
 def _make_examples(model: nn.Module) -> list[Any]:
@@ -77,7 +79,7 @@ def _freeze_modules(graph: ChannelGraph, globs: Sequence[str]) -> ChannelGraph:
             raise WidthError.at(
                 "freeze", got=got, needed=needed, remedy=describe_near(glob, filter(None, paths.values()))
             )
-        graph = graph.freeze_tensors(names, f"frozen by the user ({glob})")
+        graph = graph.freeze_tensors(names, FROZEN.format(glob))
     if globs and not graph.group_sizes:
         got, needed = f"{list(globs)}, which freezes all channels", "channels that can be removed"
         raise NothingToSlimError.at("freeze", got=got, needed=needed, remedy="freeze fewer modules")

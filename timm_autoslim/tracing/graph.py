@@ -75,6 +75,12 @@ class ChannelGraph:
         observations = replace(self.observations, frozen_vectors=tuple(frozen_vectors))
         return replace(self, observations=observations, solution=solve(observations))
 
+    def unfreeze(self, reasons: Sequence[str]) -> ChannelGraph:
+        """Return a graph in which what was frozen for these reasons is free, unless something else fixes it."""
+        frozen_vectors = tuple(item for item in self.observations.frozen_vectors if item[1] not in reasons)
+        observations = replace(self.observations, frozen_vectors=frozen_vectors)
+        return replace(self, observations=observations, solution=solve(observations))
+
     def keep_width(self, vector: Vector, width: int, reason: str) -> ChannelGraph:
         """Return a graph in which the group of these channels is never narrower than `width`."""
         return replace(self, least_widths=(*self.least_widths, (vector, width, reason))) if width > 1 else self
