@@ -15,8 +15,10 @@ The parts, what matters most first; each runs in processes of its own and is sto
 - training: recipes/train.py in bfloat16, in float16, with SyncBatchNorm over NCCL, and killed and resumed; and a
   float16 step whose gradients overflow is skipped.
 - memory: `peak_bytes` beside what CUDA's allocator counts; latency: `measure_latency` beside CUDA's own events.
-- cifar10: ResNet-56 on CIFAR-10 (`--data-dir`, train.tar and test.tar of class folders): trained, slimmed to 2.11 and
-  2.57 times fewer MACs, fine-tuned. Stages that are done lie in `--checkpoints`, and are not done again.
+- prediction: what a `LatencyTable` predicts beside what is measured, in eager mode and as a CUDA graph.
+- cifar10: ResNet-56 on CIFAR-10 (`--data-dir`, train.tar and test.tar of class folders): trained; slimmed to 2.11 and
+  2.57 times fewer MACs by `slim`, and fine-tuned; and as a control the base fine-tuned alike. The trained base lies in
+  `--checkpoints`.
 
 Every result is a JSON line; a run that is started again goes on with what it lacks. Beside torch, torchvision,
 accelerate and safetensors it needs timm, torch-pruning, tqdm, numpy, scikit-learn, pyyaml and pillow.
@@ -65,6 +67,7 @@ PARTS = {
     "search": Part(gpu_checks.list_searches, gpu_checks.measure_search, 60),
     "training": Part(gpu_checks.list_trainings, gpu_checks.measure_training, 120, 5),
     "memory": Part(gpu_speed.list_models, gpu_speed.measure_memory, 60),
+    "prediction": Part(gpu_speed.list_predictions, gpu_speed.measure_prediction, 60),
     "cifar10": Part(gpu_cifar.list_stages, gpu_cifar.measure_stage, 300),
 }
 
@@ -113,7 +116,8 @@ def run_part(name: str, args: argparse.Namespace) -> None:
 def make_tables(results: list[Row]) -> str:
     """Return the tables of all parts."""
     tables = [gpu_checks.make_equality_table, gpu_speed.make_speed_table, gpu_speed.make_widths_table,
-              gpu_checks.make_training_table, gpu_speed.make_memory_table, gpu_cifar.make_table]  # fmt: skip
+              gpu_checks.make_training_table, gpu_speed.make_memory_table, gpu_speed.make_prediction_table,
+              gpu_cifar.make_table]  # fmt: skip
     rows = [row for row in results if not row.get("done") and "error" not in row]
     texts = [table(rows) for table in tables]
     errors = [f"{row['part']}, {row['case']}: {row['error']}" for row in results if "error" in row]

@@ -13,11 +13,13 @@ from timm_autoslim.errors import LatencyError
 
 
 def test_every_runtime_has_a_name_and_says_what_it_is_measured_in():
-    assert list(RUNTIMES) == ["eager", "compile", "onnxruntime"]
-    assert [name for name, runtime in RUNTIMES.items() if runtime.time_operator] == ["onnxruntime"]
+    assert list(RUNTIMES) == ["eager", "compile", "cudagraph", "onnxruntime"]
+    assert [name for name, runtime in RUNTIMES.items() if runtime.time_operator] == ["cudagraph", "onnxruntime"]
     assert RUNTIMES["eager"].version() == RUNTIMES["compile"].version() == ""
     with pytest.raises(LatencyError, match="runtime: got 'onnxruntime' on 'cuda'; needed: the device \"cpu\""):
         RUNTIMES["onnxruntime"].check(torch.device("cuda"))
+    with pytest.raises(LatencyError, match="runtime: got 'cudagraph' on 'cpu'; needed: a CUDA device; or take"):
+        measure_latency(nn.Linear(4, 4), torch.randn(2, 4), runtime="cudagraph")
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import torch
 from timm_autoslim.costs.cost import check_supernet
 from timm_autoslim.costs.fit import LatencyReport, choose_anchors, fit_factors
 from timm_autoslim.costs.measure import check_settings, measure_in_turns, name_device
-from timm_autoslim.costs.operators import count_bytes, format_operator, is_heavy, is_view, measure_operator
+from timm_autoslim.costs.operators import count_bytes, format_operator, is_heavy, is_timed_in, is_view, measure_operator
 from timm_autoslim.costs.recorder import Operator
 from timm_autoslim.costs.runtimes import RUNTIMES
 from timm_autoslim.costs.tape import get_tape
@@ -191,7 +191,8 @@ class LatencyTable:
         return [(self._make_key(operator), operator) for operator in operators if not is_view(operator.name)]
 
     def _make_key(self, operator: Operator) -> str:
-        version = f"{self._version} " if self._version and is_heavy(operator) else ""
+        separate = self._version and is_timed_in(RUNTIMES[self.runtime], operator)
+        version = f"{self._version} " if separate else ""
         return f"{version}{format_operator(operator)}"
 
     # -- the file -----------------------------------------------------------------------------------------------

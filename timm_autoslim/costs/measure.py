@@ -109,8 +109,9 @@ def measure_latency(
         inputs: one batch (N, C, H, W), or a tuple or dict of forward's arguments; the batch size is theirs.
         device: a torch device; onnxruntime runs on "cpu" alone here.
         dtype: type of weights and floating point inputs; None leaves them.
-        runtime: a key of `RUNTIMES`: "eager"; "compile", which is torch.compile with its default settings; or
-            "onnxruntime", which needs the packages onnxruntime and onnxscript.
+        runtime: a key of `RUNTIMES`: "eager"; "compile", which is torch.compile with its default settings; "cudagraph",
+            a CUDA graph, which saves the time of launching kernels; or "onnxruntime", which needs the packages
+            onnxruntime and onnxscript.
         threads: threads of the processor for one operator.
         repeats: how many times are measured.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from math import prod
 from typing import Any
 
@@ -23,6 +23,11 @@ _HEAVY = ("aten.convolution", "aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm
 def is_heavy(operator: Operator) -> bool:
     """Whether an operator does most of a model's work: a convolution, product, attention or recurrent layer."""
     return operator.name.startswith(_HEAVY)
+
+
+def is_timed_in(runtime: Runtime, operator: Operator) -> bool:
+    """Whether an operator is timed in the runtime itself, if the runtime has it; else in eager mode."""
+    return is_heavy(operator) or not runtime.fuses
 
 
 def find_function(name: str) -> Callable[..., Any]:
@@ -90,12 +95,13 @@ def measure_operator(operator: Operator, runtime: Runtime, device: torch.device,
     function = find_function(operator.name)
     with use_threads(threads), torch.no_grad():
         try:
-            if is_heavy(operator) and runtime.time_operator is not None:
-                milliseconds = runtime.time_operator(operator, threads)
+            args, kwargs = make_arguments(operator.args, device), make_arguments(operator.kwargs, device)
+            run = partial(function, *args, **kwargs)
+            if is_timed_in(runtime, operator) and runtime.time_operator is not None:
+                milliseconds = runtime.time_operator(operator, run, device, threads)
                 if milliseconds is not None:
                     return milliseconds
-            args, kwargs = make_arguments(operator.args, device), make_arguments(operator.kwargs, device)
-            return time_runs(lambda: function(*args, **kwargs), device, 5, 0.002)
+            return time_runs(run, device, 5, 0.002)
         except Exception as error:  # an operator may raise anything on made-up arguments
             raise LatencyError(
                 f"{operator.path or 'the model'}: {operator.name} cannot be measured by itself "

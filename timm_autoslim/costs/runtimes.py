@@ -10,7 +10,7 @@ import torch
 from torch import _dynamo as dynamo
 from torch import nn
 
-from timm_autoslim.costs import onnxruntime
+from timm_autoslim.costs import cuda_graph, onnxruntime
 from timm_autoslim.costs.recorder import Operator
 from timm_autoslim.errors import LatencyError
 from timm_autoslim.utils.meta import run_model
@@ -30,14 +30,17 @@ class Runtime:
     Attributes:
         start: gets a model, its inputs and the number of threads, and returns a function that runs the model once.
         check: raises LatencyError if the runtime cannot run on a device.
-        time_operator: the milliseconds of one heavy operator (its second argument is the number of threads), or None if
-            the runtime has no such operator. Without it, operators are timed in eager mode.
+        time_operator: gets an operator, a function that runs it once in eager mode, the device, and the number of
+            threads; returns its milliseconds in the runtime, or None if the runtime has no such operator. Without it,
+            operators are timed in eager mode.
+        fuses: whether the runtime fuses or removes light operators, so that only heavy ones are timed in it.
         version: the name under which those times are stored.
     """
 
     start: Callable[[nn.Module, Any, int], Callable[[], Any]]
     check: Callable[[torch.device], None] = _allow
-    time_operator: Callable[[Operator, int], float | None] | None = None
+    time_operator: Callable[[Operator, Callable[[], Any], torch.device, int], float | None] | None = None
+    fuses: bool = True
     version: Callable[[], str] = str
 
 
@@ -59,8 +62,20 @@ def _start_compiled(model: nn.Module, inputs: Any, threads: int) -> Callable[[],
 
 RUNTIMES.add("eager")(Runtime(_start_eager))
 RUNTIMES.add("compile")(Runtime(_start_compiled))
+RUNTIMES.add("cudagraph")(
+    Runtime(
+        cuda_graph.start_cuda_graph,
+        cuda_graph.check_cuda_graph,
+        cuda_graph.time_operator,
+        fuses=False,
+        version=lambda: "cudagraph",
+    )
+)
 RUNTIMES.add("onnxruntime")(
     Runtime(
-        onnxruntime.start_session, onnxruntime.check_onnxruntime, onnxruntime.time_operator, onnxruntime.get_version
+        onnxruntime.start_session,
+        onnxruntime.check_onnxruntime,
+        lambda operator, run, device, threads: onnxruntime.time_operator(operator, threads),
+        version=onnxruntime.get_version,
     )
 )

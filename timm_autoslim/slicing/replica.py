@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from timm_autoslim.slicing.attributes import PLAIN_DICTS, set_attributes
 from timm_autoslim.slicing.slices import Slices, find_entries, is_cache, list_cached_properties
 from timm_autoslim.slicing.tensors import clone_tensors, slice_for_call
+from timm_autoslim.utils.collecting import pause_collection
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,7 +52,8 @@ def replicate(model: M, slices: Slices) -> M:
         >>> model[0].weight.shape, model[0].weight.grad[4:].abs().sum()
         (torch.Size([8, 4]), tensor(0.))
     """
-    return _Replication(model, slices).replica  # type: ignore[no-any-return]
+    with pause_collection():
+        return _Replication(model, slices).replica  # type: ignore[no-any-return]
 
 
 class _Replication:

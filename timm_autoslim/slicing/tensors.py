@@ -89,6 +89,14 @@ def _locate_block(
     return tuple(shape), offset
 
 
+def _add_to_blocks(blocks: list[Tensor], parts: list[Tensor]) -> None:
+    """Add to each block its part. On a GPU one kernel adds to many vectors; blocks with gaps take one each."""
+    for is_vector in (True, False):
+        chosen = [i for i, block in enumerate(blocks) if (block.dim() == 1) == is_vector]
+        if chosen:
+            torch._foreach_add_([blocks[i] for i in chosen], [parts[i] for i in chosen])
+
+
 def _add_by_index(tensor: Tensor, slice_: Tensor, axes: tuple[Axis, ...]) -> None:
     """Add a slice by one index for each axis, where there are many runs."""
     full = [((0, n),) if runs is None else runs for n, runs in zip(tensor.shape, axes, strict=True)]
@@ -269,8 +277,7 @@ class _Slice(torch.autograd.Function):
             else:
                 blocks.append(block)
                 parts.append(gradient)
-        if blocks:
-            torch._foreach_add_(blocks, parts)
+        _add_to_blocks(blocks, parts)
         return tuple(results)
 
 

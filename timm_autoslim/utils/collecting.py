@@ -6,6 +6,8 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+from timm_autoslim.utils.restoring import restoring
+
 
 @contextlib.contextmanager
 def pause_collection() -> Iterator[None]:
@@ -22,10 +24,6 @@ def pause_collection() -> Iterator[None]:
         >>> gc.isenabled()
         True
     """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
+    with restoring(gc.enable if gc.isenabled() else gc.disable):
+        gc.disable()
         yield
-    finally:
-        if enabled:
-            gc.enable()

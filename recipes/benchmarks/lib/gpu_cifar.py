@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import time
 from collections.abc import Iterator
@@ -13,16 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_autoslim import (
-    HeldOut,
-    SearchResult,
-    calibrate,
-    convert,
-    cost,
-    reconstruct,
-    search,
-    soft_cross_entropy,
-)
+from timm_autoslim import convert, cost, slim, soft_cross_entropy
 from timm_autoslim.recipes.benchmarks.lib.fitting import Loss, Pictures, fit
 from timm_autoslim.recipes.benchmarks.lib.images import measure_top1, read_images
 
@@ -101,10 +93,6 @@ class Cifar:
         images, targets = self.pictures.padded[-self.held :, :, 4:36, 4:36], self.pictures.targets[-self.held :]
         return list(zip(torch.split(images, part), torch.split(targets, part), strict=True))
 
-    def list_batches(self, count: int = 4096, batch: int = 512) -> list[Tensor]:
-        """Return some of the training images, for statistics."""
-        return list(torch.split(self.pictures.padded[: min(count, self.count), :, 4:36, 4:36], batch))
-
 
 @functools.cache
 def load_cifar(folder: Path, device: str, limit: int | None) -> Cifar:
@@ -147,8 +135,8 @@ def train(
 
 
 def list_stages(args: argparse.Namespace) -> list[str]:
-    """Return the stages, each of which needs those before it; none without data."""
-    return ["base", "search", "reconstruct", *RATIOS] if args.data_dir else []
+    """Return the stages, all of which need the base; none without data."""
+    return ["base", *RATIOS, "control"] if args.data_dir else []
 
 
 def make_model(args: argparse.Namespace, data: Cifar) -> nn.Module:
@@ -158,55 +146,43 @@ def make_model(args: argparse.Namespace, data: Cifar) -> nn.Module:
 
 
 def measure_stage(name: str, args: argparse.Namespace) -> Iterator[Row]:
-    """Train the base, search, reconstruct both networks, or fine-tune one; later stages read the checkpoints."""
+    """Train the base; or slim it, and fine-tune the slim network; or, as a control, fine-tune the base alike."""
     data = load_cifar(args.data_dir, args.device, 600 if args.toy else None)
     args.checkpoints.mkdir(parents=True, exist_ok=True)
-    base = make_model(args, data)
     start, path = time.perf_counter(), args.checkpoints / "base.pt"
+    base = make_model(args, data)
     if name == "base":
         train(base, data, data.count, args.epochs[0], 0.2)
         torch.save(base.state_dict(), path)
-        top1 = measure_top1(base, data.test)
-        yield {"question": "cifar10", "network": "base", "epochs": args.epochs[0], "top1": top1,
-               "params": sum(p.numel() for p in base.parameters()), "seconds": time.perf_counter() - start}  # fmt: skip
+        yield describe(base, data, start, network="base", epochs=args.epochs[0])
         return
-    base.load_state_dict(torch.load(path))
+    base.load_state_dict(torch.load(path, map_location=data.device))
     base.eval()
-    supernet = convert(base, torch.zeros(2, 3, 32, 32, device=data.device), order="l1")
-    supernet.model.to(memory_format=torch.channels_last)
-    macs = cost(supernet).macs
-    if name == "search":
-        evaluate = HeldOut(data.list_held_out(), lambda net, batch: F.cross_entropy(net(batch[0]), batch[1]).item())
-        result = search(supernet, {"macs": [round(macs / ratio) for ratio in RATIOS.values()]}, evaluate)
-        result.save(args.checkpoints / "search.json")
-        yield {"question": "cifar10", "network": "search", "macs_base": macs, "evaluations": result.evaluations,
-               "seconds": time.perf_counter() - start}  # fmt: skip
-        return
-    networks = SearchResult.load(args.checkpoints / "search.json").networks
-    all_widths = [supernet.space.from_dict(network.widths.to_dict()) for network in networks]
-    batches = data.list_batches()
-    if name == "reconstruct":
-        for ratio, widths in zip(RATIOS, all_widths, strict=True):
-            start, slim = time.perf_counter(), supernet.extract(widths)
-            calibrate(slim, batches)
-            raw = measure_top1(slim, data.test)
-            reconstruct(slim, supernet, batches[:4])
-            torch.save(slim.state_dict(), args.checkpoints / f"{ratio}-start.pt")
-            yield {"question": "reconstruct", "network": ratio, "raw_top1": raw, "top1": measure_top1(slim, data.test),
-                   "seconds": time.perf_counter() - start}  # fmt: skip
-        return
-    widths = all_widths[list(RATIOS).index(name)]
-    slim = supernet.extract(widths)
-    slim.load_state_dict(torch.load(args.checkpoints / f"{name}-start.pt"))
-    raw = measure_top1(slim, data.test)
-    teacher = make_model(args, data)
-    teacher.load_state_dict(torch.load(path))
-    train(slim, data, len(data.pictures.targets), args.epochs[1], 0.1, teacher=teacher.eval())
-    top1 = measure_top1(slim, data.test)
-    yield {"question": "cifar10", "network": name, "epochs": args.epochs[1], "top1": top1, "raw_top1": raw,
-           "macs": cost(supernet, widths).macs, "macs_base": macs,
-           "params": sum(p.numel() for p in slim.parameters()), "seconds": time.perf_counter() - start}  # fmt: skip
-    torch.save(slim.state_dict(), args.checkpoints / f"{name}.pt")
+    network = copy.deepcopy(base) if name == "control" else slim_base(base, data, RATIOS[name])
+    common = {"network": name, "macs": count_macs(network, data), "macs_base": count_macs(base, data)}
+    if name != "control":
+        yield describe(network, data, start, question="slimmed", **common)
+    start, raw = time.perf_counter(), measure_top1(network, data.test)
+    train(network, data, len(data.pictures.targets), args.epochs[1], 0.1, teacher=base)
+    yield describe(network, data, start, raw_top1=raw, epochs=args.epochs[1], **common)
+    torch.save(network.state_dict(), args.checkpoints / f"{name}.pt")
+
+
+def slim_base(base: nn.Module, data: Cifar, ratio: float) -> nn.Module:
+    """Return a network of so many times fewer MACs; the searches see the held-out images. Nothing is trained."""
+    network = slim(base, f"{100 / ratio:.4g}%", data.list_held_out(), F.cross_entropy, progress=False)
+    return network.to(memory_format=torch.channels_last)
+
+
+def count_macs(network: nn.Module, data: Cifar) -> int:
+    """Return the multiply-accumulates of an image."""
+    return cost(convert(network, torch.zeros(1, 3, 32, 32, device=data.device))).macs
+
+
+def describe(model: nn.Module, data: Cifar, start: float, **more: Any) -> Row:
+    """Return a row of a network: its accuracy on test images, its parameters, and the seconds since `start`."""
+    seconds, params = time.perf_counter() - start, sum(p.numel() for p in model.parameters())
+    return {"question": "cifar10", "top1": measure_top1(model, data.test), "params": params, "seconds": seconds, **more}
 
 
 def make_table(rows: list[Row]) -> str:

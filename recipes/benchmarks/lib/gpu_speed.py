@@ -16,7 +16,7 @@ from torch._C._autograd import DeviceType
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from timm_autoslim import SAMPLERS, cost, measure_latency, sandwich_step
+from timm_autoslim import SAMPLERS, LatencyTable, cost, measure_latency, sandwich_step
 from timm_autoslim.recipes.benchmarks.speed import Bench, measure_half, measure_step
 
 Row = dict[str, Any]
@@ -211,8 +211,47 @@ def measure_memory(name: str, args: argparse.Namespace) -> Iterator[Row]:
                 with torch.no_grad():
                     run = functools.partial(model, inputs)
                     row["events_ms"], row["graph_ms"] = time_events(run), time_events(capture(run).replay)
-            row["latency_ms"] = measure_latency(model, inputs, device=args.device, repeats=3 if args.toy else 10)
+            repeats = 3 if args.toy else 10
+            row["latency_ms"] = measure_latency(model, inputs, device=args.device, repeats=repeats)
+            if bench.device.type == "cuda":
+                row["cudagraph_ms"] = measure_latency(
+                    model, inputs, device=args.device, runtime="cudagraph", repeats=repeats
+                )
             yield row
+
+
+def list_predictions(args: argparse.Namespace) -> list[str]:
+    """Return the models whose latency is predicted, with the batch."""
+    return ["resnet10t 2"] if args.toy else ["resnet50 1", "mobilenetv2_100 1", "resnet50 32"]
+
+
+def measure_prediction(name: str, args: argparse.Namespace) -> Iterator[Row]:
+    """Compare the latency that a table predicts with what is measured, of subnets that its fit has not seen."""
+    model, batch = name.split()
+    bench = make_bench(model, args, amp=False)
+    space = bench.supernet.eval().space
+    for runtime in ("eager", "cudagraph") if bench.device.type == "cuda" else ("eager",):
+        start = time.perf_counter()
+        dtype = torch.float16 if bench.device.type == "cuda" else None
+        table = LatencyTable(
+            device=args.device, threads=torch.get_num_threads(), batch_size=int(batch), dtype=dtype, runtime=runtime
+        )
+        subnets = [space.sample(torch.Generator().manual_seed(seed)) for seed in range(3)]
+        report = table.report(bench.supernet, [*subnets, space.uniform(0.5), space.uniform(0.8)], rounds=3)
+        yield {"question": "prediction", "model": model, "batch": int(batch), "runtime": runtime,
+               "measured": report.measured_ms, "predicted": report.predicted_ms, "median_error": report.median_error,
+               "operators": len(table), "seconds": time.perf_counter() - start}  # fmt: skip
+
+
+def make_prediction_table(rows: list[Row]) -> str:
+    """Return the table of predicted latencies; empty if there are no rows."""
+    rows = [row for row in rows if row.get("question") == "prediction"]
+    lines = ["| model, batch | runtime | measured, ms | predicted, ms | median error |", "|---|---|---|---|---|"]
+    for row in rows:
+        measured, predicted = (", ".join(f"{ms:.2f}" for ms in row[key]) for key in ("measured", "predicted"))
+        name, error = f"{row['model']}, {row['batch']}", f"{100 * row['median_error']:.1f} %"
+        lines.append(f"| {name} | {row['runtime']} | {measured} | {predicted} | {error} |")
+    return "\n".join(lines) if rows else ""
 
 
 def measure_peak(model: nn.Module, inputs: Tensor) -> int:
