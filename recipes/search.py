@@ -23,14 +23,13 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from timm_autoslim import (
     METRICS,
@@ -109,7 +108,6 @@ def search_networks(
         inputs, targets = batch
         with accelerator.autocast():
             outputs = subnet(inputs)  # (N, classes)
-        bar.count_score()
         return F.cross_entropy(outputs.float(), targets).item()
 
     images = sum(len(targets) for _, targets in batches)
@@ -119,20 +117,17 @@ def search_networks(
         f"{images} held-out images in {len(batches)} batches"
     )
     scores = SavedScores(run / "search-progress.json", describe_settings(run, args, images), accelerator)
-    bar = DescentBar(widest, budgets, disable=not accelerator.is_main_process)
-    with scores, bar.bar:
+    with scores:
         shared = {"conditions": conditions, "scores": scores, "team": team, "seed": args.seed}
         evaluate = HeldOut(batches, score)
         begin = time.perf_counter()
         searched = search(
-            supernet, budgets, evaluate, mode=args.mode, rank=args.rank, steps=args.steps, refine=args.refine,
-            on_step=bar.show_step, **shared,
-        )  # fmt: skip
+            supernet, budgets, evaluate, mode=args.mode, rank=args.rank, steps=args.steps, refine=args.refine, **shared
+        )
         results = {SEARCHED: dataclasses.replace(searched, seconds=time.perf_counter() - begin)}
         if {"importance", "isomorphic"}.intersection(args.baselines) and args.criterion == "taylor":
             take_gradients(supernet.model, F.cross_entropy, load_ordering(args, run, accelerator))
         for method in dict.fromkeys(args.baselines):
-            bar.say(f"baseline {method}")
             results[method] = baseline(
                 supernet, budgets, evaluate, method, candidates=args.candidates, criterion=args.criterion, **shared
             )
@@ -231,45 +226,6 @@ def write_steps(path: Path, steps: Sequence[Step]) -> None:
     table.writeheader()
     table.writerows(dataclasses.asdict(step) for step in steps)
     files.write_text(path, text.getvalue())
-
-
-class DescentBar:
-    """Progress bar of the descent: how far towards the smallest budgets, and what the last step did."""
-
-    def __init__(self, widest: Cost, budgets: Sequence[Budget], disable: bool = False) -> None:
-        bar_format = "{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
-        self.bar: tqdm[NoReturn] = tqdm(total=100, unit="%", bar_format=bar_format, disable=disable)
-        limits = [limit for budget in budgets for limit in budget.limits]
-        self.goals = {
-            metric: sorted({number for name, number in limits if name == metric}, reverse=True)
-            for metric in dict.fromkeys(name for name, _ in limits)
-        }
-        self.widest = {metric: widest.pick(metric) for metric in self.goals}
-        self.text, self.scores, self.since, self.shown = "the original", 0, 0, 0.0
-
-    def say(self, text: str) -> None:
-        """Show what is done now, and how often a subnet was scored for it."""
-        self.text, self.since = text, self.scores
-        self.bar.set_postfix_str(text)
-
-    def count_score(self) -> None:
-        """Count a score: after the last step of a budget its network is refined, which takes as long as the descent."""
-        self.scores += 1
-        now = time.monotonic()
-        if now - self.shown > 0.5:
-            self.shown = now
-            self.bar.set_postfix_str(f"{self.text}; then {self.scores - self.since} scores")
-
-    def show_step(self, step: Step) -> None:
-        """Show one step; the search calls it after each."""
-        shares, ahead = [], []
-        for metric, goals in self.goals.items():
-            now, start = step.spent[metric], self.widest[metric]
-            shares.append(min(1.0, (start - now) / max(start - goals[-1], 1e-9)))
-            ahead += [f"{now / goal - 1:+.1%} to {METRICS[metric].format(goal)}" for goal in goals if now > goal][:1]
-        self.bar.n = round(100 * min(shares), 1)
-        left = ", ".join(ahead) or "the last network is refined"
-        self.say(f"{step.group} -> {step.width}, loss {step.loss:.4f}, {left}")
 
 
 if __name__ == "__main__":

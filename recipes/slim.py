@@ -5,11 +5,12 @@
 
 The original is tested first. Then, budget by budget: the channels are searched on the trained model itself, the network
 is cut out, its layers get the weights that reproduce the original's outputs, and it is fine-tuned with the original as
-the teacher, tested and exported. The search for the next budget goes on from there. At the end every network is loaded
-again and measured beside the original.
+the teacher, tested and exported. The search for a tighter budget goes on from there (the same metrics, none to more);
+one in other metrics starts from the original. At the end every network is loaded again and measured beside the
+original.
 
 OUTPUT/EXPERIMENT/exported holds the networks, which timm.create_model loads, and table.md compares them. The same
-command goes on after an interruption; with further --budgets it goes on from the last network.
+command goes on after an interruption, and does what is left where there are further --budgets.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ from timm_autoslim.recipes.lib.run_folder import SUPERNET, write_args, write_wei
 from timm_autoslim.recipes.lib.settings import keep_settings
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.splits import SPLIT, split_training
-from timm_autoslim.recipes.lib.stage_folders import check_plan, check_start, choose_start
+from timm_autoslim.recipes.lib.stage_folders import check_plan, check_start, choose_start, find_first
 from timm_autoslim.recipes.lib.starting_points import (
     check_starting_flags,
     create_starting_model,
@@ -136,10 +137,12 @@ class Slimming:
         same = self._keep_settings()
         plan = self._test_original(same)
         check_plan(self.run, plan)
+        first = find_first(self.run, plan)
         networks: dict[Budget, Found] = {}
         folders: dict[Budget | None, Path] = {}  # of exported networks
         for stage in plan:
-            networks[stage.budget], folders[stage.budget] = self._slim_to(stage, folders.get(stage.start), not networks)
+            source, own = folders.get(stage.start), stage.budget == first
+            networks[stage.budget], folders[stage.budget] = self._slim_to(stage, source, own)
         self._compare([networks[stage.budget] for stage in plan if stage.asked])
 
     def _announce(self, text: str) -> None:

@@ -111,6 +111,7 @@ def list_calls(supernet):
                 "supernet": set(), "budgets": set(), "evaluate": CALLABLE, "maximize": {"bool"}, "conditions": {"None"},
                 "mode": set(), "rank": set(), "steps": {"None", "integer"}, "refine": set(), "scores": {"None"},
                 "seed": {"integer", "negative"}, "team": {"None"}, "on_step": {"None", *CALLABLE},
+                "progress": {"bool"},
             },
         ),
         "baseline": (
@@ -119,6 +120,7 @@ def list_calls(supernet):
                 "supernet": set(), "budgets": set(), "evaluate": CALLABLE, "maximize": {"bool"}, "conditions": {"None"},
                 "method": set(), "candidates": {"integer"}, "population": {"integer"}, "criterion": set(),
                 "scores": {"None"}, "seed": {"integer", "negative"}, "team": {"None"},
+                "progress": {"bool"},
             },
         ),
         "HeldOut": (

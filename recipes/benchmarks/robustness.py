@@ -110,7 +110,7 @@ class Bench:
         """Search for one step, and score the result."""
         search(
             self.supernet, {"macs": "95%"}, lambda subnet: F.cross_entropy(subnet(self.images), self.labels).item(),
-            mode="reference", steps=1, refine="none",
+            mode="reference", steps=1, refine="none", progress=False,
         )  # fmt: skip
 
     def run_calibration(self) -> None:

@@ -164,16 +164,11 @@ class Comparison:
         inputs, targets = self.held_out
         batches = list(zip(torch.split(inputs, PART), torch.split(targets, PART), strict=True))
         scores = SavedScores(self.folder / f"progress-{make_slug(method)}.json", {"part": PART}, self.accelerator)
-        with (
-            scores,
-            add_time(self.folder / f"seconds-{make_slug(method)}.json"),
-            tqdm(desc=method, unit=" subnets") as bar,
-        ):
 
-            def score(subnet: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> float:
-                bar.update(1 / len(batches))
-                return F.cross_entropy(subnet(batch[0]), batch[1]).item()
+        def score(subnet: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> float:
+            return F.cross_entropy(subnet(batch[0]), batch[1]).item()
 
+        with scores, add_time(self.folder / f"seconds-{make_slug(method)}.json"):
             result = choose_networks(self.supernet, method, HeldOut(batches, score), scores)
         result.save(path)
         scores.path.unlink(missing_ok=True)

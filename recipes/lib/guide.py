@@ -25,8 +25,8 @@ model = timm.create_model("local-dir:{first}", pretrained=True)
 | `supernet.safetensors` | the original, its channels in order: the teacher, and the start of further budgets |
 | `settings.yaml`, `args.yaml`, `original.json`, `held_out.json` | what the run began with |
 
-Checkpoints of networks that are finished are removed. The same command with further, tighter `--budgets` goes on from
-here; for that, all but `finetune/` and `onnx/` must stay.
+Checkpoints of networks that are finished are removed. The same command with further `--budgets`, tighter or in
+other metrics, goes on from here; for that, all but `finetune/` and `onnx/` must stay.
 """
 _BETWEEN = "| `between/` | networks on the way to the budgets: reconstructed, not trained |\n"
 _ONNX = "| `onnx/` | the networks as ONNX files, checked in ONNX Runtime |\n"

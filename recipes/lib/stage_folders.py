@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from timm_autoslim import Budget, Stage
@@ -10,6 +11,10 @@ from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.networks import is_searched, read_networks
 from timm_autoslim.recipes.lib.run_folder import read_args
 from timm_autoslim.recipes.lib.starting_points import hash_file
+
+_MAY_FOLLOW = (
+    "give the --budgets of before (tighter ones may follow, or ones in other metrics), or another --experiment."
+)
 
 
 def choose_start(
@@ -22,7 +27,7 @@ def choose_start(
         run: its folder.
         stage: the stage.
         source: the exported network that it starts from; None for the original.
-        first: whether it is the first one, which lies in the run's own folder.
+        first: whether it lies in the run's own folder, see `find_first`.
     """
     teacher = str(run) if args.teacher in (None, "original") else args.teacher
     values = vars(args) | {"teacher": teacher, "network": None, "from_scratch": False, "start_sha256": None}
@@ -40,20 +45,26 @@ def name_folder(run: Path, budget: Budget, first: bool) -> Path:
     return run if first else run / f"to-{name}"
 
 
-def check_plan(run: Path, plan: list[Stage]) -> None:
+def find_first(run: Path, plan: Sequence[Stage]) -> Budget:
+    """Return the budget whose stage lies in the run's own folder: of the network that is there, or else the first."""
+    texts = [network.text for network in read_networks(run).values()] if is_searched(run) else []
+    return next((stage.budget for stage in plan if stage.budget.text in texts), plan[0].budget)
+
+
+def check_plan(run: Path, plan: Sequence[Stage]) -> None:
     """Make sure that no stage which an earlier command has begun starts from a network that is yet to come.
 
     Raises:
         ConfigError: one does.
     """
-    begun = {stage.budget: is_searched(name_folder(run, stage.budget, stage is plan[0])) for stage in plan}
+    first = find_first(run, plan)
+    begun = {stage.budget: is_searched(name_folder(run, stage.budget, stage.budget == first)) for stage in plan}
     for stage in plan:
         if stage.start and begun[stage.budget] and not begun[stage.start]:
             folder = name_folder(run, stage.budget, first=False)
             raise ConfigError(
                 f"{folder} holds the network of {stage.budget.text}, cut before there was one of "
-                f"{stage.start.text}: give the --budgets of before, tighter ones may follow, or another "
-                "--experiment."
+                f"{stage.start.text}: {_MAY_FOLLOW}"
             )
 
 
@@ -71,6 +82,5 @@ def check_start(args: argparse.Namespace, folder: Path, budget: Budget) -> None:
     if begun[:1] not in ([], [budget.text]) or not same:
         start = before.model.rpartition("/")[2] if before else "the original"
         raise ConfigError(
-            f"{folder} holds the network of {''.join(begun[:1]) or budget.text}, cut from {start}: give the "
-            "--budgets of before, tighter ones may follow, or another --experiment."
+            f"{folder} holds the network of {''.join(begun[:1]) or budget.text}, cut from {start}: {_MAY_FOLLOW}"
         )

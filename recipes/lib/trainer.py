@@ -16,7 +16,7 @@ from timm.data import Mixup
 from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad, distribute_bn
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from timm_autoslim.recipes.lib.checkpoints import Progress
 from timm_autoslim.recipes.lib.divergence import Describe, NotFiniteError, check_losses, check_weights

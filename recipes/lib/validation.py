@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from timm_autoslim import SearchSpace, Supernet, Widths, batch_statistics, calibrate
 from timm_autoslim.errors import ConfigError

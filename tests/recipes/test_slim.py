@@ -301,6 +301,19 @@ def test_settings_are_kept_once_training_has_begun_but_budgets_may_follow(finish
 
 
 @pytest.mark.slow
+def test_a_budget_in_another_metric_may_follow_and_is_searched_from_the_original(finished, weights, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "mine")
+    budgets = ("--budgets", "macs=60%", "macs=40%", "params=70%")  # which leaves the most, and so comes first
+    slim.main(make_command(tmp_path, weights, *budgets))
+    shown = capsys.readouterr().out
+    assert "Plan: params<=70% from the original; macs<=60% from the original; macs<=40% from macs<=60%." in shown
+    assert f"export {FIRST} (done before)" in shown
+    assert f"export {SECOND} (done before)" in shown
+    rows = [line.split("|")[1].strip() for line in (tmp_path / "mine" / "table.md").read_text().splitlines()]
+    assert rows[2:] == ["original", "params-70pct-searched", FIRST, SECOND]
+
+
+@pytest.mark.slow
 def test_a_budget_between_two_networks_is_refused_before_any_work(finished, weights, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "mine")
     monkeypatch.setattr(slim, "search_networks", lambda *_: pytest.fail("work was done"))

@@ -14,13 +14,14 @@ from timm_autoslim.errors import ConfigError
 from timm_autoslim.slimming.budgets import Budgets
 from timm_autoslim.slimming.goals import Goal, fill, find_subnet, find_uniform, parse_budgets
 from timm_autoslim.slimming.network import Found
+from timm_autoslim.slimming.progress import show_scores
 from timm_autoslim.slimming.result import SearchResult
 from timm_autoslim.slimming.scoring import Evaluate, Scorer, Scores
 from timm_autoslim.slimming.team import Team, check_team_conditions
 from timm_autoslim.supernet.space import draw_numbers
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.supernet.widths import Widths
-from timm_autoslim.utils.arguments import check_integer, make_generator
+from timm_autoslim.utils.arguments import check_flag, check_integer, make_generator
 from timm_autoslim.utils.tables import Table
 
 MUTATED = 0.1  # share of the groups that a mutation draws anew (arXiv 1904.00420, section 3.4)
@@ -55,6 +56,7 @@ def baseline(
     seed: int = 0,
     scores: Scores | None = None,
     team: Team | None = None,
+    progress: bool = True,
 ) -> SearchResult:
     """Choose widths for every budget by a baseline instead of by greedy slimming.
 
@@ -84,7 +86,7 @@ def baseline(
         criterion: a key of `CRITERIA`, for "importance" and "isomorphic"; "taylor" needs gradients in `supernet.model`.
             Global first-order ranking is "importance" with "taylor", and DepGraph's group magnitude that with "l2".
         seed: of all random draws; each budget starts from it anew.
-        scores, team: as for `search`.
+        scores, team, progress: as for `search`.
 
     Returns:
         A result without steps.
@@ -109,15 +111,17 @@ def baseline(
     CRITERIA.pick(criterion)
     candidates = check_integer("candidates", candidates, ConfigError)
     population = check_integer("population", population, ConfigError, least=2)
+    check_flag("progress", progress)
     make_generator(seed)  # refuses what is no seed; every budget starts one anew
     score = Scorer(supernet, evaluate, scores, team, maximize)
     conditions = check_team_conditions(conditions, score.team)
     goals = [Goal(supernet, budget, conditions) for budget in parse_budgets(supernet, budgets, conditions=conditions)]
     options = Options(score, candidates, population, criterion, int(seed))
     networks = []
-    for goal in goals:
-        widths = choose(goal, options)
-        networks.append(Found.of(method, goal, widths, score(widths)))
+    with show_scores(score, f"baseline {method}", progress):
+        for goal in goals:
+            widths = choose(goal, options)
+            networks.append(Found.of(method, goal, widths, score(widths)))
     settings = {"candidates": candidates, "population": population, "criterion": criterion, "seed": options.seed}
     settings |= {"maximize": True} if maximize else {}
     return SearchResult.of(score, goals, networks, [], settings)

@@ -108,6 +108,7 @@ class Scorer:
         images: the most images that one subnet was scored on so far.
         macs: forward work of all scores, images times MACs.
         maximize: whether higher is better in what `evaluate` returns; its negative is the loss then.
+        on_score: called after each score of this process; set from outside, None for nothing.
 
     Raises:
         ConfigError: an argument of the wrong type.
@@ -133,6 +134,7 @@ class Scorer:
         check_scores(scores or {})
         self.supernet, self.evaluate, self.team = supernet, evaluate, Team() if team is None else team
         self.maximize = maximize
+        self.on_score: Callable[[], object] | None = None
         self.parts = len(evaluate) if isinstance(evaluate, HeldOut) else 1
         self.macs = self.images = 0
         self._scores: Scores = {} if scores is None else scores
@@ -209,6 +211,8 @@ class Scorer:
             try:
                 self._scores[_key(job)] = score = self._score(job)  # at once: kept even if the process ends now
                 results.append((_key(job), score))
+                if self.on_score is not None:
+                    self.on_score()
             except AutoSlimError as error:  # the other processes wait for this one, and must be told
                 results.append((_key(job), error))
                 break

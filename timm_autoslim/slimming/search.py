@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -14,12 +14,13 @@ from timm_autoslim.slimming.candidates import RANKINGS
 from timm_autoslim.slimming.descent import MODES, Descent
 from timm_autoslim.slimming.goals import Goal, parse_budgets
 from timm_autoslim.slimming.network import Found, Step
+from timm_autoslim.slimming.progress import show_descent
 from timm_autoslim.slimming.refinement import REFINEMENTS
 from timm_autoslim.slimming.result import SearchResult
 from timm_autoslim.slimming.scoring import Evaluate, Scorer, Scores
 from timm_autoslim.slimming.team import Team, check_team_conditions
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.utils.arguments import check_callable, check_integer, make_generator
+from timm_autoslim.utils.arguments import check_callable, check_flag, check_integer, make_generator
 
 
 def search(
@@ -37,6 +38,7 @@ def search(
     scores: Scores | None = None,
     team: Team | None = None,
     on_step: Callable[[Step], None] | None = None,
+    progress: bool = True,
 ) -> SearchResult:
     """Slim the supernet greedily down through every budget.
 
@@ -79,6 +81,7 @@ def search(
         team: the processes that share the scoring, if there are several; the result does not depend on them. Budgets of
             latency then need a `SharedLatency` in the conditions.
         on_step: called after every step.
+        progress: whether to show a progress bar; only the first process of a team does.
 
     Returns:
         A result of the method "searched".
@@ -109,49 +112,56 @@ def search(
     steps = steps if steps is None else check_integer("steps", steps, ConfigError, also=" or None")
     if on_step is not None:
         check_callable("on_step", on_step, ConfigError, "a callable that takes a Step, or None")
+    check_flag("progress", progress)
     draws = make_generator(seed)
     score = Scorer(supernet, evaluate, scores, team, maximize)
     conditions = check_team_conditions(conditions, score.team)
     goals = [Goal(supernet, budget, conditions) for budget in parse_budgets(supernet, budgets, conditions=conditions)]
-    score.check_direction()
     ranks = torch.randperm(len(supernet.space), generator=draws).tolist()
-    descent = kind(supernet, score, rank, steps, dict(zip(supernet.space.names, ranks, strict=True)))
-    widest_loss = descent.loss
     networks: list[Found] = []
     trail: list[Step] = []
-    for goal in goals:
-        _descend(descent, goal, goals, trail, on_step)
-        widths = descent.refine(goal, passes)
-        networks.append(Found.of(SearchResult.SEARCHED, goal, widths, score(widths)))
+    widest = count_cost(supernet, supernet.space.max(), _list_metrics(goals), conditions)
+    with show_descent(score, widest, [goal.budget for goal in goals], progress) as bar:
+        score.check_direction()
+        descent = kind(supernet, score, rank, steps, dict(zip(supernet.space.names, ranks, strict=True)))
+        widest_loss = descent.loss
+        for goal in goals:
+            for step in _descend(descent, goal, goals, len(trail)):
+                trail.append(step)
+                bar.show_step(step)
+                if on_step is not None:
+                    on_step(step)
+            widths = descent.refine(goal, passes)
+            networks.append(Found.of(SearchResult.SEARCHED, goal, widths, score(widths)))
     settings = {"mode": mode, "rank": rank, "steps": descent.steps, "refine": refine, "seed": int(seed)}
     settings |= {"maximize": True} if maximize else {}
     return SearchResult.of(score, goals, networks, trail, settings, widest_loss)
 
 
-def _descend(
-    descent: Descent, goal: Goal, goals: list[Goal], trail: list[Step], on_step: Callable[[Step], None] | None
-) -> None:
-    """Take steps until the goal's budget holds or the narrowest subnet is reached, and add them to the trail."""
-    supernet, metrics = goal.supernet, dict.fromkeys(metric for g in goals for metric in g.budget.metrics)
+def _list_metrics(goals: Sequence[Goal]) -> list[str]:
+    """Return the metrics that any of the goals limits."""
+    return list(dict.fromkeys(metric for goal in goals for metric in goal.budget.metrics))
+
+
+def _descend(descent: Descent, goal: Goal, goals: Sequence[Goal], index: int) -> Iterator[Step]:
+    """Take steps, numbered from `index`, until the goal's budget holds or the narrowest subnet is reached."""
+    supernet, metrics = goal.supernet, _list_metrics(goals)
     narrowest = supernet.space.min()
     while descent.widths != narrowest and not goal.budget.holds(before := goal.cost(descent.widths)):
         name = descent.step(goal)
         cost = count_cost(supernet, descent.widths, metrics, goal.conditions)
         metric, limit = goal.budget.tightest(before)
-        trail.append(
-            Step(
-                index=len(trail),
-                group=name,
-                width=descent.widths[name],
-                loss=descent.loss,
-                macs=cost.macs,
-                params=cost.params,
-                metric=metric,
-                budget=limit,
-                evaluations=descent.score.evaluations,
-                limits=dict(goal.budget.limits),
-                spent={metric: cost.pick(metric) for metric in metrics},
-            )
+        yield Step(
+            index=index,
+            group=name,
+            width=descent.widths[name],
+            loss=descent.loss,
+            macs=cost.macs,
+            params=cost.params,
+            metric=metric,
+            budget=limit,
+            evaluations=descent.score.evaluations,
+            limits=dict(goal.budget.limits),
+            spent={metric: cost.pick(metric) for metric in metrics},
         )
-        if on_step is not None:
-            on_step(trail[-1])
+        index += 1

@@ -19,7 +19,6 @@ from timm_autoslim.errors import BudgetError, DataError, EvaluationError
 from timm_autoslim.slimming.budgets import Budgets
 from timm_autoslim.slimming.goals import parse_budgets
 from timm_autoslim.slimming.luck import describe_luck
-from timm_autoslim.slimming.network import Step
 from timm_autoslim.slimming.scoring import HeldOut
 from timm_autoslim.slimming.search import search
 from timm_autoslim.slimming.stages import Stage, plan_stages
@@ -110,25 +109,18 @@ def slim(
     inputs = [batch for batch, _ in pairs]
     if luck := describe_luck(sum(map(count_images, inputs)), len(supernet.space)):
         warnings.warn(luck, stacklevel=2)
-    for number, stage in enumerate(stages, 1):
-        if number > 1:
+    for stage in tqdm(stages, desc="stages", disable=not progress or len(stages) == 1, leave=False):
+        if stage is not stages[0]:
             supernet = convert_by(smaller, inputs[0], **rules)
         if order is not None:
             supernet = _order(supernet, order, pairs, loss)
         supernet.eval()
         evaluate = HeldOut(pairs, lambda subnet, batch: float(loss(run_model(subnet, batch[0]), batch[1])))
-        of = f" {number} of {len(stages)}" if len(stages) > 1 else ""
-        with _show(f"search{of}", "step", progress) as bar:
-
-            def show_step(step: Step, bar: Any = bar) -> None:
-                bar.set_postfix_str(f"{step.macs / 1e6:.4g}M MACs, loss {step.loss:.4f}")
-                bar.update()
-
-            result = search(
-                supernet, [stage.budget], evaluate, maximize=maximize, conditions=conditions, seed=seed,
-                refine="choices" if {"divisor", "choices"} & rules.keys() else "units", on_step=show_step,
-            )  # fmt: skip
-        smaller = _extract(supernet, result.networks[0].widths, pairs, progress, of)
+        result = search(
+            supernet, [stage.budget], evaluate, maximize=maximize, conditions=conditions, seed=seed,
+            refine="choices" if {"divisor", "choices"} & rules.keys() else "units", progress=progress,
+        )  # fmt: skip
+        smaller = _extract(supernet, result.networks[0].widths, pairs, progress)
         rules = {name: rule for name, rule in rules.items() if name not in ("base", "base_args")}  # it knows its base
     return smaller  # type: ignore[return-value]
 
@@ -146,10 +138,10 @@ def _plan(supernet: Supernet, budget: Any, conditions: Conditions | None, *, fro
     return plan_stages(budgets, widest, from_widest=from_widest)
 
 
-def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: bool, of: str) -> nn.Module:
+def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: bool) -> nn.Module:
     """Extract a subnet and reconstruct its layers."""
     smaller = supernet.extract(widths).eval()
-    with _show(f"reconstruct{of}", "layer", progress) as bar:
+    with tqdm(desc="reconstruct", unit="layer", disable=not progress, leave=False) as bar:
 
         def show_layer(layer: LayerReconstruction) -> None:
             bar.set_postfix_str(layer.name)
@@ -157,10 +149,6 @@ def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: b
 
         reconstruct(smaller, supernet, (inputs for inputs, _ in pairs), on_layer=show_layer)
     return smaller
-
-
-def _show(text: str, unit: str, progress: bool) -> Any:
-    return tqdm(desc=text, unit=unit, disable=not progress, leave=False)
 
 
 def _read_budget(budget: Any) -> Budgets:

@@ -40,9 +40,10 @@ class Stage:
 def plan_stages(budgets: Sequence[Budget], widest: Cost, *, from_widest: bool = False) -> list[Stage]:
     """Return the searches that lead to all budgets.
 
-    A search starts from the last network whose budget limits the same metrics, all less tightly; without one from the
-    original. Where it would have to leave less than half, stages between leave the same share each, and no less than
-    half: bare slices say little about networks so narrow.
+    A budget is tighter than another if it limits the same metrics, and none of them to more. Budgets in different
+    metrics are never tighter than each other. A search starts from the last network whose budget is less tight than its
+    own; without one from the original. Where it would have to leave less than half, stages between leave the same share
+    each, and no less than half: bare slices say little about networks so narrow.
 
     Args:
         budgets: in the order of the searches, the widest first.
@@ -73,6 +74,7 @@ def plan_stages(budgets: Sequence[Budget], widest: Cost, *, from_widest: bool = 
 
 
 def _is_tighter(budget: Budget, other: Budget) -> bool:
+    """Whether a budget limits the same metrics as another, and none of them to more."""
     limits = dict(other.limits)
     return limits.keys() == dict(budget.limits).keys() and all(limit <= limits[m] for m, limit in budget.limits)
 
