@@ -1,7 +1,10 @@
 """A forward that asks about sizes takes the same path in every subnet as at the widest."""
 
+import math
 import re
+from math import sqrt
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import randomise
@@ -95,6 +98,28 @@ QUESTIONS = {
     "a layer": (lambda s, c, d: s.a.out_channels % 4 == 0, {"a": "", "b": 1}),
     "an attribute": (lambda s, c, d: s.width - c, {"a": 1, "b": 1}),
     "numel": (lambda s, c, d: s.head.weight.numel() % 8 == 0, {"a": 1, "b": ""}),
+    "two sizes and a number": (lambda s, c, d: c - 4 == d, {"a": "", "b": ""}),
+    "a number and two sizes": (lambda s, c, d: d + 4 != c, {"a": "", "b": ""}),
+    "two sizes as a tuple": (lambda s, c, d: (c - 4, 1) == (d, 1), {"a": "", "b": ""}),
+    "an attribute and a size": (lambda s, c, d: s.width - 4 == d, {"a": 1, "b": ""}),
+    "a product of two": (lambda s, c, d: c * d - 8 * c == 0, {"a": "", "b": ""}),
+    "a set of two": (lambda s, c, d: len({c, d}) == 2, {"a": "", "b": 1}),
+    "a set of a list": (lambda s, c, d: len(set([c, d])) == 2, {"a": "", "b": 1}),  # noqa: C405
+    "keys": (lambda s, c, d: len(dict.fromkeys((c, d))) == 2, {"a": "", "b": 1}),
+    "a whole quotient": (lambda s, c, d: (c / 4).is_integer(), {"a": "", "b": 1}),
+    "half": (lambda s, c, d: c * 0.5 >= 5, {"a": "", "b": 1}),
+    "a root": (lambda s, c, d: c**0.5 >= 3, {"a": "", "b": 1}),
+    "an inverse": (lambda s, c, d: 1 / c < 0.1, {"a": "", "b": 1}),
+    "math": (lambda s, c, d: math.log2(d).is_integer(), {"a": 1, "b": ""}),
+    "math of integers": (lambda s, c, d: math.gcd(c, 4) == 4, {"a": "", "b": 1}),
+    "math with an option": (lambda s, c, d: math.isclose(c, 12, rel_tol=1e-3), {"a": "", "b": 1}),
+    "math of a list": (lambda s, c, d: math.fsum([c, 2]) > 6, {"a": 5, "b": 1}),
+    "math by its name": (lambda s, c, d: sqrt(c) > 3, {"a": "", "b": 1}),
+    "numpy": (lambda s, c, d: np.sqrt(c) > 2, {"a": 5, "b": 1}),
+    "bits": (lambda s, c, d: c.bit_length() == 4, {"a": "", "b": 1}),
+    "strides": (lambda s, c, d: s.b.weight.stride()[0] > 5, {"a": 6, "b": 1}),
+    "a stride": (lambda s, c, d: s.b.weight.stride(0) > 5, {"a": 6, "b": 1}),
+    "bytes": (lambda s, c, d: s.a.weight.nbytes > 60, {"a": 6, "b": 1}),
     "a layer's weight": (lambda s, c, d: s.b.weight.size(0) > 3, {"a": 1, "b": 4}),
 }
 

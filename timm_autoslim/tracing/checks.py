@@ -7,19 +7,26 @@ ones are left out; else the channels stay.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
-import numpy as np
-
-from timm_autoslim.tracing.formulas import AttributeFormula, Count
+from timm_autoslim.tracing.bounds import Bounds, Formula
+from timm_autoslim.tracing.formulas import Count
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import Vector
-from timm_autoslim.tracing.origins import FromAttribute, FromDimension, get_plain, list_leaves
+from timm_autoslim.tracing.origins import (
+    FromAttribute,
+    FromDimension,
+    FromExpression,
+    Number,
+    get_plain,
+    list_leaves,
+)
 from timm_autoslim.tracing.watching import Check
 
-_MAX_CHOICES = 4096  # of the widths of several groups; of more, so many are drawn
+_MAX_CHOICES = 4096  # of the widths of several groups; where there are more, and no bounds tell, a group is fixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,75 +39,107 @@ class _Leaf:
         vectors: these channels.
     """
 
-    formula: Count | AttributeFormula
+    formula: Formula
     count: Count
     vectors: tuple[Vector, ...]
 
 
 def keep_answers(graph: ChannelGraph, checks: Sequence[Check]) -> ChannelGraph:
-    """Return a graph in which every subnet answers the checks as the widest does."""
+    """Return a graph in which every subnet answers the checks as the widest does.
+
+    Where several groups decide an answer together, the larger ones are fixed first, until the answer stays.
+    """
+    space = _Space(graph)
     for check in checks:
-        for _ in range(8):  # it may ask about several sizes
-            leaves = _find_leaves(graph, check)
-            if not leaves:
+        while leaves := space.find_leaves(check):
+            question = check.compute, *(_describe(number, leaves) for number in check.inputs)
+            if question in space.answered:
                 break
-            least = _find_least(graph, check, leaves)
-            largest = max(leaves.values(), key=lambda leaf: (leaf.count(graph.group_sizes), -leaf.count.fixed))
+            least = _find_least(space.graph, check, leaves)
             reason = f"the code asks about their number at {check.where}"
             if least is not None:
-                graph = graph.keep_width(largest.vectors[0], least, reason)
+                space.answered.add(question)
+                if least > 1:
+                    space.graph = space.graph.keep_width(space.find_largest(leaves).vectors[0], least, reason)
                 break
-            graph = graph.freeze(largest.vectors, f"{reason}, and takes another path if it is smaller")
-    return graph
+            vectors = space.find_largest(leaves).vectors
+            space = _Space(space.graph.freeze(vectors, f"{reason}, and takes another path if it is smaller"))
+    return space.graph
 
 
-def _find_leaves(graph: ChannelGraph, check: Check) -> Mapping[int, _Leaf]:
-    """Return by id those sizes that a check depends on and that can shrink."""
-    leaves: dict[int, _Leaf] = {}
-    for size in list_leaves(check.inputs):
-        if isinstance(size.origin, FromDimension):
-            count = graph.make_count(size.origin.vector)
-            leaf = _Leaf(count, count, (size.origin.vector,))
-        elif isinstance(size.origin, FromAttribute) and (formula := graph.attributes.get(size.origin.path)) is not None:
-            path, uses = size.origin.path, (*graph.observations.attributes, *graph.observations.descriptions)
-            vectors = [use.vector for use in uses if use.path == path and use.vector is not None]
-            leaf = _Leaf(formula, formula.count, tuple(vectors))
-        else:
-            continue
-        if leaf.count.terms:
-            leaves[id(size)] = leaf
-    return leaves
+class _Space:
+    """The widths of a graph, and the sizes that follow from them.
+
+    Attributes:
+        graph: it gets least widths; with other groups, it is another space.
+        answered: questions whose answer stays.
+    """
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self.graph, self.answered = graph, set[Any]()
+        self._leaves: dict[Any, _Leaf] = {}  # by attribute, or by id of the channels
+        self._vectors: dict[str, list[Vector]] = {}  # by attribute
+        for use in (*graph.observations.attributes, *graph.observations.descriptions):
+            if use.vector is not None:
+                self._vectors.setdefault(use.path, []).append(use.vector)
+
+    def find_leaves(self, check: Check) -> dict[int, _Leaf]:
+        """Return by id those sizes that a check depends on and that can shrink."""
+        leaves = {id(size): self._find_leaf(size) for size in list_leaves(check.inputs)}
+        return {key: leaf for key, leaf in leaves.items() if leaf is not None and leaf.count.terms}
+
+    def _find_leaf(self, size: Number) -> _Leaf | None:
+        origin = size.origin
+        key = id(origin.vector) if isinstance(origin, FromDimension) else origin
+        if key not in self._leaves:
+            if isinstance(origin, FromDimension):
+                count = self.graph.make_count(origin.vector)
+                self._leaves[key] = _Leaf(count, count, (origin.vector,))
+            elif isinstance(origin, FromAttribute) and origin.path in self.graph.attributes:
+                formula = self.graph.attributes[origin.path]
+                self._leaves[key] = _Leaf(formula, formula.count, tuple(self._vectors[origin.path]))
+            else:
+                return None
+        return self._leaves[key]
+
+    def find_largest(self, leaves: Mapping[int, _Leaf]) -> _Leaf:
+        """Return the size that is largest at the widest."""
+        return max(leaves.values(), key=lambda leaf: (leaf.count(self.graph.group_sizes), -leaf.count.fixed))
+
+
+def _describe(number: Any, leaves: Mapping[int, _Leaf]) -> Any:
+    """Return a number as a function of the widths; two that are equal are the same function."""
+    if not isinstance(number, Number):
+        return number
+    if isinstance(number.origin, FromExpression):
+        return number.origin.compute, *(_describe(value, leaves) for value in number.origin.inputs)
+    return leaves[id(number)].formula if id(number) in leaves else get_plain(number)
 
 
 def _find_least(graph: ChannelGraph, check: Check, leaves: Mapping[int, _Leaf]) -> int | None:
     """Return the least width of the one group that decides a check from which on the answer stays.
 
-    It is None if several groups decide it, or if more than half of the widths would be lost.
+    It is None if more than half of the widths would be lost, or if several groups decide the answer and it is not known
+    to stay.
     """
+    sizes = graph.group_sizes
+    formulas = {key: leaf.formula for key, leaf in leaves.items()}
+    if Bounds(formulas, list(zip(graph.floors, sizes, strict=True))).is_constant(check.compute, check.inputs):
+        return 1
     groups = sorted({group for leaf in leaves.values() for group, _ in leaf.count.terms})
-    sizes = [graph.group_sizes[group] for group in groups]
-    widths = list(graph.group_sizes)
+    widths = list(sizes)
 
     def answers_alike(choice: Iterable[int]) -> bool:
         for group, width in zip(groups, choice, strict=True):
             widths[group] = width
-        values = {key: leaf.formula(widths) for key, leaf in leaves.items()}
+        values = {key: formula(widths) for key, formula in formulas.items()}
         return bool(check.find_answer(lambda size: values.get(id(size), get_plain(size))) == answer)
 
     answer = check.find_answer(get_plain)
     if len(groups) == 1:
-        least = next((n + 1 for n in range(sizes[0] - 1, 0, -1) if not answers_alike([n])), 1)
-        return least if least <= max(1, sizes[0] // 2) else None
-    return 1 if all(map(answers_alike, _choose_widths(sizes))) else None
-
-
-def _choose_widths(sizes: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Yield widths of several groups: all that there are, or as many as can be tried."""
-    if prod(sizes) <= _MAX_CHOICES:
-        yield from itertools.product(*(range(1, n + 1) for n in sizes))
-        return
-    for index, n in enumerate(sizes):
-        yield from ([*sizes[:index], width, *sizes[index + 1 :]] for width in range(1, n + 1))
-    rng = np.random.default_rng(0)
-    for _ in range(_MAX_CHOICES):
-        yield rng.integers(1, np.array(sizes) + 1).tolist()
+        size = sizes[groups[0]]
+        least = next((n + 1 for n in range(size - 1, 0, -1) if not answers_alike([n])), 1)
+        return least if least <= max(1, size // 2) else None
+    if prod(sizes[group] for group in groups) > _MAX_CHOICES:
+        return None
+    return 1 if all(map(answers_alike, itertools.product(*(range(1, sizes[g] + 1) for g in groups)))) else None

@@ -33,8 +33,7 @@ class Flow(Labelling):
         matching_globs: those globs that matched a module which splits channels into heads.
         matrix_columns: the last axis of every matrix among the weights, by its first atom.
         kernels: those of them that are laid out as kernels, by their first atom.
-        inequalities: sizes that the model's code has compared, the smaller one first.
-        checks: what else it has asked about sizes.
+        checks: what the model's code has asked about sizes.
     """
 
     def __init__(self, whole_heads: Sequence[str] = ()) -> None:
@@ -44,7 +43,6 @@ class Flow(Labelling):
         self.matrix_columns: dict[int, Vector] = {}
         self.kernels: dict[int, Kernel] = {}
         self._equalities: list[tuple[Number, Number]] = []
-        self.inequalities: list[tuple[Number, Number]] = []
         self.checks: list[Check] = []
         self._plain: dict[str, dict[int, Size]] = {}  # by module, sizes that became ordinary integers
 
@@ -86,10 +84,6 @@ class Flow(Labelling):
             if len(leaves) == 1 and is_proportional(one) and isinstance(leaves[0].origin, FromDimension):
                 return self.constrain(leaves[0].origin.vector, other)
         return None
-
-    def note_unequal(self, a: Number, b: Number) -> None:
-        """Remember two sizes that must stay unequal, because the model's code compares them."""
-        self.inequalities.append((a, b) if int(a) < int(b) else (b, a))
 
     def note_check(self, check: Check) -> None:
         """Remember what the model's code has asked about sizes: the answer must be the same in every subnet."""

@@ -2,12 +2,14 @@
 
 A run on the meta device must not leave meta tensors there, and what earlier runs left there must not change what it
 finds. So such state is noted before the run and put back after it, caches start empty, functions with an `lru_cache`
-get another one for the run, and generators of random numbers start from the same seed in every run.
+get another one for the run, those of `math` pass the origins of sizes on, and generators of random numbers start from
+the same seed in every run.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -15,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from timm_autoslim.tracing.functions import MATH
 from timm_autoslim.tracing.reachable import LRU_CACHED, MISSING, Container, Place, Walk
 from timm_autoslim.tracing.sizes import Size
 from timm_autoslim.utils.meta import sharing_generators
@@ -61,6 +64,8 @@ class OuterState:
         self._namespaces = walk.namespaces
         modules = [Place(vars(m), n, v) for m in model.modules() for n, v in vars(m).items() if _is_cached(v)]
         self._cached = [*modules, *(place for place in self._places if _is_cached(place.value))]
+        math_places = [Place(vars(math), n, f) for n, f in vars(math).items() if _is_of_math(f)]
+        self._math = [*math_places, *(place for place in self._places if _is_of_math(place.value))]
         self._cached_members = [c for c in self._containers if any(map(_is_cached, c.list_members()))]
         self.generators = walk.list_generators()
         self._written = walk.find_written_names()
@@ -76,6 +81,8 @@ class OuterState:
             container.empty()
         for cache in self._caches:
             cache.empty() if isinstance(cache, Container) else cache.write(None)
+        for place in self._math:
+            place.write(MATH[place.value])
         results: dict[Any, Any] = {}
         for place in self._cached:
             place.write(_bypass(place.value, results))
@@ -111,7 +118,7 @@ class OuterState:
 
     def restore(self) -> None:
         """Put everything back."""
-        for place in (*self._places, *self._cached):
+        for place in (*self._places, *self._cached, *self._math):
             place.restore()
         for container in self._containers:
             container.restore()
@@ -128,6 +135,10 @@ def _list_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
         if not isinstance(value, (nn.Module, Tensor, type)):
             for inner, member in getattr(value, "__dict__", {}).items() if not callable(value) else ():
                 yield f"{name}.{inner}", member
+
+
+def _is_of_math(value: Any) -> bool:
+    return isinstance(value, types.BuiltinFunctionType) and value in MATH
 
 
 def _is_cached(value: Any) -> bool:

@@ -22,9 +22,8 @@ from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import recurrent
-from timm_autoslim.tracing.origins import FromExpression
 from timm_autoslim.tracing.scales import Factor, ScaleTracker, Scores
-from timm_autoslim.tracing.sizes import Size
+from timm_autoslim.tracing.sizes import make_multiple
 from timm_autoslim.tracing.values import KnownValues
 from timm_autoslim.tracing.watching import watching_sizes
 from timm_autoslim.utils.meta import fix_seed, list_generators, run_model
@@ -279,8 +278,10 @@ class LabelRecorder(Recorder):
         name = getattr(func, "__name__", str(func))
         if name == "size" or (name == "__get__" and func == Tensor.shape.__get__):  # type: ignore[attr-defined]
             return self._add_origins(func(*args, **kwargs), args[0], *args[1:], *kwargs.values())
-        if name in ("numel", "nelement"):
-            return self._add_origin(func(*args, **kwargs), args[0])
+        if name in ("numel", "nelement") or (name == "__get__" and func == Tensor.nbytes.__get__):  # type: ignore[attr-defined]
+            return make_multiple(func(*args, **kwargs), self.flow.get_sizes(args[0]))
+        if name == "stride":
+            return self._add_strides(func(*args, **kwargs), args[0], *args[1:], *kwargs.values())
         args, kwargs = self.flow.restore_origins((args, kwargs))
         before, self.flow.call = self.flow.call, FunctionCall(name, tuple(args), kwargs)
         self.scales.note_call(self.flow.call)
@@ -299,14 +300,14 @@ class LabelRecorder(Recorder):
         finally:
             self.flow.call = before
 
-    def _add_origin(self, number: int, tensor: Tensor) -> int:
-        """Return the number of elements of a tensor, with the product of its sizes as origin."""
-        dims = tuple(size for size in self.flow.get_sizes(tensor) if isinstance(size, Size))
-        if not dims:
-            return number
-        rest = number // prod(dims)
-        size: Size = Size(number, FromExpression(lambda *lengths: rest * prod(lengths), dims, len(dims) == 1, dims))
-        return size
+    def _add_strides(self, strides: Any, tensor: Tensor, *dim: int) -> Any:
+        """Return the strides of a tensor, or one of them, with the sizes that they are products of as origins."""
+        if dim:
+            return self._add_strides(tensor.stride(), tensor)[dim[0]]
+        sizes = self.flow.get_sizes(tensor)
+        inner = [[size for size, other in zip(sizes, strides, strict=True) if other < stride] for stride in strides]
+        dense = all(prod(inner[i]) == n for i, n in enumerate(strides) if tensor.shape[i] > 1)
+        return tuple(make_multiple(n, inner[i]) if dense else n for i, n in enumerate(strides))
 
     def _add_origins(self, shape: Any, tensor: Tensor, *dim: int) -> Any:
         """Return the shape of a tensor, or one length of it, with the dimensions as origins."""

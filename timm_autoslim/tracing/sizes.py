@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from timm_autoslim.tracing.origins import FromExpression, Number, Origin, find_factors, get_plain, is_proportional
-from timm_autoslim.tracing.watching import note_comparison, note_lookup, note_plain, note_truth
+from timm_autoslim.tracing.watching import note_check, note_comparison, note_lookup, note_plain, note_truth
 
 
 def _make_comparison(compute: Callable[[Any, Any], bool]) -> Callable[[Any, Any], Any]:
@@ -42,17 +44,95 @@ class _Watched(Number):
         note_lookup(self)
         return hash(get_plain(self))
 
+    def __pos__(self) -> Any:
+        return self
+
+    def __neg__(self) -> Any:
+        return derive(operator.neg, self)
+
+    def __abs__(self) -> Any:
+        return derive(operator.abs, self)
+
+    def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Run a function of numpy; of numbers it is one that remembers where it comes from."""
+        plain = [get_plain(value) if isinstance(value, Number) else value for value in inputs]
+        result = getattr(function, method)(*plain, **options)
+        if method != "__call__" or options or not isinstance(result, np.generic):
+            return result
+        if isinstance(result, np.bool_):
+            note_check(function, inputs)
+            return result
+        return derive(_AsPython(function), *inputs)
+
+
+@dataclass(frozen=True)
+class _AsPython:
+    """A function of numpy whose result is a number of Python."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *values: Any) -> Any:
+        return self.function(*values).item()
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """A quotient or another share of a size, rounded to an integer."""
+
+    function: Callable[[Any], int]
+    compute: Callable[..., Any]
+
+    def __call__(self, *values: Any) -> int:
+        return self.function(self.compute(*values))
+
+
+def derive(compute: Callable[..., Any], *inputs: Any) -> Any:
+    """Return what a function computes from numbers, with these as origin: an `Integer` or a `Real`, which is no length.
+
+    What is neither an integer nor a float has no origin; a truth value is a question about the numbers.
+    """
+    result = compute(*(get_plain(value) if isinstance(value, Number) else value for value in inputs))
+    if type(result) is bool:
+        note_check(compute, inputs)
+    kind = {int: Integer, float: Real}.get(type(result))
+    return result if kind is None else kind(result, FromExpression(compute, inputs))
+
 
 class Integer(_Watched, int):
     """An integer that was computed from sizes; itself it is no length: a remainder, a power, a negative."""
 
     origin: Origin
 
-    def __neg__(self) -> Integer:
-        return Integer(-get_plain(self), FromExpression(operator.neg, (self,)))  # type: ignore[no-any-return]
+    def __truediv__(self, other: Any) -> Any:
+        return derive(operator.truediv, self, other) if _is_plain(other) else int.__int__(self) / other
 
-    def __abs__(self) -> Integer:
-        return Integer(abs(get_plain(self)), FromExpression(operator.abs, (self,)))  # type: ignore[no-any-return]
+    def __rtruediv__(self, other: Any) -> Any:
+        return derive(operator.truediv, other, self) if _is_plain(other) else other / int.__int__(self)
+
+    def __invert__(self) -> Any:
+        return derive(operator.invert, self)
+
+    def __floor__(self) -> Any:
+        return self
+
+    __ceil__ = __trunc__ = conjugate = __floor__
+
+    def __round__(self, digits: Any = None) -> Any:
+        return self if digits is None else round(get_plain(self), digits)
+
+    real = numerator = property(__floor__)
+
+    def bit_length(self) -> Any:
+        """Return the number of bits."""
+        return derive(int.bit_length, self)
+
+    def bit_count(self) -> Any:
+        """Return the number of bits that are 1."""
+        return derive(_count_bits, self)
+
+
+def _count_bits(value: int) -> int:
+    return bin(value).count("1")
 
 
 class Size(Integer):
@@ -70,55 +150,103 @@ class Size(Integer):
         return int.__int__(self)
 
     def __truediv__(self, other: Any) -> Any:
-        result = int.__int__(self) / other
         if isinstance(other, int):
             quotient: Any = self // other
-            return Ratio(result, replace(quotient.origin, compute=operator.truediv))
+            return Ratio(int.__int__(self) / other, replace(quotient.origin, compute=operator.truediv))
+        return self._share(operator.truediv, other)
+
+    def _share(self, compute: Callable[[Any, Any], Any], other: Any) -> Any:
+        """Return this size by a float."""
+        result = compute(int.__int__(self), other)
         if type(other) is not float or type(result) is not float:
             return result
-        return Ratio(result, FromExpression(operator.truediv, (self, other), is_proportional(self)))
+        return Ratio(result, FromExpression(compute, (self, other), is_proportional(self)))
 
     def __divmod__(self, other: Any) -> Any:
         return (self // other, self % other) if isinstance(other, int) else divmod(int.__int__(self), other)
 
 
-class Ratio(_Watched, float):
-    """A float that is a size by a number, such as `channels / 2`; rounded it is a size again."""
+@dataclass(frozen=True)
+class _Multiple:
+    """The product of some sizes and a number."""
+
+    number: int
+
+    def __call__(self, *sizes: int) -> int:
+        return self.number * math.prod(sizes)
+
+
+def make_multiple(number: int, sizes: Sequence[int]) -> int:
+    """Return a multiple of the product of some sizes, with those of them that have origins as its origin."""
+    factors = tuple(size for size in sizes if isinstance(size, Size))
+    if not factors or not number:
+        return number
+    compute = _Multiple(number // math.prod(map(get_plain, factors)))
+    size: Size = Size(number, FromExpression(compute, factors, len(factors) == 1, factors))
+    return size
+
+
+class Real(_Watched, float):
+    """A float that was computed from sizes, such as `channels ** -0.5`."""
 
     origin: FromExpression
+
+    def __int__(self) -> int:
+        return float.__int__(self)
+
+    def __floor__(self) -> Any:
+        return self._round(math.floor)
+
+    def __ceil__(self) -> Any:
+        return self._round(math.ceil)
+
+    def __trunc__(self) -> Any:
+        return self._round(math.trunc)
+
+    def __round__(self, digits: Any = None) -> Any:
+        return self._round(round) if digits is None else derive(round, self, digits)
+
+    def _round(self, function: Callable[[Any], int]) -> Any:
+        return derive(function, self)
+
+    def is_integer(self) -> bool:
+        """Return whether it is a whole number."""
+        note_check(float.is_integer, (self,))
+        return float.is_integer(self)
+
+
+class Ratio(Real):
+    """A float that is a size by a number, such as `channels / 2`; rounded it is a size again."""
+
     is_length = True
 
     def __int__(self) -> int:
         note_plain(self._round(int))
         return float.__int__(self)
 
-    def __floor__(self) -> int:
-        return self._round(math.floor)
-
-    def __ceil__(self) -> int:
-        return self._round(math.ceil)
-
-    def __round__(self, digits: Any = None) -> Any:
-        return self._round(round) if digits is None else float.__round__(self, digits)
-
-    def _round(self, function: Callable[[float], int]) -> Size:
-        divide = self.origin.compute
-        origin = replace(self.origin, compute=lambda *values: function(divide(*values)))
+    def _round(self, function: Callable[[Any], int]) -> Size:
+        origin = replace(self.origin, compute=_Rounded(function, self.origin.compute))
         size: Size = Size(function(get_plain(self)), origin)
         return size
 
 
-# -- arithmetic with integers ------------------------------------------------------------------------------------------
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a number of Python itself, or one that remembers sizes."""
+    return type(value) in (int, float, bool) or isinstance(value, Number)
+
+
+# -- arithmetic --------------------------------------------------------------------------------------------------------
 
 
 def _make_length(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Size, Any], Any]:
     """Return the method of `Size` for an operator whose result is a length; with `swap` for a `Size` on the right."""
 
     def method(self: Size, other: Any) -> Any:
-        value = int.__int__(self)
         if not isinstance(other, int):
-            return compute(other, value) if swap else compute(value, other)
-        number = int.__int__(other)
+            if compute is operator.mul and type(other) is float:
+                return self._share(compute, other)
+            return _derive(compute, self, other, swap)
+        value, number = int.__int__(self), int.__int__(other)
         a, b = (number, value) if swap else (value, number)
         inputs = (other, self) if swap else (self, other)
         operands = tuple(v for v in (self, other) if isinstance(v, Size))
@@ -137,24 +265,35 @@ def _make_length(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Si
     return method
 
 
+def _derive(compute: Callable[[Any, Any], Any], number: Any, other: Any, swap: bool) -> Any:
+    """Return what an operator computes from a number with an origin and another."""
+    if _is_plain(other):
+        return derive(compute, *((other, number) if swap else (number, other)))
+    plain = get_plain(number)
+    return compute(other, plain) if swap else compute(plain, other)
+
+
 def _make_other(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Any, Any], Any]:
-    """Return the method of `Integer` for one operator; its result is no length."""
+    """Return the method of `Integer` and `Real` for one operator; its result is no length."""
 
     def method(self: Any, other: Any, *modulus: Any) -> Any:
         if modulus:  # of pow
-            return pow(get_plain(self), get_plain(other), *map(get_plain, modulus))
-        if not isinstance(other, int):
-            return compute(other, get_plain(self)) if swap else compute(get_plain(self), other)
-        inputs = (other, self) if swap else (self, other)
-        result = compute(*map(get_plain, inputs))
-        return Integer(result, FromExpression(compute, inputs)) if isinstance(result, int) else result
+            return derive(pow, self, other, *modulus)
+        if not isinstance(other, int) and not _is_plain(other):  # a tensor, or a float that keeps a path of its own
+            return NotImplemented
+        return _derive(compute, self, other, swap)
 
     return method
 
 
 _LENGTHS = (operator.add, operator.sub, operator.mul, operator.floordiv)
-_OTHERS = (operator.mod, operator.pow, operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift)
-for _kind, _make, _operators in ((Integer, _make_other, (*_LENGTHS, *_OTHERS)), (Size, _make_length, _LENGTHS)):
+_WITH_FLOATS = (*_LENGTHS, operator.mod, operator.pow)
+_OF_INTEGERS = (operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift)
+for _kind, _make, _operators in (
+    (Integer, _make_other, (*_WITH_FLOATS, *_OF_INTEGERS)),
+    (Size, _make_length, _LENGTHS),
+    (Real, _make_other, (*_WITH_FLOATS, operator.truediv)),
+):
     for _compute in _operators:
         _name = _compute.__name__.strip("_")
         setattr(_kind, f"__{_name}__", _make(_compute, swap=False))

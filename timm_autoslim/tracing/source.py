@@ -36,6 +36,11 @@ def find_tables(frame: Any) -> list[Collection[Any]]:
     return [table for table in (_read(node, frame) for node in expressions) if isinstance(table, _TABLES)]
 
 
+def has_lookup(frame: Any) -> bool:
+    """Whether the running line of a frame looks something up."""
+    return frame.f_lineno in _list_lookups(frame.f_code.co_filename)
+
+
 @cache
 def _list_lookups(path: str) -> dict[int, list[ast.expr]]:
     """Return by line of a file the expressions that something is looked up in; none if there is no source."""

@@ -17,7 +17,6 @@ from timm_autoslim.tracing.buffers import constrain_unsaved, freeze_refilled, fr
 from timm_autoslim.tracing.caches import empty_attributes, find_caches, find_filled, list_kept_tensors
 from timm_autoslim.tracing.calls import wrap_attributes
 from timm_autoslim.tracing.checks import keep_answers
-from timm_autoslim.tracing.comparisons import find_coincidences
 from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
@@ -158,7 +157,7 @@ class Tracer:
         uses = [*self.flow.constraints.attributes, *described.uses]
         described.uses += Surroundings(self.copy, uses, described.inputs, described.outputs, self.labels).find_uses()
         graph = freeze_refilled(freeze_tables(self._solve(), self.labels), self.model, self.labels, unsaved)
-        graph, repairs = repair(self._freeze_compared(graph), self._make_prover())
+        graph, repairs = repair(keep_answers(graph, self.flow.checks), self._make_prover())
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):
                 return Tracer(self.model, self.example, self.keep_output, ["*"], self.doubles).run(empty_caches)
@@ -282,14 +281,6 @@ class Tracer:
             if id(tensor) not in self.recorder.used_ids:
                 for label in self.labels.get(name, []):
                     self.flow.constraints.freeze(label, "not used in forward")
-
-    def _freeze_compared(self, graph: ChannelGraph) -> ChannelGraph:
-        """Freeze channels whose number could become one that the code compares it with, and takes another path."""
-        uses = [*self.flow.constraints.attributes, *self.describer.uses]
-        vectors = find_coincidences(graph, self.flow.inequalities, uses)
-        if vectors:
-            graph = graph.freeze(vectors, "the code compares their number with another that may become equal")
-        return keep_answers(graph, self.flow.checks)
 
     def _make_prover(self) -> Prover:
         """Return what compares subnets with the records; they get what the widest has kept."""

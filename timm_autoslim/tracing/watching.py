@@ -9,10 +9,12 @@ import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
+from types import CodeType
 from typing import Any, Protocol
 
 from timm_autoslim.tracing.origins import FromExpression, Number, evaluate, get_plain
-from timm_autoslim.tracing.source import find_tables, format_line
+from timm_autoslim.tracing.source import find_tables, format_line, has_lookup
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,24 +45,44 @@ class Watcher(Protocol):
     def note_equal(self, a: Number, b: Number) -> None:
         """The code has compared two sizes, and they are equal."""
 
-    def note_unequal(self, a: Number, b: Number) -> None:
-        """The code has compared two sizes, and they are not equal."""
-
     def note_check(self, check: Check) -> None:
-        """The code has asked something else about sizes, such as `channels % 8 == 0`."""
+        """The code has asked something about sizes, such as `channels % 8 == 0`."""
 
     def note_plain(self, size: Number) -> None:
         """The code has made an ordinary integer of a size, as by `int(x.shape[1])`."""
 
 
-_WATCHER: ContextVar[Watcher | None] = ContextVar("watcher of sizes", default=None)
-_COMPARE, _CONTAINS = dis.opmap["COMPARE_OP"], dis.opmap["CONTAINS_OP"]
+class Members:
+    """The numbers that one run of a function puts into a set or dict at one place."""
+
+    def __init__(self) -> None:
+        self._place: tuple[Any, int] | None = None
+        self._numbers: list[Number] = []
+
+    def add(self, frame: Any, number: Number) -> list[Number]:
+        """Add a number; return the others that stand there."""
+        place = frame, frame.f_lasti
+        if place != self._place:
+            self._place, self._numbers = place, []
+        others = [other for other in self._numbers if other is not number]
+        self._numbers.append(number)
+        return others
+
+
+_WATCHER: ContextVar[tuple[Watcher, Members] | None] = ContextVar("watcher of sizes", default=None)
+_OWN = ("timm_autoslim.tracing.sizes", "timm_autoslim.tracing.functions")  # the code that calls this one
+_COMPARE = dis.opmap["COMPARE_OP"]
+_DISPLAY_NAMES = ("BUILD_SET", "BUILD_MAP", "BUILD_CONST_KEY_MAP", "SET_ADD", "MAP_ADD", "SET_UPDATE", "DICT_UPDATE")
+_DISPLAYS = frozenset(dis.opmap[name] for name in _DISPLAY_NAMES if name in dis.opmap)
+
+
+_NO_USE = None, None, None
 
 
 @contextlib.contextmanager
 def watching_sizes(watcher: Watcher) -> Iterator[None]:
     """Let `watcher` learn what the code in the block does with sizes."""
-    token = _WATCHER.set(watcher)
+    token = _WATCHER.set((watcher, Members()))
     try:
         yield
     finally:
@@ -68,20 +90,16 @@ def watching_sizes(watcher: Watcher) -> Iterator[None]:
 
 
 def note_comparison(compute: Callable[..., bool], a: Any, b: Any) -> None:
-    """Tell the watcher that the code which runs the caller has compared `a` with `b`."""
-    watcher = _WATCHER.get()
+    """Tell the watcher that the model's code has compared `a` with `b`."""
+    watcher, frame, _ = _find_use()
     if watcher is None:
         return
-    frame = sys._getframe(2)
-    if not _is_of_model(frame):
-        return
-    code = frame.f_code.co_code[frame.f_lasti]
+    code = _read_code(frame.f_code)[frame.f_lasti]
     equality = compute in (operator.eq, operator.ne)
     pair = _find_pair(a, b) if equality or _is_size(b) else None
-    if pair is not None and code == _COMPARE:
-        equal = get_plain(pair[0]) == get_plain(pair[1])
-        (watcher.note_equal if equal else watcher.note_unequal)(*pair)
-    elif pair is None or not equality or (code == _CONTAINS and not find_tables(frame)):  # no key of a dict
+    if pair is not None and code == _COMPARE and get_plain(pair[0]) == get_plain(pair[1]):
+        watcher.note_equal(*pair)
+    if pair is None or not equality or code == _COMPARE or not find_tables(frame):  # no key of a dict
         watcher.note_check(Check(compute, (a, b), _locate(frame)))
 
 
@@ -100,37 +118,72 @@ def _find_pair(a: Any, b: Any) -> tuple[Any, Any] | None:
 
 
 def note_truth(number: Any) -> None:
-    """Tell the watcher that the code which runs the caller has asked whether a number is not 0."""
-    watcher = _WATCHER.get()
-    if watcher is None or not _is_of_model(frame := sys._getframe(2)):
+    """Tell the watcher that the model's code has asked whether a number is not 0."""
+    watcher, frame, _ = _find_use()
+    if watcher is None:
         return
     pair = _find_pair(number, 0)
-    if pair is None:
-        watcher.note_check(Check(bool, (number,), _locate(frame)))
-    else:
-        (watcher.note_unequal if get_plain(number) else watcher.note_equal)(*pair)
+    if pair is not None and not get_plain(number):
+        watcher.note_equal(*pair)
+    watcher.note_check(Check(bool, (number,), _locate(frame)))
+
+
+def note_check(compute: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
+    """Tell the watcher that the model's code has asked a question about numbers."""
+    watcher, frame, _ = _find_use()
+    if watcher is not None:
+        watcher.note_check(Check(compute, inputs, _locate(frame)))
 
 
 def note_lookup(number: Any) -> None:
-    """Tell the watcher of the dicts and sets where the code which runs the caller looks a number up."""
-    watcher = _WATCHER.get()
-    if watcher is not None and _is_of_model(frame := sys._getframe(2)):
-        for keys in find_tables(frame):
-            plain = frozenset(key for key in keys if type(key) is int)
-            if plain:
-                answer = _make_lookup(plain)
-                watcher.note_check(Check(answer, (number,), _locate(frame)))
+    """Tell the watcher of what the model's code looks a number up in, or of the others in a set that it makes."""
+    watcher, frame, members = _find_use()
+    if watcher is None:
+        return
+    for keys in find_tables(frame):
+        plain = frozenset(key for key in keys if type(key) is int)
+        if plain:
+            watcher.note_check(Check(Lookup(plain), (number,), _locate(frame)))
+    if _read_code(frame.f_code)[frame.f_lasti] in _DISPLAYS or not has_lookup(frame):
+        for other in members.add(frame, number):
+            watcher.note_check(Check(operator.eq, (other, number), _locate(frame)))
 
 
-def _make_lookup(keys: frozenset[int]) -> Callable[[int], int | None]:
-    return lambda value: value if value in keys else None
+@dataclass(frozen=True)
+class Lookup:
+    """What is found under a number, as far as the keys decide it: the key."""
+
+    keys: frozenset[int]
+
+    def __call__(self, value: int) -> int | None:
+        """Return the key that a number is, or None."""
+        return value if value in self.keys else None
 
 
 def note_plain(size: Number) -> None:
-    """Tell the watcher that the code which runs the caller makes an ordinary integer of a size."""
-    watcher = _WATCHER.get()
-    if watcher is not None and _is_of_model(sys._getframe(2)):
+    """Tell the watcher that the model's code makes an ordinary integer of a size."""
+    watcher, _, _ = _find_use()
+    if watcher is not None:
         watcher.note_plain(size)
+
+
+def _find_use() -> Any:
+    """Return the watcher, the frame of the code that uses a number, and the set that it makes.
+
+    Without a watcher, and where that code is not the model's, these are None.
+    """
+    watcher = _WATCHER.get()
+    if watcher is None:
+        return _NO_USE
+    frame: Any = sys._getframe(2)
+    while frame.f_globals.get("__name__") in _OWN:
+        frame = frame.f_back
+    return (watcher[0], frame, watcher[1]) if _is_of_model(frame) else _NO_USE
+
+
+@cache
+def _read_code(code: CodeType) -> bytes:
+    return code.co_code
 
 
 def _is_of_model(frame: Any) -> bool:
