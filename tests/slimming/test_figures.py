@@ -1,12 +1,24 @@
 """The figures of a report show the networks of all methods."""
 
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 from helpers.searches import held_out, make_supernet, rename_method
 
 from timm_autoslim import baseline, search
-from timm_autoslim.slimming.figures import FIGURES, INK, QUIET, find_network, list_networks, render_svg
+from timm_autoslim.slimming.figures import (
+    FIGURES,
+    INK,
+    QUIET,
+    _join_small,
+    draw_descent,
+    draw_losses,
+    find_network,
+    list_networks,
+    read_width,
+    render_svg,
+)
 
 BUDGETS = ["macs<=60%", "params<=40%"]
 
@@ -69,3 +81,28 @@ def test_the_descent_starts_at_the_original_and_shows_the_networks(results):
 def test_a_method_of_another_name_is_drawn_too(results):
     other = rename_method(results[0], "reference, loss")
     assert render_svg(FIGURES["losses"][0]([*results, other]))
+
+
+def test_modules_with_hardly_any_macs_are_one_row_where_there_are_many():
+    large, small = {f"large{i}": 1000 for i in range(30)}, {f"small{i}": 2 for i in range(20)}
+    widest, network = large | small, dict.fromkeys(large, 400) | dict.fromkeys(small, 1)
+    joined = _join_small([widest, network])
+    assert joined == [large | {"20 others": 40}, dict.fromkeys(large, 400) | {"20 others": 20}]
+    assert _join_small([small]) == [small]  # few modules are all shown
+
+
+def test_the_colour_bar_of_a_descent_does_not_grow_with_the_groups(results):
+    heights = []
+    for count in (3, 80):
+        groups = tuple(replace(results[0].groups[0], name=f"g{i}") for i in range(count))
+        steps = tuple(replace(step, group="g0") for step in results[0].steps)
+        figure = draw_descent([replace(results[0], groups=groups, steps=steps)])
+        render_svg(figure)
+        bar = next(ax for ax in figure.axes[1].child_axes)
+        heights.append(bar.get_window_extent().height / figure.dpi)
+    assert heights[1] < 2.5
+    assert heights[0] < heights[1] * 1.2
+
+
+def test_the_width_of_a_picture_is_read_from_it(results):
+    assert read_width(render_svg(draw_losses(results))) == pytest.approx(8 * 72, rel=0.1)

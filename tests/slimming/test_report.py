@@ -38,7 +38,7 @@ def run(tmp_path, results):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Draw the figures, but leave out what takes most of the time of a report: their pixels."""
-    monkeypatch.setattr(report, "render_svg", lambda figure: b"a picture")
+    monkeypatch.setattr(report, "render_svg", lambda figure: b'<svg width="576pt">')
 
 
 def in_folder(run):
@@ -61,6 +61,9 @@ def test_the_page_holds_the_figures_and_the_numbers(run, results, capsys):
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
     assert "&lt;Branches&gt;" in page
     assert 'name="viewport"' in page
+    widths = re.findall(r'style="min-width: (\d+)px; max-width: (\d+)px"', page)  # readable on a phone, not blown up
+    assert len(widths) == len(names)
+    assert all(600 < int(least) < int(most) < 1080 for least, most in widths)
     original = next(r for r in page.split("<tr") if "<td>original</td>" in r)
     assert f"<td>{results[0].widest_loss:.4f}</td>" in original
     for result in results:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -23,6 +24,8 @@ ORIGINAL = "original"  # the widest subnet, which computes what the original doe
 COLOURS = {
     SEARCHED: "#c0392b", "uniform": "#2c6fbb", "random": "#7f8c8d", "evolutionary": "#27853f", "importance": "#b7791f",
 }  # fmt: skip
+
+MANY, SMALL = 40, 0.005  # modules from which on those below this share of the MACs stand in one row
 
 
 def name_loss(results: Sequence[SearchResult]) -> str:
@@ -73,6 +76,13 @@ def render_svg(figure: Figure) -> bytes:
     text = file.getvalue().replace(INK, "currentColor").replace(QUIET, "var(--quiet)")
     start = text.index(">", text.index("<svg")) + 1
     return (text[:start] + _STYLE + text[start:]).encode()
+
+
+def read_width(picture: bytes) -> float:
+    """Return the width of an SVG file of `render_svg`, in points."""
+    match = re.search(rb'<svg[^>]* width="([\d.]+)pt"', picture)
+    assert match is not None
+    return float(match[1])
 
 
 def _draw(draw: Callable[[Sequence[SearchResult]], Drawing]) -> Callable[[Sequence[SearchResult]], Drawing]:
@@ -148,7 +158,8 @@ def draw_descent(results: Sequence[SearchResult]) -> Drawing:
     bottom.set_yticks(range(len(sizes)), list(sizes), fontsize=8)
     bottom.set_xlabel("step")
     bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.colorbar(image, ax=bottom, label="share of the width", pad=0.01)
+    share = min(1.0, 2 / (0.9 + 0.19 * len(sizes)))  # two inches of the rows, however many there are
+    figure.colorbar(image, cax=bottom.inset_axes((1.015, 1 - share, 0.02, share)), label="share of the width")
     return figure
 
 
@@ -175,22 +186,40 @@ def draw_losses(results: Sequence[SearchResult]) -> Drawing:
 @_draw
 def draw_modules(results: Sequence[SearchResult]) -> Drawing:
     """Draw the MACs of every module: the widest's, and those of the searched networks."""
-    widest, macs = results[0].macs_by_module, METRICS["macs"]
     networks = [find_network(of, SEARCHED) or of[0] for of in list_networks(results).values()]
+    widest, *by_network = _join_small([results[0].macs_by_module, *(network.macs_by_module for network in networks)])
+    macs = METRICS["macs"]
     figure, (ax,) = _make_rows(len(widest))
     place, each = np.arange(len(widest)), 0.8 / len(networks)
     ax.barh(place, [count / macs.scale for count in widest.values()], 0.8, color=QUIET, label=ORIGINAL)
-    for index, network in enumerate(networks):
+    for index, (network, counts) in enumerate(zip(networks, by_network, strict=True)):
         shade = 1 - 0.6 * index / max(1, len(networks) - 1)  # the smaller the budget, the lighter
-        lengths = [network.macs_by_module[path] / macs.scale for path in widest]
         ax.barh(
-            place + (index - (len(networks) - 1) / 2) * each, lengths, 0.9 * each, alpha=shade,
+            place + (index - (len(networks) - 1) / 2) * each, [counts[path] / macs.scale for path in widest],
+            0.9 * each, alpha=shade,
             color=COLOURS.get(network.method), label=f"{network.method} {network.text}",
         )  # fmt: skip
     ax.set_yticks(place, list(widest), fontsize=8)
     ax.set_xlabel(macs.label)
     ax.legend(fontsize=8)
     return figure
+
+
+def _join_small(by_module: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
+    """Return MACs by module; of a model with many modules, those that have hardly any are added up in one row.
+
+    Args:
+        by_module: of the widest, and of the networks.
+    """
+    widest = by_module[0]
+    least = SMALL * sum(widest.values()) if len(widest) > MANY else 0
+    small = [path for path, count in widest.items() if count < least]
+    others = f"{len(small)} others" if small else ""
+    return [
+        {path: count for path, count in counts.items() if path not in small}
+        | ({others: sum(counts[path] for path in small)} if small else {})
+        for counts in by_module
+    ]
 
 
 # By name: what draws it, its title, and what it shows.
@@ -206,5 +235,5 @@ FIGURES: dict[str, tuple[Callable[[Sequence[SearchResult]], Drawing], str, str]]
         "The loss after each step, on some or all images, and which group was slimmed when.",
     ),
     "losses": (draw_losses, "Cost and loss", "The held-out loss, before any fine-tuning, with batch statistics."),
-    "modules": (draw_modules, "Costs per module", "Multiply-adds of every module for one image."),
+    "modules": (draw_modules, "Costs per module", "Multiply-adds of the modules for one image."),
 }

@@ -14,7 +14,7 @@ from timm_autoslim.errors import ArtifactError
 from timm_autoslim.slimming.accuracy import Accuracy
 from timm_autoslim.slimming.baselines import BASELINES
 from timm_autoslim.slimming.budgets import Budget
-from timm_autoslim.slimming.figures import FIGURES, list_networks, name_loss, render_svg
+from timm_autoslim.slimming.figures import FIGURES, list_networks, name_loss, read_width, render_svg
 from timm_autoslim.slimming.json_reader import JsonValue
 from timm_autoslim.slimming.network import Found
 from timm_autoslim.slimming.result import SearchResult
@@ -124,6 +124,8 @@ def _describe_work(result: SearchResult) -> str:
     )
 
 
+# Pixels of a page for each point of a figure, at the least and at the most: letters of 8 points stay readable.
+_LEAST, _MOST = 1.15, 1.35
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -132,17 +134,25 @@ _PAGE = """<!DOCTYPE html>
 <meta name="color-scheme" content="light dark">
 <title>{{ name }}: search report</title>
 <style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 1080px; margin: 2em auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: var(--page); max-width: 1080px; margin: 2em auto;
   padding: 0 1em; }
 h1 { font-size: 1.5em; margin-bottom: .2em; } h2 { font-size: 1.15em; margin: 2em 0 .2em; }
-p { margin: .3em 0 .8em; color: #555; } div { overflow-x: auto; }
-img { display: block; width: 100%; min-width: 600px; height: auto; }
+p { margin: .3em 0 .8em; color: #555; }
+:root { --page: #fff; --shadow: #0004; }
+/* what is wider than the page scrolls sideways; shadows at its edges say so */
+div { overflow-x: auto; background: linear-gradient(90deg, var(--page) 30%, transparent) 0 0 / 3em 100%,
+  linear-gradient(270deg, var(--page) 30%, transparent) 100% 0 / 3em 100%,
+  linear-gradient(90deg, var(--shadow), transparent) 0 0 / 1em 100%,
+  linear-gradient(270deg, var(--shadow), transparent) 100% 0 / 1em 100%;
+  background-repeat: no-repeat; background-attachment: local, local, scroll, scroll; }
+img { display: block; width: 100%; height: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3em .8em; text-align: right; border-bottom: 1px solid #ddd; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; } td { white-space: nowrap; }
 tr.searched td { font-weight: 600; }
 @media (prefers-color-scheme: dark) {
-  body { color: #ddd; background: #16181b; } p { color: #aaa; } th, td { border-color: #3a3f45; }
+  :root { --page: #16181b; --shadow: #fff4; }
+  body { color: #ddd; background: var(--page); } p { color: #aaa; } th, td { border-color: #3a3f45; }
 }
 </style>
 </head>
@@ -184,7 +194,8 @@ tr.searched td { font-weight: 600; }
 {%- for figure in figures %}
 <h2>{{ figure.title }}</h2>
 <p>{{ figure.text }}</p>
-<div><img alt="{{ figure.text }}" src="data:image/svg+xml;base64,{{ figure.data }}"></div>
+<div><img alt="{{ figure.text }}" style="min-width: {{ figure.least }}px; max-width: {{ figure.most }}px"
+src="data:image/svg+xml;base64,{{ figure.data }}"></div>
 {%- endfor %}
 </body>
 </html>
@@ -200,7 +211,13 @@ def _render(
 ) -> str:
     """Return the page."""
     figures = [
-        {"title": FIGURES[key][1], "text": FIGURES[key][2], "data": base64.b64encode(picture).decode()}
+        {
+            "title": FIGURES[key][1],
+            "text": FIGURES[key][2],
+            "data": base64.b64encode(picture).decode(),
+            "least": round(_LEAST * read_width(picture)),
+            "most": round(_MOST * read_width(picture)),
+        }
         for key, picture in pictures.items()
     ]
     networks = {network.name: network.widths.to_dict() for result in results for network in result.networks}
