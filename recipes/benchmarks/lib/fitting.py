@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +69,28 @@ class Step:
             else:
                 group["lr"] = rate
 
+    def write(self, path: Path, generator: torch.Generator, epoch: int) -> None:
+        """Write all that training goes on from: weights, the optimizer's state, random numbers, the epoch."""
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()["state"],
+                 "generator": generator.get_state(), "epoch": epoch}  # fmt: skip
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    def read(self, path: Path, generator: torch.Generator) -> int:
+        """Read such a file; return its epoch. Tensors keep their places, since a graph writes to them."""
+        state = torch.load(path, map_location=self.images.device)
+        self.model.load_state_dict(state["model"])
+        generator.set_state(state["generator"].cpu())
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for index, saved in state["optimizer"].items():
+            tensors = self.optimizer.state[parameters[index]]
+            for name, value in saved.items():
+                if isinstance(tensors.get(name), Tensor):
+                    tensors[name].copy_(value)
+                else:
+                    tensors[name] = value
+        return int(state["epoch"])
+
     def _run(self) -> None:
         self.optimizer.zero_grad()
         loss = self.measure(self.model, self.images, self.targets)
@@ -98,6 +121,7 @@ def fit(
     model: nn.Module, pictures: Pictures, prepare: Callable[[Tensor], Tensor], loss: Loss,
     make_optimizer: Callable[..., torch.optim.Optimizer], *, epochs: int, batch: int, rate: float, warmup: float = 0,
     count: int | None = None, seed: int = 0, on_epoch: Callable[[int, float], None] | None = None,
+    checkpoint: Path | None = None,
 ) -> int:  # fmt: skip
     """Train with a linear warm-up of the learning rate, then a cosine to 0.
 
@@ -112,6 +136,8 @@ def fit(
         count: how many of the first images are trained on.
         seed: of order, crops and flips.
         on_epoch: called with the epoch and the loss of its last step.
+        checkpoint: a file that is written after every tenth of the epochs. Where it is there already, training goes on
+            from it, as if it had not been interrupted.
 
     Returns:
         How many images the steps saw.
@@ -123,8 +149,10 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     example = prepare(pictures.draw(torch.arange(batch), torch.Generator().manual_seed(0))[0])
     step = Step(model.train(), loss, make_optimizer(model.parameters(), **graphed), example)
-    updates = count // batch
-    for epoch in range(epochs):
+    updates, first = count // batch, 0
+    if checkpoint is not None and checkpoint.exists():
+        first = step.read(checkpoint, generator)
+    for epoch in range(first, epochs):
         for index, chosen in enumerate(
             torch.split(torch.randperm(count, generator=generator)[: updates * batch], batch)
         ):
@@ -135,4 +163,6 @@ def fit(
             step(prepare(images), targets)
         if on_epoch is not None:
             on_epoch(epoch + 1, step.loss.item())
+        if checkpoint is not None and (epoch + 1) % max(1, epochs // 10) == 0:
+            step.write(checkpoint, generator, epoch + 1)
     return epochs * updates * batch

@@ -118,9 +118,9 @@ def make_loss(teacher: nn.Module | None) -> Loss:
 
 
 def train(
-    model: nn.Module, data: Cifar, count: int, epochs: int, rate: float, *, teacher: nn.Module | None = None
+    model: nn.Module, data: Cifar, count: int, epochs: int, rate: float, path: Path, teacher: nn.Module | None = None
 ) -> None:
-    """Train by SGD with Nesterov's momentum: a short warm-up, then a cosine."""
+    """Train by SGD with Nesterov momentum, a short warm-up, then a cosine; `path` has what an interrupted one left."""
     start = time.perf_counter()
 
     def say(epoch: int, loss: float) -> None:
@@ -130,7 +130,7 @@ def train(
     fit(
         model, data.pictures, lambda images: images, make_loss(teacher),
         functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=5e-4),
-        epochs=epochs, batch=BATCH, rate=rate, warmup=2, count=count, on_epoch=say,
+        epochs=epochs, batch=BATCH, rate=rate, warmup=2, count=count, on_epoch=say, checkpoint=path,
     )  # fmt: skip
 
 
@@ -152,26 +152,37 @@ def measure_stage(name: str, args: argparse.Namespace) -> Iterator[Row]:
     start, path = time.perf_counter(), args.checkpoints / "base.pt"
     base = make_model(args, data)
     if name == "base":
-        train(base, data, data.count, args.epochs[0], 0.2)
+        train(base, data, data.count, args.epochs[0], 0.2, args.checkpoints / "base-epochs.pt")
         torch.save(base.state_dict(), path)
         yield describe(base, data, start, network="base", epochs=args.epochs[0])
         return
     base.load_state_dict(torch.load(path, map_location=data.device))
     base.eval()
-    network = copy.deepcopy(base) if name == "control" else slim_base(base, data, RATIOS[name])
+    if name == "control":
+        network = copy.deepcopy(base)
+    else:
+        network = slim_base(base, data, RATIOS[name], args.checkpoints / f"{name}-slim.pt")
     common = {"network": name, "macs": count_macs(network, data), "macs_base": count_macs(base, data)}
     if name != "control":
         yield describe(network, data, start, question="slimmed", **common)
     start, raw = time.perf_counter(), measure_top1(network, data.test)
-    train(network, data, len(data.pictures.targets), args.epochs[1], 0.1, teacher=base)
-    yield describe(network, data, start, raw_top1=raw, epochs=args.epochs[1], **common)
+    epochs, interrupted = args.epochs[1], args.checkpoints / f"{name}-epochs.pt"
+    train(network, data, len(data.pictures.targets), epochs, 0.1, interrupted, teacher=base)
+    yield describe(network, data, start, raw_top1=raw, epochs=epochs, **common)
     torch.save(network.state_dict(), args.checkpoints / f"{name}.pt")
 
 
-def slim_base(base: nn.Module, data: Cifar, ratio: float) -> nn.Module:
-    """Return a network of so many times fewer MACs; the searches see the held-out images. Nothing is trained."""
+def slim_base(base: nn.Module, data: Cifar, ratio: float, path: Path) -> nn.Module:
+    """Return a network of so many times fewer MACs; the searches see the held-out images. Nothing is trained.
+
+    It is written to `path`, and read from there if it is there already.
+    """
+    if path.exists():
+        return torch.load(path, map_location=data.device, weights_only=False)  # type: ignore[no-any-return]
     network = slim(base, f"{100 / ratio:.4g}%", data.list_held_out(), F.cross_entropy, progress=False)
-    return network.to(memory_format=torch.channels_last)
+    network = network.to(memory_format=torch.channels_last)
+    torch.save(network, path)
+    return network
 
 
 def count_macs(network: nn.Module, data: Cifar) -> int:
@@ -187,7 +198,9 @@ def describe(model: nn.Module, data: Cifar, start: float, **more: Any) -> Row:
 
 def make_table(rows: list[Row]) -> str:
     """Return the table of networks; empty if there are no rows."""
-    rows = [row for row in rows if row.get("question") == "cifar10" and "top1" in row]
+    tuned = [row["network"] for row in rows if row.get("question") == "cifar10"]
+    slimmed = [row for row in rows if row.get("question") == "slimmed" and row["network"] not in tuned]
+    rows = [row for row in rows if row.get("question") == "cifar10"] + [row | {"epochs": 0} for row in slimmed]
     if len(rows) < 2:  # the base alone says nothing
         return ""
     lines = [

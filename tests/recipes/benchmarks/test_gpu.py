@@ -62,3 +62,38 @@ def test_all_parts_run_on_a_cpu(tmp_path):
     equal = [row for row in rows if row.get("question") == "equality"]
     assert all(row["subnet_equal"] and row["reload_equal"] and not row["gradients_different"] for row in equal)
     assert "| vit_tiny_patch16_224 | float32 | bit for bit | bit for bit | 0 of " in done.stdout
+
+
+def test_a_training_that_was_interrupted_goes_on_from_its_file(tmp_path):
+    import functools
+
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    from timm_autoslim.recipes.benchmarks.lib.fitting import Pictures, fit
+
+    pictures = Pictures(torch.randn(24, 3, 8, 8), torch.randint(3, (24,)))
+    networks = {}
+
+    def stop(epoch, loss):
+        if epoch == 3:
+            raise KeyboardInterrupt
+
+    for name, on_epoch in (("whole", None), ("interrupted", stop), ("resumed", None)):
+        torch.manual_seed(0)
+        networks[name] = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3))
+        train = functools.partial(
+            fit, networks[name], pictures, lambda images: images,
+            lambda model, images, targets: F.cross_entropy(model(images), targets),
+            functools.partial(torch.optim.SGD, momentum=0.9), epochs=5, batch=8, rate=0.1, on_epoch=on_epoch,
+            checkpoint=tmp_path / ("whole.pt" if name == "whole" else "part.pt"),
+        )  # fmt: skip
+        if on_epoch:
+            with pytest.raises(KeyboardInterrupt):
+                train()
+        else:
+            train()
+    states = [networks[name].state_dict() for name in ("whole", "interrupted", "resumed")]
+    assert all(torch.equal(states[0][key], states[2][key]) for key in states[0])
+    assert not torch.equal(states[0]["0.weight"], states[1]["0.weight"])
