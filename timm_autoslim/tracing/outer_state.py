@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from timm_autoslim.tracing.autocast import accept_autocast_on_meta
 from timm_autoslim.tracing.functions import MATH
 from timm_autoslim.tracing.reachable import LRU_CACHED, MISSING, Container, Place, Walk
 from timm_autoslim.tracing.sizes import Size
@@ -40,7 +41,7 @@ def with_empty_caches(model: nn.Module, action: Callable[[EmptyCaches], T]) -> T
         while True:
             state.empty_caches()
             try:
-                with sharing_generators(state.generators):
+                with sharing_generators(state.generators), accept_autocast_on_meta():
                     result = action(state.empty_caches)
             except Exception:
                 if state.keep_constants(failed=True):

@@ -3,6 +3,10 @@
 import pytest
 import torch
 from helpers.operators import aten, by_name, reasons, run_rule, tensor
+from torch import nn
+from torch.nn import functional as F
+
+from timm_autoslim import convert
 
 X = (2, 6, 5, 5)
 NORM = (tensor(6), tensor(6), tensor(6), tensor(6))
@@ -20,6 +24,9 @@ CASES = {
     "_adaptive_avg_pool2d": (aten._adaptive_avg_pool2d.default, tensor(*X), [2, 2]),
     "upsample_nearest1d": (aten.upsample_nearest1d.default, tensor(2, 6, 5), [10]),
     "upsample_bilinear2d": (aten.upsample_bilinear2d.default, tensor(*X), [10, 10], False),
+    "upsample_nearest3d": (aten.upsample_nearest3d.default, tensor(2, 6, 2, 5, 5), [4, 10, 10]),
+    "upsample_trilinear3d": (aten.upsample_trilinear3d.default, tensor(2, 6, 2, 5, 5), [4, 10, 10], False),
+    "grid_sampler_3d": (aten.grid_sampler_3d.default, tensor(2, 6, 2, 5, 5), tensor(2, 2, 3, 3, 3), 0, 0, False),
     "grid_sampler_2d": (aten.grid_sampler_2d.default, tensor(*X), tensor(2, 3, 3, 2), 0, 0, False),
     "mean": (aten.mean.dim, tensor(*X), [2, 3], True),
     "mean of all": (aten.mean.default, tensor(*X)),
@@ -106,3 +113,31 @@ def test_indices_and_running_sums_keep_channels():
     assert reasons(run_rule(*CASES["argmax"])) == {"it returns indices of these channels"}
     assert not reasons(run_rule(*CASES["max along"]))  # nothing reads the indices
     assert reasons(run_rule(*CASES["cumsum"])) == {"a running sum depends on the order of these channels"}
+
+
+def test_volumes_resized_in_every_way_and_padded_by_their_edges_keep_their_channels():
+    """Sampling and padding of volumes: nothing but the input and the output is fixed, and subnets are exact."""
+
+    class Volumes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList([nn.Conv3d(n, 8, 3, padding=1) for n in (2, 8, 8, 8, 8, 8)])
+            self.pads = nn.ModuleList([nn.ReflectionPad3d(1), nn.ReplicationPad3d(1), nn.ReplicationPad1d(1)])
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x):
+            grid = F.affine_grid(torch.eye(3, 4).expand(len(x), 3, 4), [len(x), 1, 4, 4, 4], align_corners=False)
+            x = F.interpolate(self.convs[0](x), scale_factor=2, mode="trilinear")
+            x = F.interpolate(self.convs[1](x), scale_factor=2, mode="nearest")
+            x = F.interpolate(self.convs[2](x), size=(4, 4, 4), mode="nearest-exact")
+            x = F.grid_sample(self.convs[3](x), grid.to(x), align_corners=False)
+            x = F.adaptive_max_pool3d(self.pads[1](self.pads[0](self.convs[4](x))), 2)
+            return self.head(self.pads[2](self.convs[5](x).flatten(2)).mean(-1))
+
+    images = torch.randn(2, 2, 2, 2, 2)
+    supernet = convert(Volumes(), images)
+    assert len(supernet.space) == 6
+    assert set(supernet.graph.fixed) == {("convs.0.weight", 1), ("head.weight", 0), ("head.bias", 0)}
+    widths = supernet.space.uniform(0.5)
+    with torch.no_grad():
+        assert torch.equal(supernet.eval()(images, widths), supernet.extract(widths).eval()(images))

@@ -53,7 +53,8 @@ def _stack(flow: Flow, op: OperatorCall) -> None:
     flow.set_labels(op.out, [*labels[:dim], None, *labels[dim:]])
 
 
-@RULES.add("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad2d")
+@RULES.add("constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+           "replication_pad2d", "replication_pad3d")  # fmt: skip
 def _pad(flow: Flow, op: OperatorCall) -> None:
     pads = op.get("pad", op.get("padding"))  # before and after the last dimension, then the one before that, ...
     labels = flow.get_labels(op["self"])

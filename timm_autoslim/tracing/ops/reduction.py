@@ -64,6 +64,8 @@ def _group_norm(flow: Flow, op: OperatorCall) -> None:
     "_adaptive_avg_pool3d", "avg_pool3d", "max_pool3d_with_indices", "adaptive_avg_pool1d",
     "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_nearest1d",
     "_upsample_bilinear2d_aa", "upsample_linear1d", "_upsample_nearest_exact2d", "grid_sampler_2d",
+    "_upsample_nearest_exact1d", "upsample_nearest3d", "_upsample_nearest_exact3d", "upsample_trilinear3d",
+    "grid_sampler_3d", "adaptive_max_pool3d",
 )  # fmt: skip
 def _spatial(flow: Flow, op: OperatorCall) -> None:
     x = op.tensors[0]  # (N, C, H, W) or (C, H, W); (..., L) in 1d and (..., D, H, W) in 3d

@@ -90,7 +90,7 @@ _CLASSIFIERS: dict[str, dict[str, Any]] = {
 }
 _OTHERS: dict[str, dict[str, Any]] = {
     "ViTMAEModel": {},
-    "VitDetBackbone": {},
+    "VitDetBackbone": {"out_features": ["stage2", "stage4"]},
     "DINOv3ViTModel": {},
     "DINOv3ConvNextModel": {},
     "BeitForSemanticSegmentation": {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4]},
