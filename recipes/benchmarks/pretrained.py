@@ -4,9 +4,13 @@
 
 DIR has train.tar and test.tar (or folders) of class folders; FILE is a safetensors file of the --model. Of the training
 images 10,000 are fine-tuned on and 500 others rank subnets, both drawn by the seed. A job is a method and a seed: it
-finds its networks, and measures each as it was cut out (BatchNorm calibrated), reconstructed (no training; ours alone),
-and after training for 1 and for 5 `--epochs`, with labels alone or with the original as the teacher. "stages" continue
-from the trained network of half the MACs to a quarter.
+finds its networks, and measures each as it was cut out (BatchNorm calibrated), reconstructed (no training), and after
+training (`--trainings`), with labels alone or with the original as the teacher. "stages" continue from the trained
+network of half the MACs to a quarter.
+
+Compute is images times MACs, as `torch.utils.flop_counter` counts them, in forwards of the original for one image: of
+the search or pruning with its gradients, of reconstruction, and of training (a step is three forwards of the network,
+and one of the teacher).
 
 Results are one JSON line each; a run that is started again goes on with what it lacks. --workers run side by side, on a
 GPU too; --limit ends all of them.
@@ -15,41 +19,46 @@ GPU too; --limit ends all of them.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
+import math
 import multiprocessing
-import statistics
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_autoslim import calibrate, reconstruct, soft_cross_entropy
 from timm_autoslim.recipes.benchmarks.lib.fitting import Loss, Pictures, fit
 from timm_autoslim.recipes.benchmarks.lib.images import find_part, measure_top1, read_images
+from timm_autoslim.recipes.benchmarks.lib.pretrained_tables import (
+    EPOCHS,
+    SHARES,
+    Row,
+    draw,
+    make_compute_table,
+    make_table,
+)
 from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
-from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Network, Task, count_macs
+from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Network, Task, adopt, count_forwards, count_macs
 
-Row = dict[str, Any]
+T = TypeVar("T")
 
-SHARES = (0.5, 0.25)
 TRAINED, HELD_OUT, PARTS, RANKED = 10_000, 500, 4, 2_000
-EPOCHS, RATE, BATCH, SMOOTHING, TEMPERATURE = (1, 5), 1e-3, 64, 0.1, 2.0
+RATE, BATCH, SMOOTHING, TEMPERATURE = 1e-3, 64, 0.1, 2.0
 # Starts and teachers, what matters most first; None is the mark of a job that measures without training.
 TRAININGS = (("reconstructed", "original"), ("cut", "labels"), ("reconstructed", "labels"), ("cut", "original"))
-SKIPPED = {
-    ("importance", "labels"),
-    ("isomorphic", "labels"),
-    ("uniform", "labels"),
-}  # of the reconstructed ones: the teacher's row is enough
+STAGES = ", stages"
 
 
 def scale(images: Tensor) -> Tensor:
@@ -136,54 +145,151 @@ def train(model: nn.Module, data: Data, teacher: nn.Module | None, epochs: int, 
     fit(model, data.pictures, scale, make_loss(teacher), make, epochs=epochs, batch=BATCH, rate=RATE, seed=seed)
 
 
-def measure_job(method: str, seed: int, args: argparse.Namespace, done: set[tuple[Any, ...]]) -> Iterator[Row]:
-    """Find the networks of a method, and measure and train them; what is done is left out."""
-    name = method.removesuffix(", stages")
+@dataclass(frozen=True)
+class Effort:
+    """What something took: CPU seconds, and compute in forwards of the original for one image."""
+
+    seconds: float = 0.0
+    compute: float = 0.0
+
+    def __add__(self, other: Effort) -> Effort:
+        return Effort(self.seconds + other.seconds, self.compute + other.compute)
+
+
+def count_backward(
+    outputs: tuple[int, ...], inputs: tuple[int, ...], weight: tuple[int, ...], *options: Any, out_shape: Any = None
+) -> int:
+    """Return the floating-point operations of a convolution's backward, for each of its gradients those of the forward.
+
+    torch's own count takes grouped convolutions for dense ones.
+    """
+    return int(2 * math.prod(outputs) * math.prod(weight[1:]) * sum(options[-1][:2]))
+
+
+def count_effort(act: Callable[[], T], whole: int) -> tuple[T, Effort]:
+    """Return what a function returns, and what it took; `whole` are the MACs of the original for one image."""
+    start = time.process_time()
+    backward: Any = {torch.ops.aten.convolution_backward: count_backward}
+    with FlopCounterMode(display=False, custom_mapping=backward) as counter:
+        result = act()
+    return result, Effort(time.process_time() - start, counter.get_total_flops() / 2 / whole)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A method and a seed, with what all its measurements need."""
+
+    method: str
+    seed: int
+    args: argparse.Namespace
+    data: Data
+    original: nn.Module
+    image: Tensor
+    whole: int
+
+    def reconstruct(self, network: Network) -> Effort:
+        """Reconstruct a network in place."""
+        assert network.supernet is not None
+        act = functools.partial(reconstruct, network.model, network.supernet, self.data.batches, memory_mib=4096)
+        unseen = count_forwards(network.model, network.supernet, self.data.batches)
+        return count_effort(act, self.whole)[1] + Effort(compute=unseen / self.whole)
+
+    def train(self, model: nn.Module, teacher: str, epochs: int) -> Effort:
+        """Train a network in place."""
+        share, start = count_macs(model, self.image) / self.whole, time.process_time()
+        train(model, self.data, self.original if teacher == "original" else None, epochs, self.seed)
+        count = epochs * (len(self.data.pictures.targets) // BATCH * BATCH)
+        return Effort(time.process_time() - start, count * (3 * share + (teacher == "original")))
+
+    @property
+    def first_path(self) -> Path:
+        """The file of the trained network of the first share, which stages go on from."""
+        name = self.method.removesuffix(STAGES).replace(", ", "-").replace(" ", "-")
+        return Path(self.args.cache) / f"{name}-{self.seed}-{self.args.model}.pt"
+
+    def find(self) -> Iterator[tuple[float, nn.Module, Network, Effort]]:
+        """Yield for every share its network, the model that it was cut from, and what it took to find it."""
+        find, model, effort = METHODS[self.method.removesuffix(STAGES)], self.original, Effort()
+        shares: tuple[float, ...] = SHARES
+        if self.method.endswith(STAGES):
+            model, effort = self.take_first()
+            shares = SHARES[1:]
+        scaled = tuple(share * self.whole / count_macs(model, self.image) for share in shares)
+        networks = find(make_task(model, self.data, scaled, self.seed))
+        for share in shares:
+            network, more = count_effort(lambda: next(networks), self.whole)
+            effort += more + Effort(compute=network.unseen / self.whole)
+            yield share, model, network, effort
+
+    def take_first(self) -> tuple[nn.Module, Effort]:
+        """Return the trained network of the first share; it is made if it is not there."""
+        if not self.first_path.exists():
+            first = Job(self.method.removesuffix(STAGES), *list(vars(self).values())[1:])
+            _, _, network, effort = next(first.find())
+            calibrate(network.model, self.data.batches)
+            if network.supernet is not None:
+                effort += first.reconstruct(network)
+            first.keep_first(network.model, effort + first.train(network.model, "original", max(EPOCHS)))
+        model, effort = torch.load(self.first_path, weights_only=False)  # written by this benchmark
+        return model, Effort(*effort)
+
+    def keep_first(self, model: nn.Module, effort: Effort) -> None:
+        """Write the file of the trained network of the first share."""
+        model.zero_grad()
+        torch.save((model.eval(), (effort.seconds, effort.compute)), self.first_path)
+
+
+def plan(method: str, args: argparse.Namespace) -> list[tuple[float, str, str, int]]:
+    """Return the trainings of a method: share, start, teacher and epochs, what matters most first."""
+    own = "cut" if method.startswith("torch-pruning") else "reconstructed"
+    shares = SHARES[1:] if method.endswith(STAGES) else SHARES
+    return [
+        (share, start, teacher, count)
+        for start, teacher in TRAININGS
+        if start in args.starts and teacher in args.teachers and (start == own or args.all_starts)
+        for share, count in args.trainings
+        if share in shares
+    ]
+
+
+def measure_job(job: Job, trainings: list[tuple[float, str, str, int]]) -> Iterator[Row]:
+    """Find the networks of a method, measure them, and train them."""
+    starts: dict[tuple[float, str], tuple[nn.Module, Effort]] = {}
+    theirs = job.method.startswith("torch-pruning")
+    for share, model, found, effort in job.find():
+        network = adopt(model, found, job.image) if theirs and "reconstructed" in job.args.starts else found
+        calibrate(network.model, job.data.batches)
+        macs, params = count_macs(network.model, job.image), sum(p.numel() for p in network.model.parameters())
+        for start in job.args.starts:
+            took = job.reconstruct(network) if start == "reconstructed" else Effort()
+            starts[share, start] = copy.deepcopy(network.model), effort + took
+            yield {"method": job.method, "seed": job.seed, "share": share, "start": start, "teacher": None, "epochs": 0,
+                   "top1": measure_top1(network.model, job.data.test), "macs": macs / job.whole, "params": params,
+                   "seconds": (effort + took).seconds, "compute": (effort + took).compute,
+                   "reconstruction_seconds": took.seconds, "reconstruction_compute": took.compute}  # fmt: skip
+    for share, start, teacher, count in trainings:
+        model, effort = copy.deepcopy(starts[share, start][0]), starts[share, start][1]
+        effort += job.train(model, teacher, count)
+        if (share, count, teacher) == (SHARES[0], max(EPOCHS), "original") and (start == "cut") == theirs:
+            job.keep_first(model, effort)
+        yield {"method": job.method, "seed": job.seed, "share": share, "start": start, "teacher": teacher,
+               "epochs": count, "top1": measure_top1(model, job.data.test),
+               "seconds": effort.seconds, "compute": effort.compute}  # fmt: skip
+
+
+def make_job(method: str, seed: int, args: argparse.Namespace) -> Job:
+    """Return a job with its images and the original."""
     data, original = load_data(args, seed), load_model(args)
-    image, epochs = data.batches[0][:1], args.epochs
-    whole, work = count_macs(original, image), 0
-    networks: list[tuple[float, Network]] = []
-    if method.endswith(", stages"):
-        first = next(METHODS[name](make_task(original, data, SHARES[:1], seed)))
-        calibrate(first.model, data.batches)
-        if first.supernet is not None:
-            reconstruct(first.model, first.supernet, data.batches, memory_mib=4096)
-        train(first.model, data, original, max(EPOCHS), seed)
-        share = SHARES[1] * whole / count_macs(first.model, image)
-        second = next(METHODS[name](make_task(first.model, data, (share,), seed)))
-        networks, work = [(SHARES[1], second)], first.work
-    else:
-        found = METHODS[name](make_task(original, data, SHARES, seed))
-        networks = list(zip(SHARES, found, strict=True))
-    starts: dict[tuple[float, str], dict[str, Tensor]] = {}
-    for share, network in networks:
-        common = {"method": method, "seed": seed, "share": share, "macs": count_macs(network.model, image) / whole,
-                  "params": sum(p.numel() for p in network.model.parameters()), "seconds": network.seconds,
-                  "work": (network.work + work) / whole}  # fmt: skip
-        calibrate(network.model, data.batches)
-        for start in ("cut", "reconstructed"):
-            began = time.process_time()
-            if start == "reconstructed":
-                if network.supernet is None:
-                    continue
-                reconstruct(network.model, network.supernet, data.batches, memory_mib=4096)
-            took = time.process_time() - began
-            starts[share, start] = {key: tensor.clone() for key, tensor in network.model.state_dict().items()}
-            yield common | {"start": start, "teacher": None, "epochs": 0, "reconstruction_seconds": took,
-                            "top1": measure_top1(network.model, data.test)}  # fmt: skip
-    for start, teacher in TRAININGS:
-        for share, network in networks if start in args.starts and teacher in args.teachers else ():
-            if (share, start) not in starts or (start == "reconstructed" and (method, teacher) in SKIPPED):
-                continue
-            for count in reversed(epochs):
-                if (method, seed, share, start, teacher, count) in done:
-                    continue
-                network.model.load_state_dict(starts[share, start])
-                began = time.process_time()
-                train(network.model, data, original if teacher == "original" else None, count, seed)
-                yield {"method": method, "seed": seed, "share": share, "start": start, "teacher": teacher,
-                       "epochs": count, "training_seconds": time.process_time() - began,
-                       "top1": measure_top1(network.model, data.test)}  # fmt: skip
+    image = data.batches[0][:1]
+    return Job(method, seed, args, data, original, image, count_macs(original, image))
+
+
+def read_training(text: str) -> tuple[float, int]:
+    """Return the share and the epochs of a training that is written as "0.25:5"."""
+    share, _, count = text.partition(":")
+    if float(share) not in SHARES:
+        raise argparse.ArgumentTypeError(f"{text}: the share is one of {SHARES}")
+    return float(share), int(count)
 
 
 def run_job(job: tuple[str, int], args: argparse.Namespace) -> None:
@@ -192,7 +298,11 @@ def run_job(job: tuple[str, int], args: argparse.Namespace) -> None:
     results, (method, seed) = Results(args.results), job
     done = {tuple(row.get(key) for key in KEYS) for row in results}
     try:
-        for row in measure_job(method, seed, args, done):
+        trainings = [training for training in plan(method, args) if (method, seed, *training) not in done]
+        measured = [(method, seed, share, start, None, 0) for share, start, _, _ in plan(method, args)]
+        if not trainings and measured and done.issuperset(measured):
+            return
+        for row in measure_job(make_job(method, seed, args), trainings):
             if tuple(row[key] for key in KEYS) not in done:
                 results.add(row | {"device": args.device})
                 print(f"{method}, {seed}: " + ", ".join(f"{k} {v}" for k, v in row.items() if k not in KEYS[:2]))
@@ -227,35 +337,11 @@ def run_jobs(args: argparse.Namespace) -> None:
 KEYS = ("method", "seed", "share", "start", "teacher", "epochs")
 
 
-def make_table(rows: list[Row]) -> str:
-    """Return a line for each method, start and teacher, with means over the seeds; columns that were measured."""
-    rows = [row for row in rows if "top1" in row]
-    counts = sorted({row["epochs"] for row in rows})
-    cells: dict[tuple[str, str, str], dict[tuple[float, int], list[float]]] = {}
-    for row in rows:
-        trained = {r["teacher"] for r in rows if (r["method"], r["start"]) == (row["method"], row["start"])} - {None}
-        for teacher in [row["teacher"]] if row["teacher"] else sorted(trained) or ["nothing"]:
-            values = cells.setdefault((row["method"], row["start"], teacher), {})
-            values.setdefault((row["share"], row["epochs"]), []).append(row["top1"])
-    columns = [(share, count) for share in SHARES for count in counts]
-    titles = [f"{share:.0%}, {f'{count} epochs' if count else 'no training'}" for share, count in columns]
-    lines = [f"| method | start | trained with | {' | '.join(titles)} |", "|---" * (3 + len(columns)) + "|"]
-    for names, values in cells.items():
-        lines.append(f"| {' | '.join((*names, *(_show(values.get(column, [])) for column in columns)))} |")
-    return "\n".join(lines)
-
-
-def _show(values: list[float]) -> str:
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
 def main() -> None:
     """Measure what has no result yet, and write the table."""
     parser = make_parser(__doc__, "docs/results/pretrained.jsonl")
-    stages = ["searched, stages", "torch-pruning, taylor, stages"]
+    stages = [name + STAGES for name in ("searched", "torch-pruning, taylor")]
+    parser.add_argument("--figure", type=Path, help="draw accuracy against compute into this file")
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *stages], choices=[*METHODS, *stages])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default="tf_efficientnet_lite0")
@@ -268,19 +354,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--limit", type=float, help="seconds")
-    parser.add_argument("--epochs", nargs="*", type=int, default=list(EPOCHS), help="trainings; none to train nothing")
+    trainings = [f"{share}:{count}" for count in reversed(EPOCHS) for share in SHARES]
+    parser.add_argument("--trainings", nargs="*", type=read_training, default=[*map(read_training, trainings)],
+                        help=f"SHARE:EPOCHS in turn, {' '.join(trainings)} by default")  # fmt: skip
     parser.add_argument("--starts", nargs="+", default=["cut", "reconstructed"], help="of the trainings")
     parser.add_argument("--teachers", nargs="+", default=["labels", "original"], help="of the trainings")
+    parser.add_argument(
+        "--all-starts", action="store_true", help="train ours as they were cut out, too, and reconstruct theirs"
+    )
     parser.add_argument("--toy", action="store_true", help="few images")
     args = parser.parse_args()
     if not args.only_table:
         if not args.data_dir:
             parser.error("give --data-dir, with train.tar and test.tar of class folders")
         run_jobs(args)
-    table = make_table(Results(args.results))
-    print(table)
+    rows = Results(args.results)
+    tables = f"{make_table(rows)}\n\n{make_compute_table(rows)}"
+    print(tables)
     if args.table:
-        put_table(args.table, "pretrained", table)
+        put_table(args.table, "pretrained", tables)
+    if args.figure:
+        draw(rows, args.figure)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
@@ -15,8 +15,14 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_autoslim import HeldOut, Supernet, baseline, convert, cost, reconstruct, search
+from timm_autoslim.supernet.order import permute_units
 
 Batches = list[tuple[Tensor, Tensor]]  # images (N, 3, H, W) and classes (N,)
+History = list[tuple[str, bool, list[int]]]  # of torch-pruning: layer, whether of its outputs, channels removed
+
+# Of torch-pruning: the steps to 95 % of all channels, after how many of them the gradients are collected again, and on
+# how many images. Its authors' reproduce/main.py does that in every step for the criterion that reads images.
+STEPS, EVERY, RENEWED = 300, 3, 200
 
 
 @dataclass(frozen=True)
@@ -46,15 +52,15 @@ class Network:
 
     Attributes:
         model: cut out, neither calibrated nor trained.
-        supernet: what it was extracted from; None for those of torch-pruning, which `reconstruct` does not know.
-        seconds: CPU seconds that it took to find it, and the networks before it.
-        work: images times MACs of the forwards that chose it; 0 if nothing was scored.
+        supernet: what it was extracted from; None for those of torch-pruning, see `adopt`.
+        unseen: MACs that finding it took in threads, where no counter sees them: the forwards of `reconstruct`.
+        history: what torch-pruning removed.
     """
 
     model: nn.Module
     supernet: Supernet | None
-    seconds: float
-    work: int
+    unseen: int = 0
+    history: History = field(default_factory=list)
 
 
 def count_macs(model: nn.Module, image: Tensor) -> int:
@@ -62,6 +68,12 @@ def count_macs(model: nn.Module, image: Tensor) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(image)
     return int(counter.get_total_flops()) // 2
+
+
+def count_forwards(model: nn.Module, supernet: Supernet, batches: list[Tensor]) -> int:
+    """Return the MACs of the forwards of both models that a reconstruction runs."""
+    image = batches[0][:1]
+    return sum(map(len, batches)) * (count_macs(model, image) + count_macs(supernet.model, image))
 
 
 def collect_gradients(model: nn.Module, batches: Batches) -> None:
@@ -87,28 +99,25 @@ def make_supernet(task: Task, order: str = "reconstruction") -> Supernet:
 
 def search_widths(task: Task) -> Iterator[Network]:
     """Search on the trained model itself, and for the next share on the network found, reconstructed."""
-    start, work = time.process_time(), 0
-    model, whole = task.model, count_macs(task.model, task.batches[0][:1])
+    model, whole, unseen = task.model, count_macs(task.model, task.batches[0][:1]), 0
     for share in task.shares:
         supernet = make_supernet(replace(task, model=model))
         evaluate = HeldOut(task.held_out, score)
         result = search(supernet, {"macs": round(share * whole)}, evaluate, seed=task.seed)
-        work += result.evaluated_macs
         widths = result.networks[0].widths
-        yield Network(supernet.extract(widths), supernet, time.process_time() - start, work)
+        yield Network(supernet.extract(widths), supernet, unseen)
         if share != task.shares[-1]:
             model = supernet.extract(widths).eval()
             reconstruct(model, supernet, task.batches, memory_mib=4096)
+            unseen = count_forwards(model, supernet, task.batches)
 
 
 def search_at_once(task: Task) -> Iterator[Network]:
     """Search on the trained model itself, one descent through all shares."""
-    start = time.process_time()
     supernet = make_supernet(task)
     result = search(supernet, {"macs": _to_macs(supernet, task)}, HeldOut(task.held_out, score), seed=task.seed)
-    seconds = time.process_time() - start
     for network in result.networks:
-        yield Network(supernet.extract(network.widths), supernet, seconds, result.evaluated_macs)
+        yield Network(supernet.extract(network.widths), supernet)
 
 
 def take_uniform(task: Task) -> Iterator[Network]:
@@ -127,13 +136,12 @@ def rank_isomorphic(task: Task) -> Iterator[Network]:
 
 
 def _run_baseline(task: Task, method: str, order: str) -> Iterator[Network]:
-    start = time.process_time()
     supernet = make_supernet(task, order)
     collect_gradients(supernet.model, task.gradients)
     budgets = {"macs": _to_macs(supernet, task)}
     result = baseline(supernet, budgets, lambda subnet: 0.0, method, criterion="taylor")
     for network in result.networks:
-        yield Network(supernet.extract(network.widths), supernet, time.process_time() - start, 0)
+        yield Network(supernet.extract(network.widths), supernet)
 
 
 def _to_macs(supernet: Supernet, task: Task) -> list[int]:
@@ -145,9 +153,14 @@ def prune_by_taylor(task: Task) -> Iterator[Network]:
     yield from _prune(task, tp.importance.GroupTaylorImportance())
 
 
+def prune_once_by_taylor(task: Task) -> Iterator[Network]:
+    """The same with gradients of the original alone."""
+    yield from _prune(task, tp.importance.GroupTaylorImportance(), renewed=False)
+
+
 def prune_by_magnitude(task: Task) -> Iterator[Network]:
     """Global group magnitude (DepGraph, arXiv 2301.12900)."""
-    yield from _prune(task, tp.importance.GroupMagnitudeImportance(p=2))
+    yield from _prune(task, tp.importance.GroupMagnitudeImportance(p=2), renewed=False)
 
 
 def prune_isomorphic(task: Task) -> Iterator[Network]:
@@ -155,22 +168,55 @@ def prune_isomorphic(task: Task) -> Iterator[Network]:
     yield from _prune(task, tp.importance.GroupTaylorImportance(), isomorphic=True)
 
 
-def _prune(task: Task, importance: Any, **options: Any) -> Iterator[Network]:
-    start, image = time.process_time(), task.gradients[0][0][:1]
-    model = copy.deepcopy(task.model)
+def _prune(task: Task, importance: Any, renewed: bool = True, **options: Any) -> Iterator[Network]:
+    image, model = task.gradients[0][0][:1], copy.deepcopy(task.model)
     collect_gradients(model, task.gradients)
     whole = count_macs(model, image)
     head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     pruner = tp.pruner.BasePruner(
-        model, image, importance=importance, global_pruning=True, pruning_ratio=0.95, iterative_steps=300,
+        model, image, importance=importance, global_pruning=True, pruning_ratio=0.95, iterative_steps=STEPS,
         ignored_layers=[head], **options,
     )  # fmt: skip
+    images, targets = (torch.cat(parts) for parts in zip(*task.gradients, strict=True))
+    parts = list(zip(torch.split(images, RENEWED), torch.split(targets, RENEWED), strict=True))
     for share in task.shares:
         while count_macs(model, image) > share * whole:
+            if renewed and pruner.current_step and pruner.current_step % EVERY == 0:
+                collect_gradients(model, [parts[pruner.current_step // EVERY % len(parts)]])
             pruner.step()
         network = copy.deepcopy(model)
         network.zero_grad()
-        yield Network(network, None, time.process_time() - start, 0)
+        yield Network(
+            network, None, history=[(name, outputs, list(ids)) for name, outputs, ids in pruner.pruning_history()]
+        )
+
+
+def adopt(original: nn.Module, network: Network, image: Tensor) -> Network:
+    """Return a network of torch-pruning as our supernet makes it of the same original, so that `reconstruct` knows it.
+
+    The supernet has the channels that are left first.
+
+    Raises:
+        ValueError: the two compute different functions.
+    """
+    graph = convert(original, image).graph
+    left = [np.ones(strand.size, dtype=bool) for strand in graph.strands]
+    for name, outputs, removed in network.history:
+        units = graph.places[f"{name}.weight", 0 if outputs else 1]
+        pairs = list(zip(units.strand, units.rank, strict=True))
+        alive = [(strand, rank) for strand, rank in pairs if strand < 0 or left[strand][rank]]
+        for strand, rank in [alive[index] for index in removed]:
+            left[strand][rank] = False
+    orders = {index: np.argsort(~units, kind="stable") for index, units in enumerate(left)}
+    supernet = convert(permute_units(original, graph, orders), image, min=1).eval()
+    counts = {strand.group: int(units.sum()) // strand.ratio for strand, units in zip(graph.strands, left, strict=True)}
+    widths = {name: counts[index] for index, name in enumerate(supernet.space.names)}
+    model = supernet.extract(supernet.space.from_dict(widths)).eval()
+    with torch.no_grad():
+        expected, outputs = network.model.eval()(image), model(image)
+    if not torch.allclose(outputs, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        raise ValueError("the extracted model computes another function than torch-pruning's")
+    return Network(model, supernet)
 
 
 METHODS: dict[str, Callable[[Task], Iterator[Network]]] = {
@@ -180,6 +226,7 @@ METHODS: dict[str, Callable[[Task], Iterator[Network]]] = {
     "importance": rank_importance,
     "isomorphic": rank_isomorphic,
     "torch-pruning, taylor": prune_by_taylor,
+    "torch-pruning, taylor, one gradient": prune_once_by_taylor,
     "torch-pruning, magnitude": prune_by_magnitude,
     "torch-pruning, isomorphic": prune_isomorphic,
 }

@@ -7,10 +7,12 @@ import pytest
 import timm
 import torch
 
+from timm_autoslim import reconstruct
 from timm_autoslim.recipes.benchmarks.lib.fitting import Pictures, fit
 from timm_autoslim.recipes.benchmarks.lib.images import load_digits, measure_top1
-from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Task, count_macs
-from timm_autoslim.recipes.benchmarks.pretrained import KEYS, make_table, run_job
+from timm_autoslim.recipes.benchmarks.lib.pretrained_tables import draw, make_compute_table, make_table
+from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Task, adopt, count_macs
+from timm_autoslim.recipes.benchmarks.pretrained import KEYS, count_effort, run_job
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,38 @@ def test_every_way_meets_its_share_and_leaves_the_model_alone(task, name):
         assert (network.supernet is None) == name.startswith("torch-pruning")
     assert all(torch.equal(tensor, before[key]) for key, tensor in task.model.state_dict().items())
     assert all(parameter.grad is None for parameter in task.model.parameters())
+
+
+@pytest.mark.slow
+def test_a_network_of_torch_pruning_is_one_of_our_supernet(task):
+    images = task.batches[0]
+    for network in METHODS["torch-pruning, taylor, one gradient"](task):
+        ours = adopt(task.model, network, images[:2])
+        assert count_macs(ours.model, images[:1]) == count_macs(network.model, images[:1])
+        with torch.no_grad():
+            torch.testing.assert_close(ours.model(images), network.model.eval()(images), rtol=1e-3, atol=1e-3)
+        layers = reconstruct(ours.model, ours.supernet, task.batches).layers
+        assert any(layer.after < layer.before for layer in layers)
+
+
+def test_effort_is_counted_in_forwards_of_the_original(task):
+    image = task.batches[0][:1]
+
+    def act():
+        for _ in range(3):
+            outputs = task.model(image.repeat(2, 1, 1, 1))
+        return outputs
+
+    outputs, effort = count_effort(act, count_macs(task.model, image))
+    assert len(outputs) == 2
+    assert (effort + effort).compute == pytest.approx(12)
+
+
+def test_a_backward_counts_two_forwards():
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 3, groups=8), torch.nn.Conv2d(8, 4, 1))
+    image = torch.randn(1, 8, 6, 6, requires_grad=True)
+    _, effort = count_effort(lambda: model(image).sum().backward(), count_macs(model, image))
+    assert effort.compute == pytest.approx(3)
 
 
 def test_training_learns_the_images():
@@ -73,6 +107,19 @@ def test_the_table_has_means_over_the_seeds():
     assert "| 50%, no training | 50%, 5 epochs | 25%, no training | 25%, 5 epochs |" in table
     assert "| searched | cut | labels | 51.0 ± 1.4 | 81.2 |  |  |" in table
     assert "| searched | reconstructed | nothing | 60.0 |  |  |  |" in table
+
+
+def test_accuracy_stands_beside_all_compute(tmp_path):
+    row = {"method": "searched", "share": 0.25, "start": "reconstructed", "seed": 0}
+    found = row | {"teacher": None, "epochs": 0, "macs": 0.2496, "params": 785_000, "top1": 73.0}
+    trained = row | {"teacher": "original", "epochs": 5, "top1": 79.0}
+    rows = [found | {"compute": 70_000.0, "seconds": 240.0}, trained | {"compute": 160_000.0, "seconds": 360.0}]
+    rows += [row | {"seed": 1, "top1": row["top1"] + 2} for row in rows]
+    table = make_compute_table(rows)
+    assert "| 25% | searched | reconstructed | 0 | 25.0% | 0.79M | 70k | 4.0 | 74.0 ± 1.4 | 2 |" in table
+    assert "| 25% | searched | reconstructed | 5 | 25.0% | 0.79M | 160k | 6.0 | 80.0 ± 1.4 | 2 |" in table
+    draw(rows, tmp_path / "figure.svg")
+    assert "searched, reconstructed" in (tmp_path / "figure.svg").read_text()
 
 
 def test_a_job_that_fails_is_a_row(tmp_path):
