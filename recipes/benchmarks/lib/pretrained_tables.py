@@ -23,7 +23,8 @@ def make_table(rows: list[Row]) -> str:
             values = cells.setdefault((row["method"], row["start"], teacher), {})
             values.setdefault((row["share"], row["epochs"]), []).append(row["top1"])
     columns = [(share, count) for share in SHARES for count in counts]
-    titles = [f"{share:.0%}, {f'{count} epochs' if count else 'no training'}" for share, count in columns]
+    words = {0: "no training", 1: "1 epoch"}
+    titles = [f"{share:.0%}, {words.get(count, f'{count} epochs')}" for share, count in columns]
     lines = [f"| method | start | trained with | {' | '.join(titles)} |", "|---" * (3 + len(columns)) + "|"]
     for names, values in cells.items():
         lines.append(f"| {' | '.join((*names, *(_show(values.get(column, [])) for column in columns)))} |")
@@ -67,18 +68,17 @@ def draw(rows: list[Row], path: Path) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     axes = figure.subplots(1, len(SHARES), sharey=True)
     points = collect_points(rows)
+    ways = list(dict.fromkeys(key[1:3] for key in points))
     for axis, share in zip(axes, SHARES, strict=True):
-        for method, start in dict.fromkeys(key[1:3] for key in points if key[0] == share):
-            line = sorted(
-                (_mean(points[key], "compute") / 1000, _mean(points[key], "top1"))
-                for key in points
-                if key[:3] == (share, method, start)
-            )
-            axis.plot(*zip(*line, strict=True), marker="o", markersize=4, label=f"{method}, {start}")
-        axis.set(title=f"{share:.0%} of the MACs", xscale="log", xlabel="compute, thousand forwards of the original")
+        for index, way in enumerate(ways):
+            of_way = [rows for key, rows in points.items() if key[:3] == (share, *way)]
+            line = sorted((_mean(rows, "compute") / 1000, _mean(rows, "top1")) for rows in of_way)
+            style = {"marker": "o", "markersize": 4, "color": f"C{index}"}
+            axis.plot([x for x, _ in line], [y for _, y in line], **style, label=", ".join(way))
+        axis.set(title=f"{share:.0%} of the MACs", xlabel="compute, thousand forwards of the original")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("test top-1, %")
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, metadata={"Date": None})
 
 

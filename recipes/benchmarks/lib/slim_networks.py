@@ -103,7 +103,7 @@ def search_widths(task: Task) -> Iterator[Network]:
     for share in task.shares:
         supernet = make_supernet(replace(task, model=model))
         evaluate = HeldOut(task.held_out, score)
-        result = search(supernet, {"macs": round(share * whole)}, evaluate, seed=task.seed)
+        result = search(supernet, {"macs": round(share * whole)}, evaluate, seed=task.seed, progress=False)
         widths = result.networks[0].widths
         yield Network(supernet.extract(widths), supernet, unseen)
         if share != task.shares[-1]:
@@ -115,7 +115,8 @@ def search_widths(task: Task) -> Iterator[Network]:
 def search_at_once(task: Task) -> Iterator[Network]:
     """Search on the trained model itself, one descent through all shares."""
     supernet = make_supernet(task)
-    result = search(supernet, {"macs": _to_macs(supernet, task)}, HeldOut(task.held_out, score), seed=task.seed)
+    evaluate = HeldOut(task.held_out, score)
+    result = search(supernet, {"macs": _to_macs(supernet, task)}, evaluate, seed=task.seed, progress=False)
     for network in result.networks:
         yield Network(supernet.extract(network.widths), supernet)
 
@@ -139,7 +140,7 @@ def _run_baseline(task: Task, method: str, order: str) -> Iterator[Network]:
     supernet = make_supernet(task, order)
     collect_gradients(supernet.model, task.gradients)
     budgets = {"macs": _to_macs(supernet, task)}
-    result = baseline(supernet, budgets, lambda subnet: 0.0, method, criterion="taylor")
+    result = baseline(supernet, budgets, lambda subnet: 0.0, method, criterion="taylor", progress=False)
     for network in result.networks:
         yield Network(supernet.extract(network.widths), supernet)
 
