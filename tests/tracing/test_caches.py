@@ -1,7 +1,11 @@
-"""Tensors that a forward computes once and keeps: subnets compute with right ones."""
+"""Tensors and numbers that a forward computes once and keeps: subnets compute with right ones."""
 
 import copy
+import functools
+import math
+from collections import defaultdict, deque
 
+import numpy as np
 import pytest
 import torch
 from helpers.models import randomise
@@ -167,6 +171,231 @@ class Net(nn.Module):
         return self.head(self.inner(self.layer(self.stem(x)).relu()).relu().mean((2, 3)))
 
 
+class Child(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = None
+
+
+class Store:
+    def __init__(self):
+        self.w, self.table, self.items = None, {}, []
+
+    def get(self, compute):
+        if self.w is None:
+            self.w = compute()
+        return self.w
+
+    __call__ = get
+
+
+class Slots:
+    __slots__ = ("w",)
+
+    def __init__(self):
+        self.w = None
+
+
+def make_closure():
+    w = None
+
+    def get(compute):
+        nonlocal w
+        w = compute() if w is None else w
+        return w
+
+    return get
+
+
+def make_closure_of_a_list():
+    kept = []
+
+    def get(compute):
+        if not kept:
+            kept.append(compute())
+        return kept[0]
+
+    return get
+
+
+def make_function():
+    def get(compute):
+        if get.w is None:
+            get.w = compute()
+        return get.w
+
+    get.w = None
+    return get
+
+
+class Elsewhere(Keeping):
+    """It keeps one number of all of its channels, in one of many places."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.child, self.layers, self.store, self.slots = Child(), nn.Sequential(nn.Identity()), Store(), Slots()
+        self.method, self.partial = Store().get, functools.partial(Store())
+        self.closure, self.closure_of_a_list, self.function = make_closure(), make_closure_of_a_list(), make_function()
+        self._memory, self.recent, self.lists = {}, deque(maxlen=2), defaultdict(list)
+        self.number, self.sign = None, -1
+
+    def compute(self):
+        return self.weight.sum()
+
+    def get(self, x):
+        return self.keep(x) * self.weight
+
+
+def keep_by_setattr(s, x):
+    if not hasattr(s, "_late"):
+        setattr(s, "_late", s.compute())  # noqa: B010
+    return s._late
+
+
+def keep_by_a_name(s, x):
+    for i in range(1):
+        if not hasattr(s, f"late{i}"):
+            setattr(s, f"late{i}", s.compute())
+    return s.late0
+
+
+def keep_in_the_dict(s, x):
+    if "_late" not in s.__dict__:
+        s.__dict__["_late"] = s.compute()
+    return s._late
+
+
+def keep_as_a_buffer(s, x):
+    if not hasattr(s, "late"):
+        s.register_buffer("late", s.compute().detach(), persistent=False)
+    return s.late
+
+
+def keep_in_a_child(s, x):
+    if s.child.w is None:
+        s.child.w = s.compute()
+    return s.child.w
+
+
+def keep_in_a_layer(s, x):
+    if not hasattr(s.layers[0], "late"):
+        s.layers[0].register_buffer("late", s.compute().detach(), persistent=False)
+    return s.layers[0].late
+
+
+def keep_in_an_object(s, x):
+    if s.store.w is None:
+        s.store.w = s.compute()
+    return s.store.w
+
+
+def keep_in_a_table(s, x):
+    if "w" not in s.store.table:
+        s.store.table["w"] = s.compute()
+    return s.store.table["w"]
+
+
+def keep_in_a_list(s, x):
+    if not s.store.items:
+        s.store.items.append(s.compute())
+    return s.store.items[0]
+
+
+def keep_in_slots(s, x):
+    if s.slots.w is None:
+        s.slots.w = s.compute()
+    return s.slots.w
+
+
+def keep_in_a_deque(s, x):
+    if not s.recent:
+        s.recent.append(s.compute())
+    return s.recent[0]
+
+
+def keep_in_lists(s, x):
+    if not s.lists["w"]:
+        s.lists["w"].append(s.compute())
+    return s.lists["w"][0]
+
+
+def keep_in_a_private_dict(s, x):
+    return s._memory["w"] if "w" in s._memory else s._memory.setdefault("w", s.compute())
+
+
+def keep_a_number_where_a_sign_was(s, x):
+    if s.sign < 0:
+        s.sign = x.shape[1] ** -0.5
+    return s.sign
+
+
+def keep_a_number_in_an_object(s, x):
+    if s.store.w is None:
+        s.store.w = x.shape[1] ** -0.5
+    return s.store.w
+
+
+def make_keeper(compute):
+    def keep(s, x):
+        if s.number is None:
+            s.number = compute(s, x)
+        return s.number
+
+    return keep
+
+
+TENSORS = {
+    "setattr": keep_by_setattr,
+    "a name that is put together": keep_by_a_name,
+    "the dict": keep_in_the_dict,
+    "a buffer": keep_as_a_buffer,
+    "a child": keep_in_a_child,
+    "a layer": keep_in_a_layer,
+    "an object": keep_in_an_object,
+    "a table": keep_in_a_table,
+    "a list": keep_in_a_list,
+    "slots": keep_in_slots,
+    "a deque": keep_in_a_deque,
+    "lists": keep_in_lists,
+    "a private dict": keep_in_a_private_dict,
+    "a callable": lambda s, x: s.store(s.compute),
+    "a method": lambda s, x: s.method(s.compute),
+    "a partial": lambda s, x: s.partial(s.compute),
+    "a closure": lambda s, x: s.closure(s.compute),
+    "a list in a closure": lambda s, x: s.closure_of_a_list(s.compute),
+    "a function": lambda s, x: s.function(s.compute),
+}
+NUMBERS = {
+    "a number where a sign was": keep_a_number_where_a_sign_was,
+    "a number in an object": keep_a_number_in_an_object,
+    "a size": make_keeper(lambda s, x: x.shape[1]),
+    "a power": make_keeper(lambda s, x: x.shape[1] ** -0.5),
+    "an inverse": make_keeper(lambda s, x: 1 / x.shape[1]),
+    "an integer": make_keeper(lambda s, x: int(x.shape[1])),
+    "a float": make_keeper(lambda s, x: 0.5 * x.shape[1]),
+    "a length": make_keeper(lambda s, x: len(s.weight)),
+    "numpy": make_keeper(lambda s, x: float(np.prod(x.shape[1:2]))),
+    "a tensor of a number": make_keeper(lambda s, x: torch.tensor(x.shape[1] ** -0.5)),
+    "a sum": make_keeper(lambda s, x: torch.arange(x.shape[1]).sum()),
+    "a sum of ones": make_keeper(lambda s, x: torch.ones_like(x[0, :, 0, 0]).sum()),
+    "a product": make_keeper(lambda s, x: torch.ones(1) * math.sqrt(x.shape[1])),
+    "a filled tensor": make_keeper(lambda s, x: x.new_full((1,), x.shape[1])),
+}
+KEEPERS = {
+    name: type(name.title().replace(" ", ""), (Elsewhere,), {"keep": keep})
+    for name, keep in {**TENSORS, **NUMBERS}.items()
+}
+QUICK = {"a buffer", "an object", "a closure", "a power", "an integer", "a sum"}  # run in the quick selection
+
+# It keeps nothing that a width decides.
+KEEPERS_OF_CONSTANTS = {
+    "each time": lambda s, x: (setattr(s, "number", x.shape[1] ** -0.5), s.number)[1],
+    "an integer each time": lambda s, x: (setattr(s, "number", int(x.shape[1])), s.number)[1],
+    "a constant": make_keeper(lambda s, x: 2.0),
+    "a tensor of a constant": make_keeper(lambda s, x: torch.full((1,), 3.0)),
+    "a log": lambda s, x: (s.lists["log"].append(x.shape[1]), 2.0)[1],
+}
+
 FIXING = [OnNone, OnMissing, Detached, Buffer, Pair, PrivateDict, Reduced, Summed, EvalOnly, InList, ByProperty]
 FREE = [Dict, EachTime, Activation, Nothing]
 
@@ -202,6 +431,29 @@ def test_subnets_compute_with_right_tensors(layer, when):
     assert "inner" in supernet.space.names
 
 
+@pytest.mark.parametrize("when", ["fresh", "after a forward", "after a forward in training"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in KEEPERS]
+)
+def test_subnets_compute_with_right_numbers(name, when):
+    test_subnets_compute_with_right_tensors(KEEPERS[name], when)
+
+
+@pytest.mark.parametrize("name", KEEPERS_OF_CONSTANTS)
+def test_what_no_width_decides_may_be_kept(name):
+    layer = type("Layer", (Elsewhere,), {"keep": KEEPERS_OF_CONSTANTS[name]})
+    for runs in (0, 1):
+        model = randomise(Net(layer)).eval()
+        for _ in range(runs):
+            model(torch.zeros(2, 3, 6, 6))
+        assert set(convert(model, IMAGE).space.names) == {"stem", "inner"}
+
+
+def test_the_reason_of_a_number_names_the_attribute():
+    fixed = convert(Net(KEEPERS["a power"]), IMAGE).graph.fixed
+    assert fixed["stem.weight", 0] == "layer: its forward keeps number, which it computes from their number"
+
+
 def test_the_reason_names_the_attribute_and_the_weight():
     supernet = convert(Net(OnNone), IMAGE)
     assert supernet.graph.fixed["stem.weight", 0] == "layer: its forward keeps _w, which it computes from layer.weight"
@@ -229,3 +481,82 @@ def test_an_attribute_that_a_forward_needs_stays():
             return self.weight + self.average
 
     assert set(convert(Net(Average), IMAGE).space.names) == {"stem", "inner"}
+
+
+# -- dicts and sets that a forward writes to -------------------------------------------------------------------------
+
+
+class State(Keeping):
+    """Its constructor fills a dict, and its forward reads it and writes to it."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.state = self.make_state()
+
+    def make_state(self):
+        return {}
+
+    def get(self, x):
+        scale = self.state["scale"]
+        self.state["scale"] = torch.ones(()) * 2
+        return self.weight * scale
+
+
+class Literal(State):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.state = {"scale": torch.ones(()), "name": "x"}
+
+
+class Items(State):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.state["scale"] = torch.ones(())
+
+
+class Updated(State):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.state.update(scale=torch.ones(()))
+
+
+class Comprehended(State):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.state = {name: torch.ones(()) for name in ("scale", "other")}
+
+
+@pytest.mark.parametrize("runs", [0, 1])
+@pytest.mark.parametrize("layer", [Literal, Items, Updated, Comprehended])
+def test_a_dict_that_the_constructor_fills_is_state(layer, runs):
+    model, images = randomise(Net(layer)).eval(), torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        for _ in range(runs):
+            model(images)
+        supernet = convert(model, IMAGE)
+        assert set(supernet.space.names) == {"stem", "inner"}
+        half = supernet.space.uniform(0.5)
+        torch.testing.assert_close(supernet(images, half), supernet.extract(half).eval()(images))
+        assert model.layer.state["scale"] == 1 + runs  # a subnet leaves no trace
+
+
+class Remembering(Keeping):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.sizes = set()
+
+    def get(self, x):
+        known = x.shape[1] in self.sizes
+        self.sizes.add(x.shape[1])
+        return self.weight * 2 if known else self.weight
+
+
+@pytest.mark.parametrize("runs", [0, 1])
+def test_a_set_of_sizes_is_emptied_for_a_trace(runs):
+    model = randomise(Net(Remembering)).eval()
+    for _ in range(runs):
+        model(torch.zeros(2, 3, 6, 6))
+    supernet = convert(model, IMAGE)
+    assert set(supernet.space.names) == {"stem", "inner"}
+    supernet(IMAGE, supernet.space.uniform(0.5))
+    assert model.layer.sizes == ({8} if runs else set())

@@ -77,7 +77,7 @@ def test_any_other_question_is_a_check_with_its_line(function, answers):
     assert notes.equal == []
     check = notes.checks[-1]
     assert [check.find_answer(lambda size, value=value: value) for value in (3, 8)] == answers
-    assert check.where.endswith(f"test_watching.py:{inspect.getsourcelines(function)[1]}")
+    assert check.reason.endswith(f"test_watching.py:{inspect.getsourcelines(function)[1]}")
 
 
 @pytest.mark.parametrize(

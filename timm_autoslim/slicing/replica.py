@@ -31,8 +31,8 @@ def replicate(model: M, slices: Slices) -> M:
     """Return a subnet of `model` for one call: new modules, with slices where the subnet is narrower.
 
     Nothing in the model changes, whatever the replica does. Its parameters are those of the model or slices of them, so
-    that gradients reach the model's. What a forward may write is copied: buffers, tensor attributes, lists, deques
-    and dicts.
+    that gradients reach the model's. What a forward may write is copied: buffers, tensor attributes, lists, deques,
+    sets and dicts.
     Where a module of the model is referred to (in lists, deques, tuples and dicts of modules, bound methods, partials
     and closures, hooks among them), the replica refers to its own module. Caches of tensors start empty, since they are
     of another width.
@@ -112,6 +112,9 @@ class _Replication:
             for key, item in value.items():
                 items[key] = self._copy(item)
             return items
+        if kind is set:
+            copied = self.memo[id(value)] = set(map(self._copy, value))
+            return copied
         if kind is list or kind is deque:
             members = self.memo[id(value)] = [] if kind is list else deque(maxlen=value.maxlen)
             members.extend(map(self._copy, value))
@@ -152,6 +155,7 @@ class _Replication:
             args, keywords = tuple(map(self._redirect, function.args)), self._redirect(function.keywords)
             return functools.partial(self._redirect(function.func), *args, **keywords)
         cells = [_contents(cell) for cell in function.__closure__ or ()]
+        self.memo[id(function)] = function  # a function that names itself stands in its own closure
         contents = [self._redirect(content) for content in cells]
         if all(a is b for a, b in zip(cells, contents, strict=True)):
             return function
@@ -163,6 +167,10 @@ class _Replication:
         redirected = types.FunctionType(code, scope, name, function.__defaults__, closure)
         redirected.__kwdefaults__ = function.__kwdefaults__
         redirected.__dict__.update(function.__dict__)
+        self.memo[id(function)] = redirected
+        for cell, content in zip(closure, contents, strict=True):
+            if content is function:
+                cell.cell_contents = redirected
         return redirected
 
 

@@ -115,7 +115,8 @@ def is_cache(kind: type, name: str, value: Any) -> bool:
     """Whether an attribute of a module is a dict in which it caches tensors between calls, such as attention biases.
 
     Args:
-        kind: the class of the module; tensors that none of its methods but the constructor stores are constants.
+        kind: the class of the module; tensors that none of its methods but the constructor stores are constants, and a
+            dict that the constructor fills is state.
         name, value: the attribute.
     """
     holds = type(value) is dict and name[0] != "_" and any(map(_holds_tensor, value.values()))
@@ -133,8 +134,31 @@ def _stores_into(kind: type, name: str) -> bool:
     if name not in names:
         functions = [f for base in kind.__mro__ for f in vars(base).values() if isinstance(f, FunctionType)]
         codes = [f.__code__ for f in functions if f.__name__ != "__init__" and name in f.__code__.co_names]
-        names[name] = any(_stores(code) and not _looks_up(code, name) for code in codes)
+        stores = any(_stores(code) and not _looks_up(code, name) for code in codes)
+        constructors = [
+            f.__code__ for base in kind.__mro__ if isinstance(f := vars(base).get("__init__"), FunctionType)
+        ]
+        names[name] = stores and not any(_fills(code, name) for code in constructors)
     return names[name]
+
+
+def _fills(constructor: CodeType, name: str) -> bool:
+    """Whether a constructor makes a dict with items under this name, or puts items into it."""
+    steps = [i for i in dis.get_instructions(constructor) if i.opname not in ("CACHE", "PRECALL", "PUSH_NULL")]
+    for i, step in enumerate(steps):
+        if step.opname == "STORE_ATTR" and step.argval == name and i > 1:
+            value = steps[i - 2]
+            if value.opname in ("BUILD_CONST_KEY_MAP", "DICT_UPDATE", "DICT_MERGE", "MAP_ADD", "KW_NAMES"):
+                return True
+            if value.opname in ("BUILD_MAP", "CALL", "CALL_FUNCTION") and value.arg:
+                return True
+            if value.opname == "CALL" and steps[i - 3].opname in ("GET_ITER", "KW_NAMES"):
+                return True  # a comprehension
+        if step.opname.startswith("LOAD_ATTR") and step.argval == name:
+            following = [other.opname for other in steps[i + 1 : i + 4]]
+            if "STORE_SUBSCR" in following or steps[i + 1].argval in _WRITERS:
+                return True
+    return False
 
 
 def _stores(code: CodeType) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from timm_autoslim.tracing.formulas import AttributeFormula, Count
-from timm_autoslim.tracing.origins import FromExpression, Number
+from timm_autoslim.tracing.origins import FromExpression, Number, get_plain
 from timm_autoslim.tracing.watching import Lookup
 
 Formula = Count | AttributeFormula
@@ -61,6 +61,9 @@ class Bounds:
 
     def is_constant(self, compute: Callable[..., Any], inputs: Sequence[Any]) -> bool:
         """Whether a function of these numbers is known to have the same answer at all widths."""
+        if compute is get_plain:  # the number itself
+            low, high = self.find_bounds(inputs[0])
+            return low == high
         if compute is bool:
             return self._is_constant(operator.ne, inputs[0], 0)
         if isinstance(compute, Lookup):

@@ -1,45 +1,36 @@
-"""Tensors that a forward computes once and keeps in its module, such as `if self._w is None: self._w = ...`.
+"""Tensors and numbers that a forward computes once and keeps, such as `if self._w is None: self._w = ...`.
 
 A subnet gets what the widest has kept, so no width may decide it.
 """
 
 from __future__ import annotations
 
-import dis
-from collections.abc import Iterator
-from types import FunctionType
+from collections import deque
+from collections.abc import Iterator, Mapping, MutableMapping, MutableSet, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from timm_autoslim.slicing.slices import is_cache
+from timm_autoslim.slicing.replica import replicate
+from timm_autoslim.slicing.slices import Slices
+from timm_autoslim.tracing.holdings import Attribute, list_attributes, list_values
 from timm_autoslim.tracing.record import Recorder
+from timm_autoslim.tracing.writes import find_first_value, find_writes
 from timm_autoslim.utils.meta import copy_to_meta
-from timm_autoslim.utils.tensors import collect_tensors
 
-Kept = dict[tuple[str, str], tuple[Tensor, ...]]
+Place = tuple[str, str]  # a module, and the name of what stands in it
+Kept = dict[Place, Any]  # a tensor or number
+_MOST_TRIES = 8
 
 
-def list_kept_tensors(model: nn.Module) -> Kept:
-    """Return the tensors that modules hold in attributes and buffers, by the module's path and the name there.
-
-    Without the dicts of which it is known that they are caches: those start empty in a subnet.
-    """
+def list_kept(model: nn.Module) -> Kept:
+    """Return the tensors and numbers that modules hold beside weights."""
     kept: Kept = {}
-    for path, module in model.named_modules():
-        attributes = {n: v for n, v in vars(module).items() if n not in _OF_EVERY_MODULE and not _is_plain(v)}
-        for name, value in (*attributes.items(), *module._buffers.items()):
-            tensors = () if is_cache(type(module), name, value) else tuple(collect_tensors(value))
-            if tensors:
-                kept[path, name] = tensors
+    for attribute in list_attributes(model):
+        for place, value in list_values(attribute.read()):
+            kept[attribute.path, attribute.name + place] = value
     return kept
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float, str, nn.Module)) or callable(value)
 
 
 def find_filled(before: Kept, *later: Kept) -> Kept:
@@ -50,61 +41,128 @@ def find_filled(before: Kept, *later: Kept) -> Kept:
         later: what they held after each run.
     """
     filled: Kept = {}
-    for place, tensors in later[-1].items():
-        ids = [id(tensor) for tensor in tensors]
-        if ids != [id(t) for t in before.get(place, ())]:
+    for place, value in later[-1].items():
+        if value is not before.get(place):
             first = next(kept[place] for kept in later if place in kept)
-            if ids == [id(t) for t in first]:
-                filled[place] = tensors
+            if value is first and (isinstance(value, Tensor) or not _grows(place, later)):
+                filled[place] = value
     return filled
 
 
-def find_caches(model: nn.Module, example: Any) -> list[tuple[str, str]]:
-    """Return the attributes that hold tensors which a forward would compute again if they were not there.
+def _grows(place: Place, later: Sequence[Kept]) -> bool:
+    """Whether something stands in a container that gets more in each run, as a log does."""
+    path, name = place
+    root, _, inside = name.partition("[")
+    sizes = [sum(p == path and n.startswith(f"{root}[") for p, n in kept) for kept in later] if inside else [0]
+    return sizes[0] < sizes[-1] and sizes[0] > 0
+
+
+@dataclass(frozen=True)
+class KeptNumbers:
+    """Ordinary numbers that a run of the widest has left, of which nobody knows where they come from.
+
+    Attributes:
+        numbers: these numbers; the forward may compute them anew each time.
+        fresh: a meta copy that has not run.
+        later: one that has run.
+        examples: the inputs of the runs, on the meta device, each with whether it was one in train() mode.
+        data: by name, the tensors with data.
+    """
+
+    numbers: Kept
+    fresh: nn.Module
+    later: nn.Module
+    examples: Sequence[tuple[bool, Any]]
+    data: Mapping[str, Tensor]
+
+    def find_stale(self, slices: Slices) -> Place | None:
+        """Return a number that a subnet computes if it runs first, and gets from the widest else; None if all agree."""
+        fresh, later = (self._run(model, slices) for model in (self.fresh, self.later))
+        for place, number in self.numbers.items():
+            if later.get(place) == number and fresh.get(place) != number:
+                return place
+        return None
+
+    def _run(self, model: nn.Module, slices: Slices) -> Kept:
+        subnet = replicate(model, slices)
+        runner = Recorder(subnet, data=self.data)
+        for training, example in self.examples:
+            subnet.train(training)
+            runner.run(example)
+        runner.release()
+        return list_kept(subnet)
+
+
+def find_caches(model: nn.Module, example: Any) -> dict[Place, bool]:
+    """Return the attributes that hold tensors and numbers which a forward would compute again if they were not there.
 
     Args:
         model: the model, which may have run.
         example: inputs on the meta device.
+
+    Returns:
+        By place, whether it is a container that is to be emptied.
     """
-    candidates = list(_list_candidates(model))
-    while candidates:
+    choices = dict(_list_candidates(model))
+    for _ in range(_MOST_TRIES):
+        places = {place: ways[0] for place, ways in choices.items()}
+        if not places:
+            break
         meta_copy = copy_to_meta(model).eval()
-        empty_attributes(meta_copy, candidates)
+        empty_attributes(meta_copy, places)
         try:
             Recorder(meta_copy).run(example)
         except Exception:  # whatever a forward raises that needs one of them
-            candidates.pop()
+            last = [*places][-1][1]
+            choices = {place: ways[place[1] == last :] for place, ways in choices.items()}
+            choices = {place: ways for place, ways in choices.items() if ways}
             continue
-        kept = list_kept_tensors(meta_copy)
-        if all(place in kept for place in candidates):
-            return candidates
-        candidates = [place for place in candidates if place in kept]
-    return []
+        filled = {(a.path, a.name) for a in list_attributes(meta_copy) if _is_filled(a.read())}
+        if filled.issuperset(places):
+            return places
+        choices = {place: ways for place, ways in choices.items() if place in filled}
+    return {}
 
 
-def empty_attributes(model: nn.Module, places: list[tuple[str, str]]) -> None:
-    """Put these attributes back to what the constructor left: None, or nothing if it does not name them."""
-    for path, name in places:
-        module = model.get_submodule(path)
-        if name in module._buffers:
-            module._buffers[name] = None
-        elif _is_stored(type(module), name, by_constructor=True):
-            module.__dict__[name] = None
+def empty_attributes(model: nn.Module, places: Mapping[Place, bool]) -> None:
+    """Put attributes back to what the constructor left: None, a number, or nothing if it does not name them."""
+    for attribute in list(list_attributes(model)) if places else ():
+        empties = places.get((attribute.path, attribute.name))
+        if empties is None:
+            continue
+        if empties:
+            attribute.read().clear()
+            continue
+        is_named, first = find_first_value(attribute.owner, attribute.key)
+        if is_named:
+            attribute.write(first)
         else:
-            del module.__dict__[name]
+            attribute.remove()
 
 
-def _list_candidates(model: nn.Module) -> Iterator[tuple[str, str]]:
-    for path, name in list_kept_tensors(model):
-        module = model.get_submodule(path)
-        plain = not type(module).__module__.startswith("torch.nn.")
-        if plain and name not in module.state_dict() and _is_stored(type(module), name, by_constructor=False):
-            yield path, name
+def _list_candidates(model: nn.Module) -> Iterator[tuple[Place, tuple[bool, ...]]]:
+    """Yield attributes that the forward may have computed, each with the ways to empty it."""
+    attributes = list(list_attributes(model))
+    writes = find_writes(model, attributes)
+    for attribute in attributes:
+        name, value = attribute.name.rpartition(".")[2], attribute.read()
+        if _is_persistent(attribute) or not _is_filled(value):
+            continue
+        fills = isinstance(value, (MutableMapping, MutableSet, list, deque)) and name in writes.containers
+        ways = (*([True] if fills else []), *([False] if writes.sets(name) else []))
+        if ways:
+            yield (attribute.path, attribute.name), ways
 
 
-def _is_stored(kind: type, name: str, by_constructor: bool) -> bool:
-    """Whether the constructor of a class, or another method, sets an attribute of this name."""
-    members = [getattr(m, "fget", None) or m for base in kind.__mro__ for m in vars(base).values()]  # of properties
-    functions = [f for f in members if isinstance(f, FunctionType) and name in f.__code__.co_names]
-    codes = [f.__code__ for f in functions if (f.__name__ == "__init__") is by_constructor]
-    return any(i.opname == "STORE_ATTR" and i.argval == name for code in codes for i in dis.get_instructions(code))
+def _is_filled(value: Any) -> bool:
+    """Whether a value holds tensors or numbers."""
+    members = value if isinstance(value, MutableSet) else ()
+    return any(True for _ in list_values(value)) or any(isinstance(member, (int, float)) for member in members)
+
+
+def _is_persistent(attribute: Attribute) -> bool:
+    """Whether it is a buffer that belongs to the model's state, and that the constructor registers."""
+    module = attribute.owner
+    if not isinstance(module, nn.Module) or attribute.store is not module._buffers:
+        return False
+    return attribute.key not in module._non_persistent_buffers_set and find_first_value(module, attribute.key)[0]

@@ -56,14 +56,13 @@ def keep_answers(graph: ChannelGraph, checks: Sequence[Check]) -> ChannelGraph:
             if question in space.answered:
                 break
             least = _find_least(space.graph, check, leaves)
-            reason = f"the code asks about their number at {check.where}"
             if least is not None:
                 space.answered.add(question)
                 if least > 1:
-                    space.graph = space.graph.keep_width(space.find_largest(leaves).vectors[0], least, reason)
+                    space.graph = space.graph.keep_width(space.find_largest(leaves).vectors[0], least, check.reason)
                 break
             vectors = space.find_largest(leaves).vectors
-            space = _Space(space.graph.freeze(vectors, f"{reason}, and takes another path if it is smaller"))
+            space = _Space(space.graph.freeze(vectors, check.reason + check.consequence))
     return space.graph
 
 

@@ -12,6 +12,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes
 
 from timm_autoslim.tracing.ops.schema import tensors_in_lists
+from timm_autoslim.tracing.origins import Number
 
 Compute = Callable[[], Tensor | None]
 
@@ -38,14 +39,16 @@ class Value:
         memory: it is shared with views.
         inputs: the values that it is computed from.
         root: the model's tensor on the meta device, if it is the value of one.
+        numbers: the numbers with an origin that decide it, or its shape.
     """
 
-    __slots__ = ("_compute", "_result", "inputs", "memory", "root")
+    __slots__ = ("_compute", "_result", "inputs", "memory", "numbers", "root")
 
     def __init__(
         self, compute: Compute, memory: Memory | None = None, inputs: Sequence[Value] = (), root: Tensor | None = None
     ) -> None:
         self.memory, self.inputs, self.root = memory or Memory(), tuple(inputs), root
+        self.numbers: list[Number] = []
         self._compute: Compute | None = compute
         self._result: Tensor | None = None
 
@@ -59,17 +62,22 @@ class Value:
 
     def list_roots(self) -> list[Tensor]:
         """Return the model's tensors that it is computed from."""
-        roots: list[Tensor] = []
-        todo, ids = [self], set[int]()
+        return [value.root for value in self._list_sources() if value.root is not None]
+
+    def list_numbers(self) -> list[Number]:
+        """Return the numbers with an origin that it is computed from."""
+        return [number for value in self._list_sources() for number in value.numbers]
+
+    def _list_sources(self) -> list[Value]:
+        """Return this value, and all that it is computed from."""
+        sources: dict[int, Value] = {}
+        todo = [self]
         while todo:
             value = todo.pop()
-            if id(value) in ids:
-                continue
-            ids.add(id(value))
-            todo.extend(value.inputs)
-            if value.root is not None:
-                roots.append(value.root)
-        return roots
+            if id(value) not in sources:
+                sources[id(value)] = value
+                todo.extend(value.inputs)
+        return list(sources.values())
 
 
 class DeferredCall:
@@ -125,7 +133,7 @@ def copy_later(tensor: Tensor, dtype: torch.dtype) -> Compute:
     return lambda: tensor.detach().to("cpu", dtype, copy=True)
 
 
-def fill_later(shape: Sequence[int], value: bool) -> Compute:
+def fill_later(shape: Sequence[int], value: bool | int | float) -> Compute:
     """Return a function that makes a tensor of one value."""
     return lambda: torch.tensor(value).expand(tuple(shape))
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from timm_autoslim.tracing.autocast import accept_autocast_on_meta
 from timm_autoslim.tracing.functions import MATH
-from timm_autoslim.tracing.reachable import LRU_CACHED, MISSING, Container, Place, Walk
+from timm_autoslim.tracing.holdings import list_attributes
+from timm_autoslim.tracing.reachable import CONTAINERS, LRU_CACHED, MISSING, Container, Place, Walk
 from timm_autoslim.tracing.sizes import Size
 from timm_autoslim.utils.meta import sharing_generators
 
@@ -63,6 +64,11 @@ class OuterState:
         walk.run()
         self._places, self._containers = list(walk.places.values()), list(walk.containers.values())
         self._namespaces = walk.namespaces
+        for attribute in list_attributes(model):  # functions that modules hold are the same in copies of the model
+            if isinstance(attribute.owner, types.FunctionType):
+                value = attribute.read()
+                self._places.append(Place(attribute.store, attribute.key, value))
+                self._containers += [Container(value)] if type(value) in CONTAINERS else []
         modules = [Place(vars(m), n, v) for m in model.modules() for n, v in vars(m).items() if _is_cached(v)]
         self._cached = [*modules, *(place for place in self._places if _is_cached(place.value))]
         math_places = [Place(vars(math), n, f) for n, f in vars(math).items() if _is_of_math(f)]

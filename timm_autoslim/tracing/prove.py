@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
+from timm_autoslim.tracing.caches import KeptNumbers
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import bind
@@ -116,6 +117,7 @@ class Prover:
         batches: Mapping[bool, int],
         numbers: Mapping[str, Factor] | None = None,
         data: Mapping[str, Tensor] | None = None,
+        kept: KeptNumbers | None = None,
     ) -> None:
         """Prepare proofs.
 
@@ -126,7 +128,9 @@ class Prover:
             batches: the lengths of the batch in eval() mode (False) and in train() mode.
             numbers: the tensors of the model that stand for one number.
             data: by name, the tensors with data.
+            kept: ordinary numbers that the widest has left.
         """
+        self.kept = kept
         self.model, self.example, self.records, self.numbers = model, example, records, dict(numbers or {})
         self.batches, self.data = batches, data
 
@@ -143,6 +147,16 @@ class Prover:
                 except Disagreement as fault:
                     fault.half_runs = widths is not half
                     yield fault
+            if widths is half and self.kept is not None:
+                yield from self._find_stale(graph.slices(half))
+
+    def _find_stale(self, slices: Slices) -> Iterator[Disagreement]:
+        """Yield the disagreement that a subnet gets a number which the widest has kept, and would compute another."""
+        assert self.kept is not None
+        place = self.kept.find_stale(slices)
+        if place is not None:
+            path, name = place
+            yield Disagreement(f"its forward keeps {name}, which has another value if the subnet runs first", path)
 
     def _compare(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord, check_scales: bool) -> None:
         self.model.train(record.training)

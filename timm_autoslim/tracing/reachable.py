@@ -22,7 +22,7 @@ _SKIPPED = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "timm_autosli
 MISSING = object()
 _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.device, torch.Size)
 _DICTS = (dict, OrderedDict, defaultdict)
-_CONTAINERS = (*_DICTS, list, set, deque)
+CONTAINERS = (*_DICTS, list, set, deque)
 _WRAPPED_DICTS = (UserDict, WeakKeyDictionary, WeakValueDictionary)
 LRU_CACHED = type(functools.lru_cache(lambda: None))
 _WRITES = frozenset({"setdefault", "update", "append", "appendleft", "extend", "insert", "add"})
@@ -181,7 +181,7 @@ class Walk:
             if isinstance(value, types.ModuleType):
                 if not _is_skipped(value.__name__):
                     self._follow_namespace(vars(value), names)
-            elif type(value) in _CONTAINERS:
+            elif type(value) in CONTAINERS:
                 self._follow_container(value, name)
             elif id(value) not in self._ids:
                 self._ids.add(id(value))

@@ -22,10 +22,11 @@ from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import recurrent
+from timm_autoslim.tracing.origins import Number, get_plain
 from timm_autoslim.tracing.scales import Factor, ScaleTracker, Scores
 from timm_autoslim.tracing.sizes import make_multiple
-from timm_autoslim.tracing.values import KnownValues
-from timm_autoslim.tracing.watching import watching_sizes
+from timm_autoslim.tracing.values import LIKE, KnownValues
+from timm_autoslim.tracing.watching import Check, watching_sizes
 from timm_autoslim.utils.meta import fix_seed, list_generators, run_model
 from timm_autoslim.utils.running import ModuleStack
 from timm_autoslim.utils.tensors import collect_tensors, named_tensors
@@ -63,8 +64,8 @@ class Recorder:
     def leave(self, path: str, module: nn.Module, out: Any) -> None:
         """Do something when a module returns; by default nothing."""
 
-    def note_read(self, tensors: Sequence[Tensor]) -> None:
-        """Do something when the model's code reads data that follow from these of its tensors; by default nothing."""
+    def note_read(self, tensors: Sequence[Tensor], numbers: Sequence[Number]) -> None:
+        """Do something when the model's code reads what follows from these tensors and sizes; by default nothing."""
 
     def check_tensor(self, tensor: Tensor) -> None:
         """Do something about a tensor with data that the model's code brings with it; by default nothing."""
@@ -162,6 +163,14 @@ def _copy_without_guard(function: Any) -> Any:
     return copy
 
 
+def _list_numbers(values: Any) -> Iterator[Number]:
+    if isinstance(values, Number):
+        yield values
+    elif type(values) in (list, tuple, torch.Size):
+        for value in values:
+            yield from _list_numbers(value)
+
+
 class LabelRecorder(Recorder):
     """Carries labels through a run: it applies the rules of the operators, and gives sizes their dimension as origin.
 
@@ -221,19 +230,29 @@ class LabelRecorder(Recorder):
         operators, exits = tuple(self._operators), tuple(self._exits)
         return RunRecord(self.model.training, operators, exits, tuple(self._list_scores()))
 
-    def note_read(self, tensors: Sequence[Tensor]) -> None:
+    def note_read(self, tensors: Sequence[Tensor], numbers: Sequence[Number]) -> None:
         """Freeze the channels of tensors that decide what the model's code reads: a width must not decide it."""
+        for number in numbers:
+            reason = f"{self.flow.path or 'the model'}: its code reads numbers that are computed from their number"
+            self.flow.note_check(Check(get_plain, (number,), reason, ""))
         for tensor in tensors:
             self.used_ids.add(id(tensor))
             reason = f"its code reads numbers that are computed from {self._names[id(tensor)]}"
             self.flow.freeze_labels(self.flow.get_labels(tensor), reason)
 
-    def freeze_kept(self, path: str, name: str, tensor: Tensor) -> None:
-        """Freeze the channels that decide a tensor which a module keeps from one call to the next."""
-        for root in self.values.list_roots(tensor):
-            reason = f"{path or 'the model'}: its forward keeps {name}, which it computes from {self._names[id(root)]}"
-            for label in (*self.flow.get_labels(root), *self.flow.get_labels(tensor)):
+    def freeze_kept(self, path: str, name: str, value: Any) -> None:
+        """Freeze the channels that decide a tensor or number which a module keeps from one call to the next."""
+        reason = f"{path or 'the model'}: its forward keeps {name}"
+        numbers = [value] if isinstance(value, Number) else []
+        if isinstance(value, Tensor):
+            numbers = self.values.list_numbers(value)
+            for root in self.values.list_roots(value):
+                for label in self.flow.get_labels(root):
+                    self.flow.constraints.freeze(label, f"{reason}, which it computes from {self._names[id(root)]}")
+            for label in self.flow.get_labels(value) if self.values.is_known(value) else ():
                 self.flow.constraints.freeze(label, reason)
+        for number in numbers:
+            self.flow.note_check(Check(get_plain, (number,), f"{reason}, which it computes from their number", ""))
 
     def check_tensor(self, tensor: Tensor) -> None:
         """Make sure that no weight of the user's model takes part in the run of a copy.
@@ -296,9 +315,19 @@ class LabelRecorder(Recorder):
             if name in recurrent.LAYERS:
                 self.used_ids.update(id(t) for t in ops.tensors_in_lists([*args, *kwargs.values()]))
                 return recurrent.run(self.flow, name, args, kwargs)
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            self._note_numbers(name, args, kwargs, out)
+            return out
         finally:
             self.flow.call = before
+
+    def _note_numbers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        """Note the numbers that decide what a function returns, and for one of a tensor's shape the sizes of that."""
+        numbers = list(_list_numbers([*args, *kwargs.values()]))
+        if name in LIKE and isinstance(args[0], Tensor) and not name.startswith("new_"):
+            numbers += [size for size in self.flow.get_sizes(args[0]) if isinstance(size, Number)]
+        if numbers:
+            self.values.note_numbers(ops.tensors_in_lists([out]), numbers)
 
     def _add_strides(self, strides: Any, tensor: Tensor, *dim: int) -> Any:
         """Return the strides of a tensor, or one of them, with the sizes that they are products of as origins."""

@@ -14,7 +14,7 @@ from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.slicing.slices import clear_caches
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.buffers import constrain_unsaved, freeze_refilled, freeze_tables
-from timm_autoslim.tracing.caches import empty_attributes, find_caches, find_filled, list_kept_tensors
+from timm_autoslim.tracing.caches import Kept, KeptNumbers, empty_attributes, find_caches, find_filled, list_kept
 from timm_autoslim.tracing.calls import wrap_attributes
 from timm_autoslim.tracing.checks import keep_answers
 from timm_autoslim.tracing.describe import Describer
@@ -78,8 +78,8 @@ class Tracer:
         recorder: it runs the copy.
         records: the runs so far.
         written: paths of attributes that hold integers, and that a run changed.
-        caches: attributes of the model that hold tensors which an earlier run has computed.
-        kept: the tensors that modules hold in attributes, before the first run and after each.
+        caches: attributes of the model that hold what an earlier run has computed.
+        kept: the tensors and numbers that modules hold beside weights, before the first run and after each.
         attributes: paths of the attributes that the modules had before any run.
     """
 
@@ -112,7 +112,7 @@ class Tracer:
         self.recorder = LabelRecorder(self.copy, self.flow, foreign_ids, self.describer, self.numbers, data)
         self.records: list[RunRecord] = []
         self.written: set[str] = set()
-        self.kept = [list_kept_tensors(self.copy)]
+        self.kept: list[Kept] = []
 
     def _label_tensor(self, name: str, tensor: Tensor) -> list[Label]:
         """Label every axis of a weight with new atoms, except height and width of a convolution's kernel."""
@@ -136,6 +136,8 @@ class Tracer:
             WidthError: a glob of `whole_heads` matches no module that splits channels into heads.
         """
         empty_caches(self.copy)  # of another trace, or of an earlier run
+        empty_attributes(self.copy, self.caches)
+        self.kept = [list_kept(self.copy)]
         self.describer.watch_features()
         notes = self._record_both_modes()
         for glob in set(self.flow.whole_heads) - self.flow.matching_globs:
@@ -148,9 +150,8 @@ class Tracer:
         read = self.recorder.scales.read
         HeadBinder(self.copy, self.flow, self.records, self.numbers, self.attributes, read).bind(self.describer)
         self._freeze_unused_tensors()
-        for (path, name), tensors in find_filled(*self.kept).items():
-            for tensor in tensors:
-                self.recorder.freeze_kept(path, name, tensor)
+        for (path, name), value in find_filled(*self.kept).items():
+            self.recorder.freeze_kept(path, name, value)
         unsaved = self.labels.keys() - set(self.copy.state_dict())
         constrain_unsaved(self.copy, self.labels, unsaved, self.flow.constraints)
         described = self.describer
@@ -260,7 +261,7 @@ class Tracer:
             )  # fmt: skip
             raise TraceError(text) from error
         self._freeze_outputs(out, training)
-        self.kept.append(list_kept_tensors(self.copy))
+        self.kept.append(list_kept(self.copy))
         self.written.update(self._list_written())
 
     def _freeze_outputs(self, out: Any, training: bool) -> None:
@@ -285,13 +286,21 @@ class Tracer:
     def _make_prover(self) -> Prover:
         """Return what compares subnets with the records; they get what the widest has kept."""
         meta_copy, data = copy_to_meta(self.model), named_tensors(self.model)  # a copy without labels and hooks
-        if find_filled(*self.kept):
+        filled, kept = find_filled(*self.kept), None
+        modes = [record.training for record in self.records]
+        examples = [(training, make_meta_example(self.example, self.batches[training])) for training in modes]
+        if filled:
             empty_attributes(meta_copy, self.caches)
-            for record in self.records:
-                runner = Recorder(meta_copy.train(record.training), data=data)
-                runner.run(make_meta_example(self.example, self.batches[record.training]))
+            for training, example in examples:
+                runner = Recorder(meta_copy.train(training), data=data)
+                runner.run(example)
                 runner.release()
-        return Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data)
+        numbers = {place: value for place, value in filled.items() if type(value) in (int, float)}
+        if numbers:
+            fresh = copy_to_meta(self.model)
+            empty_attributes(fresh, self.caches)
+            kept = KeptNumbers(numbers, fresh, meta_copy, examples, data)
+        return Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data, kept)
 
 
 def _holds_integers(value: Any) -> bool:

@@ -30,6 +30,7 @@ from timm_autoslim.tracing.deferred import (
     replace_values,
 )
 from timm_autoslim.tracing.ops.schema import tensors_in_lists
+from timm_autoslim.tracing.origins import Number, get_plain
 
 aten = torch.ops.aten
 _FINITE = {"isfinite": True, "isnan": False, "isinf": False, "isposinf": False, "isneginf": False}
@@ -41,6 +42,8 @@ _CHOICES = {
     ("transformers.masking_utils", "_ignore_causal_mask_sdpa"): False,
     ("transformers.masking_utils", "_ignore_bidirectional_mask_sdpa"): False,
 }
+# Functions that make a tensor like another one, of equal numbers; None if it is an argument.
+LIKE = {"ones_like": 1, "zeros_like": 0, "new_ones": 1, "new_zeros": 0, "full_like": None, "new_full": None}
 _NEW = frozenset({"tensor", "as_tensor", "asarray", "new_tensor"})  # functions that make a tensor of numbers
 _TO_PYTHON = frozenset({"tolist", "numpy", "__array__"})
 _MOVES = frozenset({"to", "type_as"})  # functions that may move a tensor to another device
@@ -66,14 +69,14 @@ class KnownValues:
     def __init__(
         self,
         tensors: Sequence[tuple[Tensor, Tensor]] = (),
-        note_read: Callable[[Sequence[Tensor]], None] | None = None,
+        note_read: Callable[[Sequence[Tensor], Sequence[Number]], None] | None = None,
         check_tensor: Callable[[Tensor], None] | None = None,
     ) -> None:
         """Prepare a run.
 
         Args:
             tensors: the tensors of the model that runs, on the meta device, each with the one that has the data.
-            note_read: it gets the model's tensors that decide what the model's code reads.
+            note_read: it gets the model's tensors that decide what the model's code reads, and such numbers.
             check_tensor: it gets every tensor with data that the model's code brings with it.
         """
         self.errors: list[Exception] = []
@@ -81,6 +84,7 @@ class KnownValues:
         self._values: dict[int, tuple[Any, Value]] = {}  # by id of a tensor, which lives as long as the run needs it
         self._moved: dict[int, tuple[Tensor, Tensor]] = {}  # by id of a tensor on the CPU, what stands for it
         self._keeps_devices = False  # inside a function that needs its tensors on the CPU
+        self._numbers: dict[int, tuple[Tensor, Sequence[Number]]] = {}  # by id of a tensor of unknown value
         self._draws = 0  # random tensors so far; each has its own seed, whatever sizes the others have
         for tensor, data in tensors:
             if not data.is_meta and tensor.shape == data.shape:
@@ -92,13 +96,31 @@ class KnownValues:
         with outside_of_run():
             result = value.evaluate() if value is not None else None
         if value is not None and result is not None and self._note_read is not None:
-            self._note_read(value.list_roots())
+            self._note_read(value.list_roots(), value.list_numbers())
         return result
 
     def list_roots(self, tensor: Tensor) -> list[Tensor]:
         """Return the model's tensors that a tensor is computed from; none if it follows from inputs or constants."""
         value = self._get(tensor)
         return [] if value is None else value.list_roots()
+
+    def list_numbers(self, tensor: Tensor) -> list[Number]:
+        """Return the numbers with an origin that a tensor is computed from, if its value is known."""
+        value = self._get(tensor)
+        return [] if value is None else value.list_numbers()
+
+    def is_known(self, tensor: Tensor) -> bool:
+        """Whether the value of a tensor is known."""
+        return self._get(tensor) is not None
+
+    def note_numbers(self, tensors: Sequence[Tensor], numbers: Sequence[Number]) -> None:
+        """Note that numbers with an origin decide tensors."""
+        for tensor in tensors:
+            value = self._get(tensor)
+            if value is not None:
+                value.numbers += numbers
+            else:
+                self._numbers[id(tensor)] = tensor, numbers  # its value may be known soon
 
     # -- functions --------------------------------------------------------------------------------------------------
 
@@ -112,12 +134,17 @@ class KnownValues:
         if name in _MOVES and args[0].is_meta:
             args, kwargs = replace_values((args, kwargs), self._move, (Tensor, torch.device, str))
         self._keeps_devices = name in _FILL_ON_CPU
+        self._numbers.clear()
         try:
             out = run(func, args, kwargs)
         finally:
             self._keeps_devices = False
         if name in _FINITE and isinstance(out, Tensor) and self._get(out) is None:
             self._set(out, Value(fill_later(out.shape, _FINITE[name])))
+        elif name in LIKE and isinstance(out, Tensor) and self._get(out) is None:
+            fill = LIKE[name] if LIKE[name] is not None else kwargs.get("fill_value", args[-1])
+            if isinstance(fill, (int, float)):
+                self._set(out, Value(fill_later(out.shape, get_plain(fill))))  # for the shape is known
         elif name in _NEW and out.is_meta and self._get(out) is None:
             data = args[1 if name == "new_tensor" else 0] if len(args) > (name == "new_tensor") else None
             if isinstance(data, (int, float, tuple, list)) and not tensors_in_lists(data):
@@ -261,6 +288,7 @@ class KnownValues:
 
     def _set(self, tensor: Tensor, value: Value) -> None:
         key = id(tensor)
+        value.numbers += self._numbers.pop(key, (tensor, ()))[1]
         self._values[key] = weakref.ref(tensor, lambda _: self._values.pop(key, None)), value
 
     def _get(self, tensor: Tensor) -> Value | None:

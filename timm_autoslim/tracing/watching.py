@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from types import CodeType
 from typing import Any, Protocol
 
@@ -24,12 +24,14 @@ class Check:
     Attributes:
         compute: the function that answers it.
         inputs: what it gets: numbers with and without an origin.
-        where: the file and the line.
+        reason: why the answer must stay, such as the file and the line.
+        consequence: what follows where it does not.
     """
 
     compute: Callable[..., Any]
     inputs: tuple[Any, ...]
-    where: str
+    reason: str
+    consequence: str = ", and takes another path if it is smaller"
 
     def find_answer(self, get_value: Callable[[Number], int]) -> Any:
         """Return the answer if attributes and dimensions have these values; an exception's class if it raises."""
@@ -100,7 +102,7 @@ def note_comparison(compute: Callable[..., bool], a: Any, b: Any) -> None:
     if pair is not None and code == _COMPARE and get_plain(pair[0]) == get_plain(pair[1]):
         watcher.note_equal(*pair)
     if pair is None or not equality or code == _COMPARE or not find_tables(frame):  # no key of a dict
-        watcher.note_check(Check(compute, (a, b), _locate(frame)))
+        watcher.note_check(_ask(compute, (a, b), frame))
 
 
 def _is_size(number: Any) -> bool:
@@ -125,14 +127,14 @@ def note_truth(number: Any) -> None:
     pair = _find_pair(number, 0)
     if pair is not None and not get_plain(number):
         watcher.note_equal(*pair)
-    watcher.note_check(Check(bool, (number,), _locate(frame)))
+    watcher.note_check(_ask(bool, (number,), frame))
 
 
 def note_check(compute: Callable[..., Any], inputs: tuple[Any, ...]) -> None:
     """Tell the watcher that the model's code has asked a question about numbers."""
     watcher, frame, _ = _find_use()
     if watcher is not None:
-        watcher.note_check(Check(compute, inputs, _locate(frame)))
+        watcher.note_check(_ask(compute, inputs, frame))
 
 
 def note_lookup(number: Any) -> None:
@@ -143,10 +145,10 @@ def note_lookup(number: Any) -> None:
     for keys in find_tables(frame):
         plain = frozenset(key for key in keys if type(key) is int)
         if plain:
-            watcher.note_check(Check(Lookup(plain), (number,), _locate(frame)))
+            watcher.note_check(_ask(Lookup(plain), (number,), frame))
     if _read_code(frame.f_code)[frame.f_lasti] in _DISPLAYS or not has_lookup(frame):
         for other in members.add(frame, number):
-            watcher.note_check(Check(operator.eq, (other, number), _locate(frame)))
+            watcher.note_check(_ask(operator.eq, (other, number), frame))
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _find_use() -> Any:
     return (watcher[0], frame, watcher[1]) if _is_of_model(frame) else _NO_USE
 
 
-@cache
+@lru_cache(4096)
 def _read_code(code: CodeType) -> bytes:
     return code.co_code
 
@@ -191,5 +193,6 @@ def _is_of_model(frame: Any) -> bool:
     return name == "torch.nn.modules.rnn" or not name.startswith(("timm_autoslim.", "torch."))
 
 
-def _locate(frame: Any) -> str:
-    return format_line(frame.f_code.co_filename, frame.f_lineno)
+def _ask(compute: Callable[..., Any], inputs: tuple[Any, ...], frame: Any) -> Check:
+    line = format_line(frame.f_code.co_filename, frame.f_lineno)
+    return Check(compute, inputs, f"the code asks about their number at {line}")
