@@ -1,5 +1,7 @@
 """What code can reach by the names in it: places, containers, and which of them it fills as it runs."""
 
+import dis
+
 from torch import nn, tensor
 
 from timm_autoslim.tracing.reachable import MISSING, Container, Place, Walk
@@ -58,3 +60,11 @@ def test_a_container_is_emptied_of_what_follows_from_sizes_and_restored():
     values["other"] = 1
     container.restore()
     assert list(values) == ["relu", 3, "table"]
+
+
+def test_only_code_that_names_a_tensor_is_read_instruction_by_instruction(monkeypatch):
+    found, read, get = walk(), [], dis.get_instructions
+    monkeypatch.setattr(dis, "get_instructions", lambda code: read.append(code.co_name) or get(code))
+    list(found.list_caches(found.find_written_names()))
+    assert "helper" in read
+    assert "keep" not in read

@@ -209,10 +209,12 @@ class Walk:
             if not container.names.isdisjoint(written_names) and container.is_filled():
                 yield container
         tables = [place for place in self.places.values() if _holds(place.value, Tensor)]
-        if tables:
-            instructions = (i for code, _ in self._codes for i in dis.get_instructions(code))
-            stored = {i.argval for i in instructions if i.opname in _STORES}
-            yield from (place for place in tables if place.name in stored)
+        names = {place.name for place in tables}
+        # reading instructions takes long, so only of code that has one of the names
+        codes = (code for code, names_of_code in self._codes if not names.isdisjoint(names_of_code))
+        instructions = (instruction for code in codes for instruction in dis.get_instructions(code))
+        stored = {instruction.argval for instruction in instructions if instruction.opname in _STORES}
+        yield from (place for place in tables if place.name in stored)
 
     def _follow(self, value: Any) -> None:
         if isinstance(value, type):
