@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.marks import slow_but
 from helpers.subprocesses import run_apart
 
 import timm_autoslim
@@ -68,11 +67,11 @@ def run_blocks(page):
 
 
 RUNNABLE = [page for page in PAGES if blocks(page, "python") and is_runnable(page)]
-QUICK = ["docs/quickstart.md"]
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("apart")
-@pytest.mark.parametrize("name", slow_but(QUICK, [name_of(page) for page in RUNNABLE]))
+@pytest.mark.parametrize("name", [name_of(page) for page in RUNNABLE])
 def test_python_blocks_run(name, tmp_path):
     # apart: a page may register a rule, seed, or set threads
     done = run_apart(run_blocks, ROOT / name, cwd=tmp_path)

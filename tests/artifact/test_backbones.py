@@ -68,6 +68,7 @@ class Detector(nn.Module):
         return [self.head(level(y)) for level, y in zip(self.neck, self.backbone(x), strict=True)]
 
 
+@pytest.mark.slow
 def test_a_detector_on_a_backbone_shrinks_with_it():
     detector = Detector().eval()
     supernet = timm_autoslim.convert(detector, IMAGES)

@@ -64,6 +64,7 @@ def test_a_killed_export_leaves_no_folder_and_the_next_one_tidies_up(step, tmp_p
     assert same(state(model), state(timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)))
 
 
+@pytest.mark.slow
 def test_the_draft_of_a_living_export_and_other_hidden_folders_stay(tmp_path):
     fcntl = pytest.importorskip("fcntl")
     living, other = tmp_path / f".out.{'0' * 32}", tmp_path / ".out.mine"

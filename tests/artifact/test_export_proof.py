@@ -36,7 +36,7 @@ def resnet():
         pytest.param("resnet10t", {"num_classes": 10, "output_stride": 8}, marks=pytest.mark.slow),
         ("resnet10t", {"num_classes": 10, "act_layer": "silu", "drop_rate": 0.3}),
         pytest.param("test_efficientnet", {"bn_eps": 0.1, "pad_type": "same"}, marks=pytest.mark.slow),
-        ("test_vit", {"num_heads": 4, "img_size": (64, 96), "act_layer": "relu"}),
+        pytest.param("test_vit", {"num_heads": 4, "img_size": (64, 96), "act_layer": "relu"}, marks=pytest.mark.slow),
     ],
 )
 def test_arguments_that_timm_keeps_are_in_the_folder(base, args, tmp_path):
@@ -52,6 +52,7 @@ def test_arguments_that_timm_keeps_are_in_the_folder(base, args, tmp_path):
     assert getattr(loaded, "drop_rate", 0) == args.get("drop_rate", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not KEEPS_ARGS, reason="this timm does not keep the arguments of its models")
 def test_arguments_given_at_loading_are_in_the_next_folder(resnet, tmp_path):
     timm_autoslim.export(resnet, tmp_path / "one")

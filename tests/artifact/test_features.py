@@ -73,6 +73,7 @@ def test_feature_extractor_of_choice(resnet):
     assert two.feature_info.channels() == [64, 128]
 
 
+@pytest.mark.slow
 def test_the_backbone_is_of_the_kind_that_the_base_makes(resnet, tmp_path):
     features = load(resnet[1], features_only=True)
     base = timm.create_model("resnet10t", features_only=True)

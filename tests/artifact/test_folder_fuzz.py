@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers.marks import slow_but
 from helpers.specs import make_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -43,7 +44,7 @@ SQUEEZENET = {"features.3.squeeze": (9, None), "features.3.expand1x1": (None, 9)
 BASES = {"test_vit": (VIT, {"img_size": 32}), "torchvision/squeezenet1_1": (SQUEEZENET, {"num_classes": 4})}
 
 
-@pytest.fixture(scope="module", params=BASES)
+@pytest.fixture(scope="module", params=slow_but(["test_vit"], BASES))
 def exported(request, tmp_path_factory):
     """A sound folder: its config.json, its tensors, and the shapes of the base."""
     narrow, args = BASES[request.param]

@@ -37,6 +37,7 @@ def test_nothing_is_allocated_for_a_tensor_beyond_the_limit():
         assert torch.arange(10**9, 10**9 + 3).numel() == 3
 
 
+@pytest.mark.slow
 def test_arguments_make_a_base_large_only_as_far_as_its_name_does():
     limit = MemoryLimit("resnet10t")
     assert limit.call(construct_base, "resnet10t", num_classes=3).num_classes == 3
@@ -66,7 +67,7 @@ def empty_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("base", slow_but(["resnet10t", "test_vit"], CASES))
+@pytest.mark.parametrize("base", slow_but(["resnet10t"], CASES))
 def test_none_are_drawn_for_a_model_as_it_was_exported(base, empty_is_nan, tmp_path):
     exported = slim(base)
     folder = export(exported, tmp_path / "out")

@@ -61,6 +61,7 @@ def test_a_narrow_model_takes_another_image_size(name, tmp_path):
     assert same(exported_state, state(reload(img_size=side)))
 
 
+@pytest.mark.slow
 def test_a_size_that_the_base_cannot_take_is_refused(tmp_path):
     _, _, reload, side = at_sizes("cait_xxs24_224", tmp_path, 0.5)
     with pytest.raises(ArtifactError, match=r"(?s)img_size.*size mismatch for pos_embed"):

@@ -68,6 +68,7 @@ def test_a_timm_model_in_another_model_is_exported(build, path, tmp_path):
     assert loaded.autoslim.widths["layer4.0.conv1"] == part.layer4[0].conv1.out_channels
 
 
+@pytest.mark.slow
 def test_a_part_of_a_loaded_model_is_exported(tmp_path):
     slim = narrow(TwoHeads())
     again = load(save(slim, tmp_path / "slim"), TwoHeads()).eval()

@@ -114,6 +114,7 @@ def test_two_spaces_of_one_model_keep_their_predictions_apart(monkeypatch):
     assert len({values for _, values in predictions}) == 1 < len(set(predictions.values()))
 
 
+@pytest.mark.slow
 def test_random_numbers_are_left_alone(supernet, tmp_path):
     def state():
         return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()

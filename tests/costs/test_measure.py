@@ -79,7 +79,10 @@ def test_every_turn_can_be_had_for_the_spread(monkeypatch):
         ({"device": "gpu"}, "device: got 'gpu', which cannot be used here"),
         ({"device": "cuda:77"}, "device: got 'cuda:77', which cannot be used here"),
         ({"device": "meta"}, "device: got 'meta', on which nothing is computed"),
-        ({"runtime": "tensorrt"}, "runtime: got 'tensorrt'; needed: one of ['eager', 'compile', 'onnxruntime']"),
+        (
+            {"runtime": "tensorrt"},
+            "runtime: got 'tensorrt'; needed: one of ['eager', 'compile', 'cudagraph', 'onnxruntime']",
+        ),
         ({"device": None}, "device: got 'None', which cannot be used here"),
         ({"threads": 0}, "threads: got 0; needed: a positive integer"),
         ({"threads": True}, "threads: got True; needed: a positive integer"),

@@ -72,6 +72,7 @@ def test_search_and_baselines_meet_every_budget(folder, capsys, mode):
     assert not (folder / "search-progress.json").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_search_is_not_replaced(folder, monkeypatch):
     run_search(folder)
     before = read_files(folder)
@@ -123,6 +124,7 @@ def test_budgets_become_texts():
 # -- the held-out images ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_only_held_out_training_images_are_scored(folder, monkeypatch):
     split = json.loads((folder / "held_out.json").read_text())
     assert not set(split["training"]) & set(split["held_out"])

@@ -43,6 +43,7 @@ def test_mixup_clipping_and_no_epochs(tmp_path):
     assert (run_train(tmp_path, "untrained", epochs=0) / "supernet.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_in_bfloat16(tmp_path):
     dtypes = []
     hook = register_module_forward_hook(
@@ -65,6 +66,7 @@ def test_bfloat16_trains_in_bfloat16(tmp_path):
     assert any(not torch.equal(value, full[name]) for name, value in weights.items())
 
 
+@pytest.mark.slow
 def test_channels_last_reaches_weights_and_images(tmp_path, monkeypatch):
     layouts = []
     original = Sandwich.__call__
@@ -90,6 +92,7 @@ def test_synchronised_norms_are_ordinary_ones_in_one_process(tmp_path):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_the_teacher_if_the_flags_say_so(tmp_path, monkeypatch):
     teachers, averages = [], []
 

@@ -73,6 +73,7 @@ def test_whatever_the_losses_refining_never_raises_them(layers, data, seed):
         assert network.loss <= before.loss
 
 
+@pytest.mark.slow
 @few
 @given(layers, st.integers(2, 4), st.data(), st.sampled_from(["fast", "reference"]))
 def test_refined_on_the_choices_no_width_leaves_them(layers, divisor, data, mode):

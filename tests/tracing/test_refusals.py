@@ -165,6 +165,7 @@ def refuse_spread_models(rank):
     check_refusal(model, r"^a\.weight: got a tensor of torch\.distributed\.tensor\.DTensor; needed: .*; convert")
 
 
+@pytest.mark.slow
 def test_models_that_are_prepared_for_quantisation_are_converted():
     """Modules of torch.ao that still compute with floating point numbers."""
     layer = torch.ao.nn.intrinsic.ConvReLU2d(make_conv(), nn.ReLU())

@@ -30,8 +30,8 @@ CASTS = {
 }
 
 
-# Convolutions of all kinds, gates, patches, attention, windows.
-QUICK = ["test_resnet", "test_efficientnet", "test_convnext", "test_vit", "torchvision/SwinTransformer"]
+# Convolutions of all kinds, gates, patches, attention.
+QUICK = ["test_resnet", "test_efficientnet", "test_vit"]
 
 
 @pytest.mark.parametrize("name", slow_but(QUICK, MEMBERS))

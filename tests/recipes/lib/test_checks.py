@@ -10,9 +10,10 @@ from timm_autoslim.recipes import run
 from timm_autoslim.recipes.lib.checks import RANGES, SCHEDULERS, Range
 from timm_autoslim.recipes.lib.configuration import _list_actions, check_config, parse_args
 from timm_autoslim.recipes.lib.flags import FLAGS
+from timm_autoslim.recipes.lib.parser import share
 
 ACTIONS = {action.dest: (recipe, action) for recipe in FLAGS for action in _list_actions(recipe)}
-NUMBERS = {flag: pair for flag, pair in ACTIONS.items() if pair[1].type in (int, float)}
+NUMBERS = {flag: pair for flag, pair in ACTIONS.items() if pair[1].type in (int, float, share)}
 
 
 def test_every_flag_of_numbers_has_a_range():
@@ -22,7 +23,8 @@ def test_every_flag_of_numbers_has_a_range():
 def check(flag, value):
     action = NUMBERS[flag][1]
     count = action.nargs if isinstance(action.nargs, int) else 1
-    check_config({flag: [action.type(value)] * count if action.nargs else action.type(value)}, "the test")
+    number = int(value) if action.type is int else float(value)
+    check_config({flag: [number] * count if action.nargs else number}, "the test")
 
 
 @pytest.mark.parametrize("flag", NUMBERS)
@@ -35,7 +37,7 @@ def test_numbers_out_of_range_are_refused(flag):
             continue
         with pytest.raises(ConfigError, match=f"^--{flag.replace('_', '-')} .*: needed "):
             check(flag, value)
-    check(flag, max(needed.low + (0.5 if action.type is float else 1), 0))
+    check(flag, max(needed.low + (1 if action.type is int else 0.5), 0))
 
 
 def test_a_range_has_bounds_or_not():

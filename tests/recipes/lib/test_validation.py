@@ -13,6 +13,7 @@ from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib import validation
 
 
+@pytest.mark.slow
 def test_a_batch_too_small_for_batchnorm_is_refused(tmp_path):
     message = r"--batch-size 1 is too small: layer3\.0\.bn1 is a BatchNorm over one value per channel .*\(1, 2, 1, 1\)"
     with pytest.raises(ConfigError, match=message):
