@@ -18,15 +18,10 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
-import timm
-import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
-from torch import Tensor
 
 from timm_autoslim import (
     Accuracy,
@@ -37,55 +32,38 @@ from timm_autoslim import (
     Team,
     cost,
     describe_luck,
-    estimate_subnets,
     files,
-    measure_turns,
     parse_budgets,
     plan_stages,
 )
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.finetune import finetune, finish
-from timm_autoslim.recipes.lib.comparison import (
-    Row,
-    check_same,
-    describe_turns,
-    make_table,
-    read_original,
-    write_original,
-)
+from timm_autoslim.recipes.lib.comparison import TURNS, Row, compare_networks, read_original, write_original
 from timm_autoslim.recipes.lib.configuration import parse_args
-from timm_autoslim.recipes.lib.durations import time_step, write_time
+from timm_autoslim.recipes.lib.durations import Counts, Stages, estimate_stages, write_time
 from timm_autoslim.recipes.lib.guide import write_guide
-from timm_autoslim.recipes.lib.images import hash_images, open_images, open_unlabelled
+from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
-from timm_autoslim.recipes.lib.models import load_supernet, make_images, make_supernet
+from timm_autoslim.recipes.lib.models import load_supernet, make_supernet
 from timm_autoslim.recipes.lib.names import is_stored
 from timm_autoslim.recipes.lib.networks import is_searched, read_networks
-from timm_autoslim.recipes.lib.onnx_file import check_onnx, write_onnx
+from timm_autoslim.recipes.lib.onnx_file import check_onnx
 from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import make_accelerator
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, write_args, write_weights
-from timm_autoslim.recipes.lib.settings import keep_settings
+from timm_autoslim.recipes.lib.settings import describe_settings, keep_settings
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.splits import SPLIT, split_training
 from timm_autoslim.recipes.lib.stage_folders import check_plan, check_start, choose_start, find_first
 from timm_autoslim.recipes.lib.starting_points import (
     check_starting_flags,
     create_starting_model,
-    find_weights,
-    hash_file,
     is_trained,
     order_by_images,
 )
 from timm_autoslim.recipes.lib.teacher import check_unlabelled
 from timm_autoslim.recipes.lib.validation import evaluate
 from timm_autoslim.recipes.search import count_widest, make_conditions, search_networks, write_budgets
-
-# A run that goes on may differ in these: they do not change the networks.
-FREE = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "threads", "device", "log_interval",
-        "checkpoint_hist", "log_wandb", "log_tensorboard", "wandb_project", "val_interval",
-        "recovery_interval", "onnx", "unlabelled")  # fmt: skip
-TURNS = 9  # in which each network is measured
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -128,9 +106,7 @@ class Slimming:
         self.images = open_images(args)
         args.num_classes = self.images.num_classes
         self.texts = write_budgets(args.budgets)
-        self.stage = self.stages = 0
-        self.begin = time.perf_counter()
-        self.begun: list[float] = []  # of the stages
+        self.stages = Stages(accelerator)
 
     def go(self) -> None:
         """Run the stages that are not finished, and compare the networks."""
@@ -145,11 +121,6 @@ class Slimming:
             networks[stage.budget], folders[stage.budget] = self._slim_to(stage, source, own)
         self._compare([networks[stage.budget] for stage in plan if stage.asked])
 
-    def _announce(self, text: str) -> None:
-        self.stage += 1
-        self.begun.append(time.perf_counter())
-        self.accelerator.print(f"\n[{self.stage} of {self.stages}] {text}", flush=True)
-
     def _keep_settings(self) -> bool:
         """Write the settings; return whether they are those of before.
 
@@ -157,17 +128,7 @@ class Slimming:
             ConfigError: they are not, and the work has begun.
         """
         path = self.run / "settings.yaml"
-        settings = {name: value for name, value in vars(self.args).items() if name not in (*FREE, "budgets")}
-        # Weights are known by what is in the file, wherever it lies; and the run has them, so the file may be gone.
-        before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        weights = find_weights(self.args)
-        settings["weights_sha256"] = hash_file(weights) if weights else before.get("weights_sha256")
-        settings.pop("initial_checkpoint")
-        if self.args.model.startswith("local-dir:"):
-            settings["model"] = "local-dir"
-        settings["images_sha256"] = hash_images(self.images.train, self.images.test)
-        if unlabelled := open_unlabelled(self.args):
-            settings["unlabelled_sha256"] = hash_images(unlabelled)
+        settings = describe_settings(path, self.args, self.images)
         begun = any((self.run / name).exists() for name in ("search", "search-progress.json", "finetune"))
         same = True
         if self.accelerator.is_main_process:
@@ -182,8 +143,8 @@ class Slimming:
         row = read_original(run) if same and (run / SUPERNET).is_file() else None
         supernet = load_supernet(run, args) if row else self._start(args)
         plan = self._plan(supernet)  # refuses budgets out of reach
-        self.stages = 2 + 2 * len(plan)
-        self._announce(f"the original: {args.model}" + (" (tested before)" if row else ""))
+        self.stages.count = 2 + 2 * len(plan)
+        self.stages.announce(f"the original: {args.model}" + (" (tested before)" if row else ""))
         if not row:
             self._set_up(args, run, supernet)
             begin = time.perf_counter()
@@ -193,7 +154,8 @@ class Slimming:
             seconds = (time.perf_counter() - begin) / max(1, len(self.images.test))
             spent = cost(supernet)
             row = Row("original", top1, spent.macs, spent.params, (run / SUPERNET).stat().st_size)
-            self._estimate(supernet, seconds, plan)
+            total = estimate_stages(args, supernet, plan, seconds, self._count_images())
+            accelerator.print(f"All stages may take {write_time(total)}: a rough estimate, from this test.")
             if accelerator.is_main_process:
                 write_original(run, row)
             accelerator.wait_for_everyone()
@@ -251,27 +213,15 @@ class Slimming:
         budgets_in_order = sorted(budgets, key=lambda budget: budget.used(widest))
         return plan_stages(budgets_in_order, widest, from_widest=bool(self.args.choices or self.args.min_width))
 
+    def _count_images(self) -> Counts:
+        training, held_out = split_training(self.args, len(self.images.train), self.run)
+        ranking = min(len(held_out), self.args.images or len(held_out))
+        return Counts(len(training) + len(held_out), ranking, len(self.images.test))
+
     def _check_held_out(self, supernet: Supernet) -> None:
         """Warn where luck decides which of the subnets seems best."""
-        _, held_out = split_training(self.args, len(self.images.train), self.run)
-        images = min(len(held_out), self.args.images or len(held_out))
-        if luck := describe_luck(images, len(supernet.space)):
+        if luck := describe_luck(self._count_images().ranking, len(supernet.space)):
             self.accelerator.print(f"Warning: {luck} Give more images, or a larger --held-out.")
-
-    def _estimate(self, supernet: Supernet, seconds: float, plan: list[Stage]) -> None:
-        """Say how long all will take; `seconds` are those of one image in a forward of the original."""
-        args = self.args
-        training, held_out = split_training(args, len(self.images.train), self.run)
-        used = min(len(held_out), args.images or len(held_out))
-        images = len(training) + len(held_out)
-        search = estimate_subnets(len(supernet.space)) * used / 2
-        repair = 4 * min(args.reconstruct, images)
-        tests = 2 * len(self.images.test)
-        total = seconds * len(plan) * (search + repair + tests)
-        if args.epochs:  # the network is smaller than the original, and the original teaches besides
-            step = time_step(supernet.model, make_images(args, args.batch_size, self.accelerator.device))
-            total += sum(stage.asked for stage in plan) * args.epochs * images * (step / args.batch_size + 2 * seconds)
-        self.accelerator.print(f"All stages may take {write_time(total)}: a rough estimate, from this test.")
 
     # ------------------------------------------------------------------------------------------------ one budget
 
@@ -281,7 +231,7 @@ class Slimming:
         args, folder = choose_start(self.args, self.run, stage, source, first)
         start = source.name if source else "the original"
         done = is_searched(folder)
-        self._announce(f"search {budget.text}, from {start}" + (" (done before)" if done else ""))
+        self.stages.announce(f"search {budget.text}, from {start}" + (" (done before)" if done else ""))
         check_start(args, folder, budget)
         if not done:
             if not (folder / SUPERNET).is_file():
@@ -297,7 +247,7 @@ class Slimming:
         result = Accuracy.load(exported)
         done = bool(result and result.widths == network.widths.to_dict())
         what = "reconstruct, fine-tune, test and export" if args.epochs else "reconstruct, test and export"
-        self._announce(f"{what} {network.name}" + (" (done before)" if done else ""))
+        self.stages.announce(f"{what} {network.name}" + (" (done before)" if done else ""))
         if not done:
             if not (folder / SUPERNET).is_file():  # of a search whose network was removed
                 self._set_up(args, folder, self._start(args), split=self.run / SPLIT)
@@ -322,57 +272,25 @@ class Slimming:
 
     def _choose_batch(self) -> int:
         """Return how many held-out images are scored together: an eighth, for the fast search looks at parts."""
-        _, held_out = split_training(self.args, len(self.images.train), self.run)
-        images = min(len(held_out), self.args.images or len(held_out))
+        images = self._count_images().ranking
         return max(min(images, 32), min(-(-images // 8), 256))
 
     # ------------------------------------------------------------------------------------------------ the end
 
     def _compare(self, networks: list[Found]) -> None:
         """Load every network again, test it, measure it, and write the table."""
-        args, accelerator, run = self.args, self.accelerator, self.run
-        self._announce("load the networks again, test and measure them")
-        original = read_original(run)
-        assert original is not None
-        loader = accelerator.prepare(make_evaluation_loader(args, self.images.test))
-        rows, models = [original], [load_supernet(run, args).model]
-        for network in networks:
-            exported = run / "exported" / network.name
-            model = timm.create_model(f"local-dir:{exported}", pretrained=True).to(accelerator.device)
-            top1 = evaluate(accelerator, model, loader, network.name)["top1"]
-            check_same(exported, top1, len(self.images.test))
-            size = (exported / "model.safetensors").stat().st_size
-            rows.append(Row(network.name, top1, network.cost.macs, network.cost.params, size))
-            models.append(model.cpu())
-        if accelerator.is_main_process:
-            for network in networks if args.onnx else ():
-                write_onnx(run / "exported" / network.name, self._load_images(), run / "onnx" / f"{network.name}.onnx")
-            turns = measure_turns(
-                models, make_images(args, args.cost_batch_size), device=args.latency_device,
-                runtime=args.latency_runtime, threads=args.latency_threads, rounds=TURNS, repeats=5,
-            )  # fmt: skip
-            measured = [describe_turns(times) for times in turns]
-            first, *others = [replace(row, **spent) for row, spent in zip(rows, measured, strict=True)]
-            table = make_table(first, others)
-            files.write_text(run / "table.md", table)
-            write_guide(run, [row.name for row in others], args.onnx)
+        args, run = self.args, self.run
+        self.stages.announce("load the networks again, test and measure them")
+        table = compare_networks(self.accelerator, args, run, self.images, networks)
+        if self.accelerator.is_main_process:
+            write_guide(run, [network.name for network in networks], args.onnx)
             threads = f"{args.latency_threads} thread(s)"
             places = f"{run}/exported" + (f", {run}/onnx" if args.onnx else "")
             print(f"\n{table}\nLatency: {args.latency_runtime} on {args.latency_device}, {threads}, batch "
                   f"{args.cost_batch_size}; the median, and the half of {TURNS} turns in the middle.\n"
-                  f"All took {write_time(time.perf_counter() - self.begin)}: {self._list_times()}.\n"
+                  f"{self.stages.describe_times()}\n"
                   f"Networks: {places}. After `import timm_autoslim`, timm loads them: "
                   f"timm.create_model('local-dir:{run}/exported/NAME', pretrained=True)")  # fmt: skip
-
-    def _list_times(self) -> str:
-        """Return how long each stage took."""
-        ends = [*self.begun[1:], time.perf_counter()]
-        return ", ".join(write_time(end - begin) for begin, end in zip(self.begun, ends, strict=True))
-
-    def _load_images(self) -> Tensor:
-        """Return two test images (2, C, H, W)."""
-        loader = make_evaluation_loader(self.args, self.images.test, range(2))
-        return torch.cat([inputs for inputs, _ in loader])
 
 
 if __name__ == "__main__":

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from timm_autoslim import Accuracy
+import timm
+import torch
+from accelerate import Accelerator
+
+from timm_autoslim import Accuracy, Found, files, measure_turns
 from timm_autoslim.errors import ArtifactError, ConfigError
+from timm_autoslim.recipes.lib.images import Images
+from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
+from timm_autoslim.recipes.lib.models import load_supernet, make_images
+from timm_autoslim.recipes.lib.onnx_file import write_onnx
 from timm_autoslim.recipes.lib.run_folder import write_json
+from timm_autoslim.recipes.lib.validation import evaluate
 
 ORIGINAL = "original.json"  # of a run folder
+TURNS = 9  # in which each network is measured
 # Share of the test images, or number, that may change sides: other kernels may run on other batches of other devices.
 _OTHER_SIDE = 0.001, 3
 
@@ -79,6 +90,45 @@ def check_same(exported: Path, top1: float, images: int) -> None:
             f"{exported} has {top1:.2f} % of {images} test images when it is loaded again, and had {before}, "
             f"{changed} images more or less: it changed. Remove it, and it is fine-tuned again."
         )
+
+
+def compare_networks(
+    accelerator: Accelerator, args: argparse.Namespace, run: Path, images: Images, networks: Sequence[Found]
+) -> str:
+    """Load every network of a run again, test it and measure it beside the original; return the table, and write it.
+
+    With `--onnx` their ONNX files are written too. All processes test; the first measures and writes, and the others
+    return an empty text.
+
+    Raises:
+        ArtifactError: a network has another accuracy than before.
+    """
+    original = read_original(run)
+    assert original is not None
+    loader = accelerator.prepare(make_evaluation_loader(args, images.test))
+    rows, models = [original], [load_supernet(run, args).model]
+    for network in networks:
+        exported = run / "exported" / network.name
+        model = timm.create_model(f"local-dir:{exported}", pretrained=True).to(accelerator.device)
+        top1 = evaluate(accelerator, model, loader, network.name)["top1"]
+        check_same(exported, top1, len(images.test))
+        size = (exported / "model.safetensors").stat().st_size
+        rows.append(Row(network.name, top1, network.cost.macs, network.cost.params, size))
+        models.append(model.cpu())
+    if not accelerator.is_main_process:
+        return ""
+    if args.onnx:
+        pair = torch.cat([inputs for inputs, _ in make_evaluation_loader(args, images.test, range(2))])
+        for network in networks:
+            write_onnx(run / "exported" / network.name, pair, run / "onnx" / f"{network.name}.onnx")
+    turns = measure_turns(
+        models, make_images(args, args.cost_batch_size), device=args.latency_device, runtime=args.latency_runtime,
+        threads=args.latency_threads, rounds=TURNS, repeats=5,
+    )  # fmt: skip
+    first, *others = [replace(row, **describe_turns(times)) for row, times in zip(rows, turns, strict=True)]
+    table = make_table(first, others)
+    files.write_text(run / "table.md", table)
+    return table
 
 
 def make_table(original: Row, networks: Sequence[Row]) -> str:

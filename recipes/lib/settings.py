@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,35 @@ import yaml
 
 from timm_autoslim import files
 from timm_autoslim.errors import ConfigError
+from timm_autoslim.recipes.lib.images import Images, hash_images, open_unlabelled
+from timm_autoslim.recipes.lib.starting_points import find_weights, hash_file
+
+# A run of slim.py that goes on may differ in these: they do not change the networks. Budgets may follow.
+FREE = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "threads", "device", "log_interval",
+        "checkpoint_hist", "log_wandb", "log_tensorboard", "wandb_project", "val_interval",
+        "recovery_interval", "onnx", "unlabelled", "budgets")  # fmt: skip
+
+
+def describe_settings(path: Path, args: argparse.Namespace, images: Images) -> dict[str, Any]:
+    """Return what the networks of a run follow from: its flags, and hashes of its weights and images.
+
+    Args:
+        path: of the settings of before, if there are any.
+        args: the flags.
+        images: the images of the run.
+    """
+    settings = {name: value for name, value in vars(args).items() if name not in FREE}
+    # Weights are known by what is in the file, wherever it lies; and the run has them, so the file may be gone.
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    weights = find_weights(args)
+    settings["weights_sha256"] = hash_file(weights) if weights else before.get("weights_sha256")
+    settings.pop("initial_checkpoint")
+    if args.model.startswith("local-dir:"):
+        settings["model"] = "local-dir"
+    settings["images_sha256"] = hash_images(images.train, images.test)
+    if unlabelled := open_unlabelled(args):
+        settings["unlabelled_sha256"] = hash_images(unlabelled)
+    return settings
 
 
 def keep_settings(path: Path, settings: Mapping[str, Any], begun: bool) -> bool:

@@ -16,7 +16,7 @@ from timm_autoslim import Accuracy, SearchResult
 from timm_autoslim.errors import ArtifactError, BudgetError, ConfigError
 from timm_autoslim.recipes import finetune as finetune_recipe
 from timm_autoslim.recipes import search, slim, train
-from timm_autoslim.recipes.lib import teacher
+from timm_autoslim.recipes.lib import comparison, teacher
 from timm_autoslim.recipes.lib.comparison import Row, describe_turns, make_table
 from timm_autoslim.slimming.report import write_report
 
@@ -107,7 +107,7 @@ def test_the_original_is_the_teacher_and_the_second_network_is_cut_from_the_firs
 STOPS = {
     "the original": ("evaluate", 1), "the first search": ("search_networks", 1), "the first tuning": ("finetune", 1),
     "the second search": ("search_networks", 2), "the second tuning": ("finetune", 2),
-    "the end": ("measure_turns", 1),
+    "the end": ("compare_networks", 1),
 }  # fmt: skip
 
 
@@ -270,7 +270,7 @@ def test_a_few_images_may_change_sides_when_a_network_is_loaded_again(finished, 
     result = Accuracy.load(finished / "exported" / FIRST)
     for images, refused in ((3, False), (4, True)):
         top1 = result.top1 + 100 * images / 360
-        monkeypatch.setattr(slim, "evaluate", lambda *_, top1=top1: {"top1": top1})
+        monkeypatch.setattr(comparison, "evaluate", lambda *_, top1=top1: {"top1": top1})
         with (
             pytest.raises(ArtifactError, match="4 images more or less")
             if refused
