@@ -1,5 +1,6 @@
 """A forward that asks about sizes takes the same path in every subnet as at the widest."""
 
+import functools
 import math
 import re
 from math import sqrt
@@ -147,6 +148,60 @@ def test_subnets_take_the_path_of_the_widest(name):
             x = torch.nn.functional.conv2d(x, model.b.weight[:b, :a], model.b.bias[:b]).relu()
             expected = (factor * x).mean((2, 3)) @ model.head.weight[:, :b].T + model.head.bias
             torch.testing.assert_close(supernet(images, space.from_dict(widths)), expected)
+
+
+# Questions that no number reports: the proof sees that a subnet calls other functions of torch.
+UNSEEN = {
+    "int": lambda s, c, d: int(c) >= 7,
+    "float": lambda s, c, d: float(c) >= 7,
+    "a float on the left": lambda s, c, d: 0.5 * c > 4,
+    "len": lambda s, c, d: len(s.a.weight) >= 7,
+    "str": lambda s, c, d: str(c) == "12",
+    "format": lambda s, c, d: f"{c}".startswith("1"),
+    "range": lambda s, c, d: len(range(c)) > 6,
+    "an item": lambda s, c, d: ([False] * 7 + [True] * 6)[c],
+    "a repeated list": lambda s, c, d: len([0] * c) > 6,
+    "numel of a shape": lambda s, c, d: s.a.weight.shape.numel() > 20,
+    "numpy of a shape": lambda s, c, d: np.prod(s.a.weight.shape) > 20,
+    "an array": lambda s, c, d: bool((np.array([c, 8]) > 7).all()),
+    "a ratio": lambda s, c, d: (c / 8).as_integer_ratio()[1] == 2,
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_a_subnet_that_calls_other_functions_is_found_out(name):
+    supernet = convert(randomise(Asking(UNSEEN[name])), torch.zeros(1, 3, 8, 8))
+    assert supernet.space.names == ("b",)
+    assert re.search(r"takes another path at .*test_paths.py:\d+", supernet.graph.fixed["a.weight", 0])
+
+
+def test_the_numbers_of_a_tensor_that_the_code_reads_stay():
+    supernet = convert(Asking(lambda s, c, d: torch.tensor([c, 3]).min().item() == 3), torch.zeros(1, 3, 8, 8))
+    assert supernet.space.names == ("b",)
+    assert supernet.graph.fixed["a.weight", 0].endswith("reads numbers that are computed from their number")
+
+
+def test_caches_are_no_paths():
+    """What they hold decides where the code calls functions of torch, but not what a subnet computes."""
+
+    class Scaled(Asking):
+        def forward(self, x):
+            x = self.a(x).relu() * make_scale(int(self.a.out_channels))
+            key = int(self.b.out_channels)
+            y = self.b(x).relu()
+            if key not in self.memory:
+                self.memory[key] = torch.full((), 1 / key)
+            return self.head((y * self.memory[key]).mean((2, 3)))
+
+    model = randomise(Scaled(None))
+    model.memory = {}
+    assert not (supernet := convert(model, torch.zeros(1, 3, 8, 8))).repairs
+    assert supernet.space.names == ("a", "b")
+
+
+@functools.lru_cache
+def make_scale(channels):
+    return torch.ones(()) / channels
 
 
 def test_the_reason_names_the_line():

@@ -200,6 +200,11 @@ class ChannelGraph:
         vector = next(v for p, v in self.observations.producers if p == path)
         return self._find_reason(vector) or "it is not fixed"
 
+    def find_vector(self, group: int) -> Vector:
+        """Return channels that the width of a group decides."""
+        vectors = self.observations.vectors.values()
+        return next(v for v in vectors if any(g == group for g, _ in self.make_count(v).terms))
+
     def _find_reason(self, vector: Vector) -> str | None:
         """Return why channels of `vector` are fixed, or None if none is."""
         fixed = self.solution.unit[vector[self.solution.strand[vector] < 0]]

@@ -83,9 +83,10 @@ class OuterState:
     def empty_caches(self, meta_copy: nn.Module | None = None) -> None:
         """Put everything back, then empty the caches, and those in the modules of a copy too."""
         self.restore()
-        self._dicts = {} if meta_copy is None else dict(self._list_dicts(meta_copy))
-        for container in self._dicts.values():
-            container.empty()
+        if meta_copy is not None:
+            self._dicts = dict(self._list_dicts(meta_copy))
+            for container in self._dicts.values():
+                container.empty()
         for cache in self._caches:
             cache.empty() if isinstance(cache, Container) else cache.write(None)
         for place in self._math:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import bind
 from timm_autoslim.tracing.record import Recorder, RunRecord
 from timm_autoslim.tracing.scales import Factor, ScaleTracker
+from timm_autoslim.tracing.sites import Site, find_culprits, format_site
 from timm_autoslim.utils.meta import make_meta_example
 from timm_autoslim.utils.tensors import collect_tensors, named_tensors
 
@@ -118,6 +120,7 @@ class Prover:
         numbers: Mapping[str, Factor] | None = None,
         data: Mapping[str, Tensor] | None = None,
         kept: KeptNumbers | None = None,
+        empty_caches: Callable[[], None] | None = None,
     ) -> None:
         """Prepare proofs.
 
@@ -129,8 +132,10 @@ class Prover:
             numbers: the tensors of the model that stand for one number.
             data: by name, the tensors with data.
             kept: ordinary numbers that the widest has left.
+            empty_caches: it empties the caches that the model's code keeps outside of the model.
         """
-        self.kept = kept
+        self.kept, self.empty_caches = kept, empty_caches
+        self._harmless: set[Site | None] = {None}  # sites that caches decide
         self.model, self.example, self.records, self.numbers = model, example, records, dict(numbers or {})
         self.batches, self.data = batches, data
 
@@ -168,6 +173,8 @@ class Prover:
         try:
             lockstep.run(example)
             lockstep.compare_scales()
+            if not (lockstep.sites ^ record.sites) <= self._harmless:
+                self._compare_sites(graph, widths, record)
         except Disagreement:
             raise
         except Exception as error:
@@ -175,6 +182,38 @@ class Prover:
             raise Disagreement(f"its forward raises {type(error).__name__}: {error}", path) from error
         finally:
             lockstep.release()
+
+    def _compare_sites(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord) -> None:
+        """Raise a disagreement if a subnet calls functions of torch at other sites than the widest.
+
+        What a cache decides is none: both run with empty caches.
+        """
+        sizes = graph.group_sizes
+        expected = self._list_sites(graph, sizes, record)
+
+        def find(groups: Sequence[int]) -> set[Site | None]:
+            some = [widths[i] if i in groups else size for i, size in enumerate(sizes)]
+            return (self._list_sites(graph, some, record) ^ expected) - {None}
+
+        sites = find(range(len(sizes)))
+        if not sites:
+            self._harmless |= record.sites | expected
+            return
+        culprits = find_culprits(range(len(sizes)), lambda groups: bool(find(groups)))
+        site = min((site for site in sites if site is not None), key=lambda site: (format_site(site), site[2]))
+        message = f"the code takes another path at {format_site(site)}, which depends on the number of channels"
+        raise Disagreement(message, site[0], None, [graph.find_vector(group) for group in culprits])
+
+    def _list_sites(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord) -> set[Site | None]:
+        """Return the sites of a subnet, run with empty caches; those before the error if it raises."""
+        if self.empty_caches is not None:
+            self.empty_caches()
+        runner = Recorder(replicate(self.model, graph.slices(widths)), data=self.data)
+        with contextlib.suppress(Exception):
+            runner.run(make_meta_example(self.example, self.batches[record.training]))
+        sites = runner.sites
+        runner.release()
+        return sites
 
     def _follow_scales(self, subnet: nn.Module, slices: Slices) -> ScaleTracker:
         """Return a tracker for a subnet, whose tensors have no data: their numbers are those of its slices."""

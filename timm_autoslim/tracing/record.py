@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -24,6 +25,7 @@ from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.origins import Number, get_plain
 from timm_autoslim.tracing.scales import Factor, ScaleTracker, Scores
+from timm_autoslim.tracing.sites import Site, find_site
 from timm_autoslim.tracing.sizes import make_multiple
 from timm_autoslim.tracing.values import LIKE, KnownValues
 from timm_autoslim.tracing.watching import Check, watching_sizes
@@ -40,6 +42,7 @@ class Recorder:
     Attributes:
         model: a meta copy.
         stack: its modules that are running.
+        sites: where its code has called functions of torch; None for torch's own.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Recorder:
         self.model, self.stack = model, ModuleStack() if stack is None else stack
         tensors = {n: t for n, t in named_tensors(model).items() if n in (data or {})}
         self.values = KnownValues([(t, (data or {})[n]) for n, t in tensors.items()], self.note_read, self.check_tensor)
+        self.sites: set[Site | None] = set()
         self.stack.follow(model, self.enter, self.leave)
         self._function_mode = _FunctionMode(self)
 
@@ -105,7 +109,9 @@ class _FunctionMode(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.recorder.values.run_function(func, args, kwargs or {}, self.recorder.run_function)
+        recorder = self.recorder
+        recorder.sites.add(find_site(recorder.stack.path, sys._getframe(1)))
+        return recorder.values.run_function(func, args, kwargs or {}, recorder.run_function)
 
 
 class _OperatorMode(TorchDispatchMode):
@@ -142,12 +148,16 @@ class Exit:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run of the widest: its mode, its operators, what its modules returned, and its attention scores, in order."""
+    """One run of the widest: its mode, and in order its operators, what its modules returned, its attention scores.
+
+    `sites` are where its code has called functions of torch.
+    """
 
     training: bool
     operators: tuple[OperatorLabels, ...]
     exits: tuple[Exit, ...]
     scores: tuple[Scores, ...] = ()
+    sites: frozenset[Site | None] = frozenset()
 
 
 # Functions of torch that compute with the sizes of their arguments in Python.
@@ -215,6 +225,7 @@ class LabelRecorder(Recorder):
         """Drop the record of the last run, and start another."""
         self._operators.clear()
         self._exits.clear()
+        self.sites.clear()
         self.flow.forget_plain()
         self.scales.start()
         self.describer.start()
@@ -228,7 +239,7 @@ class LabelRecorder(Recorder):
     def get_record(self) -> RunRecord:
         """Return the record since `start`."""
         operators, exits = tuple(self._operators), tuple(self._exits)
-        return RunRecord(self.model.training, operators, exits, tuple(self._list_scores()))
+        return RunRecord(self.model.training, operators, exits, tuple(self._list_scores()), frozenset(self.sites))
 
     def note_read(self, tensors: Sequence[Tensor], numbers: Sequence[Number]) -> None:
         """Freeze the channels of tensors that decide what the model's code reads: a width must not decide it."""

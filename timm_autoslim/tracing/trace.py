@@ -158,7 +158,7 @@ class Tracer:
         uses = [*self.flow.constraints.attributes, *described.uses]
         described.uses += Surroundings(self.copy, uses, described.inputs, described.outputs, self.labels).find_uses()
         graph = freeze_refilled(freeze_tables(self._solve(), self.labels), self.model, self.labels, unsaved)
-        graph, repairs = repair(keep_answers(graph, self.flow.checks), self._make_prover())
+        graph, repairs = repair(keep_answers(graph, self.flow.checks), self._make_prover(empty_caches))
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):
                 return Tracer(self.model, self.example, self.keep_output, ["*"], self.doubles).run(empty_caches)
@@ -283,14 +283,14 @@ class Tracer:
                 for label in self.labels.get(name, []):
                     self.flow.constraints.freeze(label, "not used in forward")
 
-    def _make_prover(self) -> Prover:
+    def _make_prover(self, empty_caches: EmptyCaches) -> Prover:
         """Return what compares subnets with the records; they get what the widest has kept."""
         meta_copy, data = copy_to_meta(self.model), named_tensors(self.model)  # a copy without labels and hooks
         filled, kept = find_filled(*self.kept), None
         modes = [record.training for record in self.records]
         examples = [(training, make_meta_example(self.example, self.batches[training])) for training in modes]
+        empty_attributes(meta_copy, self.caches)
         if filled:
-            empty_attributes(meta_copy, self.caches)
             for training, example in examples:
                 runner = Recorder(meta_copy.train(training), data=data)
                 runner.run(example)
@@ -300,7 +300,8 @@ class Tracer:
             fresh = copy_to_meta(self.model)
             empty_attributes(fresh, self.caches)
             kept = KeptNumbers(numbers, fresh, meta_copy, examples, data)
-        return Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data, kept)
+        empty = functools.partial(empty_caches, None)
+        return Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data, kept, empty)
 
 
 def _holds_integers(value: Any) -> bool:

@@ -1,0 +1,35 @@
+"""Where a model's code calls functions of torch."""
+
+import sys
+
+import pytest
+
+from timm_autoslim.tracing.sites import find_culprits, find_site, format_site
+
+
+def test_a_site_is_in_the_code_of_the_model():
+    path, code, _ = site = find_site("layer", sys._getframe())
+    assert (path, code) == ("layer", sys._getframe().f_code)
+    assert format_site(site).endswith(f"test_sites.py:{sys._getframe().f_lineno - 2}")
+
+
+def test_layers_of_torch_have_no_sites():
+    sites = []
+    scope = {"__name__": "torch.nn.modules.activation", "find_site": find_site, "sites": sites, "sys": sys}
+    exec("sites.append(find_site('', sys._getframe()))", scope)
+    assert sites == [None]
+    scope["__name__"] = "torch.nn.functional"  # its caller counts
+    exec("sites.append(find_site('', sys._getframe()))", scope)
+    assert sites[1][1] is sys._getframe().f_code
+
+
+@pytest.mark.parametrize(
+    ("culprits", "needs_all"), [({3}, False), ({0, 5}, False), ({0, 5}, True), (set(range(6)), False)]
+)
+def test_groups_that_decide_a_difference(culprits, needs_all):
+    def differs(groups):
+        return culprits <= set(groups) if needs_all else not culprits.isdisjoint(groups)
+
+    found = find_culprits(range(6), differs)
+    assert culprits <= set(found)
+    assert needs_all or set(found) == culprits
