@@ -20,13 +20,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from timm_autoslim import (
     DISTILLATION_LOSSES,
     Accuracy,
     Found,
-    LayerReconstruction,
     Supernet,
     calibrate,
     export,
@@ -181,15 +179,8 @@ def extract(
 
 def repair(accelerator: Accelerator, model: nn.Module, supernet: Supernet, loader: DataLoader[Any]) -> None:
     """Give the model, in place, the weights that reproduce what the widest subnet computes."""
-    layers = sum(isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) for module in model.modules())
-    quiet = not accelerator.is_main_process
-    with tqdm(total=layers, desc="reconstruct", unit="layer", leave=False, disable=quiet) as bar:
-
-        def show(_: LayerReconstruction) -> None:
-            bar.update()
-
-        batches = (inputs.to(accelerator.device) for inputs, _ in loader)
-        report = reconstruct(model, supernet, batches, distributed=True, on_layer=show)
+    batches = (inputs.to(accelerator.device) for inputs, _ in loader)
+    report = reconstruct(model, supernet, batches, distributed=True)
     better = sum(layer.reason is None for layer in report.layers)
     accelerator.print(f"reconstructed: {better} of {len(report.layers)} layers, from {report.images} images")
 

@@ -54,6 +54,7 @@ def test_rules_for_all_and_by_glob():
     assert space_with(min=1.0).min().to_dict() == {"stem": 32, "inner": 64}
     assert space_with(min="10%").min().to_dict() == space_with(min=0.1).min().to_dict()
     assert space_with(min={"inner": " 62.5 %"})["inner"].min == 40
+    assert space_with(min=np.float32(0.5))["inner"].min == 32
     assert space_with(divisor=20)["inner"].choices == (20, 40, 60, 64)
     by_glob = space_with(min={"inn*": 0.75}, divisor={"*": 16, "inner": 4}, choices={"outer": [7, 3]})
     assert by_glob["inner"].choices == (48, 52, 56, 60, 64)  # the last glob that matches

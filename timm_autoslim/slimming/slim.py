@@ -25,7 +25,7 @@ from timm_autoslim.slimming.stages import Stage, plan_stages
 from timm_autoslim.supernet.convert import convert, convert_by, order_supernet
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.calibration import lacks_variance
-from timm_autoslim.training.reconstruction import LayerReconstruction, reconstruct
+from timm_autoslim.training.reconstruction import reconstruct
 from timm_autoslim.utils.arguments import check_callable, check_flag, check_module
 from timm_autoslim.utils.batches import check_inputs, join_singles
 from timm_autoslim.utils.meta import count_images, run_model
@@ -141,13 +141,7 @@ def _plan(supernet: Supernet, budget: Any, conditions: Conditions | None, *, fro
 def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: bool) -> nn.Module:
     """Extract a subnet and reconstruct its layers."""
     smaller = supernet.extract(widths).eval()
-    with tqdm(desc="reconstruct", unit="layer", disable=not progress, leave=False) as bar:
-
-        def show_layer(layer: LayerReconstruction) -> None:
-            bar.set_postfix_str(layer.name)
-            bar.update()
-
-        reconstruct(smaller, supernet, (inputs for inputs, _ in pairs), on_layer=show_layer)
+    reconstruct(smaller, supernet, (inputs for inputs, _ in pairs), progress=progress)
     return smaller
 
 

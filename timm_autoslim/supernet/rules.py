@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any
 
 from timm_autoslim.errors import WidthError
@@ -118,4 +119,5 @@ def _read_share(value: Any) -> float | None:
         share = float(value.strip().removesuffix("%")) / 100 if isinstance(value, str) and "%" in value else value
     except ValueError:
         return None
-    return share if isinstance(share, float) and 0 < share <= 1 else None
+    real = isinstance(share, Real) and not isinstance(share, Integral)  # numpy's too
+    return float(share) if real and 0 < share <= 1 else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import ConfigError, WidthError
@@ -30,7 +31,7 @@ from timm_autoslim.training.lockstep import Lockstep
 from timm_autoslim.utils.arguments import check_flag, check_integer
 from timm_autoslim.utils.batches import check_inputs, divide_batch, make_empty_error
 from timm_autoslim.utils.meta import count_images
-from timm_autoslim.utils.processes import Pool, check_share, choose_pool, copy_from_first
+from timm_autoslim.utils.processes import Pool, check_share, choose_pool, copy_from_first, is_first
 from timm_autoslim.utils.restoring import restoring_on_error
 
 # What holds weights near those that they had, relative to the mean variance of the inputs; tried for every layer.
@@ -105,6 +106,7 @@ def reconstruct(
     memory_mib: int = 2048,
     distributed: bool = False,
     on_layer: Callable[[LayerReconstruction], None] | None = None,
+    progress: bool = True,
 ) -> Reconstruction:
     """Give a slim model the weights that reproduce the original's outputs, layer by layer. Nothing is trained.
 
@@ -130,6 +132,7 @@ def reconstruct(
         distributed: the processes of torch.distributed work together, each with batches of its own, and end with the
             same weights; every process needs batches. Otherwise each works alone, and should get the same batches.
         on_layer: called after each layer.
+        progress: whether to show a progress bar; of several processes that work together only the first one does.
 
     Raises:
         ConfigError: the slim model does not say its widths, or they are of another model than the original, or its
@@ -149,6 +152,7 @@ def reconstruct(
         ('blocks.0.attn.qkv', True)
     """
     check_flag("distributed", distributed)
+    check_flag("progress", progress)
     memory = check_integer("memory_mib", memory_mib, ConfigError) * 2**20
     if any(tensor.is_inference() for tensor in slim.state_dict(keep_vars=True).values()):
         got, needed = "tensors that were made in torch.inference_mode()", "a model that can be changed"
@@ -177,7 +181,8 @@ def reconstruct(
         )
         changed = False
         statistics: dict[str, list[Tensor]] = {}  # by BatchNorm
-        with lockstep:
+        hidden = not progress or (distributed and not is_first())
+        with lockstep, tqdm(total=len(solved), desc="reconstruct", unit="layer", disable=hidden, leave=False) as bar:
             for name, inputs, targets in lockstep:
                 if name in kept.outputs:
                     module = result.get_submodule(name)
@@ -195,6 +200,8 @@ def reconstruct(
                     _check_order(report)
                 changed |= report.before is None or report.before > EXACT
                 reports.append(report)
+                bar.set_postfix_str(report.name)
+                bar.update()
                 if on_layer is not None:
                     on_layer(report)
         copy_from_first(pool, list(result.state_dict().values()))

@@ -33,6 +33,11 @@ def are_parallel() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first() -> bool:
+    """Whether this process is the first of torch.distributed, or works alone."""
+    return not are_parallel() or dist.get_rank() == 0
+
+
 def choose_pool(distributed: bool) -> Pool:
     """Return what adds up numbers: over all processes, or nothing to add where there is one."""
     return pool_over_processes if distributed and are_parallel() else pool_alone
