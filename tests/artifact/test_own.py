@@ -294,7 +294,7 @@ def test_a_configuration_stays_the_user_s(kind, tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [("config.width", 99), ("config.name", 3), ("config.made", 3), ("config._secret", 3), ("config.ratio", 2)],
+    [("config.width", 99), ("config.name", 3), ("config.made", 3), ("config.__secret", 3), ("config.ratio", 2)],
 )
 def test_a_folder_may_only_narrow_numbers_that_a_configuration_has(path, value, tmp_path):
     class Named(SimpleNamespace):
@@ -306,10 +306,10 @@ def test_a_folder_may_only_narrow_numbers_that_a_configuration_has(path, value, 
     supernet = convert(Configured(config), rows)
     folder = save(supernet.extract(supernet.space.uniform(0.5)), tmp_path / "slim")
     change_spec(folder, lambda c: c["spec"]["attributes"].update({path: value}))
-    config = Named(**make_dict(), name="a", _secret=8, ratio=0.3)
+    config = Named(**make_dict(), name="a", __secret=8, ratio=0.3)
     with pytest.raises(ArtifactError, match=path):
         load(folder, Configured(config))
-    assert vars(config) == {**make_dict(), "name": "a", "_secret": 8, "ratio": 0.3}
+    assert vars(config) == {**make_dict(), "name": "a", "__secret": 8, "ratio": 0.3}
 
 
 def test_a_configuration_that_lost_a_number_is_not_saved(tmp_path):

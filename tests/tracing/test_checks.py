@@ -1,8 +1,10 @@
 """Checks of sizes, sizes in configurations, and sizes that became ordinary integers: they follow the channels."""
 
+import collections
 import dataclasses
 import math
 import types
+from types import SimpleNamespace as Namespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from helpers.models import randomise
 from torch import nn
 from torch.nn import functional as F
 
-from timm_autoslim import convert, cost
+from timm_autoslim import convert, cost, load, save
 
 
 class Block(nn.Module):
@@ -218,3 +220,71 @@ def test_sizes_in_a_configuration_that_modules_share_follow_the_channels(name):
     configs = [module.config for module in slim.modules() if hasattr(module, "config")]
     assert all(other is configs[0] for other in configs)
     assert (configs[0]["hidden"] if isinstance(configs[0], dict) else configs[0].hidden) == 12
+
+
+Named = collections.namedtuple("Named", ["width", "other"])
+
+
+class Slotted:
+    __slots__ = ("width",)
+
+    def __init__(self):
+        self.width = 16
+
+
+class Private:
+    def __init__(self):
+        self._width = 16
+
+    @property
+    def width(self):
+        return self._width
+
+
+# By name: a configuration, and how a forward reads it.
+DEEP = {
+    "an object in an object": (
+        lambda: Namespace(part=Namespace(part=Namespace(width=16))),
+        lambda c: c.part.part.width,
+    ),
+    "a dict in a dict": (lambda: {"part": {"width": 16}}, lambda c: c["part"]["width"]),
+    "a dict in an object": (lambda: Namespace(part={"width": 16}), lambda c: c.part["width"]),
+    "a list in a list": (lambda: [[16, 3]], lambda c: c[0][0]),
+    "an object in a list": (lambda: [Namespace(width=16)], lambda c: c[0].width),
+    "a named tuple": (lambda: Named(16, 3), lambda c: c.width),
+    "a named tuple in an object": (lambda: Namespace(part=Named(16, 3)), lambda c: c.part.width),
+    "slots": (Slotted, lambda c: c.width),
+    "an ordered dict": (lambda: collections.OrderedDict(width=16), lambda c: c["width"]),
+    "a default dict": (lambda: collections.defaultdict(int, width=16), lambda c: c["width"]),
+    "a private member": (Private, lambda c: c.width),
+}
+
+
+class Reshaping(nn.Module):
+    def __init__(self, config, read):
+        super().__init__()
+        self.config, self.read, self.a, self.b = config, read, nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = self.a(x).relu().reshape(x.shape[0], 1, -1)
+        return self.b(x.reshape(x.shape[0], self.read(self.config)))
+
+
+def make_deep(name):
+    make, read = DEEP[name]
+    config = make()
+    return nn.Sequential(nn.Linear(5, 16), Reshaping(config, read), Reshaping(config, read), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_sizes_deep_in_a_configuration_follow_and_are_saved(name, tmp_path):
+    model, images, read = randomise(make_deep(name)).eval(), torch.randn(2, 5), DEEP[name][1]
+    supernet = convert(model, torch.zeros(1, 5))
+    assert not [reason for reason in supernet.graph.fixed.values() if "constant" in reason]
+    assert not supernet.repairs
+    half = supernet.space.uniform(0.5)
+    slim = supernet.extract(half).eval()
+    assert (read(slim[1].config), read(model[1].config)) == (8, 16)
+    expected = slim(images)
+    torch.testing.assert_close(supernet(images, half), expected)
+    torch.testing.assert_close(load(save(slim, tmp_path / "slim"), make_deep(name)).eval()(images), expected)

@@ -129,7 +129,7 @@ def read_attribute(model: nn.Module, modules: Mapping[str, nn.Module], path: str
         parts = path.split(".")
         while len(parts) > 1 and isinstance(child := module._modules.get(parts[0]), nn.Module):
             module, parts = child, parts[1:]
-    if any(part.startswith("_") for part in parts):
+    if parts[0].startswith("_") or any(part.startswith("__") for part in parts):
         return None
     value: object = vars(module).get(parts[0])
     for part in parts[1:]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import types
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,9 +72,58 @@ def find_members(value: Any) -> dict[str, Any] | None:
     return members if type(members) is dict else None
 
 
+class _Slots(MutableMapping[str, Any]):
+    """The slots of an object as a dict."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        listed = [getattr(base, "__slots__", ()) for base in type(owner).__mro__]
+        names = [name for entry in listed for name in ([entry] if isinstance(entry, str) else entry)]
+        kind = type(owner)  # a property of this name would run code
+        slots = [n for n in names if isinstance(inspect.getattr_static(kind, n, None), types.MemberDescriptorType)]
+        self._names = [name for name in slots if hasattr(owner, name)]
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(name)
+        return getattr(self.owner, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self.owner, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("a slot stays")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def rebuild_tuple(value: tuple[Any, ...], items: Sequence[Any]) -> tuple[Any, ...]:
+    """Return a tuple like this one, such as a named one, of other items."""
+    return value._make(items) if hasattr(value, "_make") else tuple(items)
+
+
+def list_stores(value: Any) -> list[Any]:
+    """Return the lists and dicts in which a value keeps others; a dict of one's own class may have two."""
+    kind = type(value)
+    if kind is list:
+        return [value]
+    members = find_members(value)
+    stores: list[Any] = [] if members is None else [members]
+    if isinstance(value, dict) and members is not value:
+        stores.append(value)
+    has_slots = kind.__module__.partition(".")[0] not in ("torch", "builtins") and hasattr(kind, "__slots__")
+    if has_slots and not isinstance(value, (tuple, nn.Module, Tensor, type, dict)) and not callable(value):
+        stores.append(_Slots(value))
+    return stores
+
+
 def read_member(holder: Any, name: str) -> Any:
     """Return what a dict or a configuration object holds under a name, or None; of anything else None."""
-    stores = _list_stores(holder) if not isinstance(holder, list) else []
+    stores = list_stores(holder) if not isinstance(holder, list) else []
     return next((store[name] for store in stores if name in store), None)
 
 
@@ -92,8 +143,8 @@ def _replace(holder: Any, parts: Sequence[str], value: Any) -> Any:
     if isinstance(holder, (list, tuple)):
         items = list(holder)
         items[int(first)] = _replace(items[int(first)], rest, value)
-        return tuple(items) if isinstance(holder, tuple) else items
-    stores = [store for store in _list_stores(holder) if first in store]
+        return rebuild_tuple(holder, items) if isinstance(holder, tuple) else items
+    stores = [store for store in list_stores(holder) if first in store]
     if not stores:
         raise KeyError(first)
     changed = _replace(stores[0][first], rest, value)
@@ -111,7 +162,7 @@ def _find_holders(path: str, attributes: dict[str, Any], parts: Sequence[str], h
             index = int(part) if part.isdecimal() else len(holder)
             holder = holder[index] if index < len(holder) else None
             continue
-        if not _list_stores(holder):
+        if not list_stores(holder):
             return {}  # there is nothing at this path: setting it tells so
         is_own = is_own and type(holder) in PLAIN_DICTS  # what is in an object is the object's
         if not is_own:
@@ -132,7 +183,7 @@ def _copy_holders(model: nn.Module, holders: Mapping[int, Any]) -> None:
         model: the model.
         holders: the dicts and objects, by id.
     """
-    stores = [{n: v for n, v in m.__dict__.items() if n not in _MODULE_NAMES} for m in model.modules()]
+    stores = _list_attributes(model.modules())
     containers, parents = _find_containers(stores)
     containers.update(holders)
     changed, waiting = set[int](), list(holders)
@@ -140,17 +191,17 @@ def _copy_holders(model: nn.Module, holders: Mapping[int, Any]) -> None:
         if (key := waiting.pop()) not in changed:
             changed.add(key)
             waiting += parents[key]
-    copies = {key: _copy_once(containers[key]) for key in changed if type(containers[key]) is not tuple}
+    copies = {key: _copy_once(containers[key]) for key in changed if not isinstance(containers[key], tuple)}
 
     def renew(value: Any) -> Any:
         if id(value) not in changed:
             return value
         if id(value) not in copies:
-            copies[id(value)] = tuple(map(renew, value))
+            copies[id(value)] = rebuild_tuple(value, list(map(renew, value)))
         return copies[id(value)]
 
     for key in list(copies):
-        for store in _list_stores(copies[key]):
+        for store in list_stores(copies[key]):
             for name, value in list(enumerate(store)) if isinstance(store, list) else list(store.items()):
                 if id(value) in changed:
                     store[name] = renew(value)
@@ -158,6 +209,15 @@ def _copy_holders(model: nn.Module, holders: Mapping[int, Any]) -> None:
         for name, value in attributes.items():
             if id(value) in changed:
                 module.__dict__[name] = renew(value)
+
+
+def _list_attributes(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    return [{n: v for n, v in m.__dict__.items() if n not in _MODULE_NAMES} for m in modules]
+
+
+def list_containers(modules: Iterable[nn.Module]) -> dict[int, Any]:
+    """Return what the attributes of modules lead to: lists, tuples, dicts and objects, by id."""
+    return _find_containers(_list_attributes(modules))[0]
 
 
 def _find_containers(stores: Sequence[dict[str, Any]]) -> tuple[dict[int, Any], dict[int, list[int]]]:
@@ -176,8 +236,8 @@ def _find_containers(stores: Sequence[dict[str, Any]]) -> tuple[dict[int, Any], 
         for value in level:
             if id(value) in containers:
                 continue
-            children = [child for child in _list_children(value) if _list_stores(child) or type(child) is tuple]
-            if children or _list_stores(value):
+            children = [child for child in _list_children(value) if list_stores(child) or isinstance(child, tuple)]
+            if children or list_stores(value):
                 containers[id(value)] = value
             for child in children:
                 parents[id(child)].append(id(value))
@@ -186,21 +246,11 @@ def _find_containers(stores: Sequence[dict[str, Any]]) -> tuple[dict[int, Any], 
     return containers, parents
 
 
-def _list_stores(value: Any) -> list[Any]:
-    """Return the lists and dicts in which a value keeps others; a dict of one's own class may have two."""
-    kind = type(value)
-    if kind is list:
-        return [value]
-    members = find_members(value)
-    stores = [] if members is None else [members]
-    return [*stores, value] if isinstance(value, dict) and members is not value else stores
-
-
 def _list_children(value: Any) -> Iterator[Any]:
     """Yield what a value keeps, if it may be a part of a configuration."""
-    for store in [value] if type(value) is tuple else _list_stores(value):
+    for store in [value] if isinstance(value, tuple) else list_stores(value):
         if len(store) <= _MOST_ITEMS:
-            yield from store.values() if isinstance(store, dict) else store
+            yield from store.values() if isinstance(store, MutableMapping) else store
 
 
 def _copy_once(value: Any) -> Any:
@@ -209,5 +259,6 @@ def _copy_once(value: Any) -> Any:
     if copied is value:  # an object that says it needs no copies; but this one shall change
         kind: Any = type(value)
         copied = kind.__new__(kind)
-        copied.__dict__.update(value.__dict__)
+        for store, other in zip(list_stores(copied), list_stores(value), strict=True):
+            store.update(other)
     return copied

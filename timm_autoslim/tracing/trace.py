@@ -101,7 +101,7 @@ class Tracer:
         empty_attributes(self.copy, self.caches)
         clear_caches(self.copy.modules())  # what an earlier run left there is of plain sizes
         self.attributes = {f"{path}.{name}" for path, m in self.copy.named_modules() for name in m.__dict__}
-        wrap_attributes(self.copy, {id(value) for module in model.modules() for value in vars(module).values()})
+        wrap_attributes(self.copy, model)
         wrap_floats(self.copy)
         self.tensors = named_tensors(self.copy)
         self.numbers = {name: factor for name, factor in find_number_tensors(model).items() if name in self.tensors}
