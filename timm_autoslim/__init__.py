@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from timm_autoslim.slimming.team import Team as Team
     from timm_autoslim.supernet.convert import convert as convert
     from timm_autoslim.supernet.order import CRITERIA as CRITERIA
+    from timm_autoslim.supernet.order import permute_units as permute_units
     from timm_autoslim.supernet.order import reorder_channels as reorder_channels
     from timm_autoslim.supernet.space import SearchSpace as SearchSpace
     from timm_autoslim.supernet.supernet import Supernet as Supernet
@@ -132,6 +133,7 @@ _MODULES = {
     "measure_latency": "costs.measure",
     "measure_turns": "costs.measure",
     "parse_budgets": "slimming.goals",
+    "permute_units": "supernet.order",
     "plan_stages": "slimming.stages",
     "push": "artifact.hub",
     "reach": "costs.reach",

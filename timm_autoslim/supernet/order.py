@@ -201,6 +201,16 @@ def permute_units(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.in
         model: the model of the graph.
         graph: its channel graph.
         orders: by the index of a strand, the ranks of its units in the new order.
+
+    Example:
+        >>> import timm, torch
+        >>> from timm_autoslim import convert, permute_units
+        >>> model = timm.create_model("resnet10t", num_classes=10).eval()
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> graph = convert(model, images).graph
+        >>> swapped = permute_units(model, graph, {0: np.array([1, 0, *range(2, graph.strands[0].size)])})
+        >>> torch.allclose(swapped(images), model(images), atol=1e-4)
+        True
     """
     memo: dict[int, object] = {}
     changed = False

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_autoslim import HeldOut, Supernet, baseline, convert, cost, reconstruct, search
-from timm_autoslim.supernet.order import permute_units
+from timm_autoslim import HeldOut, Supernet, baseline, convert, cost, permute_units, reconstruct, search
 
 Batches = list[tuple[Tensor, Tensor]]  # images (N, 3, H, W) and classes (N,)
 History = list[tuple[str, bool, list[int]]]  # of torch-pruning: layer, whether of its outputs, channels removed
