@@ -33,22 +33,29 @@ class Compared(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("compare", "sizes", "names"),
+    ("compare", "sizes", "least"),
     [
-        (lambda s, x, y: x.shape[1] == y.shape[1], (8, 12), {"a"}),
-        (lambda s, x, y: x.shape[1] != y.shape[1], (12, 8), {"b"}),
-        (lambda s, x, y: x.shape[1] < y.shape[1], (8, 12), {"a"}),
-        (lambda s, x, y: x.shape[1] >= y.shape[1], (8, 12), {"a"}),
-        (lambda s, x, y: s.a.out_channels > s.b.out_channels, (12, 8), {"b"}),
-        (lambda s, x, y: x.shape[1] == y.shape[1] + x.shape[1], (8, 12), {"a", "b"}),
-        (lambda s, x, y: x.shape[1] == 2 * x.shape[1], (8, 12), {"a", "b"}),
-        (lambda s, x, y: s.other == y.shape[1], (8, 12), {"a"}),
-        (lambda s, x, y: s.other == x.shape[1] // 2, (8, 12), {"a", "b"}),
+        (lambda s, x, y: x.shape[1] == y.shape[1], (8, 12), (1, 9)),
+        (lambda s, x, y: x.shape[1] != y.shape[1], (12, 8), (9, 1)),
+        (lambda s, x, y: x.shape[1] < y.shape[1], (8, 12), (1, 9)),
+        (lambda s, x, y: x.shape[1] >= y.shape[1], (8, 12), (1, 9)),
+        (lambda s, x, y: s.a.out_channels > s.b.out_channels, (12, 8), (9, 1)),
+        (lambda s, x, y: x.shape[1] - 1 == y.shape[1], (8, 12), (1, 8)),
+        (lambda s, x, y: x.shape[1] == y.shape[1], (10, 12), (1, 12)),  # too few widths would be left: it is fixed
+        (lambda s, x, y: x.shape[1] == y.shape[1] + x.shape[1], (8, 12), (1, 1)),
+        (lambda s, x, y: x.shape[1] == 2 * x.shape[1], (8, 12), (1, 1)),
+        (lambda s, x, y: s.other == y.shape[1], (8, 12), (1, 9)),
+        (lambda s, x, y: s.other == x.shape[1] // 2, (8, 12), (1, 1)),
     ],
 )
-def test_the_larger_one_stays(compare, sizes, names):
-    space = convert(Compared(compare, *sizes), IMAGE).space
-    assert set(space.names) == names
+def test_the_larger_one_stays_larger(compare, sizes, least):
+    supernet = convert(Compared(compare, *sizes), IMAGE).eval()
+    space, images = supernet.space, torch.randn(2, *IMAGE.shape[1:])
+    floors = dict(zip("ab", sizes, strict=True)) | dict(zip(space.names, supernet.graph.floors, strict=True))
+    assert tuple(floors.values()) == least
+    assert not supernet.repairs
+    for widths in (space.min(), space.uniform(0.5), space.sample(torch.Generator().manual_seed(0))):
+        assert torch.equal(supernet(images, widths), supernet.extract(widths).eval()(images))
 
 
 # -- bounds ------------------------------------------------------------------------------------------------------------

@@ -85,10 +85,14 @@ class Shortcut(Block):
 
 
 @pytest.mark.parametrize(
-    ("widths", "fixed"),
-    [((8, 16, 12), ["first.conv"]), ((16, 12, 8), ["stem", "first.conv"]), ((8, 8, 16), ["second.conv"])],
+    ("widths", "fixed", "least"),
+    [
+        ((8, 16, 12), ["first.conv"], {}),
+        ((16, 12, 8), ["stem"], {"first.conv": 9}),
+        ((8, 8, 16), [], {"second.conv": 10}),  # a multiple of its divisor, 2
+    ],
 )
-def test_sizes_that_differ_stay_different(widths, fixed):
+def test_sizes_that_differ_stay_different(widths, fixed, least):
     """Or a subnet would have a shortcut that the widest has not."""
     model = Net(None, widths)
     model.first, model.second = Shortcut(None, *widths[:2]), Shortcut(None, *widths[1:])
@@ -96,6 +100,7 @@ def test_sizes_that_differ_stay_different(widths, fixed):
     assert not supernet.repairs
     assert not set(fixed) & set(supernet.space.max().to_dict())
     assert len(supernet.space) == len({"stem", "first.conv", "second.conv"} - set(fixed)) - (widths[0] == widths[1])
+    assert {name: supernet.space.min()[name] for name in least} == least
 
 
 def test_sizes_that_are_compared_as_keys_are_not_tied():

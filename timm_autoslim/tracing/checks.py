@@ -6,6 +6,7 @@ ones are left out; else the channels stay.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,9 +60,10 @@ def keep_answers(graph: ChannelGraph, checks: Sequence[Check]) -> ChannelGraph:
             if least is not None:
                 space.answered.add(question)
                 if least > 1:
-                    space.graph = space.graph.keep_width(space.find_largest(leaves).vectors[0], least, check.reason)
+                    largest = _find_largest(space.graph, leaves).vectors[0]
+                    space.graph = space.graph.keep_width(largest, least, check.reason)
                 break
-            vectors = space.find_largest(leaves).vectors
+            vectors = _find_largest(space.graph, leaves).vectors
             space = _Space(space.graph.freeze(vectors, check.reason + check.consequence))
     return space.graph
 
@@ -101,9 +103,10 @@ class _Space:
                 return None
         return self._leaves[key]
 
-    def find_largest(self, leaves: Mapping[int, _Leaf]) -> _Leaf:
-        """Return the size that is largest at the widest."""
-        return max(leaves.values(), key=lambda leaf: (leaf.count(self.graph.group_sizes), -leaf.count.fixed))
+
+def _find_largest(graph: ChannelGraph, leaves: Mapping[int, _Leaf]) -> _Leaf:
+    """Return the size that is largest at the widest."""
+    return max(leaves.values(), key=lambda leaf: (leaf.count(graph.group_sizes), -leaf.count.fixed))
 
 
 def _describe(number: Any, leaves: Mapping[int, _Leaf]) -> Any:
@@ -118,8 +121,8 @@ def _describe(number: Any, leaves: Mapping[int, _Leaf]) -> Any:
 def _find_least(graph: ChannelGraph, check: Check, leaves: Mapping[int, _Leaf]) -> int | None:
     """Return the least width of the one group that decides a check from which on the answer stays.
 
-    It is None if more than half of the widths would be lost, or if several groups decide the answer and it is not known
-    to stay.
+    Where several groups decide it, it is that of the largest size. It is None if more than three quarters of the widths
+    would be lost, or if it is not known that the answer stays.
     """
     sizes = graph.group_sizes
     formulas = {key: leaf.formula for key, leaf in leaves.items()}
@@ -138,7 +141,28 @@ def _find_least(graph: ChannelGraph, check: Check, leaves: Mapping[int, _Leaf]) 
     if len(groups) == 1:
         size = sizes[groups[0]]
         least = next((n + 1 for n in range(size - 1, 0, -1) if not answers_alike([n])), 1)
-        return least if least <= max(1, size // 2) else None
-    if prod(sizes[group] for group in groups) > _MAX_CHOICES:
-        return None
+        return least if least <= size - size // 4 else None
+    apart = _find_least_apart(graph, check, formulas, _find_largest(graph, leaves).count)
+    if apart is not None or prod(sizes[group] for group in groups) > _MAX_CHOICES:
+        return apart
     return 1 if all(map(answers_alike, itertools.product(*(range(1, sizes[g] + 1) for g in groups)))) else None
+
+
+def _find_least_apart(graph: ChannelGraph, check: Check, formulas: Mapping[int, Formula], largest: Count) -> int | None:
+    """Return the least width of the largest size's group from which on the answer stays, whatever the others are.
+
+    So a stage stays wider than the one before, where the code asks whether both are equal. It is None if more than
+    three quarters of the widths would be lost, or if several groups decide the largest size.
+    """
+    if len(largest.terms) != 1:
+        return None
+    group, bounds = largest.terms[0][0], list(zip(graph.floors, graph.group_sizes, strict=True))
+    floor, size = bounds[group]
+
+    def stays(least: int) -> bool:
+        widths = [*bounds[:group], (least, size), *bounds[group + 1 :]]
+        return Bounds(formulas, widths).is_constant(check.compute, check.inputs)
+
+    candidates = range(floor + 1, size - size // 4 + 1)
+    index = bisect.bisect_left(candidates, True, key=stays)
+    return candidates[index] if index < len(candidates) else None
