@@ -95,3 +95,9 @@ def test_a_batch_of_one_image_of_another_size_cannot_be_joined():
         DataError, match=r"\(\[\(2, 3, 4, 4\)\] and \[\(1, 3, 5, 5\)\]\); needed: two .* drop_last=True"
     ):
         list(join_singles([IMAGES, torch.zeros(1, 3, 5, 5)], lambda _: True))
+
+
+def test_batches_whose_targets_are_no_tensors_cannot_be_joined():
+    with pytest.raises(DataError, match="two images or more"):
+        list(join_singles([(IMAGES, [3, 4]), (IMAGES[:1], [5])], lambda _: True))
+    assert len(next(join_singles([(IMAGES, "train"), (IMAGES[:1], "train")], lambda _: True))[0]) == 3

@@ -184,13 +184,19 @@ def _join(batches: Sequence[Any]) -> Any:
         of_images = all(tensor.dim() and len(tensor) == n for tensor, n in zip(column, images, strict=True))
         if of_images and len({(tensor.shape[1:], tensor.dtype, tensor.device) for tensor in column}) == 1:
             joined.append(torch.cat(column))
-    if {len(of_one) for of_one in tensors} != {len(joined)}:
+    if {len(of_one) for of_one in tensors} != {len(joined)} or not _have_same_rest(batches):
         shapes = " and ".join(str([tuple(tensor.shape) for tensor in of_one]) for of_one in (tensors[0], tensors[-1]))
         got = f"a batch of one image, too few for a BatchNorm, and a neighbour that it cannot be joined to ({shapes})"
         remedy = "leave it out, as drop_last=True in a DataLoader does"
         raise DataError.at("batches", got=got, needed="two images or more in each batch", remedy=remedy)
     remaining = iter(joined)
     return map_tensors(lambda _: next(remaining), batches[0])
+
+
+def _have_same_rest(batches: Sequence[Any]) -> bool:
+    """Whether batches differ in their tensors alone."""
+    first, *others = (map_tensors(lambda _: torch.zeros(()), batch) for batch in batches)
+    return all(repr(other) == repr(first) for other in others)
 
 
 def _list_tensors(batch: Any) -> list[Tensor]:
