@@ -1,6 +1,7 @@
 """Garbage collection waits while many objects are made, and goes on afterwards."""
 
 import gc
+import threading
 
 import pytest
 
@@ -29,3 +30,21 @@ def test_who_has_switched_it_off_keeps_it_off():
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+def test_blocks_of_two_threads_that_overlap_leave_it_on():
+    inside, over = threading.Event(), threading.Event()
+
+    def pause():
+        with pause_collection():
+            inside.set()
+            over.wait(10)
+
+    thread = threading.Thread(target=pause)
+    with pause_collection():
+        thread.start()
+        inside.wait(10)
+    assert not gc.isenabled()  # for the other thread
+    over.set()
+    thread.join()
+    assert gc.isenabled()

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Iterator
 
 from timm_autoslim.utils.restoring import restoring
+
+# Collection is switched on and off for the process, and blocks of several threads overlap: the first one switches it
+# off, and the last one on again.
+_lock = threading.RLock()
+_blocks: dict[object, bool] = {}  # those that are open, and whether the first one found it on
 
 
 @contextlib.contextmanager
@@ -24,6 +30,19 @@ def pause_collection() -> Iterator[None]:
         >>> gc.isenabled()
         True
     """
-    with restoring(gc.enable if gc.isenabled() else gc.disable):
-        gc.disable()
+    block = object()
+
+    def begin() -> None:
+        with _lock:
+            _blocks[block] = next(iter(_blocks.values())) if _blocks else gc.isenabled()
+            gc.disable()
+
+    def end() -> None:
+        with _lock:
+            if _blocks.get(block) and len(_blocks) == 1:
+                gc.enable()
+            _blocks.pop(block, None)
+
+    with restoring(end):
+        begin()
         yield
