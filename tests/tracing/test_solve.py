@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
+from timm_autoslim import convert
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import AttributeUse
 from timm_autoslim.tracing.observe import observe
@@ -160,3 +164,17 @@ def test_equal_observations_have_equal_solutions():
     assert (one.names, one.sizes, one.strands, one.reasons) == (other.names, other.sizes, other.strands, other.reasons)
     assert np.array_equal(one.strand, other.strand)
     assert np.array_equal(one.rank, other.rank)
+
+
+def test_a_group_that_the_model_itself_produces_has_the_name_of_a_tensor():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.rand(8, 3, 1, 1)), nn.Parameter(torch.rand(12, 8, 1, 1))
+            self.head = nn.Linear(12, 5)
+
+        def forward(self, x):
+            x = F.conv2d(F.conv2d(x, self.first).relu(), self.second).relu()
+            return self.head(x.mean((2, 3)))
+
+    assert convert(Functional(), torch.zeros(1, 3, 4, 4)).space.names == ("first", "second")

@@ -296,9 +296,12 @@ class _Solver:
         first: Mapping[str, int],
         names: Sequence[str],
     ) -> str:
-        """Name a group after the module that produces its channels first and names no other group."""
+        """Name a group after the module that produces its channels first and names no other group.
+
+        One that no module but the model itself produces has the name of a tensor.
+        """
         strands = partition.members[root]
-        paths = sorted({path for s in strands for path in producers[s]}, key=lambda path: first[path])
+        paths = sorted({path for s in strands for path in producers[s] if path}, key=lambda path: first[path])
         if not paths:
             paths = [
                 next(
