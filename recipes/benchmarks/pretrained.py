@@ -190,7 +190,8 @@ class Job:
     def reconstruct(self, network: Network) -> Effort:
         """Reconstruct a network in place."""
         assert network.supernet is not None
-        act = functools.partial(reconstruct, network.model, network.supernet, self.data.batches, memory_mib=4096)
+        inputs = network.model, network.supernet, self.data.batches
+        act = functools.partial(reconstruct, *inputs, memory_mib=4096, progress=False)
         unseen = count_forwards(network.model, network.supernet, self.data.batches)
         return count_effort(act, self.whole)[1] + Effort(compute=unseen / self.whole)
 

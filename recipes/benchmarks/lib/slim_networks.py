@@ -120,7 +120,7 @@ def _search_in_turn(task: Task, parameters: float) -> Iterator[Network]:
         yield Network(supernet.extract(widths), supernet, unseen)
         if share != task.shares[-1]:
             model = supernet.extract(widths).eval()
-            reconstruct(model, supernet, task.batches, memory_mib=4096)
+            reconstruct(model, supernet, task.batches, memory_mib=4096, progress=False)
             unseen = count_forwards(model, supernet, task.batches)
 
 
