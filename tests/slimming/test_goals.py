@@ -1,5 +1,7 @@
 """Widths within a budget, whatever the metric does as groups narrow."""
 
+import re
+
 import pytest
 import torch
 from helpers.latencies import fake_times
@@ -28,7 +30,7 @@ def test_a_budget_out_of_reach_is_refused_with_what_the_narrowest_reaches(supern
     assert find_subnet(Goal(supernet, Budget((("macs", narrowest.macs),)))) == supernet.space.min()
     message = (
         rf"the budget of {narrowest.params - 1:,} params is out of reach: the narrowest subnet of the search space has "
-        rf"{narrowest.params:,} \(\d+\.\d% of the widest\); raise the budget, or lower `min` to 0\.\d+ in convert\(\)"
+        rf"{narrowest.params:,} \(\d+\.\d% of the widest\); raise the budget, lower `min` to 0\.\d+ in convert\(\)"
     )
     with pytest.raises(BudgetError, match=message):
         find_subnet(Goal(supernet, Budget((("params", narrowest.params - 1),))))
@@ -247,8 +249,15 @@ def test_a_budget_that_neither_the_narrowest_nor_a_uniform_subnet_meets_is_refus
 
 @pytest.mark.parametrize(("amount", "share"), [(0.5, "50%"), (50, "50%"), (1, "100%")])
 def test_a_share_in_place_of_a_number_is_told_how_to_write_it(supernet, amount, share):
-    with pytest.raises(BudgetError, match=f'out of reach: .*; write "{share}" for a share of the widest, raise'):
+    with pytest.raises(BudgetError, match=f'out of reach: .*; a share of the widest is written "{share}"; raise'):
         find_subnet(Goal(supernet, parse_limits(f"macs<={amount}", cost(supernet))))
+
+
+@pytest.mark.parametrize(("limit", "text"), [(0.25, "0.25"), (1e-7, "1e-07"), (95823.6, "95,823.6"), (50, "50")])
+def test_a_budget_out_of_reach_is_written_with_enough_digits(supernet, limit, text):
+    assert cost(supernet, supernet.space.min()).macs == 95824
+    with pytest.raises(BudgetError, match=rf"the budget of {re.escape(text)} macs is .* has 95,824 \("):
+        find_subnet(Goal(supernet, Budget((("macs", limit),))))
 
 
 def test_a_budget_keeps_its_text(supernet):

@@ -135,15 +135,31 @@ def find_subnet(goal: Goal) -> Widths:
             return widths
     metric, limit = next((e for e in exceeded if e[0] in grows), exceeded[0])
     narrowest, widest = spent.pick(metric), goal.cost(space.max()).pick(metric)
-    places = 3 if metric == "latency_ms" else 0
+    amount, least = _write_amounts(limit, narrowest, places=3 if metric == "latency_ms" else 0)
     also = ", and no uniform one holds it" if subnets else ""
-    share = f'write "{100 * limit if limit <= 1 else limit:g}%" for a share of the widest, ' if limit <= 100 else ""
+    share = f'a share of the widest is written "{100 * limit if limit <= 1 else limit:g}%"; ' if limit <= 100 else ""
     share = "" if metric == "latency_ms" else share  # milliseconds may well be below 100
     raise BudgetError(
-        f"the budget of {limit:,.{places}f} {metric} is out of reach: the narrowest subnet of the search space has "
-        f"{narrowest:,.{places}f} ({narrowest / widest:.1%} of the widest){also}; {share}"
-        f"{describe_remedy(goal.supernet, metric, limit, goal.conditions)}"
+        f"the budget of {amount} {metric} is out of reach: the narrowest subnet of the search space has "
+        f"{least} ({narrowest / widest:.1%} of the widest){also}; {share}"
+        f"{describe_remedy(goal.supernet, goal.budget, metric)}"
     )
+
+
+def _write_amounts(limit: float, cost: float, places: int) -> tuple[str, str]:
+    """Return a limit and a larger cost with so many decimal places, or with more if they would look the same or be 0.
+
+    Example:
+        >>> _write_amounts(0.25, 1300, places=0)
+        ('0.25', '1,300')
+    """
+
+    def write(number: float, places: int) -> str:
+        text = f"{number:,.{places}f}"
+        return text if float(text.replace(",", "")) else f"{number:g}"
+
+    more = next((p for p in range(places, places + 9) if write(limit, p) != write(cost, p)), places)
+    return write(limit, more), write(cost, places if float(cost).is_integer() else more)
 
 
 def find_uniform(goal: Goal) -> Widths:

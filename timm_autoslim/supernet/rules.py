@@ -75,7 +75,7 @@ def build_space(
                 got, needed = f"a glob ({glob!r}) that matches no group", "globs of group names or their modules"
                 paths = dict.fromkeys((*graph.names, *(p for group in groups for p in group.producers)))
                 raise WidthError.at(key, got=got, needed=needed, remedy=describe_near(str(glob), paths))
-    return SearchSpace(graph, groups)
+    return SearchSpace(graph, groups, given)
 
 
 def _build_group(
@@ -86,7 +86,7 @@ def _build_group(
     if divisor is None or divisor < 1:
         raise WidthError.at(name, got=f"divisor={values['divisor']!r}", needed="an integer of at least 1")
     least = DEFAULT_MIN if values["min"] is None else values["min"]
-    lowest = max(floor, round(share * size)) if (share := _read_share(least)) else as_integer(least)
+    lowest = max(floor, round(share * size)) if (share := read_share(least)) else as_integer(least)
     if lowest is None or not floor <= lowest <= size:
         raise WidthError.at(name, got=f"min={least!r}", needed=f"an integer from {floor} to {size}, or {_SHARE}")
     first = -(-lowest // divisor) * divisor
@@ -105,7 +105,7 @@ def _read_choice(group: ChannelGroup, choice: Any) -> int:
     Raises:
         WidthError: it is neither, or is out of range.
     """
-    if share := _read_share(choice):
+    if share := read_share(choice):
         return max(group.floor, round(share * group.size))
     if as_integer(choice) is None:
         needed = f"an integer from {group.floor} to {group.size}, or {_SHARE}"
@@ -113,7 +113,7 @@ def _read_choice(group: ChannelGroup, choice: Any) -> int:
     return group.check_width(choice)
 
 
-def _read_share(value: Any) -> float | None:
+def read_share(value: Any) -> float | None:
     """Return a share that is written as a float or as a text of per cent; None for anything else."""
     try:
         share = float(value.strip().removesuffix("%")) / 100 if isinstance(value, str) and "%" in value else value

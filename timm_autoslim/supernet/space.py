@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -46,6 +47,7 @@ class SearchSpace:
         groups: the channel groups, in the order in which the model produces their channels.
         names: their names.
         id: the same for every supernet whose groups have these names and sizes.
+        rules: `min`, `divisor` and `choices` as the user gave them; None is the default.
 
     Example:
         >>> import timm, torch
@@ -61,9 +63,12 @@ class SearchSpace:
         max         22.4M MACs (100.0%)      4.93M params (100.0%)
     """
 
-    def __init__(self, graph: ChannelGraph, groups: Sequence[ChannelGroup]) -> None:
+    def __init__(
+        self, graph: ChannelGraph, groups: Sequence[ChannelGroup], rules: Mapping[str, Any] | None = None
+    ) -> None:
         self._graph = graph
         self.groups = tuple(groups)
+        self.rules = dict(rules or {})
         self.names = tuple(g.name for g in self.groups)
         self._index = {name: i for i, name in enumerate(self.names)}
         self.id = hash_groups(self.groups)
