@@ -13,7 +13,8 @@ from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from torch import nn
 from torch.optim import SGD
 
-from timm_autoslim.errors import ConfigError
+from timm_autoslim import LatencyTable
+from timm_autoslim.errors import ConfigError, LatencyError
 from timm_autoslim.recipes.lib.training import make_scheduler
 
 SCHEDULERS = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
@@ -114,10 +115,21 @@ def check_values(args: argparse.Namespace) -> None:
         if numbers is not None and len(numbers) not in (1, args.in_chans or 3):
             chans = args.in_chans or 3
             raise ConfigError(f"--{flag} {numbers}: needed one number, or one for each of --in-chans {chans}.")
+    if hasattr(args, "latency_runtime"):
+        _check_latency(args)
     if hasattr(args, "opt"):
         _check_optimizer(args)
         _check_schedule(args)
         _check_augmentation(args)
+
+
+def _check_latency(args: argparse.Namespace) -> None:
+    """Make sure that latency can be measured as the flags say: device and packages are there."""
+    try:
+        LatencyTable(device=args.latency_device, runtime=args.latency_runtime, threads=args.latency_threads)
+    except LatencyError as error:
+        flags = f"--latency {args.latency_runtime} --latency-device {args.latency_device}"
+        raise ConfigError(f"{flags}: {error}. Each of these two flags has a default that works everywhere.") from error
 
 
 def _check_name(flag: str, name: str, names: Iterable[str]) -> None:

@@ -52,13 +52,18 @@ def find_first(run: Path, plan: Sequence[Stage]) -> Budget:
 
 
 def check_plan(run: Path, plan: Sequence[Stage]) -> None:
-    """Make sure that no stage which an earlier command has begun starts from a network that is yet to come.
+    """Make sure that what an earlier command has begun is of this plan, and of no network that is yet to come.
 
     Raises:
-        ConfigError: one does.
+        ConfigError: a folder holds the network of another budget, or one that was cut from another start.
     """
     first = find_first(run, plan)
-    begun = {stage.budget: is_searched(name_folder(run, stage.budget, stage.budget == first)) for stage in plan}
+    folders = {stage.budget: name_folder(run, stage.budget, stage.budget == first) for stage in plan}
+    begun = {budget: is_searched(folder) for budget, folder in folders.items()}
+    for budget, folder in folders.items():
+        texts = [network.text for network in read_networks(folder).values()] if begun[budget] else []
+        if texts and budget.text not in texts:
+            raise ConfigError(f"{folder} holds the network of {texts[0]}, and none of {budget.text}: {_MAY_FOLLOW}")
     for stage in plan:
         if stage.start and begun[stage.budget] and not begun[stage.start]:
             folder = name_folder(run, stage.budget, first=False)

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+import threading
 from math import sqrt
 
 import numpy as np
@@ -229,3 +230,56 @@ def test_harmless_questions_hold_nothing(name):
     model.two, model.memory = 1, {}
     space = convert(model, torch.zeros(1, 3, 8, 8)).space
     assert [(group.name, group.size, group.floor) for group in space.groups] == [("a", 12, 1), ("b", 8, 1)]
+
+
+class Cached(Asking):
+    """It keeps a tensor from one forward to the next, which decides where torch is called."""
+
+    def forward(self, x):
+        if getattr(self, "kept", None) is None:
+            self.kept = torch.linspace(0, 1, int(x.shape[2]), device=x.device) * 2
+        return super().forward(x * self.kept.view(-1, 1))
+
+
+def test_a_cache_hides_no_question():
+    def ask(model, c, d):
+        return "yes" if int(c) > 3 and torch.zeros(1) is not None else ""
+
+    reasons = convert(Cached(ask), torch.zeros(1, 3, 8, 8)).graph.fixed
+    assert "takes another path at" in reasons["a.weight", 0]
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda s, c, d: c == np.int64(12),
+        lambda s, c, d: np.int64(12) == c,
+        lambda s, c, d: np.int64(9) < c,
+        lambda s, c, d: c > np.float64(9),
+    ],
+)
+def test_numbers_of_numpy_are_numbers(ask):
+    supernet = convert(Asking(ask), torch.zeros(1, 3, 8, 8))
+    assert ("a.weight", 0) in supernet.graph.fixed or supernet.space["a"].floor == 10
+
+
+def test_sums_of_floats_are_not_regrouped():
+    """At 8 and 11 channels it is `11 * 0.1 > 8 * 0.1 + 0.3`, which is false in floats."""
+    supernet = convert(Asking(lambda s, c, d: c * 0.1 > d * 0.1 + 0.3), torch.zeros(1, 3, 8, 8))
+    assert ("a.weight", 0) in supernet.graph.fixed
+
+
+def test_two_threads_convert_one_after_the_other():
+    supernets = {}
+
+    def run(name):
+        supernets[name] = convert(Asking(lambda s, c, d: math.sqrt(c) > 2), torch.zeros(1, 3, 8, 8))
+
+    sqrt = math.sqrt
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {supernets[i].space["a"].floor for i in range(4)} == {5}
+    assert math.sqrt is sqrt

@@ -33,3 +33,10 @@ def test_groups_that_decide_a_difference(culprits, needs_all):
     found = find_culprits(range(6), differs)
     assert culprits <= set(found)
     assert needs_all or set(found) == culprits
+
+
+def test_code_whose_name_only_begins_with_torch_is_the_models_own():
+    sites = []
+    scope = {"__name__": "torchmine", "find_site": find_site, "sites": sites, "sys": sys}
+    exec("sites.append((find_site('', sys._getframe()), sys._getframe().f_code))", scope)
+    assert sites[0][0][1] is sites[0][1]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
 
 from timm_autoslim.errors import DataError
-from timm_autoslim.utils.batches import check_batches, divide_batch, join_singles, make_empty_error
+from timm_autoslim.utils.batches import check_batches, divide_batch, join_singles, make_empty_error, run_batch
 
 IMAGES = torch.zeros(2, 3, 4, 4)
 
@@ -101,3 +102,11 @@ def test_batches_whose_targets_are_no_tensors_cannot_be_joined():
     with pytest.raises(DataError, match="two images or more"):
         list(join_singles([(IMAGES, [3, 4]), (IMAGES[:1], [5])], lambda _: True))
     assert len(next(join_singles([(IMAGES, "train"), (IMAGES[:1], "train")], lambda _: True))[0]) == 3
+
+
+def test_inputs_that_the_model_does_not_take_are_named():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(DataError, match=r"batches\[2\]: got inputs \(2, 3, 4, 4\) of torch.uint8, .*images.float"):
+        run_batch(model, 2, IMAGES.to(torch.uint8))
+    with pytest.raises(DataError, match=r"inputs \(5, 4, 4\) of torch.float32, on which the model raises RuntimeError"):
+        run_batch(model, 0, torch.zeros(5, 4, 4))

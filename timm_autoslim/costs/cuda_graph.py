@@ -45,6 +45,8 @@ def time_operator(operator: Operator, run: Callable[[], Any], device: torch.devi
 
     try:
         replay = _record(run_copies, device)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # it waits for the GPU, for example to learn the shape of its result
         return None
     seconds = []
@@ -61,7 +63,9 @@ def time_operator(operator: Operator, run: Callable[[], Any], device: torch.devi
 def _record(run: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """Record the kernels that a function launches; return a function that launches them, and returns its result."""
     with torch.cuda.device(device):
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(3):  # libraries choose kernels, and take memory that they keep
                 run()
         torch.cuda.synchronize()

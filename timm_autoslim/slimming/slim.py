@@ -27,9 +27,8 @@ from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.calibration import lacks_variance
 from timm_autoslim.training.reconstruction import reconstruct
 from timm_autoslim.utils.arguments import check_callable, check_flag, check_module
-from timm_autoslim.utils.batches import check_inputs, join_singles
+from timm_autoslim.utils.batches import check_inputs, join_singles, make_input_error
 from timm_autoslim.utils.meta import count_images, run_model
-from timm_autoslim.utils.tensors import collect_tensors
 
 M = TypeVar("M", bound=nn.Module)
 Pair = tuple[Any, Any]
@@ -182,16 +181,7 @@ def _try_first(model: nn.Module, pair: Pair, loss: Callable[[Any, Any], Tensor])
         try:
             outputs = run_model(model, inputs)
         except Exception as error:  # a forward may raise anything
-            tensors = collect_tensors(inputs)
-            shapes = " and ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in tensors)
-            got = f"inputs {shapes}, on which the model raises {type(error).__name__}: "
-            remedy = (
-                "bytes become numbers by images.float() / 255, normalised by mean and std as in training"
-                if any(tensor.dtype == torch.uint8 for tensor in tensors)
-                else "look at their channels, their size, their type and their device"
-            )
-            needed = "inputs that the model takes as they are, mostly (N, C, H, W) in the type of its weights"
-            raise DataError.at("batch 0", got=got + str(error)[:200], needed=needed, remedy=remedy) from error
+            raise make_input_error("batch 0", inputs, error) from error
         try:
             value = loss(outputs, targets)
         except Exception as error:  # so may a loss

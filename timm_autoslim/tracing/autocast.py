@@ -4,52 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-_LOCK = threading.Lock()
+from timm_autoslim.utils.restoring import restoring
+
 _FUNCTIONS = ("is_autocast_enabled", "get_autocast_dtype", "set_autocast_enabled", "set_autocast_dtype")
-
-
-class _Blocks:
-    """How many blocks are open in all threads, and what torch had before the first."""
-
-    count = 0
-    originals: tuple[Any, ...] = ()
 
 
 @contextlib.contextmanager
 def accept_autocast_on_meta() -> Iterator[None]:
     """Let code in the block ask for autocast of the meta device, as of a CPU: it changes nothing there.
 
+    One thread at a time may open such a block.
+
     Example:
         >>> with accept_autocast_on_meta(), torch.autocast("meta", enabled=False):
         ...     torch.is_autocast_enabled("meta")
         False
     """
-    with _LOCK:
-        if not _Blocks.count:
-            _Blocks.originals = (torch.autocast.__init__, *(getattr(torch, name) for name in _FUNCTIONS))
-        try:
-            _Blocks.count += 1
-            _install(*map(_as_on_cpu, _Blocks.originals))
-        except BaseException:  # an interrupt
-            _leave()
-            raise
-    try:
+    originals = (torch.autocast.__init__, *(getattr(torch, name) for name in _FUNCTIONS))
+    with restoring(lambda: _install(*originals)):
+        _install(*map(_as_on_cpu, originals))
         yield
-    finally:
-        with _LOCK:
-            _leave()
-
-
-def _leave() -> None:
-    _Blocks.count -= 1
-    if not _Blocks.count:
-        _install(*_Blocks.originals)
 
 
 def _install(constructor: Any, *functions: Any) -> None:

@@ -89,15 +89,17 @@ class Bounds:
     def make_sum(self, number: Any) -> Sum | None:
         """Return a number as a sum of widths, if it is one."""
         if not isinstance(number, Number):
-            return Sum(number, {}) if isinstance(number, (int, float)) else None
+            return Sum(number, {}) if isinstance(number, int) else None  # sums of floats depend on their order
         if not isinstance(number.origin, FromExpression):
-            return _make_sum(self.formulas[id(number)]) if id(number) in self.formulas else Sum(_read(number), {})
+            if id(number) in self.formulas:
+                return _make_sum(self.formulas[id(number)])
+            return Sum(int.__int__(number), {}) if isinstance(number, int) else None
         compute, inputs = number.origin.compute, number.origin.inputs
         sums = [self.make_sum(value) for value in inputs]
         if None in sums:
             return None
         if not any(s.terms for s in sums if s is not None):
-            return Sum(_read(number), {})
+            return Sum(int.__int__(number), {}) if isinstance(number, int) else None
         return _combine(compute, [s for s in sums if s is not None])
 
     def find_bounds(self, number: Any) -> tuple[float, float]:
@@ -105,12 +107,14 @@ class Bounds:
         exact = self.make_sum(number)
         if exact is not None:
             return exact.find_bounds(self.widths)
-        if isinstance(number, Number) and not isinstance(number.origin, FromExpression):
-            formula = self.formulas[id(number)]
+        if not isinstance(number, Number):
+            return (number, number) if isinstance(number, (int, float)) else (-math.inf, math.inf)
+        if not isinstance(number.origin, FromExpression):
+            formula = self.formulas.get(id(number))
+            if formula is None:
+                return _read(number), _read(number)
             ends = [float(formula([pair[i] for pair in self.widths])) for i in (0, 1)]
             return min(ends), max(ends)
-        if not isinstance(number, Number):
-            return -math.inf, math.inf
         compute, inputs = number.origin.compute, number.origin.inputs
         return _combine_bounds(compute, [self.find_bounds(v) for v in inputs], all(isinstance(v, int) for v in inputs))
 

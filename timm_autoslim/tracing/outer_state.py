@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from timm_autoslim.tracing.sizes import Size
 from timm_autoslim.utils.meta import sharing_generators
 
 T = TypeVar("T")
+_TRACING = threading.RLock()
 EmptyCaches = Callable[[nn.Module | None], None]
 
 
@@ -37,7 +39,11 @@ def with_empty_caches(model: nn.Module, action: Callable[[EmptyCaches], T]) -> T
             empties them again, and those in the modules of a copy. It is called again if something that was emptied is
             no cache, because no run filled it.
     """
-    state = OuterState(model)
+    with _TRACING:  # or the state that one thread notes would be what another one has put there
+        return _run(OuterState(model), action)
+
+
+def _run(state: OuterState, action: Callable[[EmptyCaches], T]) -> T:
     try:
         while True:
             state.empty_caches()

@@ -173,8 +173,10 @@ class Prover:
         try:
             lockstep.run(example)
             lockstep.compare_scales()
-            if not (lockstep.sites ^ record.sites) <= self._harmless:
+            differing = lockstep.sites ^ record.sites
+            if not differing <= self._harmless:
                 self._compare_sites(graph, widths, record)
+                self._harmless |= differing
         except Disagreement:
             raise
         except Exception as error:
@@ -197,7 +199,6 @@ class Prover:
 
         sites = find(range(len(sizes)))
         if not sites:
-            self._harmless |= record.sites | expected
             return
         culprits = find_culprits(range(len(sizes)), lambda groups: bool(find(groups)))
         site = min((site for site in sites if site is not None), key=lambda site: (format_site(site), site[2]))

@@ -26,7 +26,7 @@ def find_site(path: str, frame: Any) -> Site | None:
         name = frame.f_globals.get("__name__", "") if frame is not None else "torch.nn.modules"
         if name.startswith(("torch.nn.modules", "timm_autoslim.")):
             return None
-        if not name.startswith("torch"):
+        if name.partition(".")[0] != "torch":
             return path, frame.f_code, frame.f_lasti
         frame = frame.f_back
     return None

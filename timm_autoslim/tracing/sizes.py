@@ -55,6 +55,8 @@ class _Watched(Number):
 
     def __array_ufunc__(self, function: Any, method: str, *inputs: Any, **options: Any) -> Any:
         """Run a function of numpy; of numbers it is one that remembers where it comes from."""
+        # numpy hands its own numbers on as arrays without dimensions
+        inputs = tuple(v.item() if isinstance(v, np.ndarray | np.generic) and not v.ndim else v for v in inputs)
         plain = [get_plain(value) if isinstance(value, Number) else value for value in inputs]
         result = getattr(function, method)(*plain, **options)
         if method != "__call__" or options or not isinstance(result, np.generic):

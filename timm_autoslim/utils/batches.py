@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from timm_autoslim.errors import DataError, quote_error
+from timm_autoslim.errors import AutoSlimError, DataError, quote_error
 from timm_autoslim.utils.meta import count_images, run_model
 from timm_autoslim.utils.tensors import collect_tensors, map_tensors
 
@@ -107,14 +107,35 @@ def run_batch(model: nn.Module, index: int, batch: Any) -> Any:
     """Return what a model returns for a batch.
 
     Raises:
-        DataError: the batch is no tensor, and the model cannot take it.
+        DataError: the model does not take the batch.
     """
     try:
         return run_model(model, batch)
+    except (AutoSlimError, torch.OutOfMemoryError):
+        raise
     except (TypeError, AttributeError) as error:
         if isinstance(batch, Tensor):
             raise
         raise make_structure_error(index, batch, error) from error
+    except (RuntimeError, ValueError) as error:
+        raise make_input_error(f"batches[{index}]", batch, error) from error
+
+
+def make_input_error(where: str, batch: Any, cause: Exception) -> DataError:
+    """Return the error for a batch that the model does not take; `cause` is what its forward raised."""
+    tensors = collect_tensors(batch)
+    shapes = " and ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in tensors)
+    remedy = (
+        "bytes become numbers by images.float() / 255, normalised by mean and std as in training"
+        if any(tensor.dtype == torch.uint8 for tensor in tensors)
+        else "look at their channels, their size, their type and their device"
+    )
+    return DataError.at(
+        where,
+        got=f"inputs {shapes}, on which the model raises {type(cause).__name__}: {str(cause)[:200]}",
+        needed="inputs that the model takes as they are, mostly (N, C, H, W) in the type of its weights",
+        remedy=remedy,
+    )
 
 
 def divide_batch(batch: Any, count: int) -> Iterator[Any]:

@@ -1,5 +1,6 @@
 """Values that a flag cannot have are refused by name, before anything is touched."""
 
+import argparse
 import math
 
 import pytest
@@ -7,7 +8,7 @@ from helpers.recipes import run_train, write_config
 
 from timm_autoslim.errors import ConfigError, DataError
 from timm_autoslim.recipes import run
-from timm_autoslim.recipes.lib.checks import RANGES, SCHEDULERS, Range
+from timm_autoslim.recipes.lib.checks import RANGES, SCHEDULERS, Range, check_values
 from timm_autoslim.recipes.lib.configuration import _list_actions, check_config, parse_args
 from timm_autoslim.recipes.lib.flags import FLAGS
 from timm_autoslim.recipes.lib.parser import share
@@ -117,3 +118,10 @@ def test_all_stages_are_checked_before_the_first_begins(tmp_path, monkeypatch):
         ):
             run.main([*command, flag, value])
     assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize(("runtime", "device"), [("cudagraph", "cpu"), ("eager", "gpu")])
+def test_a_latency_that_cannot_be_measured_is_refused_before_any_work(runtime, device):
+    args = argparse.Namespace(latency_runtime=runtime, latency_device=device, latency_threads=1)
+    with pytest.raises(ConfigError, match=f"--latency {runtime} --latency-device {device}: .*default that works"):
+        check_values(args)
