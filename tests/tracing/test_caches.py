@@ -560,3 +560,44 @@ def test_a_set_of_sizes_is_emptied_for_a_trace(runs):
     assert set(supernet.space.names) == {"stem", "inner"}
     supernet(IMAGE, supernet.space.uniform(0.5))
     assert model.layer.sizes == ({8} if runs else set())
+
+
+class _Recipe:
+    """What layers of one pattern share: a copy of a layer gets the same object, as in einops."""
+
+    def __init__(self):
+        self.table = {"p": 2}
+
+    def apply(self, x):
+        sizes = [1, 1, 1]
+        for name in "p":
+            sizes[self.table[name]] = 3
+        return x * sizes[2]
+
+
+@functools.lru_cache
+def _make_recipe(pattern):
+    return _Recipe()
+
+
+class _Layer(nn.Module):
+    def __init__(self, pattern="a"):
+        super().__init__()
+        self.pattern, self.recipe = pattern, _make_recipe(pattern)
+
+    def __getstate__(self):
+        return {"pattern": self.pattern}
+
+    def __setstate__(self, state):
+        self.__init__(**state)
+
+    def forward(self, x):
+        return self.recipe.apply(x)
+
+
+def test_what_copies_share_with_the_model_is_not_emptied():
+    model = nn.Sequential(_Layer(), nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+    for _ in range(2):
+        supernet = convert(model, torch.zeros(2, 6))
+        assert supernet.space.max().to_dict() == {"1": 16}
+        assert model[0].recipe.table == {"p": 2}

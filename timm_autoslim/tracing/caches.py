@@ -5,6 +5,7 @@ A subnet gets what the widest has kept, so no width may decide it.
 
 from __future__ import annotations
 
+import types
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping, MutableSet, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,9 @@ def find_caches(model: nn.Module, example: Any) -> dict[Place, bool]:
         By place, whether it is a container that is to be emptied.
     """
     choices = dict(_list_candidates(model))
+    if choices:
+        shared = _list_shared(copy_to_meta(model), copy_to_meta(model))
+        choices = {place: ways for place, ways in choices.items() if place not in shared}
     for _ in range(_MOST_TRIES):
         places = {place: ways[0] for place, ways in choices.items()}
         if not places:
@@ -122,6 +126,22 @@ def find_caches(model: nn.Module, example: Any) -> dict[Place, bool]:
             return places
         choices = {place: ways for place, ways in choices.items() if place in filled}
     return {}
+
+
+def _list_shared(meta_copy: nn.Module, other: nn.Module) -> set[Place]:
+    """Return the attributes of objects that two copies of a model share: emptying them would empty them for all copies.
+
+    The layers of einops get such objects from a cache when they are copied. Functions are shared too, but what they
+    hold is put back after a trace.
+    """
+    ids = {id(part) for a in list_attributes(other) for part in (a.store, a.read())}
+    attributes = [a for a in list_attributes(meta_copy) if not isinstance(a.owner, types.FunctionType)]
+    changing = (MutableMapping, MutableSet, list, deque)
+    return {
+        (a.path, a.name)
+        for a in attributes
+        if id(a.store) in ids or (isinstance(value := a.read(), changing) and id(value) in ids)
+    }
 
 
 def empty_attributes(model: nn.Module, places: Mapping[Place, bool]) -> None:
