@@ -114,7 +114,7 @@ def test_failure_on_the_way_restores_the_old_statistics():
     model = network()
     model(batches()[0])
     before, modes = state(model), flags(model)
-    with pytest.raises(RuntimeError, match="channels"):
+    with pytest.raises(DataError, match="channels"):
         calibrate(model, [*batches(2), torch.zeros(2, 5, 8, 8)])
     assert_same(before, state(model))
     assert flags(model) == modes
