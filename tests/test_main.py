@@ -63,6 +63,7 @@ pytestmark = pytest.mark.xdist_group("apart")  # the server that forks is starte
 FLAGS = ("images", "--model", "local-dir:slim", "--pretrained")
 
 
+@pytest.mark.slow
 def test_a_script_like_timms_validate_loads_an_exported_folder(place):
     folder, _, params = place
     done = run("scripts/validate.py", *FLAGS, cwd=folder)

@@ -50,6 +50,7 @@ def test_images_are_augmented_by_seed_epoch_and_image_alone(tmp_path):
     assert not torch.equal(batches(indices, 0, seed=7), first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("images", "size", "sizes"), [(5, 1, [3, 2]), (5, 4, [3, 2]), (1, 4, [1]), (8, 4, [4, 4])])
 def test_no_batch_in_memory_has_one_image_alone(images, size, sizes, tmp_path):
     args = parse_train(tmp_path, "-b", str(size), num_classes=10)
