@@ -57,7 +57,7 @@ def freeze_refilled(
     narrow = names & {name for name, _ in graph.lengths}
     if not narrow:
         return graph
-    slices = graph.slices([max(1, n // 2) for n in graph.group_sizes])
+    slices = graph.slices(graph.half_widths)
     differing: dict[type, set[str]] = {}  # by class, as many modules may be of one
     for name in sorted(narrow):
         path, _, leaf = name.rpartition(".")

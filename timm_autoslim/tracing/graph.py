@@ -146,6 +146,11 @@ class ChannelGraph:
         return floors
 
     @property
+    def half_widths(self) -> list[int]:
+        """Half of the widest width of every group, or its narrowest width if that is more."""
+        return [max(floor, n // 2) for floor, n in zip(self.floors, self.group_sizes, strict=True)]
+
+    @property
     def floor_reasons(self) -> dict[int, str]:
         """For every group whose narrowest width the model's code decides, why."""
         return {group: reason for group, (_, reason) in self._least_by_group.items()}

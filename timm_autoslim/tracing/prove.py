@@ -143,7 +143,7 @@ class Prover:
         """Yield the disagreements at half, narrowest and random widths, in both modes."""
         rng = np.random.default_rng(0)
         sizes, floors = graph.group_sizes, graph.floors
-        half = [max(low, n // 2) for low, n in zip(floors, sizes, strict=True)]
+        half = graph.half_widths
         random = [[int(rng.integers(low, n + 1)) for low, n in zip(floors, sizes, strict=True)] for _ in range(2)]
         for widths in (half, floors, *random):
             for record in self.records:
