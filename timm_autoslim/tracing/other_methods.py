@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from timm_autoslim.tracing.labels import AttributeUse, Label
+from timm_autoslim.tracing.source import list_names, reach_names
 
 # Words of names of attributes that count channels (`in_chs`, `dim_out`, `hidden_size`, `c1`), and of some that do not.
 _CHANNELS = {"c", "cin", "cout", "ch", "chan", "chans", "channel", "channels", "chn", "chs", "cmid", "dim", "dims"}
@@ -42,14 +43,16 @@ def counts_channels(name: str) -> bool:
 def list_names_read(cls: type) -> frozenset[str]:
     """Return the names that methods of a class mention, but for the constructor and what the forward calls."""
     methods = _list_methods(cls)
-    reached = _reach(methods, ("forward",)) | {"__init__"}
+    reached = {*reach_names(["forward"], methods, methods.__getitem__), "__init__"}
     return frozenset(name for method, names in methods.items() if method not in reached for name in names)
 
 
 def _list_names_run(cls: type) -> frozenset[str]:
     """Return the names that the forward of a class mentions, and the methods that it calls."""
     methods = _list_methods(cls)
-    return frozenset(name for method in _reach(methods, ("forward",)) for name in methods[method])
+    return frozenset(
+        name for method in reach_names(["forward"], methods, methods.__getitem__) for name in methods[method]
+    )
 
 
 def _list_methods(cls: type) -> dict[str, set[str]]:
@@ -61,26 +64,8 @@ def _list_methods(cls: type) -> dict[str, set[str]]:
         for name, member in vars(owner).items():
             function = inspect.unwrap(getattr(member, "fget", None) or getattr(member, "__func__", member))
             if isinstance(code := getattr(function, "__code__", None), CodeType):
-                methods.setdefault(name, set()).update(_list_code_names(code))
+                methods.setdefault(name, set()).update(list_names(code))
     return methods
-
-
-def _reach(methods: Mapping[str, set[str]], start: Sequence[str]) -> set[str]:
-    """Return the methods that these mention, and which those mention, and so on."""
-    reached, waiting = set[str](), list(start)
-    while waiting:
-        name = waiting.pop()
-        if name in methods and name not in reached:
-            reached.add(name)
-            waiting += methods[name]
-    return reached
-
-
-def _list_code_names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _list_code_names(constant)
 
 
 @dataclass(frozen=True)

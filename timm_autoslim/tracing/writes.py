@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from timm_autoslim.tracing.holdings import Attribute
+from timm_autoslim.tracing.source import list_names, reach_names
 
 _FILLS = frozenset({"setdefault", "update", "append", "appendleft", "extend", "insert", "add", "__setitem__"})
 _SETS = frozenset(
@@ -58,8 +59,8 @@ def find_writes(model: nn.Module, attributes: Iterable[Attribute]) -> Writes:
     for attribute in attributes:
         for value in (attribute.read(), attribute.owner):
             start.update(_add_value(functions, value))
-    reached = list(_reach(functions, start))
-    found = [_read_code(code) for code in reached]
+    reached = reach_names(start, functions, lambda name: [n for code in functions[name] for n in list_names(code)])
+    found = [_read_code(code) for name in reached for code in functions[name]]
     return Writes(*(frozenset[str]().union(*sets) for sets in zip(*found, strict=True))) if found else Writes()
 
 
@@ -135,25 +136,6 @@ def _list_codes(function: types.FunctionType) -> Iterator[CodeType]:
         cells = [cell.cell_contents for cell in part.__closure__ or () if cell != types.CellType()]
         others = [f for f in (*names, *cells) if isinstance(f, types.FunctionType)]
         todo += [f for f in others if f.__module__.partition(".")[0] == package]
-
-
-def _reach(functions: dict[str, list[CodeType]], start: set[str]) -> Iterator[CodeType]:
-    """Yield the functions of these names, of the names that their code mentions, and so on."""
-    names, waiting = set[str](), list(start)
-    while waiting:
-        name = waiting.pop()
-        if name not in names and name in functions:
-            names.add(name)
-            for code in functions[name]:
-                yield code
-                waiting += _list_names(code)
-
-
-@lru_cache(4096)
-def _list_names(code: CodeType) -> tuple[str, ...]:
-    """Return the names in the code of a function, and of those inside it."""
-    inside = [name for part in code.co_consts if isinstance(part, CodeType) for name in _list_names(part)]
-    return *code.co_names, *inside
 
 
 @lru_cache(4096)
