@@ -25,8 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from timm_autoslim import HeldOut, Supernet, Widths, calibrate, convert, export, sandwich_step, search
-from timm_autoslim.recipes.benchmarks.lib.gpu_speed import capture
+from timm_autoslim import RUNTIMES, HeldOut, Supernet, Widths, calibrate, convert, export, sandwich_step, search
 from timm_autoslim.recipes.benchmarks.lib.images import load_digits
 
 Row = dict[str, Any]
@@ -213,8 +212,7 @@ def time_graph(supernet: Supernet, images: Tensor) -> Row:
             torch.cuda.synchronize()
             start = time.perf_counter()
             subnet = supernet.subnet(supernet.space.uniform(0.5))
-            run = functools.partial(subnet, images)
-            replay = run if kind == "calls" else capture(run).replay
+            replay = RUNTIMES["eager" if kind == "calls" else "cudagraph"].start(subnet, images, 1)
             for _ in range(count):
                 replay()
             torch.cuda.synchronize()

@@ -16,7 +16,7 @@ from torch._C._autograd import DeviceType
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from timm_autoslim import SAMPLERS, LatencyTable, cost, measure_latency, sandwich_step
+from timm_autoslim import RUNTIMES, SAMPLERS, LatencyTable, cost, measure_latency, sandwich_step
 from timm_autoslim.recipes.benchmarks.speed import Bench, measure_half, measure_step
 
 Row = dict[str, Any]
@@ -209,14 +209,10 @@ def measure_memory(name: str, args: argparse.Namespace) -> Iterator[Row]:
             if bench.device.type == "cuda":
                 row["allocated"] = measure_peak(model, inputs)
                 with torch.no_grad():
-                    run = functools.partial(model, inputs)
-                    row["events_ms"], row["graph_ms"] = time_events(run), time_events(capture(run).replay)
+                    row["events_ms"] = time_events(functools.partial(model, inputs))
+                    row["graph_ms"] = time_events(RUNTIMES["cudagraph"].start(model, inputs, 1))
             repeats = 3 if args.toy else 10
             row["latency_ms"] = measure_latency(model, inputs, device=args.device, repeats=repeats)
-            if bench.device.type == "cuda":
-                row["cudagraph_ms"] = measure_latency(
-                    model, inputs, device=args.device, runtime="cudagraph", repeats=repeats
-                )
             yield row
 
 
@@ -278,19 +274,6 @@ def time_events(run: Callable[[], Any], repeats: int = 20) -> float:
         torch.cuda.synchronize()
         times.append(first.elapsed_time(last))
     return statistics.median(times[3:])
-
-
-def capture(run: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """Return a forward as a CUDA graph, which runs without the time of launching its kernels."""
-    torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-        for _ in range(2):
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
 
 
 def make_memory_table(rows: list[Row]) -> str:
