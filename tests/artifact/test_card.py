@@ -90,3 +90,12 @@ def test_figures_are_text_in_one_line():
 def test_the_figure_shows_the_layers_that_model_and_base_share():
     assert list_channels(nn.Linear(2, 2), nn.Linear(2, 5)) == ((5, 2),)
     assert list_channels(nn.Linear(2, 2), nn.Identity()) == ()
+
+
+def test_a_model_that_asks_for_autocast_of_its_images_device_has_macs():
+    class Cast(nn.Linear):
+        def forward(self, x):
+            with torch.autocast(x.device.type, enabled=False):
+                return super().forward(x)
+
+    assert count_costs(Cast(4, 4), (3, 2, 4)) == {"MACs": 96, "parameters": 20}

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_autoslim.artifact.bases import create_meta_base
 from timm_autoslim.artifact.config import Config
 from timm_autoslim.errors import ArtifactError
+from timm_autoslim.tracing.outer_state import with_empty_caches
 
 FIGURE = "widths.png"
 
@@ -62,7 +63,7 @@ def count_costs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str,
     try:
         meta_copy = copy.deepcopy(model).to("meta").eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            meta_copy(torch.zeros(1, *input_size, device="meta"))
+            with_empty_caches(meta_copy, lambda _: meta_copy(torch.zeros(1, *input_size, device="meta")))
     except Exception:  # whatever a model raises there: the card says less
         return counts
     return {"MACs": counter.get_total_flops() // 2, **counts}
