@@ -4,7 +4,7 @@ import dis
 
 from torch import nn, tensor
 
-from timm_autoslim.tracing.reachable import MISSING, Container, Place, Walk
+from timm_autoslim.tracing.reachable import MISSING, Binding, Container, Walk
 
 FILLED = {(2, 3): 5}
 READ = {(2, 3): 5}
@@ -46,7 +46,7 @@ def test_caches_are_what_code_fills_as_it_runs():
     found = walk()
     caches = list(found.list_caches(found.find_written_names()))
     assert [cache.value for cache in caches if isinstance(cache, Container)] == [FILLED, READ]  # of one function
-    assert [cache.name for cache in caches if isinstance(cache, Place)] == ["TABLE"]
+    assert [cache.name for cache in caches if isinstance(cache, Binding)] == ["TABLE"]
 
 
 def test_a_container_is_emptied_of_what_follows_from_sizes_and_restored():

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from timm_autoslim import convert
 from timm_autoslim.costs.inspection import inspect
-from timm_autoslim.tracing.scales import Number
+from timm_autoslim.tracing.scales import AttributeFloat
 
 IMAGES = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
 DIM, HEADS, HEAD = 32, 2, 16
@@ -297,7 +297,7 @@ def test_attention_between_channels_has_a_scale_of_its_rows():
 
 
 def test_arithmetic_with_a_number_keeps_its_path():
-    number = Number(0.25, "attn.scale")
+    number = AttributeFloat(0.25, "attn.scale")
     for value, power in ((number * 2, 1), (2 * number, 1), (number / 2, 1), (1 / number, -1), (number**-0.5, -0.5)):
         assert (value.path, value.power) == ("attn.scale", power)
     assert (1 / number**0.5, (1 / number**0.5).power) == (2.0, -0.5)

@@ -5,7 +5,13 @@ import torch
 from helpers.forks import run_in_processes
 
 from timm_autoslim.errors import DataError
-from timm_autoslim.utils.processes import check_share, choose_pool, copy_from_first, pool_alone, pool_over_processes
+from timm_autoslim.utils.processes import (
+    check_every_process,
+    choose_pool,
+    copy_from_first,
+    pool_alone,
+    pool_over_processes,
+)
 
 CPU = torch.device("cpu")
 
@@ -15,7 +21,7 @@ def test_a_process_alone_adds_nothing():
     assert pool is choose_pool(False) is pool_alone
     (same,) = pool([torch.ones(2)])
     assert same.dtype == torch.float64
-    check_share(pool, 0, CPU)
+    check_every_process(pool, 0, CPU)
     tensor = torch.ones(2)
     copy_from_first(pool, [tensor])
     assert same.tolist() == tensor.tolist() == [1, 1]
@@ -31,9 +37,9 @@ def test_processes_add_up_and_agree(tmp_path):
         assert [tuple(value.shape) for value in sums] == [(), (2, 3), (0, 2)]
         own = [torch.full((2, 2), rank + 5).t(), torch.tensor(rank)]
         copy_from_first(pool, own)
-        check_share(pool, 1, CPU)
+        check_every_process(pool, 1, CPU)
         try:
-            check_share(pool, rank, CPU)
+            check_every_process(pool, rank, CPU)
         except DataError as error:
             text = str(error)
         return [sums[0], sums[1], *own, text]

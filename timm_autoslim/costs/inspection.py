@@ -15,7 +15,7 @@ from timm_autoslim.costs.reach import Reach, reach
 from timm_autoslim.supernet.convert import convert
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.supernet.widths import ChannelGroup
-from timm_autoslim.tracing.solve import UNUSED
+from timm_autoslim.tracing.solve import OUTPUT, UNUSED
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _list_advice(supernet: Supernet, limits: Reach) -> Iterator[str]:
         paths = sorted({name.partition(".")[0] for name in unused} - {name.partition(".")[0] for name in used})
         names = f" ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})" if paths else ""
         yield f"no forward uses {count / total:.0%} of the parameters{names}: delete these modules before convert"
-    outputs = sum(share for reason, share in limits.obstacles if reason == "an output of the model")
+    outputs = sum(share for reason, share in limits.obstacles if reason == OUTPUT)
     if outputs > _MUCH:
         yield (
             f"{outputs:.0%} of the MACs are held by the model's outputs: if they are features that may be narrower, "

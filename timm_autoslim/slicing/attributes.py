@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from timm_autoslim.utils.tensors import list_slots
+
 Value = int | float | tuple[int, ...] | list[int]
 
 PLAIN_DICTS = frozenset((dict, OrderedDict, defaultdict))
-_MODULE_NAMES = frozenset(nn.Module().__dict__)  # what every module has
+MODULE_NAMES = frozenset(nn.Module().__dict__)  # what every module has
 _MOST_ITEMS = 100_000  # a longer list is no part of a configuration
 _MOST_LEVELS = 16  # of lists, dicts and objects in each other
 
@@ -77,10 +79,9 @@ class _Slots(MutableMapping[str, Any]):
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner
-        listed = [getattr(base, "__slots__", ()) for base in type(owner).__mro__]
-        names = [name for entry in listed for name in ([entry] if isinstance(entry, str) else entry)]
         kind = type(owner)  # a property of this name would run code
-        slots = [n for n in names if isinstance(inspect.getattr_static(kind, n, None), types.MemberDescriptorType)]
+        static = {name: inspect.getattr_static(kind, name, None) for name in list_slots(kind)}
+        slots = [name for name, value in static.items() if isinstance(value, types.MemberDescriptorType)]
         self._names = [name for name in slots if hasattr(owner, name)]
 
     def __getitem__(self, name: str) -> Any:
@@ -183,7 +184,7 @@ def _copy_holders(model: nn.Module, holders: Mapping[int, Any]) -> None:
         model: the model.
         holders: the dicts and objects, by id.
     """
-    stores = _list_attributes(model.modules())
+    stores = _read_attributes(model.modules())
     containers, parents = _find_containers(stores)
     containers.update(holders)
     changed, waiting = set[int](), list(holders)
@@ -211,13 +212,13 @@ def _copy_holders(model: nn.Module, holders: Mapping[int, Any]) -> None:
                 module.__dict__[name] = renew(value)
 
 
-def _list_attributes(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
-    return [{n: v for n, v in m.__dict__.items() if n not in _MODULE_NAMES} for m in modules]
+def _read_attributes(modules: Iterable[nn.Module]) -> list[dict[str, Any]]:
+    return [{n: v for n, v in m.__dict__.items() if n not in MODULE_NAMES} for m in modules]
 
 
 def list_containers(modules: Iterable[nn.Module]) -> dict[int, Any]:
     """Return what the attributes of modules lead to: lists, tuples, dicts and objects, by id."""
-    return _find_containers(_list_attributes(modules))[0]
+    return _find_containers(_read_attributes(modules))[0]
 
 
 def _find_containers(stores: Sequence[dict[str, Any]]) -> tuple[dict[int, Any], dict[int, list[int]]]:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from timm_autoslim.slicing.attributes import PLAIN_DICTS, set_attributes
+from timm_autoslim.slicing.attributes import MODULE_NAMES, PLAIN_DICTS, set_attributes
 from timm_autoslim.slicing.slices import Slices, find_entries, is_cache, list_cached_properties
 from timm_autoslim.slicing.tensors import clone_tensors, slice_for_call
 from timm_autoslim.utils.collecting import pause_collection
@@ -22,7 +22,6 @@ M = TypeVar("M", bound=nn.Module)
 _CONSTANTS = {int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size}
 _STORES = ("_parameters", "_buffers", "_modules")
 _MODULE = nn.Module().__dict__  # what every module has
-_MODULE_NAMES = frozenset(_MODULE)
 _HOOKS = tuple(name for name, value in _MODULE.items() if type(value) in PLAIN_DICTS and name not in _STORES)
 _CALLABLES = {types.MethodType, functools.partial, types.FunctionType}
 
@@ -193,7 +192,7 @@ def _list_variables(module: nn.Module) -> dict[str, Any]:
         name: value
         for name, value in module.__dict__.items()
         if (kind := type(value)) not in _CONSTANTS
-        and name not in _MODULE_NAMES
+        and name not in MODULE_NAMES
         and not (kind is tuple and _CONSTANTS.issuperset(map(type, value)))
     }
 

@@ -123,14 +123,16 @@ def is_cache(kind: type, name: str, value: Any) -> bool:
     return holds and _stores_into(kind, name)
 
 
-_STORES: WeakKeyDictionary[type, dict[str, bool]] = WeakKeyDictionary()  # the code of a class is looked at once
+_STORING: WeakKeyDictionary[type, dict[str, bool]] = (
+    WeakKeyDictionary()
+)  # the code of a class is looked at once
 _READERS = ("get", "items", "keys", "values")
 _WRITERS = {"setdefault", "update", "pop", "popitem", "clear", "__setitem__"}
 
 
 def _stores_into(kind: type, name: str) -> bool:
     """Whether a method of a class, but its constructor, may store into a dict that it keeps under this name."""
-    names = _STORES.setdefault(kind, {})
+    names = _STORING.setdefault(kind, {})
     if name not in names:
         functions = [f for base in kind.__mro__ for f in vars(base).values() if isinstance(f, FunctionType)]
         codes = [f.__code__ for f in functions if f.__name__ != "__init__" and name in f.__code__.co_names]

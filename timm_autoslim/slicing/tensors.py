@@ -92,9 +92,9 @@ def _locate_block(
 def _add_to_blocks(blocks: list[Tensor], parts: list[Tensor]) -> None:
     """Add to each block its part. On a GPU one kernel adds to many vectors; blocks with gaps take one each."""
     for is_vector in (True, False):
-        chosen = [i for i, block in enumerate(blocks) if (block.dim() == 1) == is_vector]
-        if chosen:
-            torch._foreach_add_([blocks[i] for i in chosen], [parts[i] for i in chosen])
+        indexes = [i for i, block in enumerate(blocks) if (block.dim() == 1) == is_vector]
+        if indexes:
+            torch._foreach_add_([blocks[i] for i in indexes], [parts[i] for i in indexes])
 
 
 def _add_by_index(tensor: Tensor, slice_: Tensor, axes: tuple[Axis, ...]) -> None:

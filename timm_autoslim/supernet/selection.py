@@ -16,7 +16,7 @@ from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.utils.batches import check_inputs, make_empty_error, run_batch
 from timm_autoslim.utils.moments import Moments, Sums
-from timm_autoslim.utils.processes import Pool, check_share, pool_alone
+from timm_autoslim.utils.processes import Pool, check_every_process, pool_alone
 from timm_autoslim.utils.tensors import collect_tensors
 
 READS = (tp.prune_conv_in_channels, tp.prune_linear_in_channels)
@@ -67,7 +67,7 @@ def collect_moments(model: nn.Module, batches: Iterable[Any], pool: Pool = pool_
             module.register_forward_pre_hook(functools.partial(record, path), with_kwargs=True)
     parts = list(check_inputs(model, batches))
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    check_share(pool, len(parts), device)
+    check_every_process(pool, len(parts), device)
     if not parts:
         raise make_empty_error()
     count = int(pool([torch.tensor(float(len(parts)), device=device)])[0])

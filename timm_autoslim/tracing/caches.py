@@ -20,41 +20,41 @@ from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.tracing.writes import find_first_value, find_writes
 from timm_autoslim.utils.meta import copy_to_meta
 
-Place = tuple[str, str]  # a module, and the name of what stands in it
-Kept = dict[Place, Any]  # a tensor or number
+AttributeName = tuple[str, str]  # a module, and the name of what stands in it
+Holdings = dict[AttributeName, Any]  # a tensor or number
 _MOST_TRIES = 8
 
 
-def list_kept(model: nn.Module) -> Kept:
+def list_holdings(model: nn.Module) -> Holdings:
     """Return the tensors and numbers that modules hold beside weights."""
-    kept: Kept = {}
+    holdings: Holdings = {}
     for attribute in list_attributes(model):
         for place, value in list_values(attribute.read()):
-            kept[attribute.path, attribute.name + place] = value
-    return kept
+            holdings[attribute.path, attribute.name + place] = value
+    return holdings
 
 
-def find_filled(before: Kept, *later: Kept) -> Kept:
+def find_filled(before: Holdings, *later: Holdings) -> Holdings:
     """Return what runs have kept: it was not there before, and stayed to the end.
 
     Args:
         before: what the modules held before the runs.
         later: what they held after each run.
     """
-    filled: Kept = {}
+    filled: Holdings = {}
     for place, value in later[-1].items():
         if value is not before.get(place):
-            first = next(kept[place] for kept in later if place in kept)
+            first = next(holdings[place] for holdings in later if place in holdings)
             if value is first and (isinstance(value, Tensor) or not _grows(place, later)):
                 filled[place] = value
     return filled
 
 
-def _grows(place: Place, later: Sequence[Kept]) -> bool:
+def _grows(place: AttributeName, later: Sequence[Holdings]) -> bool:
     """Whether something stands in a container that gets more in each run, as a log does."""
     path, name = place
     root, _, inside = name.partition("[")
-    sizes = [sum(p == path and n.startswith(f"{root}[") for p, n in kept) for kept in later] if inside else [0]
+    sizes = [sum(p == path and n.startswith(f"{root}[") for p, n in holdings) for holdings in later] if inside else [0]
     return sizes[0] < sizes[-1] and sizes[0] > 0
 
 
@@ -70,13 +70,13 @@ class KeptNumbers:
         data: by name, the tensors with data.
     """
 
-    numbers: Kept
+    numbers: Holdings
     fresh: nn.Module
     later: nn.Module
     examples: Sequence[tuple[bool, Any]]
     data: Mapping[str, Tensor]
 
-    def find_stale(self, slices: Slices) -> Place | None:
+    def find_stale(self, slices: Slices) -> AttributeName | None:
         """Return a number that a subnet computes if it runs first, and gets from the widest else; None if all agree."""
         fresh, later = (self._run(model, slices) for model in (self.fresh, self.later))
         for place, number in self.numbers.items():
@@ -84,17 +84,17 @@ class KeptNumbers:
                 return place
         return None
 
-    def _run(self, model: nn.Module, slices: Slices) -> Kept:
+    def _run(self, model: nn.Module, slices: Slices) -> Holdings:
         subnet = replicate(model, slices)
         runner = Recorder(subnet, data=self.data)
         for training, example in self.examples:
             subnet.train(training)
             runner.run(example)
         runner.release()
-        return list_kept(subnet)
+        return list_holdings(subnet)
 
 
-def find_caches(model: nn.Module, example: Any) -> dict[Place, bool]:
+def find_caches(model: nn.Module, example: Any) -> dict[AttributeName, bool]:
     """Return the attributes that hold tensors and numbers which a forward would compute again if they were not there.
 
     Args:
@@ -128,7 +128,7 @@ def find_caches(model: nn.Module, example: Any) -> dict[Place, bool]:
     return {}
 
 
-def _list_shared(meta_copy: nn.Module, other: nn.Module) -> set[Place]:
+def _list_shared(meta_copy: nn.Module, other: nn.Module) -> set[AttributeName]:
     """Return the attributes of objects that two copies of a model share: emptying them would empty them for all copies.
 
     The layers of einops get such objects from a cache when they are copied. Functions are shared too, but what they
@@ -144,7 +144,7 @@ def _list_shared(meta_copy: nn.Module, other: nn.Module) -> set[Place]:
     }
 
 
-def empty_attributes(model: nn.Module, places: Mapping[Place, bool]) -> None:
+def empty_attributes(model: nn.Module, places: Mapping[AttributeName, bool]) -> None:
     """Put attributes back to what the constructor left: None, a number, or nothing if it does not name them."""
     for attribute in list(list_attributes(model)) if places else ():
         empties = places.get((attribute.path, attribute.name))
@@ -160,7 +160,7 @@ def empty_attributes(model: nn.Module, places: Mapping[Place, bool]) -> None:
             attribute.remove()
 
 
-def _list_candidates(model: nn.Module) -> Iterator[tuple[Place, tuple[bool, ...]]]:
+def _list_candidates(model: nn.Module) -> Iterator[tuple[AttributeName, tuple[bool, ...]]]:
     """Yield attributes that the forward may have computed, each with the ways to empty it."""
     attributes = list(list_attributes(model))
     writes = find_writes(model, attributes)

@@ -37,9 +37,8 @@ class Describer:
         self._features: Any = None  # what `forward_features` returned
         self.outputs: dict[str, list[Label]] = {}
         self.inputs: dict[str, list[Label]] = {}
-        self._returns: dict[
-            str, tuple[tuple[Label, ...], ...]
-        ] = {}  # by module, the labels of what it returned first in this run
+        # by module, the labels of what it returned first in this run
+        self._returns: dict[str, tuple[tuple[Label, ...], ...]] = {}
 
     def start(self) -> None:
         """Start another run."""

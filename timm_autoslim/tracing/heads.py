@@ -11,8 +11,8 @@ from torch import nn
 
 from timm_autoslim.tracing.describe import DESCRIBES_HEAD, Describer
 from timm_autoslim.tracing.flow import Flow
+from timm_autoslim.tracing.label_recorder import RunRecord
 from timm_autoslim.tracing.labels import AttributeUse, Vector
-from timm_autoslim.tracing.record import RunRecord
 from timm_autoslim.tracing.scales import Factor
 from timm_autoslim.utils.tensors import find_tied_names
 
@@ -43,9 +43,8 @@ class HeadBinder:
         for path, vectors in self.flow.contracted_vectors.items():
             for name, value in self.copy.get_submodule(path).__dict__.items():
                 for vector in vectors:
-                    if f"{path}.{name}" in self.attributes and not self.flow.is_frozen(
-                        vector
-                    ):  # tokens may be as many as channels
+                    # tokens, which are frozen, may be as many as channels
+                    if f"{path}.{name}" in self.attributes and not self.flow.is_frozen(vector):
                         self._bind_by_name(f"{path}.{name}" if path else name, name, value, vector, scales, describer)
         self.flow.constraints.attributes += scales
 

@@ -108,12 +108,12 @@ def _list_inner(path: str, name: str, value: Any, ids: set[int]) -> Iterator[Att
         for member in (value.func, *value.args, *value.keywords.values()):
             yield from _list_inner(path, name, member, ids)
     else:
-        for attribute in _list_own(path, name, value):
+        for attribute in _list_of_object(path, name, value):
             yield attribute
             yield from _list_inner(path, attribute.name, attribute.read(), ids)
 
 
-def _list_own(path: str, name: str, value: Any) -> Iterator[Attribute]:
+def _list_of_object(path: str, name: str, value: Any) -> Iterator[Attribute]:
     """Yield the attributes of one object, or the cells and attributes of a function."""
     if isinstance(value, types.FunctionType):
         for key, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from timm_autoslim.tracing.autocast import accept_autocast_on_meta
 from timm_autoslim.tracing.functions import MATH
 from timm_autoslim.tracing.holdings import list_attributes
-from timm_autoslim.tracing.reachable import CONTAINERS, LRU_CACHED, MISSING, Container, Place, Walk
+from timm_autoslim.tracing.reachable import CONTAINERS, LRU_CACHED, MISSING, Binding, Container, Walk
 from timm_autoslim.tracing.sizes import Size
 from timm_autoslim.utils.meta import sharing_generators
 
@@ -73,16 +73,16 @@ class OuterState:
         for attribute in list_attributes(model):  # functions that modules hold are the same in copies of the model
             if isinstance(attribute.owner, types.FunctionType):
                 value = attribute.read()
-                self._places.append(Place(attribute.store, attribute.key, value))
+                self._places.append(Binding(attribute.store, attribute.key, value))
                 self._containers += [Container(value)] if type(value) in CONTAINERS else []
-        modules = [Place(vars(m), n, v) for m in model.modules() for n, v in vars(m).items() if _is_cached(v)]
+        modules = [Binding(vars(m), n, v) for m in model.modules() for n, v in vars(m).items() if _is_cached(v)]
         self._cached = [*modules, *(place for place in self._places if _is_cached(place.value))]
-        math_places = [Place(vars(math), n, f) for n, f in vars(math).items() if _is_of_math(f)]
+        math_places = [Binding(vars(math), n, f) for n, f in vars(math).items() if _is_of_math(f)]
         self._math = [*math_places, *(place for place in self._places if _is_of_math(place.value))]
         self._cached_members = [c for c in self._containers if any(map(_is_cached, c.list_members()))]
         self.generators = walk.list_generators()
         self._written = walk.find_written_names()
-        self._caches: list[Place | Container] = [*walk.list_caches(self._written)]
+        self._caches: list[Binding | Container] = [*walk.list_caches(self._written)]
         self._constants: set[str] = set()  # dicts of modules that are no caches
         self._dicts: dict[str, Container] = {}  # by path, the dicts of the modules of a copy that were emptied
 
@@ -123,7 +123,9 @@ class OuterState:
     def _list_dicts(self, model: nn.Module) -> Iterator[tuple[str, Container]]:
         """Yield the dicts in which modules keep sizes from one call to the next, by path."""
         for path, module in model.named_modules():
-            for name, value in _list_attributes(module) if type(module).__module__[:9] != "torch.nn." else ():
+            if type(module).__module__.startswith("torch.nn."):
+                continue
+            for name, value in _list_members(module):
                 leaf = name.rpartition(".")[2]
                 if isinstance(value, dict) and leaf in self._written and f"{path}.{name}" not in self._constants:
                     container = Container(value)
@@ -139,10 +141,10 @@ class OuterState:
         for holder, names in self._namespaces:
             for name in [*(vars(holder) if isinstance(holder, type) else holder)]:
                 if name not in names and not name.startswith("__"):
-                    Place(holder, name, MISSING).restore()
+                    Binding(holder, name, MISSING).restore()
 
 
-def _list_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _list_members(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the attributes of a module, and those of the objects that it holds."""
     for name, value in vars(module).items():
         yield name, value

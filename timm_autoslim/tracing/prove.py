@@ -17,9 +17,10 @@ from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.tracing.caches import KeptNumbers
 from timm_autoslim.tracing.graph import ChannelGraph
+from timm_autoslim.tracing.label_recorder import RunRecord
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import bind
-from timm_autoslim.tracing.record import Recorder, RunRecord
+from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.tracing.scales import Factor, ScaleTracker
 from timm_autoslim.tracing.sites import Site, find_culprits, format_site
 from timm_autoslim.utils.meta import make_meta_example
@@ -42,7 +43,7 @@ class Disagreement(Exception):
         self.half_runs = False
 
 
-class _Lockstep(Recorder):
+class _ComparingRecorder(Recorder):
     """Runs a subnet, and compares its modules with the record, and their outputs with the shapes of the graph.
 
     Operators are not compared: which ones torch runs also depends on the strides of tensors.
@@ -169,21 +170,21 @@ class Prover:
         slices = graph.slices(widths)
         subnet = replicate(self.model, slices)
         scales = self._follow_scales(subnet, slices) if check_scales and record.scores else None
-        lockstep = _Lockstep(subnet, record, graph.find_active(widths), scales, self.data)
+        recorder = _ComparingRecorder(subnet, record, graph.find_active(widths), scales, self.data)
         try:
-            lockstep.run(example)
-            lockstep.compare_scales()
-            differing = lockstep.sites ^ record.sites
+            recorder.run(example)
+            recorder.compare_scales()
+            differing = recorder.sites ^ record.sites
             if not differing <= self._harmless:
                 self._compare_sites(graph, widths, record)
                 self._harmless |= differing
         except Disagreement:
             raise
         except Exception as error:
-            path = lockstep.stack.interrupted or ""
+            path = recorder.stack.interrupted or ""
             raise Disagreement(f"its forward raises {type(error).__name__}: {error}", path) from error
         finally:
-            lockstep.release()
+            recorder.release()
 
     def _compare_sites(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord) -> None:
         """Raise a disagreement if a subnet calls functions of torch at other sites than the widest.

@@ -31,7 +31,7 @@ _LARGE = 1000  # containers of more members are data, and not looked into
 
 
 @dataclass(eq=False)
-class Place:
+class Binding:
     """One name in a namespace (a dict, a class, or the cell of a closure), with its value at the start."""
 
     holder: Any
@@ -151,7 +151,7 @@ class Walk:
     """
 
     def __init__(self) -> None:
-        self.places: dict[tuple[int, str], Place] = {}
+        self.places: dict[tuple[int, str], Binding] = {}
         self.namespaces: list[tuple[Any, frozenset[str]]] = []
         self.containers: dict[int, Container] = {}
         self._todo: list[tuple[Any, frozenset[str], str]] = []  # a value, the names in the code that uses it, its name
@@ -203,7 +203,7 @@ class Walk:
                 names |= names_of_code
         return names
 
-    def list_caches(self, written_names: Set[str]) -> Iterator[Place | Container]:
+    def list_caches(self, written_names: Set[str]) -> Iterator[Binding | Container]:
         """Yield what the code fills as it runs: containers that it writes to, and names that it stores tensors in."""
         for container in self.containers.values():
             if not container.names.isdisjoint(written_names) and container.is_filled():
@@ -282,7 +282,7 @@ class Walk:
             self._note(holder, name, value)
 
     def _note(self, holder: Any, name: str, value: Any) -> None:
-        self.places.setdefault((id(holder), name), Place(holder, name, value))
+        self.places.setdefault((id(holder), name), Binding(holder, name, value))
         if value is not MISSING and not isinstance(value, types.ModuleType):
             self.add(value, name=name)
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from timm_autoslim.errors import TraceError
 from timm_autoslim.tracing.graph import ChannelGraph
+from timm_autoslim.tracing.label_recorder import RunRecord
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.prove import Disagreement, Prover
-from timm_autoslim.tracing.record import RunRecord
 
 MAX_REPAIRS = 40
 

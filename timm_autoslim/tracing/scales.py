@@ -35,7 +35,7 @@ _TARGETS = (-0.5, -1.0)  # powers of the channels that scales are in all
 _TOLERANCE = 1e-6  # relative; that of half precision tensors is their own
 
 
-class Number(float):
+class AttributeFloat(float):
     """A floating point attribute of a module with its path. Products, quotients and powers of it keep the path.
 
     Attributes:
@@ -46,7 +46,7 @@ class Number(float):
     path: str
     power: float
 
-    def __new__(cls, value: float, path: str, power: float = 1) -> Number:
+    def __new__(cls, value: float, path: str, power: float = 1) -> AttributeFloat:
         """Return `value` with this path."""
         number = super().__new__(cls, value)
         number.path, number.power = path, power
@@ -67,9 +67,9 @@ class Number(float):
         return self._keep(super().__pow__(other), other, other)
 
     def _keep(self, value: Any, other: Any, power: float) -> Any:
-        """Return the result of arithmetic with `other`, with this path if it is a plain number."""
-        if isinstance(value, float) and not isinstance(other, Number):
-            return Number(value, self.path, self.power * power)
+        """Return the result of arithmetic with `other`, with this path if that is an ordinary number."""
+        if isinstance(value, float) and not isinstance(other, AttributeFloat):
+            return AttributeFloat(value, self.path, self.power * power)
         return value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> float:
@@ -87,7 +87,7 @@ def wrap_floats(model: nn.Module) -> None:
         prefix = f"{path}." if path else ""
         for name, value in list(module.__dict__.items()):
             if isinstance(value, float) and not name.startswith("_"):
-                module.__dict__[name] = Number(float(value), prefix + name)
+                module.__dict__[name] = AttributeFloat(float(value), prefix + name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +205,7 @@ class ScaleTracker:
 
     def note_call(self, call: FunctionCall) -> None:
         """Note which attributes a function of torch gets."""
-        self.read.update(a.path for a in (*call.args, *call.kwargs.values()) if isinstance(a, Number))
+        self.read.update(a.path for a in (*call.args, *call.kwargs.values()) if isinstance(a, AttributeFloat))
 
     def follow(self, op: OperatorCall, path: str, call: FunctionCall | None = None) -> Scores | None:
         """Follow an operator in the module `path`; return its scores if it is a matrix product."""
@@ -241,7 +241,9 @@ class ScaleTracker:
         number_a, number_b = self._read_number(a, call), self._read_number(b, call)
         load = self._get_load(a)
         if number_a is not None and number_b is not None:
-            if not isinstance(b, Tensor) and number_a.path and number_b.value is not None:  # a tensor by a plain number
+            if (
+                not isinstance(b, Tensor) and number_a.path and number_b.value is not None
+            ):  # a tensor by an ordinary number
                 number = number_a.raised(1, number_b.value if multiplies else 1 / number_b.value)
                 self._numbers[id(op.out)] = op.out, number
                 return
@@ -287,7 +289,7 @@ class ScaleTracker:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return None
         for number in (*call.args, *call.kwargs.values()) if call else ():
-            if isinstance(number, Number) and number > 0:
+            if isinstance(number, AttributeFloat) and number > 0:
                 for power in (1.0, 0.5):  # fused attention multiplies both sides by the root
                     if math.isclose(number**power, value, rel_tol=1e-12):
                         return Factor(float(value), number.path, number.power * power)

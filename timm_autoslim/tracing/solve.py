@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from timm_autoslim.tracing.labels import AttributeUse, Kernel, Vector
 from timm_autoslim.tracing.observe import Observations
 
-UNUSED = "not used in forward"
+UNUSED, OUTPUT = "not used in forward", "an output of the model"  # reasons why channels are fixed
 
 
 @dataclass(frozen=True)

@@ -14,26 +14,34 @@ from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.slicing.slices import clear_caches
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.buffers import constrain_unsaved, freeze_refilled, freeze_tables
-from timm_autoslim.tracing.caches import Kept, KeptNumbers, empty_attributes, find_caches, find_filled, list_kept
+from timm_autoslim.tracing.caches import (
+    Holdings,
+    KeptNumbers,
+    empty_attributes,
+    find_caches,
+    find_filled,
+    list_holdings,
+)
 from timm_autoslim.tracing.calls import wrap_attributes
 from timm_autoslim.tracing.checks import keep_answers
 from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.heads import HeadBinder
+from timm_autoslim.tracing.label_recorder import LabelRecorder, RunRecord
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.observe import observe
 from timm_autoslim.tracing.other_methods import Surroundings
 from timm_autoslim.tracing.outer_state import EmptyCaches, with_empty_caches
 from timm_autoslim.tracing.prove import Prover
-from timm_autoslim.tracing.record import LabelRecorder, Recorder, RunRecord
+from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.tracing.refusals import check_example, check_model, explain_failure
 from timm_autoslim.tracing.repair import repair
 from timm_autoslim.tracing.scales import find_number_tensors, wrap_floats
+from timm_autoslim.tracing.solve import OUTPUT, UNUSED
 from timm_autoslim.utils.meta import copy_to_meta, count_images, make_meta_example, run_model
 from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, named_tensors
 
-_OUTPUT = "an output of the model"  # a reason
 GOOD_SHARE = 0.35  # of the MACs at half width; the ideal is a quarter
 
 
@@ -79,7 +87,7 @@ class Tracer:
         records: the runs so far.
         written: paths of attributes that hold integers, and that a run changed.
         caches: attributes of the model that hold what an earlier run has computed.
-        kept: the tensors and numbers that modules hold beside weights, before the first run and after each.
+        holdings: the tensors and numbers that modules hold beside weights, before the first run and after each.
         attributes: paths of the attributes that the modules had before any run.
     """
 
@@ -112,7 +120,7 @@ class Tracer:
         self.recorder = LabelRecorder(self.copy, self.flow, foreign_ids, self.describer, self.numbers, data)
         self.records: list[RunRecord] = []
         self.written: set[str] = set()
-        self.kept: list[Kept] = []
+        self.holdings: list[Holdings] = []
 
     def _label_tensor(self, name: str, tensor: Tensor) -> list[Label]:
         """Label every axis of a weight with new atoms, except height and width of a convolution's kernel."""
@@ -137,20 +145,15 @@ class Tracer:
         """
         empty_caches(self.copy)  # of another trace, or of an earlier run
         empty_attributes(self.copy, self.caches)
-        self.kept = [list_kept(self.copy)]
+        self.holdings = [list_holdings(self.copy)]
         self.describer.watch_features()
         notes = self._record_both_modes()
-        for glob in set(self.flow.whole_heads) - self.flow.matching_globs:
-            got, needed = (
-                f"a glob ({glob!r}) that matches no such module",
-                "globs of modules that split channels into heads",
-            )
-            raise WidthError.at("whole_heads", got=got, needed=needed)
+        self._check_globs()
         self.flow.bind_equal_attributes(self.describer.uses)
         read = self.recorder.scales.read
         HeadBinder(self.copy, self.flow, self.records, self.numbers, self.attributes, read).bind(self.describer)
         self._freeze_unused_tensors()
-        for (path, name), value in find_filled(*self.kept).items():
+        for (path, name), value in find_filled(*self.holdings).items():
             self.recorder.freeze_kept(path, name, value)
         unsaved = self.labels.keys() - set(self.copy.state_dict())
         constrain_unsaved(self.copy, self.labels, unsaved, self.flow.constraints)
@@ -163,12 +166,7 @@ class Tracer:
             with contextlib.suppress(NothingToSlimError, WidthError):
                 return Tracer(self.model, self.example, self.keep_output, ["*"], self.doubles).run(empty_caches)
         if not graph.group_sizes:
-            reasons = sorted(set(graph.fixed.values()))[:8] or ["it has no weights, and so no channels"]
-            remedy = "; if its outputs are features that may be narrower, convert(model, keep_output=False)"
-            raise NothingToSlimError(
-                f"no channel of the model can be removed; what is in the way: {'; '.join(reasons)}"
-                f"{remedy if any(reason == _OUTPUT for reason in reasons) and len(reasons) < 3 else ''}"
-            )
+            raise _make_obstacle_error(graph)
         names = {o.name for record in self.records for o in record.operators}
         unruled = frozenset(name.rpartition(".")[0] for name in names if not ops.has_rule(name))
         example = self.example
@@ -178,6 +176,12 @@ class Tracer:
         shapes = self.recorder.input_shapes
         repairs = [*notes, *repairs]
         return Trace(graph, unruled, tuple(repairs), positional, example, self.doubles, written, constants, shapes)
+
+    def _check_globs(self) -> None:
+        """Make sure that every glob of `whole_heads` has matched a module."""
+        for glob in set(self.flow.whole_heads) - self.flow.matching_globs:
+            got = f"a glob ({glob!r}) that matches no such module"
+            raise WidthError.at("whole_heads", got=got, needed="globs of modules that split channels into heads")
 
     def _list_constants(self, graph: ChannelGraph) -> Iterator[str]:
         """Yield the numbers that multiply attention scores and are no scale, where the channels can shrink."""
@@ -201,11 +205,9 @@ class Tracer:
         """Return the channel graph of all observations so far."""
         shapes = {name: tuple(t.shape) for name, t in self.tensors.items()}
         parameters = [n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)]
-        uses, tied_names = (
-            [use for use in self.describer.uses if not self._is_new(use.path)],
-            find_tied_names(self.copy),
-        )
-        return ChannelGraph.from_observations(observe(self.flow, self.labels, shapes, parameters, uses, tied_names))
+        uses = [use for use in self.describer.uses if not self._is_new(use.path)]
+        observations = observe(self.flow, self.labels, shapes, parameters, uses, find_tied_names(self.copy))
+        return ChannelGraph.from_observations(observations)
 
     def _is_new(self, path: str) -> bool:
         """Whether a run has set an attribute that its module did not have: a subnet has it only once it ran."""
@@ -247,9 +249,7 @@ class Tracer:
                 self.flow.count_macs = False
                 self.records.append(recorder.get_record())
                 if not training:
-                    with contextlib.suppress(
-                        Exception
-                    ):  # a model that lacks methods of timm's models can still be traced
+                    with contextlib.suppress(Exception):  # a model without the methods of timm's is traced as well
                         self.describer.describe_model(example)
         except TraceError:
             raise
@@ -261,7 +261,7 @@ class Tracer:
             )  # fmt: skip
             raise TraceError(text) from error
         self._freeze_outputs(out, training)
-        self.kept.append(list_kept(self.copy))
+        self.holdings.append(list_holdings(self.copy))
         self.written.update(self._list_written())
 
     def _freeze_outputs(self, out: Any, training: bool) -> None:
@@ -274,19 +274,19 @@ class Tracer:
             )
         for tensor in tensors if self.keep_output else []:
             for label in self.flow.get_labels(tensor):
-                self.flow.constraints.freeze(label, _OUTPUT)
+                self.flow.constraints.freeze(label, OUTPUT)
 
     def _freeze_unused_tensors(self) -> None:
         """Freeze tensors that no operator reads."""
         for name, tensor in self.tensors.items():
             if id(tensor) not in self.recorder.used_ids:
                 for label in self.labels.get(name, []):
-                    self.flow.constraints.freeze(label, "not used in forward")
+                    self.flow.constraints.freeze(label, UNUSED)
 
     def _make_prover(self, empty_caches: EmptyCaches) -> Prover:
         """Return what compares subnets with the records; they get what the widest has kept."""
         meta_copy, data = copy_to_meta(self.model), named_tensors(self.model)  # a copy without labels and hooks
-        filled, kept = find_filled(*self.kept), None
+        filled, kept = find_filled(*self.holdings), None
         modes = [record.training for record in self.records]
         examples = [(training, make_meta_example(self.example, self.batches[training])) for training in modes]
         empty_attributes(meta_copy, self.caches)
@@ -302,6 +302,17 @@ class Tracer:
             kept = KeptNumbers(numbers, fresh, meta_copy, examples, data)
         empty = functools.partial(empty_caches, None)
         return Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data, kept, empty)
+
+
+def _make_obstacle_error(graph: ChannelGraph) -> NothingToSlimError:
+    """Return the error for a model of which no channel can be removed; it names what is in the way."""
+    reasons = sorted(set(graph.fixed.values()))[:8] or ["it has no weights, and so no channels"]
+    only_outputs = OUTPUT in reasons and len(reasons) < 3
+    remedy = "; if its outputs are features that may be narrower, convert(model, keep_output=False)"
+    return NothingToSlimError(
+        f"no channel of the model can be removed; what is in the way: {'; '.join(reasons)}"
+        f"{remedy if only_outputs else ''}"
+    )
 
 
 def _holds_integers(value: Any) -> bool:

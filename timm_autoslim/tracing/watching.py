@@ -72,7 +72,7 @@ class Members:
 
 
 _WATCHER: ContextVar[tuple[Watcher, Members] | None] = ContextVar("watcher of sizes", default=None)
-_OWN = ("timm_autoslim.tracing.sizes", "timm_autoslim.tracing.functions")  # the code that calls this one
+_CALLERS = ("timm_autoslim.tracing.sizes", "timm_autoslim.tracing.functions")  # the code that calls this one
 _COMPARE = dis.opmap["COMPARE_OP"]
 _DISPLAY_NAMES = ("BUILD_SET", "BUILD_MAP", "BUILD_CONST_KEY_MAP", "SET_ADD", "MAP_ADD", "SET_UPDATE", "DICT_UPDATE")
 _DISPLAYS = frozenset(dis.opmap[name] for name in _DISPLAY_NAMES if name in dis.opmap)
@@ -178,7 +178,7 @@ def _find_use() -> Any:
     if watcher is None:
         return _NO_USE
     frame: Any = sys._getframe(2)
-    while frame.f_globals.get("__name__") in _OWN:
+    while frame.f_globals.get("__name__") in _CALLERS:
         frame = frame.f_back
     return (watcher[0], frame, watcher[1]) if _is_of_model(frame) else _NO_USE
 

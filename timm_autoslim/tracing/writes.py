@@ -18,9 +18,8 @@ from timm_autoslim.tracing.holdings import Attribute
 from timm_autoslim.tracing.source import list_names, reach_names
 
 _FILLS = frozenset({"setdefault", "update", "append", "appendleft", "extend", "insert", "add", "__setitem__"})
-_SETS = frozenset(
-    {"setattr", "__setattr__", "__dict__", "vars", "register_buffer"}
-)  # they name what they set by a text
+# They name what they set by a text.
+_SETS = frozenset({"setattr", "__setattr__", "__dict__", "vars", "register_buffer"})
 _STORES = frozenset({"STORE_ATTR", "STORE_DEREF"})
 _STORE_CODES = frozenset(dis.opmap[name] for name in _STORES)
 _FILL_CODE = dis.opmap["STORE_SUBSCR"]
@@ -60,8 +59,8 @@ def find_writes(model: nn.Module, attributes: Iterable[Attribute]) -> Writes:
         for value in (attribute.read(), attribute.owner):
             start.update(_add_value(functions, value))
     reached = reach_names(start, functions, lambda name: [n for code in functions[name] for n in list_names(code)])
-    found = [_read_code(code) for name in reached for code in functions[name]]
-    return Writes(*(frozenset[str]().union(*sets) for sets in zip(*found, strict=True))) if found else Writes()
+    names = [_read_code(code) for name in reached for code in functions[name]]
+    return Writes(*(frozenset[str]().union(*sets) for sets in zip(*names, strict=True))) if names else Writes()
 
 
 def find_first_value(owner: Any, name: str) -> tuple[bool, Any]:

@@ -31,7 +31,7 @@ from timm_autoslim.training.lockstep import Lockstep
 from timm_autoslim.utils.arguments import check_flag, check_integer
 from timm_autoslim.utils.batches import check_inputs, divide_batch, make_empty_error
 from timm_autoslim.utils.meta import count_images
-from timm_autoslim.utils.processes import Pool, check_share, choose_pool, copy_from_first, is_first
+from timm_autoslim.utils.processes import Pool, check_every_process, choose_pool, copy_from_first, is_first
 from timm_autoslim.utils.restoring import restoring_on_error
 
 # What holds weights near those that they had, relative to the mean variance of the inputs; tried for every layer.
@@ -161,7 +161,7 @@ def reconstruct(
     parts = check_inputs(slim, batches)
     first = next(parts, None)
     pool, device = choose_pool(distributed), next((p.device for p in slim.parameters()), torch.device("cpu"))
-    check_share(pool, int(first is not None), device)
+    check_every_process(pool, int(first is not None), device)
     if first is None:
         raise make_empty_error()
     spec = _get_spec(slim)

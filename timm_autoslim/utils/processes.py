@@ -43,7 +43,7 @@ def choose_pool(distributed: bool) -> Pool:
     return pool_over_processes if distributed and are_parallel() else pool_alone
 
 
-def check_share(pool: Pool, batches: int, device: torch.device) -> None:
+def check_every_process(pool: Pool, batches: int, device: torch.device) -> None:
     """Make sure that every process has batches of its own.
 
     Raises:

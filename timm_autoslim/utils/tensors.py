@@ -66,9 +66,14 @@ def _map_tensors(function: Callable[[Tensor], Tensor], value: Any, copies: dict[
 
 def get_attributes(value: object) -> dict[str, Any]:
     """Return an object's attributes by name: those in its `__dict__`, and those in slots."""
-    slots = [getattr(kind, "__slots__", ()) for kind in type(value).__mro__]
-    names = [n for slot in slots for n in ([slot] if isinstance(slot, str) else slot)]
-    return {**{n: getattr(value, n) for n in names if hasattr(value, n)}, **getattr(value, "__dict__", {})}
+    slots = {name: getattr(value, name) for name in list_slots(type(value)) if hasattr(value, name)}
+    return {**slots, **getattr(value, "__dict__", {})}
+
+
+def list_slots(kind: type) -> list[str]:
+    """Return the names of the slots of a class, and of its bases."""
+    slots = [getattr(base, "__slots__", ()) for base in kind.__mro__]
+    return [name for entry in slots for name in ([entry] if isinstance(entry, str) else entry)]
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
