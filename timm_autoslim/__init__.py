@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from timm_autoslim.artifact.export import export as export
     from timm_autoslim.artifact.folder import check_folder as check_folder
     from timm_autoslim.artifact.hub import push as push
-    from timm_autoslim.artifact.own import load as load
-    from timm_autoslim.artifact.own import save as save
+    from timm_autoslim.artifact.save import load as load
+    from timm_autoslim.artifact.save import save as save
     from timm_autoslim.costs.conditions import Conditions as Conditions
     from timm_autoslim.costs.cost import Cost as Cost
     from timm_autoslim.costs.cost import cost as cost
@@ -127,7 +127,7 @@ _MODULES = {
     "describe_luck": "slimming.luck",
     "estimate_subnets": "slimming.luck",
     "export": "artifact.export",
-    "load": "artifact.own",
+    "load": "artifact.save",
     "inspect": "costs.inspection",
     "measure_in_turns": "costs.measure",
     "measure_latency": "costs.measure",
@@ -140,7 +140,7 @@ _MODULES = {
     "reconstruct": "training.reconstruction",
     "reorder_channels": "supernet.order",
     "sandwich_step": "training.sandwich",
-    "save": "artifact.own",
+    "save": "artifact.save",
     "search": "slimming.search",
     "slim": "slimming.slim",
     "soft_cross_entropy": "training.distillation",

@@ -10,7 +10,7 @@ from helpers.exported import slim
 from helpers.marks import slow_but
 
 from timm_autoslim import check_folder
-from timm_autoslim.artifact import drafts
+from timm_autoslim.artifact import drafts, folder
 from timm_autoslim.artifact import export as exporting
 from timm_autoslim.artifact.build import build_slim
 from timm_autoslim.artifact.drafts import create_folder
@@ -30,9 +30,12 @@ def test_a_folder_appears_when_its_block_ends(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
+STEPS = {"save_file": folder, "sync_to_disk": drafts, "rename": os, "write_card": exporting}  # by name, where it stands
+
+
 def dying(model, out, step):
     """Export in a process that dies by SIGKILL at a step of writing: with half of the weights, or before the step."""
-    save = exporting.save_file
+    save = folder.save_file
 
     def die(*args, **kwargs):
         if step == "save_file":
@@ -42,7 +45,7 @@ def dying(model, out, step):
 
     child = os.fork()
     if child == 0:
-        setattr({"rename": drafts.os, "sync_to_disk": drafts}.get(step, exporting), step, die)
+        setattr(STEPS[step], step, die)
         try:
             export(model, out)
         finally:
@@ -110,7 +113,7 @@ def test_a_failed_write_leaves_nothing(step, fault, tmp_path, monkeypatch):
         raise fault
 
     model = slim("torchvision/squeezenet1_1")
-    monkeypatch.setattr(drafts if step == "sync_to_disk" else exporting, step, fail)
+    monkeypatch.setattr(STEPS[step], step, fail)
     with pytest.raises(type(fault), match=str(fault)):
         export(model, tmp_path / "new" / "parent" / "out")
     assert list(tmp_path.iterdir()) == []

@@ -6,11 +6,13 @@ from collections import OrderedDict
 
 import pytest
 import timm
+import torch
 from helpers.specs import make_spec
 
 from timm_autoslim import check_folder
 from timm_autoslim.artifact.build import build_slim
 from timm_autoslim.artifact.export import export
+from timm_autoslim.artifact.folder import copy_state, read_header, write_files
 from timm_autoslim.errors import ArtifactError
 
 
@@ -122,3 +124,17 @@ def test_a_users_own_weights_open_no_other_file(exported, tmp_path):
         args = resolve(f"local-dir:{tmp_path / 'out'}", pretrained=True, pretrained_cfg_overlay={"file": str(users)})
         with pytest.raises(ArtifactError, match=f"model_args.{key}"):
             timm.create_model(**args)
+
+
+def test_tied_weights_are_written_under_both_names(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    write_files(tmp_path, copy_state(model), {"kind": "a test"})
+    assert read_header(tmp_path / "model.safetensors").shapes["1.weight"] == (2, 2)
+    assert json.loads((tmp_path / "config.json").read_text()) == {"kind": "a test"}
+
+
+def test_a_state_that_safetensors_cannot_hold_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="a state that safetensors cannot hold"):
+        write_files(tmp_path, {"weight": torch.zeros(2, 2).to_sparse()}, {})
+    assert list(tmp_path.iterdir()) == []

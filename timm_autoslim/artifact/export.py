@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -11,7 +10,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models import FeatureInfo, PretrainedCfg
 from torch import Tensor, nn
 
@@ -21,7 +19,7 @@ from timm_autoslim.artifact.card import check_figures, write_card
 from timm_autoslim.artifact.compare import find_difference, find_failure, find_unused_modules, make_images
 from timm_autoslim.artifact.config import Config, parse_settings
 from timm_autoslim.artifact.drafts import create_folder, refuse_existing
-from timm_autoslim.artifact.folder import CONFIG, WEIGHTS
+from timm_autoslim.artifact.folder import copy_state, write_files
 from timm_autoslim.artifact.parts import advise
 from timm_autoslim.artifact.preparation import measure_pool_size, merge_settings
 from timm_autoslim.artifact.pruned import PRUNED, write_pruned
@@ -30,7 +28,6 @@ from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.artifact.torchvision import list_taps
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.utils.arguments import check_path
-from timm_autoslim.utils.files import replace_file
 
 CARD = "README.md"
 
@@ -92,14 +89,10 @@ def export(
         config = _make_config(model, rebuilt, spec, changes)
         size = config.data.input_size
         refuse_stale(model, spec, lambda: find_unused_modules(model, make_images(size)))
-        # clones: safetensors refuses tensors that share memory, and tied parameters need both of their names
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+        tensors = copy_state(model)
+        num_features: Any = getattr(model, "num_features", None) or getattr(rebuilt, "num_features", 0)
         with create_folder(folder) as draft:
-            with replace_file(draft / WEIGHTS) as part:  # gives it the rights that any new file has
-                save_file(tensors, part, metadata={"format": "pt"})
-            num_features: Any = getattr(model, "num_features", None) or getattr(rebuilt, "num_features", 0)
-            content = json.dumps(config.to_dict(num_features, find_pool_type(model)), indent=2, allow_nan=False)
-            (draft / CONFIG).write_text(f"{content}\n", encoding="utf-8")
+            write_files(draft, tensors, config.to_dict(num_features, find_pool_type(model)))
             _prove_folder(draft, model, tensors, spec, size)
             timm_code = write_pruned(draft / PRUNED, model, spec, changes, size)
             write_card(draft / CARD, folder.name, config, figures, rebuilt, timm_code)

@@ -1,4 +1,4 @@
-"""The files of an exported folder, which a stranger may have written: checked before anything is built or read."""
+"""The files of an exported folder: how they are written; and, for strangers write them too, how they are checked."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from timm_autoslim.artifact.config import GET_AGAIN, Config
 from timm_autoslim.artifact.limits import MAX_ELEMENTS
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.utils.arguments import check_path
+from timm_autoslim.utils.files import replace_file
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -205,3 +207,30 @@ def _fits(shape: Sequence[int], needed: Sequence[int], stem: bool) -> bool:
     return shape == needed or (
         stem and len(shape) == len(needed) > 1 and shape[0] == needed[0] and shape[2:] == needed[2:]
     )
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def copy_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return clones of a model's state, on the CPU.
+
+    safetensors refuses tensors that share memory, and tied parameters need both of their names.
+    """
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+
+
+def write_files(folder: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+    """Write the weights and the config.json of a model.
+
+    Raises:
+        ArtifactError: safetensors cannot hold the tensors.
+    """
+    with replace_file(folder / WEIGHTS) as part:  # gives it the rights that any new file has
+        try:
+            save_file(dict(tensors), part, metadata={"format": "pt"})
+        except (SafetensorError, ValueError, KeyError) as error:
+            got = f"a state that safetensors cannot hold ({type(error).__name__}: {str(error)[:200]})"
+            raise ArtifactError.at("the model", got=got, needed="tensors of numbers") from error
+    text = json.dumps(content, indent=2, allow_nan=False)
+    (folder / CONFIG).write_text(f"{text}\n", encoding="utf-8")

@@ -123,9 +123,7 @@ def is_cache(kind: type, name: str, value: Any) -> bool:
     return holds and _stores_into(kind, name)
 
 
-_STORING: WeakKeyDictionary[type, dict[str, bool]] = (
-    WeakKeyDictionary()
-)  # the code of a class is looked at once
+_STORING: WeakKeyDictionary[type, dict[str, bool]] = WeakKeyDictionary()  # the code of a class is looked at once
 _READERS = ("get", "items", "keys", "values")
 _WRITERS = {"setdefault", "update", "pop", "popitem", "clear", "__setitem__"}
 

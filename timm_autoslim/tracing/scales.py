@@ -241,9 +241,8 @@ class ScaleTracker:
         number_a, number_b = self._read_number(a, call), self._read_number(b, call)
         load = self._get_load(a)
         if number_a is not None and number_b is not None:
-            if (
-                not isinstance(b, Tensor) and number_a.path and number_b.value is not None
-            ):  # a tensor by an ordinary number
+            # a tensor by an ordinary number
+            if not isinstance(b, Tensor) and number_a.path and number_b.value is not None:
                 number = number_a.raised(1, number_b.value if multiplies else 1 / number_b.value)
                 self._numbers[id(op.out)] = op.out, number
                 return

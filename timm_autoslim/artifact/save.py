@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from timm_autoslim.artifact.apply import SCALES, find_slices, read_attribute
 from timm_autoslim.artifact.compare import find_unused_modules
 from timm_autoslim.artifact.drafts import create_folder, refuse_existing
-from timm_autoslim.artifact.folder import CONFIG, WEIGHTS, Header, is_kind, read_header, read_json
+from timm_autoslim.artifact.folder import (
+    CONFIG,
+    WEIGHTS,
+    Header,
+    copy_state,
+    is_kind,
+    read_header,
+    read_json,
+    write_files,
+)
 from timm_autoslim.artifact.parts import describe_parts
 from timm_autoslim.artifact.refusals import refuse_stale, refuse_without_numbers, require_spec
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.slicing.slices import Slices, shrink_model
 from timm_autoslim.utils.arguments import check_module, check_path
-from timm_autoslim.utils.files import replace_file
 
 KIND = "timm_autoslim.save"  # what config.json says of itself
 M = TypeVar("M", bound=nn.Module)
@@ -71,17 +77,10 @@ def save(model: nn.Module, out: str | Path, *, example_input: Any = None) -> Pat
         refuse_stale(model, spec, set, "before save; give example_input= if the layer does not run in evaluation")
     else:
         refuse_stale(model, spec, lambda: find_unused_modules(model, [example_input]), "before save")
-    # clones: safetensors refuses tensors that share memory, and tied parameters need both of their names
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    tensors = copy_state(model)
     content = {"kind": KIND, "class": type(model).__name__, "spec": spec.to_dict()}
     with create_folder(folder) as draft:
-        with replace_file(draft / WEIGHTS) as part:  # gives it the rights that any new file has
-            try:
-                save_file(tensors, part, metadata={"format": "pt"})
-            except (SafetensorError, ValueError, KeyError) as error:
-                got = f"a state that safetensors cannot hold ({type(error).__name__}: {str(error)[:200]})"
-                raise ArtifactError.at(type(model).__name__, got=got, needed="tensors of numbers") from error
-        (draft / CONFIG).write_text(f"{json.dumps(content, indent=2, allow_nan=False)}\n", encoding="utf-8")
+        write_files(draft, tensors, content)
         _prove_folder(draft, spec, tensors)
     return folder
 
