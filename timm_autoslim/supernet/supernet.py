@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Mapping
 from numbers import Real
@@ -19,6 +17,7 @@ from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import WidthError
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices, extract_model
+from timm_autoslim.supernet.blocks import Block, OpenBlocks
 from timm_autoslim.supernet.outline import Outline
 from timm_autoslim.supernet.space import SearchSpace
 from timm_autoslim.supernet.timm_attributes import TIMM_ATTRIBUTES
@@ -60,7 +59,7 @@ class Supernet(nn.Module):
         self._spec = spec  # of the model as it stands
         self._outline = Outline(model, trace.graph, trace.written)
         self._cache: OrderedDict[tuple[int, ...], Slices] = OrderedDict()
-        self._blocks = _OpenBlocks()
+        self._blocks = OpenBlocks()
         self._has_blocks = False  # whether any was ever opened
 
     def __getattr__(self, name: str) -> Any:
@@ -172,7 +171,7 @@ class Supernet(nn.Module):
         """
         self._outline.check(self.model)
 
-    def at(self, widths: Widths) -> Block:
+    def at(self, widths: Widths) -> Block[Supernet]:
         """Return a block in which `supernet(images)` is the subnet of these widths, in the thread that opens it.
 
         Every call in the block takes the weights as they are then. Blocks can be nested, and widths that a call names
@@ -285,7 +284,7 @@ class Supernet(nn.Module):
             for module in model.modules():
                 tracked = getattr(module, "num_batches_tracked", None)
                 if isinstance(tracked, Tensor):
-                    tracked.fill_(1 - _batches_to_own(getattr(module, "momentum", None)))
+                    tracked.fill_(1 - _count_batches_to_renew(getattr(module, "momentum", None)))
         spec = self._spec.narrow(slices, saved=set(self.model.state_dict()), widths=widths.to_dict())
         model.autoslim = spec  # type: ignore[assignment]
         describe_parts(model, slices, widths.to_dict(), self._trace.input_shapes)
@@ -308,55 +307,8 @@ def _check_further_input(value: Any) -> None:
         )
 
 
-class _OpenBlocks(threading.local):
-    """The `at` blocks that a thread has open, the innermost last."""
-
-    def __init__(self) -> None:
-        # weak: a block that an interrupt kept from closing is gone with the frame that opened it
-        self.blocks: list[weakref.ref[Block]] = []
-
-    @property
-    def widths(self) -> Widths | None:
-        """The widths of the innermost block; None if there is none."""
-        while self.blocks:
-            block = self.blocks[-1]()
-            if block is not None:
-                return block.widths
-            self.blocks.pop()
-        return None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _OpenBlocks:
-        return _OpenBlocks()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _OpenBlocks, ()
-
-
-class Block:
-    """A `with supernet.at(widths):` block.
-
-    Attributes:
-        widths: those of the subnet that `supernet(images)` is inside the block.
-    """
-
-    def __init__(self, supernet: Supernet, blocks: _OpenBlocks, widths: Widths) -> None:
-        self.widths = widths
-        self._supernet, self._blocks = supernet, blocks
-
-    def __enter__(self) -> Supernet:
-        try:
-            self._blocks.blocks.append(weakref.ref(self))
-            return self._supernet
-        except BaseException:  # an interrupt
-            self.__exit__()
-            raise
-
-    def __exit__(self, *_: object) -> None:
-        self._blocks.blocks[:] = [block for block in self._blocks.blocks if block() not in (self, None)]
-
-
-def _batches_to_own(momentum: float | None) -> int:
-    """In how many batches of training BatchNorm statistics become a module's own, but for a hundredth."""
+def _count_batches_to_renew(momentum: float | None) -> int:
+    """Return how many batches of training leave a hundredth of the BatchNorm statistics that were there before."""
     if momentum is None or not 0 < momentum < 1:  # a cumulative average, or none: the first batch replaces what was
         return 1
     return math.ceil(math.log(0.01) / math.log1p(-momentum))
