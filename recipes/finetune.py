@@ -33,7 +33,8 @@ from timm_autoslim import (
 from timm_autoslim.errors import ConfigError, OutputExistsError
 from timm_autoslim.recipes.lib.checkpoints import Checkpoints
 from timm_autoslim.recipes.lib.configuration import parse_args
-from timm_autoslim.recipes.lib.images import UNLABELLED, Joined, open_images, open_unlabelled
+from timm_autoslim.recipes.lib.image_sources import UNLABELLED, Joined
+from timm_autoslim.recipes.lib.images import open_images, open_unlabelled
 from timm_autoslim.recipes.lib.loaders import (
     load_calibration_batches,
     make_evaluation_loader,

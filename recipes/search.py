@@ -51,7 +51,8 @@ from timm_autoslim import (
 )
 from timm_autoslim.errors import DataError, OutputExistsError
 from timm_autoslim.recipes.lib.configuration import parse_args
-from timm_autoslim.recipes.lib.images import hash_images, open_images
+from timm_autoslim.recipes.lib.image_sources import hash_images
+from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import load_batches
 from timm_autoslim.recipes.lib.models import load_supernet
 from timm_autoslim.recipes.lib.networks import SEARCHED, is_searched, list_networks, write_results

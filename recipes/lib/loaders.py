@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from timm_autoslim.errors import DataError
-from timm_autoslim.recipes.lib.images import Subset
+from timm_autoslim.recipes.lib.image_sources import Subset
 
 
 def make_training_loader(args: argparse.Namespace, source: Any, indices: Sequence[int]) -> DataLoader[Any]:

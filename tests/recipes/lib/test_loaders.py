@@ -10,7 +10,7 @@ from helpers.recipes import parse_train
 from PIL import Image
 
 from timm_autoslim.errors import DataError
-from timm_autoslim.recipes.lib.images import Digits, Subset
+from timm_autoslim.recipes.lib.image_sources import Digits, Subset
 from timm_autoslim.recipes.lib.loaders import load_batches, make_evaluation_loader, make_training_loader
 
 

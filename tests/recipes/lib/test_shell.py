@@ -8,7 +8,7 @@ from helpers.recipes import parse, write_config
 
 from timm_autoslim.errors import AutoSlimError, ConfigError, DataError
 from timm_autoslim.recipes import finetune, search
-from timm_autoslim.recipes.lib.images import Subset
+from timm_autoslim.recipes.lib.image_sources import Subset
 from timm_autoslim.recipes.lib.run_folder import write_args
 from timm_autoslim.recipes.lib.shell import run_command
 
