@@ -84,6 +84,18 @@ def test_recurrent_layers_are_taken_as_one(kind):
     assert not [name for _, what, name in recorder.notes if what == "operator" and "mm" in name]
 
 
+def test_what_the_code_passes_is_noted_by_place():
+    class Block(nn.Module):
+        def forward(self, x):
+            for power in (2, 3):
+                x = x.pow(power)
+            return torch.add(x, x, alpha=4)
+
+    recorder = Recorder(Block())
+    recorder.run(meta(2))
+    assert sorted(map(tuple, recorder.calls.values()), key=len) == [((None, None, "alpha", 4),), ((None, 2), (None, 3))]
+
+
 def test_a_recorder_that_is_released_keeps_no_model_alive():
     model = copy_to_meta(nn.Sequential(nn.Linear(4, 8), nn.ReLU()))
     recorder, alive = Recorder(model), weakref.ref(model)

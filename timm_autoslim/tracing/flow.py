@@ -34,6 +34,7 @@ class Flow(Labelling):
         matrix_columns: the last axis of every matrix among the weights, by its first atom.
         kernels: those of them that are laid out as kernels, by their first atom.
         checks: what the model's code has asked about sizes.
+        asks_gradients: whether it has asked if gradients are enabled.
     """
 
     def __init__(self, whole_heads: Sequence[str] = ()) -> None:
@@ -44,6 +45,7 @@ class Flow(Labelling):
         self.kernels: dict[int, Kernel] = {}
         self._equalities: list[tuple[Number, Number]] = []
         self.checks: list[Check] = []
+        self.asks_gradients = False
         self._plain: dict[str, dict[int, Size]] = {}  # by module, sizes that became ordinary integers
 
     # -- sizes --------------------------------------------------------------------------------------------------
@@ -110,6 +112,10 @@ class Flow(Labelling):
         guess = Size(int(size), size.origin)
         guess.is_guess = True
         self._plain.setdefault(self.path, {})[int(size)] = guess
+
+    def note_gradients(self) -> None:
+        """Remember that the model's code has asked whether gradients are enabled."""
+        self.asks_gradients = True
 
     def restore_origins(self, values: Any) -> Any:
         """Return arguments with their origins: an integer may be one that the running modules made of a size."""

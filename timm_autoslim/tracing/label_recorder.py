@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
 from types import FunctionType
@@ -21,6 +21,7 @@ from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.origins import Number, get_plain
+from timm_autoslim.tracing.passing import Calls, freeze_calls
 from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.tracing.scales import Factor, ScaleTracker, Scores
 from timm_autoslim.tracing.sites import Site
@@ -52,14 +53,15 @@ class Exit:
 class RunRecord:
     """One run of the widest: its mode, and in order its operators, what its modules returned, its attention scores.
 
-    `sites` are where its code has called functions of torch.
+    `calls` are what its code has passed to functions of torch, `gradients` whether these were enabled.
     """
 
     training: bool
     operators: tuple[OperatorLabels, ...]
     exits: tuple[Exit, ...]
     scores: tuple[Scores, ...] = ()
-    sites: frozenset[Site | None] = frozenset()
+    calls: Calls = field(default_factory=dict)
+    gradients: bool = False
 
 
 # Functions of torch that compute with the sizes of their arguments in Python.
@@ -118,7 +120,6 @@ class LabelRecorder(Recorder):
         self.input_shapes: dict[str, tuple[int, ...]] = {}
         self.used_ids: set[int] = set()
         tensors = named_tensors(model)
-        self._names = {id(tensor): name for name, tensor in tensors.items()}
         self.scales = ScaleTracker({id(tensors[name]): factor for name, factor in (numbers or {}).items()})
         self._operators: list[OperatorLabels] = []
         self._exits: list[Exit] = []
@@ -127,7 +128,7 @@ class LabelRecorder(Recorder):
         """Drop the record of the last run, and start another."""
         self._operators.clear()
         self._exits.clear()
-        self.sites.clear()
+        self.calls.clear()
         self.flow.forget_plain()
         self.scales.start()
         self.describer.start()
@@ -140,8 +141,13 @@ class LabelRecorder(Recorder):
 
     def get_record(self) -> RunRecord:
         """Return the record since `start`."""
-        operators, exits = tuple(self._operators), tuple(self._exits)
-        return RunRecord(self.model.training, operators, exits, tuple(self._list_scores()), frozenset(self.sites))
+        operators, exits, scores = tuple(self._operators), tuple(self._exits), tuple(self._list_scores())
+        calls = freeze_calls(self.calls)
+        return RunRecord(self.model.training, operators, exits, scores, calls, self.gradients)
+
+    def note_call(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the model's code passes, with the origins of ordinary integers that it made of sizes."""
+        super().note_call(site, *self.flow.restore_origins((args, kwargs)))
 
     def note_read(self, tensors: Sequence[Tensor], numbers: Sequence[Number]) -> None:
         """Freeze the channels of tensors that decide what the model's code reads: a width must not decide it."""
@@ -150,7 +156,7 @@ class LabelRecorder(Recorder):
             self.flow.note_check(Check(get_plain, (number,), reason, ""))
         for tensor in tensors:
             self.used_ids.add(id(tensor))
-            reason = f"its code reads numbers that are computed from {self._names[id(tensor)]}"
+            reason = f"its code reads numbers that are computed from {self.names[id(tensor)]}"
             self.flow.freeze_labels(self.flow.get_labels(tensor), reason)
 
     def freeze_kept(self, path: str, name: str, value: Any) -> None:
@@ -161,7 +167,7 @@ class LabelRecorder(Recorder):
             numbers = self.values.list_numbers(value)
             for root in self.values.list_roots(value):
                 for label in self.flow.get_labels(root):
-                    self.flow.constraints.freeze(label, f"{reason}, which it computes from {self._names[id(root)]}")
+                    self.flow.constraints.freeze(label, f"{reason}, which it computes from {self.names[id(root)]}")
             for label in self.flow.get_labels(value) if self.values.is_known(value) else ():
                 self.flow.constraints.freeze(label, reason)
         for number in numbers:
@@ -219,8 +225,7 @@ class LabelRecorder(Recorder):
         self.scales.note_call(self.flow.call)
         try:
             if name in _COMPOSITES:
-                with self._function_mode:
-                    return _copy_without_guard(func)(*args, **kwargs)
+                return self._run_body(func, args, kwargs)
             if name in ("layer_norm", "rms_norm"):  # no operator gets the shape as the code passed it
                 shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
                 for label, size in zip(self.flow.get_labels(args[0])[-len(shape) :], shape, strict=True):
@@ -233,6 +238,15 @@ class LabelRecorder(Recorder):
             return out
         finally:
             self.flow.call = before
+
+    def _run_body(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a function of torch as the functions of torch that it calls."""
+        self._is_inside = True
+        try:
+            with self._function_mode:
+                return _copy_without_guard(func)(*args, **kwargs)
+        finally:
+            self._is_inside = False
 
     def _note_numbers(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """Note the numbers that decide what a function returns, and for one of a tensor's shape the sizes of that."""

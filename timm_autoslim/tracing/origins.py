@@ -63,8 +63,10 @@ class Number:
     origin: Any
     is_length: ClassVar[bool] = False
 
-    def __new__(cls, value: Any, origin: Origin) -> Any:
-        """Return `value` with this origin."""
+    def __new__(cls, value: Any = 0, origin: Origin | None = None) -> Any:
+        """Return `value` with this origin; without one, as by `type(size)(3)`, an ordinary number."""
+        if origin is None:
+            return int(value) if issubclass(cls, int) else float(value)
         number = super().__new__(cls, value)  # type: ignore[call-arg]
         number.origin = origin
         return number

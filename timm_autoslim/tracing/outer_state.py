@@ -9,7 +9,6 @@ the same seed in every run.
 from __future__ import annotations
 
 import functools
-import math
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_autoslim.tracing.autocast import accept_autocast_on_meta
-from timm_autoslim.tracing.functions import MATH
+from timm_autoslim.tracing.functions import FUNCTIONS, HOMES
 from timm_autoslim.tracing.holdings import list_attributes
 from timm_autoslim.tracing.reachable import CONTAINERS, LRU_CACHED, MISSING, Binding, Container, Walk
 from timm_autoslim.tracing.sizes import Size
@@ -77,8 +76,8 @@ class OuterState:
                 self._containers += [Container(value)] if type(value) in CONTAINERS else []
         modules = [Binding(vars(m), n, v) for m in model.modules() for n, v in vars(m).items() if _is_cached(v)]
         self._cached = [*modules, *(place for place in self._places if _is_cached(place.value))]
-        math_places = [Binding(vars(math), n, f) for n, f in vars(math).items() if _is_of_math(f)]
-        self._math = [*math_places, *(place for place in self._places if _is_of_math(place.value))]
+        homes = [Binding(vars(home), n, f) for home in HOMES for n, f in vars(home).items() if _is_function(f)]
+        self._functions = [*homes, *(place for place in self._places if _is_function(place.value))]
         self._cached_members = [c for c in self._containers if any(map(_is_cached, c.list_members()))]
         self.generators = walk.list_generators()
         self._written = walk.find_written_names()
@@ -95,8 +94,8 @@ class OuterState:
                 container.empty()
         for cache in self._caches:
             cache.empty() if isinstance(cache, Container) else cache.write(None)
-        for place in self._math:
-            place.write(MATH[place.value])
+        for place in self._functions:
+            place.write(FUNCTIONS[place.value])
         results: dict[Any, Any] = {}
         for place in self._cached:
             place.write(_bypass(place.value, results))
@@ -134,7 +133,7 @@ class OuterState:
 
     def restore(self) -> None:
         """Put everything back."""
-        for place in (*self._places, *self._cached, *self._math):
+        for place in (*self._places, *self._cached, *self._functions):
             place.restore()
         for container in self._containers:
             container.restore()
@@ -153,8 +152,9 @@ def _list_members(module: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield f"{name}.{inner}", member
 
 
-def _is_of_math(value: Any) -> bool:
-    return isinstance(value, types.BuiltinFunctionType) and value in MATH
+def _is_function(value: Any) -> bool:
+    """Whether something takes the place of a function in a run."""
+    return isinstance(value, types.BuiltinFunctionType) and value in FUNCTIONS
 
 
 def _is_cached(value: Any) -> bool:
@@ -184,7 +184,10 @@ def _bypass_function(function: Any, results: dict[Any, Any]) -> Callable[..., An
             return function.__wrapped__(*args, **kwargs)
         key = id(function), args, tuple(kwargs.items())
         if key not in results:
-            results[key] = function.__wrapped__(*args, **kwargs)
+            result = function.__wrapped__(*args, **kwargs)
+            if _belongs_to_run((result,)):
+                return result
+            results[key] = result
         return results[key]
 
     call.__dict__.update(cache_info=function.cache_info, cache_clear=function.cache_clear)

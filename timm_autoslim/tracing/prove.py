@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from timm_autoslim.errors import TraceError
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.tracing.caches import KeptNumbers
@@ -20,10 +22,12 @@ from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.label_recorder import RunRecord
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import bind
+from timm_autoslim.tracing.origins import FromDimension, Number, get_plain
+from timm_autoslim.tracing.passing import Calls, Expectation, freeze_calls
 from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.tracing.scales import Factor, ScaleTracker
 from timm_autoslim.tracing.sites import Site, find_culprits, format_site
-from timm_autoslim.utils.meta import make_meta_example
+from timm_autoslim.utils.meta import make_meta_example, without_gradients
 from timm_autoslim.utils.tensors import collect_tensors, named_tensors
 
 
@@ -67,6 +71,7 @@ class _ComparingRecorder(Recorder):
             data: by name, the model's tensors with data.
         """
         super().__init__(subnet, data=data)
+        self.gradients = record.gradients
         self.exits, self.active, self.position = record.exits, active, 0
         self.record, self.scales = record, scales
 
@@ -122,6 +127,7 @@ class Prover:
         data: Mapping[str, Tensor] | None = None,
         kept: KeptNumbers | None = None,
         empty_caches: Callable[[], None] | None = None,
+        fresh: nn.Module | None = None,
     ) -> None:
         """Prepare proofs.
 
@@ -134,9 +140,11 @@ class Prover:
             data: by name, the tensors with data.
             kept: ordinary numbers that the widest has left.
             empty_caches: it empties the caches that the model's code keeps outside of the model.
+            fresh: a meta copy that has not run.
         """
-        self.kept, self.empty_caches = kept, empty_caches
-        self._harmless: set[Site | None] = {None}  # sites that caches decide
+        self.kept, self.empty_caches, self.fresh = kept, empty_caches, fresh
+        self._harmless: set[Site] = set()  # sites that caches decide
+        self._is_checked = False  # whether a plain run of the widest was compared with the records
         self.model, self.example, self.records, self.numbers = model, example, records, dict(numbers or {})
         self.batches, self.data = batches, data
 
@@ -151,6 +159,7 @@ class Prover:
                 try:
                     self._compare(graph, widths, record, check_scales=widths is half)
                 except Disagreement as fault:
+                    self._check_widest(graph)
                     fault.half_runs = widths is not half
                     yield fault
             if widths is half and self.kept is not None:
@@ -165,20 +174,20 @@ class Prover:
             yield Disagreement(f"its forward keeps {name}, which has another value if the subnet runs first", path)
 
     def _compare(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord, check_scales: bool) -> None:
-        self.model.train(record.training)
-        example = make_meta_example(self.example, self.batches[record.training])
-        slices = graph.slices(widths)
-        subnet = replicate(self.model, slices)
+        slices, active = graph.slices(widths), graph.find_active(widths)
+        with without_gradients(self.model) if record.gradients else contextlib.nullcontext():
+            subnet = replicate(self.model.train(record.training), slices)
         scales = self._follow_scales(subnet, slices) if check_scales and record.scores else None
-        recorder = _ComparingRecorder(subnet, record, graph.find_active(widths), scales, self.data)
+        recorder = _ComparingRecorder(subnet, record, active, scales, self.data)
         try:
-            recorder.run(example)
+            recorder.run(make_meta_example(self.example, self.batches[record.training]))
             recorder.compare_scales()
-            differing = recorder.sites ^ record.sites
+            differing = self._expect(graph, widths, slices).find_differing(record.calls, recorder.calls)
             if not differing <= self._harmless:
-                self._compare_sites(graph, widths, record)
+                self._check_widest(graph)
+                self._compare_calls(graph, widths, record)
                 self._harmless |= differing
-        except Disagreement:
+        except (Disagreement, TraceError):
             raise
         except Exception as error:
             path = recorder.stack.interrupted or ""
@@ -186,36 +195,85 @@ class Prover:
         finally:
             recorder.release()
 
-    def _compare_sites(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord) -> None:
-        """Raise a disagreement if a subnet calls functions of torch at other sites than the widest.
+    def _expect(self, graph: ChannelGraph, widths: Sequence[int], slices: Slices) -> Expectation:
+        """Return what a subnet passes to functions of torch if the graph knows where all numbers come from."""
+        active = graph.find_active(widths)
+
+        def get_size(number: Number) -> int:
+            if isinstance(number.origin, FromDimension):
+                return int(active[number.origin.vector].sum())
+            return int(slices.attributes.get(number.origin.path, get_plain(number)))
+
+        @cache
+        def list_ratios(path: str) -> Collection[float]:
+            operators = (o for record in self.records for o in record.operators if o.path == path)
+            shares = {float(active[v].mean()) for o in operators for v in o.labels if v is not None}
+            return shares - {0.0, 1.0}
+
+        def get_attribute(path: str) -> Any:
+            owner, _, name = path.rpartition(".")
+            return getattr(self.model.get_submodule(owner), name)
+
+        return Expectation(get_size, slices.attributes, list_ratios, get_attribute)
+
+    def _check_widest(self, graph: ChannelGraph) -> None:
+        """Compare a plain run of the widest with the records.
+
+        Raises:
+            TraceError: it takes another path, because the code asks for the type of a size.
+        """
+        if self._is_checked or self.fresh is None:
+            return
+        self._is_checked = True
+        sizes = graph.group_sizes
+        expectation = self._expect(graph, sizes, graph.slices(sizes))
+        first, again = (self._run_all(graph, self.fresh, sizes) for _ in range(2))
+        for record, calls, repeated in zip(self.records, first, again, strict=True):
+            differing = expectation.find_differing(record.calls, calls) - expectation.find_differing(calls, repeated)
+            if differing:
+                raise TraceError.at(
+                    min(map(format_site, differing)),
+                    got="a path that changes where sizes remember their origin, as by `type(size) is int`",
+                    needed="code whose path does not depend on that",
+                    remedy="ask isinstance(size, int) there",
+                )
+
+    def _compare_calls(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord) -> None:
+        """Raise a disagreement if a subnet calls functions of torch elsewhere than the widest, or with other numbers.
 
         What a cache decides is none: both run with empty caches.
         """
-        sizes = graph.group_sizes
-        expected = self._list_sites(graph, sizes, record)
+        sizes, index = graph.group_sizes, self.records.index(record)
 
-        def find(groups: Sequence[int]) -> set[Site | None]:
+        def find(groups: Sequence[int]) -> set[Site]:
             some = [widths[i] if i in groups else size for i, size in enumerate(sizes)]
-            return (self._list_sites(graph, some, record) ^ expected) - {None}
+            calls = self._run_all(graph, self.model, some)[index]
+            return self._expect(graph, some, graph.slices(some)).find_differing(record.calls, calls)
 
-        sites = find(range(len(sizes)))
+        ignored = find(())
+        sites = find(range(len(sizes))) - ignored
         if not sites:
             return
-        culprits = find_culprits(range(len(sizes)), lambda groups: bool(find(groups)))
-        site = min((site for site in sites if site is not None), key=lambda site: (format_site(site), site[2]))
+        culprits = find_culprits(range(len(sizes)), lambda groups: bool(find(groups) - ignored))
+        site = min(sites, key=lambda site: (format_site(site), site[2]))
         message = f"the code takes another path at {format_site(site)}, which depends on the number of channels"
         raise Disagreement(message, site[0], None, [graph.find_vector(group) for group in culprits])
 
-    def _list_sites(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord) -> set[Site | None]:
-        """Return the sites of a subnet, run with empty caches; those before the error if it raises."""
+    def _run_all(self, graph: ChannelGraph, model: nn.Module, widths: Sequence[int]) -> list[Calls]:
+        """Return what a subnet passes to functions of torch in all runs, from empty caches; up to an error."""
         if self.empty_caches is not None:
             self.empty_caches()
-        runner = Recorder(replicate(self.model, graph.slices(widths)), data=self.data)
-        with contextlib.suppress(Exception):
-            runner.run(make_meta_example(self.example, self.batches[record.training]))
-        sites = runner.sites
-        runner.release()
-        return sites
+        with without_gradients(model):
+            subnet = replicate(model, graph.slices(widths))
+        calls = []
+        for record in self.records:
+            runner = Recorder(subnet.train(record.training), data=self.data)
+            runner.gradients = record.gradients
+            with contextlib.suppress(Exception):
+                runner.run(make_meta_example(self.example, self.batches[record.training]))
+            calls.append(freeze_calls(runner.calls))
+            runner.release()
+        return calls
 
     def _follow_scales(self, subnet: nn.Module, slices: Slices) -> ScaleTracker:
         """Return a tracker for a subnet, whose tensors have no data: their numbers are those of its slices."""

@@ -13,10 +13,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_autoslim.tracing import ops
+from timm_autoslim.tracing.answers import OF_GRADIENTS, QUESTIONS, answer_gradients, answer_place
 from timm_autoslim.tracing.ops import recurrent
 from timm_autoslim.tracing.origins import Number
-from timm_autoslim.tracing.sites import Site, find_site
+from timm_autoslim.tracing.passing import Values, list_values
+from timm_autoslim.tracing.sites import Site, find_model_site, find_site
 from timm_autoslim.tracing.values import KnownValues
+from timm_autoslim.tracing.watching import note_gradients
 from timm_autoslim.utils.meta import fix_seed, list_generators, run_model
 from timm_autoslim.utils.running import ModuleStack
 from timm_autoslim.utils.tensors import named_tensors
@@ -30,7 +33,9 @@ class Recorder:
     Attributes:
         model: a meta copy.
         stack: its modules that are running.
-        sites: where its code has called functions of torch; None for torch's own.
+        names: by id, its tensors that have data.
+        calls: by place in its code, what it has passed to functions of torch.
+        gradients: whether it runs with gradients enabled, though nothing asks for any.
     """
 
     def __init__(
@@ -44,9 +49,17 @@ class Recorder:
             data: by name, the tensors with data; the model's code may read those that have the shape of its own.
         """
         self.model, self.stack = model, ModuleStack() if stack is None else stack
-        tensors = {n: t for n, t in named_tensors(model).items() if n in (data or {})}
-        self.values = KnownValues([(t, (data or {})[n]) for n, t in tensors.items()], self.note_read, self.check_tensor)
-        self.sites: set[Site | None] = set()
+        self._tensors = named_tensors(model)
+        tensors = {n: t for n, t in self._tensors.items() if n in (data or {})}
+        self.names = {id(tensor): name for name, tensor in tensors.items()}
+        learned = (n for n, t in self._tensors.items() if (data or {}).get(n, t).requires_grad)
+        self._learned = {id(self._tensors[name]) for name in learned}
+        self._device = next((t.device for t in (data or {}).values() if not t.is_meta), torch.device("cpu"))
+        self.values = KnownValues([(t, (data or {})[n]) for n, t in tensors.items()], self.note_read, self._take_tensor)
+        self.calls: dict[Site, list[Values]] = {}
+        self.gradients = False
+        self._is_inside = False  # of a function of torch whose calls are followed too
+        self._depth = 0  # of functions of torch that run
         self.stack.follow(model, self.enter, self.leave)
         self._function_mode = _FunctionMode(self)
 
@@ -62,6 +75,25 @@ class Recorder:
     def check_tensor(self, tensor: Tensor) -> None:
         """Do something about a tensor with data that the model's code brings with it; by default nothing."""
 
+    def _take_tensor(self, tensor: Tensor) -> None:
+        """Note a tensor with data that the model's code brings with it, as from numpy."""
+        self.check_tensor(tensor)
+        site = find_model_site(self.stack.path, sys._getframe(1)) if not self._depth else None
+        if site is not None:
+            self.note_call(site, (tensor,), {})
+
+    def note_call(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what the model's code passes to a function of torch."""
+        self.calls.setdefault(site, []).append(tuple(list_values((args, kwargs), self.names)))
+
+    def answer(self, question: str, tensor: Tensor) -> Any:
+        """Return where a tensor of the run is, or whether it has a gradient, as in a run with data."""
+        if question in OF_GRADIENTS:
+            note_gradients()
+            is_weight = id(tensor) in self._learned
+            return answer_gradients(question, is_weight, not is_weight and self.gradients and torch.is_grad_enabled())
+        return answer_place(question, tensor, self._device)
+
     def run_function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function. A recurrent layer runs as one step: as operators it would be thousands."""
         if getattr(func, "__name__", "") in recurrent.LAYERS:
@@ -74,8 +106,9 @@ class Recorder:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what runs inside the block, without gradients and with the same random numbers each time."""
-        with torch.no_grad(), fix_seed(list_generators(self.model)), self._function_mode, _OperatorMode(self):
+        """Record what runs inside the block, with the same random numbers each time."""
+        generators, gradients = list_generators(self.model), torch.set_grad_enabled(self.gradients)
+        with gradients, fix_seed(generators), self._function_mode, _OperatorMode(self):
             yield
 
     def run(self, example: Any) -> Any:
@@ -97,9 +130,17 @@ class _FunctionMode(TorchFunctionMode):
         self.recorder = recorder
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        recorder = self.recorder
-        recorder.sites.add(find_site(recorder.stack.path, sys._getframe(1)))
-        return recorder.values.run_function(func, args, kwargs or {}, recorder.run_function)
+        recorder, frame = self.recorder, sys._getframe(1)
+        site = find_site(recorder.stack.path, frame)
+        if site is not None and not recorder._is_inside:
+            recorder.note_call(site, args, kwargs or {})
+        if func in QUESTIONS and site is not None and site[1] is frame.f_code and (len(args) + len(kwargs or {})) == 1:
+            return recorder.answer(QUESTIONS[func], args[0])
+        recorder._depth += 1
+        try:
+            return recorder.values.run_function(func, args, kwargs or {}, recorder.run_function)
+        finally:
+            recorder._depth -= 1
 
 
 class _OperatorMode(TorchDispatchMode):

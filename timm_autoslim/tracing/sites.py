@@ -32,6 +32,13 @@ def find_site(path: str, frame: Any) -> Site | None:
     return None
 
 
+def find_model_site(path: str, frame: Any) -> Site | None:
+    """Return where the model's code runs, above frames of torch and of this package; None if it does not."""
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "timm_autoslim"):
+        frame = frame.f_back
+    return None if frame is None else (path, frame.f_code, frame.f_lasti)
+
+
 def format_site(site: Site) -> str:
     """Return `file:line` of a site."""
     _, code, instruction = site

@@ -39,7 +39,7 @@ from timm_autoslim.tracing.refusals import check_example, check_model, explain_f
 from timm_autoslim.tracing.repair import repair
 from timm_autoslim.tracing.scales import find_number_tensors, wrap_floats
 from timm_autoslim.tracing.solve import OUTPUT, UNUSED
-from timm_autoslim.utils.meta import copy_to_meta, count_images, make_meta_example, run_model
+from timm_autoslim.utils.meta import copy_to_meta, count_images, make_meta_example, run_model, without_gradients
 from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, named_tensors
 
 GOOD_SHARE = 0.35  # of the MACs at half width; the ideal is a quarter
@@ -230,13 +230,25 @@ class Tracer:
             reason = str(error).partition("; needed:")[0]
             return [f"{reason}; so its forward in eval() mode alone was traced, and that in train() mode is unproven"]
         self._record(training=False)
-        return []
+        return self._record_gradients()
 
-    def _record(self, training: bool) -> None:
+    def _record_gradients(self) -> list[str]:
+        """Run the model with gradients enabled too, in both modes, if its code asks whether they are."""
+        notes = []
+        for training in (True, False) if self.flow.asks_gradients else ():
+            try:
+                self._record(training, gradients=True)
+            except TraceError as error:
+                reason = str(error).partition("; needed:")[0]
+                notes.append(f"{reason}; with gradients enabled, about which its code asks: that path is unproven")
+        return notes
+
+    def _record(self, training: bool, gradients: bool = False) -> None:
         """Run the model once, with labels on all tensors, and record the run."""
         self.copy.train(training)
         self.recorder.start()
-        self.flow.count_macs = not training
+        self.recorder.gradients = gradients
+        self.flow.count_macs = not training and not gradients
         example = make_meta_example(self.example, self.batches[training])
         for tensor in collect_tensors(example):
             labels = self.flow.create_labels(tensor)
@@ -244,11 +256,11 @@ class Tracer:
             self.flow.set_labels(tensor, [v if d == 1 else None for d, v in enumerate(labels)])
         recorder = self.recorder
         try:
-            with recorder.recording():
+            with without_gradients(self.copy), recorder.recording():
                 out = run_model(self.copy, example)
                 self.flow.count_macs = False
                 self.records.append(recorder.get_record())
-                if not training:
+                if not training and not gradients:
                     with contextlib.suppress(Exception):  # a model without the methods of timm's is traced as well
                         self.describer.describe_model(example)
         except TraceError:
@@ -287,7 +299,7 @@ class Tracer:
         """Return what compares subnets with the records; they get what the widest has kept."""
         meta_copy, data = copy_to_meta(self.model), named_tensors(self.model)  # a copy without labels and hooks
         filled, kept = find_filled(*self.holdings), None
-        modes = [record.training for record in self.records]
+        modes = [record.training for record in self.records if not record.gradients]
         examples = [(training, make_meta_example(self.example, self.batches[training])) for training in modes]
         empty_attributes(meta_copy, self.caches)
         if filled:
@@ -296,12 +308,13 @@ class Tracer:
                 runner.run(example)
                 runner.release()
         numbers = {place: value for place, value in filled.items() if type(value) in (int, float)}
-        if numbers:
-            fresh = copy_to_meta(self.model)
+        fresh = copy_to_meta(self.model) if filled else meta_copy
+        if filled:
             empty_attributes(fresh, self.caches)
+        if numbers:
             kept = KeptNumbers(numbers, fresh, meta_copy, examples, data)
         empty = functools.partial(empty_caches, None)
-        return Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data, kept, empty)
+        return Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data, kept, empty, fresh)
 
 
 def _make_obstacle_error(graph: ChannelGraph) -> NothingToSlimError:

@@ -13,6 +13,8 @@ from functools import lru_cache
 from types import CodeType
 from typing import Any, Protocol
 
+import torch
+
 from timm_autoslim.tracing.origins import FromExpression, Number, evaluate, get_plain
 from timm_autoslim.tracing.source import find_tables, format_line, has_lookup
 
@@ -51,7 +53,10 @@ class Watcher(Protocol):
         """The code has asked something about sizes, such as `channels % 8 == 0`."""
 
     def note_plain(self, size: Number) -> None:
-        """The code has made an ordinary integer of a size, as by `int(x.shape[1])`."""
+        """The code has made an ordinary number of a size, as by `int(x.shape[1])`."""
+
+    def note_gradients(self) -> None:
+        """The code has asked whether gradients are enabled."""
 
 
 class Members:
@@ -79,6 +84,7 @@ _DISPLAYS = frozenset(dis.opmap[name] for name in _DISPLAY_NAMES if name in dis.
 
 
 _NO_USE = None, None, None
+_is_grad_enabled = torch.is_grad_enabled  # of torch itself, whatever takes its place in a run
 
 
 @contextlib.contextmanager
@@ -162,8 +168,22 @@ class Lookup:
         return value if value in self.keys else None
 
 
+def note_gradients() -> None:
+    """Tell the watcher that the model's code has asked whether gradients are enabled."""
+    watcher = _WATCHER.get()
+    if watcher is not None:
+        watcher[0].note_gradients()
+
+
+def is_grad_enabled() -> bool:
+    """Return whether gradients are enabled; the watcher learns that the model's code asks."""
+    if is_of_model(sys._getframe(1)):
+        note_gradients()
+    return _is_grad_enabled()
+
+
 def note_plain(size: Number) -> None:
-    """Tell the watcher that the model's code makes an ordinary integer of a size."""
+    """Tell the watcher that the model's code makes an ordinary number of a size."""
     watcher, _, _ = _find_use()
     if watcher is not None:
         watcher.note_plain(size)
@@ -180,7 +200,7 @@ def _find_use() -> Any:
     frame: Any = sys._getframe(2)
     while frame.f_globals.get("__name__") in _CALLERS:
         frame = frame.f_back
-    return (watcher[0], frame, watcher[1]) if _is_of_model(frame) else _NO_USE
+    return (watcher[0], frame, watcher[1]) if is_of_model(frame) else _NO_USE
 
 
 @lru_cache(4096)
@@ -188,7 +208,8 @@ def _read_code(code: CodeType) -> bytes:
     return code.co_code
 
 
-def _is_of_model(frame: Any) -> bool:
+def is_of_model(frame: Any) -> bool:
+    """Whether a frame runs the model's code, not torch's or that of this package."""
     name: str = frame.f_globals.get("__name__", "")
     return name == "torch.nn.modules.rnn" or not name.startswith(("timm_autoslim.", "torch."))
 

@@ -125,6 +125,19 @@ def _seed(generator: Any) -> Callable[[], object]:
     return lambda: generator.set_state(state)
 
 
+@contextlib.contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """Let no weight of a meta copy ask for a gradient in the block, so that runs with gradients enabled record none."""
+    tensors = [tensor for tensor in named_tensors(model).values() if tensor.requires_grad and tensor.is_leaf]
+    for tensor in tensors:
+        tensor.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+
+
 def run_model(model: Callable[..., Any], example: Any) -> Any:
     """Return what the model returns for an example: one input, a tuple of inputs, or a dict of inputs by name."""
     if isinstance(example, Mapping):
