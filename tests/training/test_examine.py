@@ -6,7 +6,7 @@ from timm.layers import ScaledStdConv2d
 from torch import nn
 
 from timm_autoslim.errors import DataError
-from timm_autoslim.training.examine import examine, renew_statistics, take_channels
+from timm_autoslim.training.examine import examine, renew_statistics
 
 
 def find_reasons(model, inputs):
@@ -51,12 +51,6 @@ def test_statistics_are_those_of_all_batches_together():
     before = norm.running_mean.clone()
     renew_statistics([norm], [batches[0] + 9], keep=True)
     assert torch.equal(norm.running_mean, before)
-
-
-def test_channels_are_taken_where_the_layer_has_them():
-    outputs, channels = torch.randn(2, 5, 4, 6), ((0, 1), (3, 1))
-    assert torch.equal(take_channels(outputs, nn.Conv2d(1, 5, 1), channels), outputs[:, [0, 3]])
-    assert torch.equal(take_channels(outputs, nn.Linear(1, 6), channels), outputs[..., [0, 3]])
 
 
 def test_one_value_in_all_gives_no_statistics():

@@ -36,6 +36,36 @@ def test_rows_times_weight_are_the_layers_outputs(module, shape):
 
 
 @pytest.mark.parametrize(("module", "shape"), LAYERS, ids=str)
+def test_some_positions_are_those_of_all(module, shape):
+    inputs = torch.randn(*shape)
+    rows, outputs = take_rows(module, inputs), take_outputs(module, module(inputs))
+    positions = torch.randperm(rows.shape[2])[:3]
+    assert torch.equal(take_rows(module, inputs, positions), rows[:, :, positions])
+    assert torch.equal(take_outputs(module, module(inputs), positions), outputs[:, :, positions])
+
+
+def test_channels_are_taken_where_the_layer_has_them():
+    outputs, channels = torch.randn(2, 5, 4, 6), ((0, 1), (3, 1))
+    conv, linear = nn.Conv2d(1, 2, 1), nn.Linear(1, 2)
+    taken = take_outputs(conv, outputs, channels=channels)
+    assert torch.equal(taken, take_outputs(conv, outputs[:, [0, 3]]))
+    taken = take_outputs(linear, outputs, channels=channels)
+    assert torch.equal(taken, take_outputs(linear, outputs[..., [0, 3]]))
+
+
+def test_many_small_batches_have_the_moments_of_one(monkeypatch):
+    torch.manual_seed(0)
+    module, inputs, outputs = nn.Linear(6, 4), torch.randn(200, 6), torch.randn(200, 4)
+    layer = Layer("fc", module, centered=False)
+    expected = sum_moments(layer, [inputs], [outputs])
+    monkeypatch.setattr("timm_autoslim.training.least_squares._TOGETHER", 100)
+    for part, of_one in zip(sum_moments(layer, inputs.split(3), outputs.split(3)), expected, strict=True):
+        assert part.count == of_one.count
+        torch.testing.assert_close(part.xx, of_one.xx, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(part.xy, of_one.xy, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("module", "shape"), LAYERS, ids=str)
 def test_a_weight_that_is_set_is_the_weight(module, shape):
     weight = torch.randn_like(get_weight(module))
     set_weight(module, weight, torch.zeros(len(weight), weight.shape[-1]))

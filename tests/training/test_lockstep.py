@@ -17,7 +17,7 @@ def make_models():
 
 def test_all_batches_stop_with_the_inputs_of_one_model_and_the_outputs_of_the_other():
     slim, original = make_models()
-    batches = [torch.randn(32, 4), torch.randn(2, 4)]  # small ones are joined
+    batches = [torch.randn(64, 4), torch.randn(2, 4)]  # small ones are joined
     with Lockstep(
         slim, original, ["0", "2"], [], [1, 1], iter([*batches[0].split(4), batches[1]]), 1 << 20
     ) as lockstep:
@@ -27,7 +27,7 @@ def test_all_batches_stop_with_the_inputs_of_one_model_and_the_outputs_of_the_ot
         for x, y, batch in zip(inputs, outputs, batches, strict=True):
             assert torch.equal(x, ours(batch))
             assert torch.equal(y, theirs(batch))
-    assert lockstep.images == 34
+    assert lockstep.images == 66
 
 
 def test_what_changes_at_a_stop_is_used_from_there_on_by_later_batches_too():
@@ -72,7 +72,7 @@ def test_an_error_in_a_run_is_raised_and_paths_that_part_are_refused():
         def forward(self, x):
             return self.a(x) if x.sum() > 0 else self.b(x)
 
-    model, batches = Parting(), [torch.ones(32, 4), -torch.ones(32, 4)]
+    model, batches = Parting(), [torch.ones(64, 4), -torch.ones(64, 4)]
     with (
         pytest.raises(ConfigError, match=r"^the models: got runs that do not come to the same layers"),
         Lockstep(model, model, [], ["a", "b"], [1, 1], iter(batches), 1 << 20) as lockstep,

@@ -228,17 +228,20 @@ def _list_norms(model: nn.Module) -> list[_BatchNorm]:
 def _set_modes(model: nn.Module, training: set[_BatchNorm]) -> Iterator[None]:
     """Put `training` in training mode and all other modules in evaluation mode; restore every flag after the block."""
     flags = {module: module.training for module in model.modules()}
+    # Modules that override train(), such as LeViT's attention, clear their caches of other widths there.
+    overrides = any(type(module).train is not nn.Module.train or "train" in module.__dict__ for module in flags)
 
     def restore() -> None:
-        model.train()
-        model.train(flags[model])
+        if overrides:
+            model.train()
+            model.train(flags[model])
         for module, flag in flags.items():
             module.training = flag
 
     with restoring(restore):
-        # Through train(): modules that override it (LeViT's attention) clear their caches of other widths there.
-        model.train()
-        model.eval()
-        for norm in training:
-            norm.training = True
+        if overrides:
+            model.train()
+            model.eval()
+        for module in flags:
+            module.training = module in training
         yield

@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from timm_autoslim.errors import DataError
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
-from timm_autoslim.slicing.tensors import Axis, take_slice
 from timm_autoslim.training.least_squares import Layer, get_weight, take_outputs, take_rows
 from timm_autoslim.utils.batches import run_batch
 from timm_autoslim.utils.processes import Pool, pool_alone
@@ -143,13 +142,6 @@ def _record(model: nn.Module, batch: Any) -> list[_Call]:
     return calls
 
 
-def take_channels(outputs: Tensor, module: nn.Module, channels: Axis) -> Tensor:
-    """Return the channels that are left of what a layer of the original puts out."""
-    axes: list[Axis] = [None] * outputs.dim()
-    axes[1 if isinstance(module, _BatchNorm) else -1 - len(getattr(module, "kernel_size", ()))] = channels
-    return take_slice(outputs, tuple(axes))
-
-
 def renew_statistics(
     norms: list[nn.Module],
     inputs: list[Tensor],
@@ -175,10 +167,10 @@ def renew_statistics(
     Raises:
         DataError: there is a single value per channel in all.
     """
-    dims = [0, *range(2, inputs[0].dim())]
-    sizes = inputs[0].new_tensor([len(inputs), sum(x.numel() // x.shape[1] for x in inputs)], dtype=torch.float64)
-    total = torch.stack([x.double().sum(dims) for x in inputs]).sum(0)  # (C,)
-    square = torch.stack([x.double().square().sum(dims) for x in inputs]).sum(0)
+    moments = [_take_moments(x) for x in inputs]
+    sizes = inputs[0].new_tensor([len(inputs), sum(count for count, _, _ in moments)], dtype=torch.float64)
+    total = torch.stack([count * mean for count, mean, _ in moments]).sum(0)  # (C,)
+    square = torch.stack([count * (mean**2 + variance) for count, mean, variance in moments]).sum(0)
     sums = [sizes, total, square]
     sums = [a + b for a, b in zip(sums, earlier, strict=True)] if earlier else sums
     sizes, total, square = pool(sums)
@@ -198,3 +190,12 @@ def renew_statistics(
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
     return sums
+
+
+def _take_moments(inputs: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Return how many values (N, C, ...) has of each channel, their means and their variances (C,) in float64."""
+    inputs = inputs if inputs.dtype == torch.float64 else inputs.float()
+    dims, count = [0, *range(2, inputs.dim())], inputs.numel() // inputs.shape[1]
+    mean = inputs.mean(dims)
+    spread = torch.linalg.vector_norm(inputs - mean.view(-1, *(1,) * (inputs.dim() - 2)), dim=dims)
+    return count, mean.double(), spread.double() ** 2 / count

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from timm_autoslim.slicing.tensors import Axis, take_slice
 from timm_autoslim.utils.moments import Moments, Sums
 from timm_autoslim.utils.processes import Pool, pool_alone
 
 # Each layer gets so many rows for each input, but no fewer than this; more change little.
 ROWS_PER_INPUT, LEAST_ROWS = 8, 32768
 _HELD_OUT = 5  # every fifth image tests
+_TOGETHER = 1 << 20  # numbers
 
 
 @dataclass(frozen=True)
@@ -38,28 +41,56 @@ class Layer:
         return self.module.weight[0].numel()
 
 
-def take_rows(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Return what each output of a layer is a sum over: (G, N, positions, I), for inputs as the layer takes them."""
+def take_rows(module: nn.Module, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Return what each output of a layer is a sum over: (G, N, P, I), for inputs as the layer takes them.
+
+    Args:
+        module: the layer.
+        inputs: what enters it.
+        positions: (P,) numbers of positions of the output, or of tokens; all of them if None.
+    """
     inputs = _add_batch(module, inputs)
     if isinstance(module, nn.Linear):
-        return inputs.reshape(1, len(inputs), -1, inputs.shape[-1])
-    assert isinstance(module, nn.Conv1d | nn.Conv2d)
-    kernel, stride, padding, dilation = (
-        (0 if i == 2 else 1, *value) if isinstance(module, nn.Conv1d) else value
-        for i, value in enumerate((module.kernel_size, module.stride, module.padding, module.dilation))
-    )
-    images = inputs[:, :, None] if isinstance(module, nn.Conv1d) else inputs
-    patches = F.unfold(images, kernel, dilation, padding, stride)  # type: ignore[arg-type]  # (N, C k k, positions)
-    return torch.unflatten(patches, 1, (module.groups, -1)).permute(1, 0, 3, 2)
+        rows = inputs.reshape(1, len(inputs), -1, inputs.shape[-1])
+        return rows if positions is None else rows.index_select(2, positions)
+    windows = _view_windows(module, inputs)
+    width = windows.shape[3]
+    chosen = windows.flatten(2, 3) if positions is None else windows[:, :, positions // width, positions % width]
+    rows = chosen.transpose(1, 2).flatten(2)  # (N, P, C kh kw)
+    return torch.unflatten(rows, 2, (_count_groups(module), -1)).permute(2, 0, 1, 3)
 
 
-def take_outputs(module: nn.Module, outputs: Tensor) -> Tensor:
-    """Return the outputs of a layer as (G, N, positions, O), G groups of the layer."""
-    outputs = _add_batch(module, outputs)
-    if isinstance(module, nn.Linear):
-        return outputs.reshape(1, len(outputs), -1, outputs.shape[-1])
+def _view_windows(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return what the kernel of a convolution sees at each position of its output: (N, C, H, W, kh, kw)."""
     assert isinstance(module, nn.Conv1d | nn.Conv2d)
-    return torch.unflatten(outputs.flatten(2), 1, (module.groups, -1)).permute(1, 0, 3, 2)
+    padding = [int(value) for value in module.padding for _ in range(2)]
+    windows = F.pad(inputs, padding[::-1]) if any(padding) else inputs
+    for dim, (kernel, stride, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
+    ):
+        windows = windows.unfold(dim, dilation * (kernel - 1) + 1, stride)[..., ::dilation]
+    return windows[:, :, None, :, None] if isinstance(module, nn.Conv1d) else windows
+
+
+def take_outputs(module: nn.Module, outputs: Tensor, positions: Tensor | None = None, channels: Axis = None) -> Tensor:
+    """Return the outputs of a layer as (G, N, P, O), G groups of the layer.
+
+    Args:
+        module: the layer.
+        outputs: what leaves it, or a layer that has more channels.
+        positions: as for `take_rows`.
+        channels: those of the outputs that are the layer's; all of them if None.
+    """
+    outputs, linear = _add_batch(module, outputs), isinstance(module, nn.Linear)
+    outputs = outputs.reshape(len(outputs), -1, outputs.shape[-1]) if linear else outputs.flatten(2)
+    if positions is not None:
+        outputs = outputs.index_select(1 if linear else 2, positions)
+    outputs = take_slice(outputs, (None, None, channels) if linear else (None, channels, None))
+    return outputs[None] if linear else torch.unflatten(outputs, 1, (_count_groups(module), -1)).permute(1, 0, 3, 2)
+
+
+def _count_groups(module: nn.Module) -> int:
+    return int(getattr(module, "groups", 1))
 
 
 def _add_batch(module: nn.Module, tensor: Tensor) -> Tensor:
@@ -70,15 +101,22 @@ def _add_batch(module: nn.Module, tensor: Tensor) -> Tensor:
 
 def have_same_rows(module: nn.Module, inputs: Tensor, outputs: Tensor) -> bool:
     """Whether inputs and outputs have the same images and positions: both may be channels of other layers."""
-    inputs, outputs = _add_batch(module, inputs), _add_batch(module, outputs)
-    return take_rows(module, inputs[:1].float()).shape[2] == take_outputs(module, outputs[:1]).shape[2]
+    rows = take_rows(module, _add_batch(module, inputs)[:1].float())
+    return rows.shape[2] == _count_rows(module, outputs)[1]
+
+
+def _count_rows(module: nn.Module, outputs: Tensor) -> tuple[int, int]:
+    """Return how many images a layer's outputs are of, and of how many positions or tokens each."""
+    outputs = _add_batch(module, outputs)
+    lengths = outputs.shape[1:-1] if isinstance(module, nn.Linear) else outputs.shape[2:]
+    return len(outputs), math.prod(lengths)
 
 
 def get_weight(module: nn.Module) -> Tensor:
     """Return the weight of a layer as (G, I, O)."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    groups = getattr(module, "groups", 1)
+    groups = _count_groups(module)
     return weight.detach().reshape(groups, len(weight) // groups, -1).transpose(1, 2)
 
 
@@ -92,38 +130,62 @@ def set_weight(module: nn.Module, weight: Tensor, shift: Tensor | None) -> None:
 
 
 def sum_moments(
-    layer: Layer, inputs: list[Tensor], outputs: list[Tensor], pool: Pool = pool_alone
+    layer: Layer, inputs: list[Tensor], outputs: list[Tensor], channels: Axis = None, pool: Pool = pool_alone
 ) -> tuple[Moments, Moments]:
     """Return the moments of four images of five, and those of the fifth.
 
     Args:
         layer: the layer.
         inputs: by batch, what enters it.
-        outputs: by batch, what should come out of it.
+        outputs: by batch, what should come out of it, among other channels.
+        channels: those of the outputs that are the layer's; all of them if None.
         pool: adds up over processes.
     """
-    sums: list[Sums] = []
+    module, device = layer.module, inputs[0].device
     wanted = max(ROWS_PER_INPUT * layer.inputs, LEAST_ROWS)
-    first, count = 0, sum(take_outputs(layer.module, y)[0, :, :, 0].numel() for y in outputs)
-    (total,) = pool([torch.tensor(float(count), device=inputs[0].device)])
-    generator = torch.Generator().manual_seed(0)
-    for x, y in zip(inputs, outputs, strict=True):
-        all_rows, all_targets = take_rows(layer.module, x.float()), take_outputs(layer.module, y)
-        positions = all_rows.shape[2]
+    counts = [_count_rows(module, y) for y in outputs]
+    (total,) = pool([torch.tensor(float(sum(map(math.prod, counts))), device=device)])
+    parts: list[_Rows] = []
+    first, generator = 0, torch.Generator().manual_seed(0)
+    for x, y, (images, positions) in zip(inputs, outputs, counts, strict=True):
         share = max(1, min(positions, round(positions * wanted / int(total))))
-        if share < positions:
-            chosen = torch.randperm(positions, generator=generator)[:share].to(x.device)
-            all_rows, all_targets = all_rows[:, :, chosen], all_targets[:, :, chosen]
-        images = all_rows.shape[1]
-        number = torch.arange(first, first + images, device=x.device) % _HELD_OUT
+        chosen = torch.randperm(positions, generator=generator)[:share].to(device) if share < positions else None
+        rows, targets = take_rows(module, x, chosen).float(), take_outputs(module, y, chosen, channels).float()
+        numbers = range(first, first + images)
         first += images
-        for part, mask in enumerate((number != _HELD_OUT - 1, number == _HELD_OUT - 1)):
-            r, t = all_rows[:, mask].flatten(1, 2).float(), all_targets[:, mask].flatten(1, 2).float()
-            if not sums:
-                sums = [Sums(r.mean(1), t.mean(1)), Sums(r.mean(1), t.mean(1))]
-            sums[part].add(r, t)
-    solving, testing = (part.read(pool) for part in sums)
+        for part, tests in enumerate((False, True)):
+            members = [i for i, number in enumerate(numbers) if (number % _HELD_OUT == _HELD_OUT - 1) == tests]
+            indexes = torch.tensor(members, dtype=torch.long, device=device)
+            r, t = (values.index_select(1, indexes).flatten(1, 2) for values in (rows, targets))
+            if not parts:
+                parts = [_Rows(r, t), _Rows(r, t)]
+            parts[part].add(r, t)
+    solving, testing = (part.read(pool) for part in parts)
     return solving, testing
+
+
+class _Rows:
+    """Rows of several batches, multiplied together: products of few rows are slow."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        """Begin with nothing; (G, R, I) and (G, R, O) are rows near the mean."""
+        self._sums, self._waiting = Sums(x.mean(1), y.mean(1)), [(x[:, :0], y[:, :0])]
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add rows of inputs (G, R, I) and outputs (G, R, O), both in float32."""
+        self._waiting.append((x, y))
+        if sum(inputs.numel() for inputs, _ in self._waiting) >= _TOGETHER:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        x, y = (torch.cat(values, 1) for values in zip(*self._waiting, strict=True))
+        self._sums.add(x, y)
+        self._waiting = [(x[:, :0], y[:, :0])]
+
+    def read(self, pool: Pool) -> Moments:
+        """Return the moments of all rows, of all processes, in float64."""
+        self._multiply()
+        return self._sums.read(pool)
 
 
 def solve(moments: Moments, weight: Tensor, ridge: float) -> Tensor | None:

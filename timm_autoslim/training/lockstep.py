@@ -19,7 +19,7 @@ from timm_autoslim.utils.tensors import collect_tensors
 
 # What is alive besides the inputs and outputs of one layer: residual sums and other branches.
 _ALIVE = 3
-_LARGEST_BATCH = 32
+_LARGEST_BATCH = 64
 
 
 class _Cancelled(BaseException):
@@ -37,12 +37,12 @@ class _Run:
         """Prepare a run.
 
         Args:
-            model: the model.
+            model: the model, in evaluation mode.
             batch: inputs of the model.
             inputs: paths of modules at which it stops with what enters them.
             outputs: paths of modules at which it stops with what leaves them.
         """
-        self.replica = replicate(model, Slices({}, {})).eval()
+        self.replica = replicate(model, Slices({}, {}))
         for name in inputs:
             module = self.replica.get_submodule(name)
             module.register_forward_pre_hook(functools.partial(self._stop_before, name), with_kwargs=True)
@@ -121,7 +121,7 @@ class Lockstep:
         """Take the models, and where they stop.
 
         Args:
-            slim, original: the models.
+            slim, original: the models; the slim model is in evaluation mode.
             layers: paths of modules, of which the original's outputs are yielded.
             norms: paths of modules, of which its inputs are yielded.
             sizes: by stop, the bytes of one image that its layer and all later ones have at most.
@@ -129,7 +129,8 @@ class Lockstep:
             memory: how many bytes activations may take.
             divides: whether batches may be divided; else each counts as one image.
         """
-        self._slim, self._original, self._layers, self._norms = slim, original, layers, norms
+        self._slim, self._layers, self._norms = slim, layers, norms
+        self._original = replicate(original, Slices({}, {})).eval()
         self._capacities = [max(1, memory // (2 * _ALIVE * size)) for size in sizes]  # in images
         largest = min([_LARGEST_BATCH, *(capacity // 4 for capacity in self._capacities[:1])])
         self._batches, self._divides = _divide(batches, max(1, largest)) if divides else batches, divides

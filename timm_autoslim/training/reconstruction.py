@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import ConfigError, WidthError
-from timm_autoslim.slicing.tensors import Axis
+from timm_autoslim.slicing.tensors import Axis, take_slice
 from timm_autoslim.supernet.convert import convert_by
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.training.examine import examine, renew_statistics, take_channels
+from timm_autoslim.training.examine import examine, renew_statistics
 from timm_autoslim.training.least_squares import (
     Layer,
     compare,
@@ -185,18 +185,16 @@ def reconstruct(
         hidden = not progress or (distributed and not is_first())
         with lockstep, tqdm(total=len(solved), desc="reconstruct", unit="layer", disable=hidden, leave=False) as bar:
             for name, inputs, targets in lockstep:
-                if name in kept.outputs:
-                    module = result.get_submodule(name)
-                    targets = [take_channels(target, module, kept.outputs[name]) for target in targets]
+                channels = kept.outputs.get(name)
                 if name in plan.norms:
-                    differing = sum(not _are_equal(x, y) for x, y in zip(inputs, targets, strict=True))
-                    keep = not pool([torch.tensor(float(differing), device=device)])[0]
+                    differs = any(not _are_equal(x, y, channels) for x, y in zip(inputs, targets, strict=True))
+                    keep = not pool([torch.tensor(float(differs), device=device)])[0]
                     statistics[name] = renew_statistics(
                         lockstep.list_modules(name), inputs, earlier=statistics.get(name, ()), keep=keep, pool=pool
                     )
                     changed |= not keep
                     continue
-                report = _solve(layers[name], inputs, targets, pool)
+                report = _solve(layers[name], inputs, targets, channels, pool)
                 if not changed and name not in kept.narrowed and not _follows_narrowed(name, plan.stops, solved, kept):
                     _check_order(report)
                 changed |= report.before is None or report.before > EXACT
@@ -221,8 +219,9 @@ def _set_state(slim: nn.Module, result: nn.Module) -> None:
         slim.load_state_dict(result.state_dict())
 
 
-def _are_equal(inputs: Tensor, targets: Tensor) -> bool:
-    """Whether what enters a module is, but for rounding, what enters it in the original."""
+def _are_equal(inputs: Tensor, targets: Tensor, channels: Axis) -> bool:
+    """Whether what enters a BatchNorm is, but for rounding, what enters those channels of it in the original."""
+    targets = take_slice(targets, (None, channels, *(None,) * (targets.dim() - 2)))
     if inputs.shape != targets.shape:
         return False
     difference, size = (inputs - targets).double().norm(), targets.double().norm()
@@ -298,11 +297,14 @@ def _compare_channels(slim: nn.Module, spec: Spec, supernet: Supernet) -> _Chann
     return _Channels(kept, frozenset(narrowed))
 
 
-def _solve(layer: Layer, inputs: list[Tensor], outputs: list[Tensor], pool: Pool) -> LayerReconstruction:
+def _solve(
+    layer: Layer, inputs: list[Tensor], outputs: list[Tensor], channels: Axis, pool: Pool
+) -> LayerReconstruction:
     """Solve for the weights of one layer, and set them if they are better."""
-    if any(not have_same_rows(layer.module, x, y) for x, y in zip(inputs, outputs, strict=True)):
+    examples = {(x.shape[1:], y.shape[1:]): (x, y) for x, y in zip(inputs, outputs, strict=True)}
+    if any(not have_same_rows(layer.module, x, y) for x, y in examples.values()):
         return _leave(layer, 0, "it mixes positions that are narrowed")
-    solving, testing = sum_moments(layer, inputs, outputs, pool)
+    solving, testing = sum_moments(layer, inputs, outputs, channels, pool)
     if solving.count < 2 * layer.inputs or not testing.count:
         return _leave(layer, solving.count, "fewer than two rows for each input")
     module, weight = layer.module, get_weight(layer.module).double()
