@@ -8,7 +8,9 @@ file.
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,13 @@ def _join_data(args: argparse.Namespace) -> None:
     if data and args.data_dir not in (None, data):
         raise ConfigError(f"{data} and --data-dir {args.data_dir} are two folders of images: give one of them.")
     args.data_dir = data or args.data_dir
+
+
+@functools.cache
+def list_actions(recipe: str) -> dict[str, argparse.Action]:
+    """Return what argparse knows of each flag of a recipe, by name; --help and --config are left out. Only read it."""
+    flags = (action for action in _make_parser(recipe)._actions if action.option_strings)
+    return {action.dest: action for action in flags if action.dest not in ("help", "config")}
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
@@ -124,7 +133,7 @@ def pick_values(recipe: str, config: Mapping[str, Any], where: str = "the config
     Raises:
         ConfigError: a key is unknown, or a value is of the wrong type.
     """
-    actions = {name: {action.dest: action for action in _list_actions(name)} for name in FLAGS}
+    actions = {name: list_actions(name) for name in FLAGS}
     spellings = {key for name in FLAGS for flag in actions[name] for key in (flag, f"{name}_{flag}")}
     shared, prefixed = {}, {}
     for key, value in config.items():
@@ -153,17 +162,12 @@ def _make_parser(recipe: str, doc: str | None = None) -> Parser:
     return parser
 
 
-def _list_actions(recipe: str) -> list[argparse.Action]:
-    flags = (action for action in _make_parser(recipe)._actions if action.option_strings)
-    return [action for action in flags if action.dest not in ("help", "config")]
-
-
 def _convert(action: argparse.Action, key: str, value: object, where: str) -> object:
     """Check one YAML value and convert it as the command line would; `null` means the flag's default."""
     convert: Callable[[Any], Any] = action.type if callable(action.type) else str
     kind = getattr(action.type, "__name__", "text")
     if value is None:
-        return action.default
+        return copy.deepcopy(action.default)
     try:
         if isinstance(action, ON_OFF):
             needed = "true or false"

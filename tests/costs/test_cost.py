@@ -220,7 +220,7 @@ def test_only_what_is_asked_for_is_counted(supernet):
     ("name", "arguments"),
     [
         ("vit_tiny_patch16_224", {"depth": 2, "embed_dim": 96}),
-        ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}),
+        pytest.param("swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1)}, marks=pytest.mark.slow),
         pytest.param("xcit_nano_12_p16_224", {"depth": 2}, marks=pytest.mark.slow),
         ("test_vit", {}),
     ],

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from helpers.latencies import fake_times
+from helpers.marks import slow_but
 from helpers.models import TwoGroups, randomise
 from helpers.searches import IMAGE, SIZES, Branches, LatencyFunction, aligned, charge, in_step
 from torch import nn
@@ -216,9 +217,12 @@ def choose(method, supernet, budget, evaluate, conditions, **more):
     return baseline(supernet, budget, evaluate, method, conditions=conditions, **few).networks[0]
 
 
+LATENCIES = ["latency_ms<=80%", "latency_ms<=50%", "latency_ms<=60% and macs<=40%"]
+
+
 @pytest.mark.parametrize("method", ["fast", "reference", "uniform", "random", "importance", "evolutionary"])
 @pytest.mark.parametrize("milliseconds", [aligned, in_step, slow_when_narrow])
-@pytest.mark.parametrize("budget", ["latency_ms<=80%", "latency_ms<=50%", "latency_ms<=60% and macs<=40%"])
+@pytest.mark.parametrize("budget", slow_but([LATENCIES[-1]], LATENCIES))
 def test_a_reachable_budget_is_met_whatever_the_cost_does(branches, method, milliseconds, budget):
     latency = LatencyFunction(milliseconds)
     setting = branches, [budget], charge(branches, a=5, b=1, c=3), Conditions(latency=latency)

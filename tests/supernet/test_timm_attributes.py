@@ -53,22 +53,21 @@ def list_groups(model, **options):
     return [([id(p) for p in group["params"]], {k: v for k, v in group.items() if k != "params"}) for group in groups]
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_an_optimizer_has_the_groups_of_the_model(kind):
-    model, image = MODELS[kind]()
-    supernet = convert(model, image)
+@pytest.fixture(scope="module", params=MODELS)
+def supernet(request):
+    return convert(*MODELS[request.param]())
+
+
+def test_an_optimizer_has_the_groups_of_the_model(supernet):
     for options in ({}, {"layer_decay": 0.7}):
-        expected = list_groups(model, **options)
+        expected = list_groups(supernet.model, **options)
         assert list_groups(supernet, **options) == expected
         assert len(expected) > 1
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_a_supernet_has_what_its_model_has(kind):
-    model, image = MODELS[kind]()
-    supernet = convert(model, image)
+def test_a_supernet_has_what_its_model_has(supernet):
     for name in TIMM_ATTRIBUTES:
-        assert hasattr(supernet, name) == hasattr(model, name)
+        assert hasattr(supernet, name) == hasattr(supernet.model, name)
     for again in (copy.deepcopy(supernet), pickle.loads(pickle.dumps(convert(TwoGroups(), torch.zeros(1, 3, 8, 8))))):
         assert isinstance(again.model, nn.Module)
     with pytest.raises(AttributeError, match="'Supernet' object has no attribute 'nothing'"):

@@ -121,8 +121,8 @@ class Checking(nn.Module):
     def __init__(self, checks):
         super().__init__()
         self.checks = checks
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in ((3, 64), (64, 72), (72, 80), (80, 96)))
-        self.head = nn.Linear(96, 5)
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in ((3, 32), (32, 36), (36, 40), (40, 48)))
+        self.head = nn.Linear(48, 5)
 
     def forward(self, x):
         for layer in self.layers:
@@ -157,4 +157,4 @@ def test_equal_questions_are_answered_once(monkeypatch):
     monkeypatch.setattr(Check, "find_answer", lambda check, get: tries.append(0) or find_answer(check, get))
     space = convert(Asking(10), torch.zeros(1, 3, 4, 4)).space
     assert [group.floor for group in space.groups] == [2, 2, 2, 2]
-    assert len(tries) <= 2 * (64 + 72 + 80 + 96)  # convert may trace twice
+    assert len(tries) <= 2 * (32 + 36 + 40 + 48)  # convert may trace twice

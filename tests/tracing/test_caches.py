@@ -8,6 +8,7 @@ from collections import defaultdict, deque
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow_but
 from helpers.models import randomise
 from torch import nn
 from torch.nn import functional as F
@@ -410,7 +411,10 @@ def run_by_hand(model, images, widths):
     return F.linear(x, model.head.weight[:, :b], model.head.bias)
 
 
-@pytest.mark.parametrize("when", ["fresh", "after a forward", "after a forward in training"])
+TIMES = slow_but(["fresh", "after a forward"], ["fresh", "after a forward", "after a forward in training"])
+
+
+@pytest.mark.parametrize("when", TIMES)
 @pytest.mark.parametrize("layer", [*FIXING, Constant, *FREE])
 def test_subnets_compute_with_right_tensors(layer, when):
     model = randomise(Net(layer)).eval()
@@ -431,10 +435,8 @@ def test_subnets_compute_with_right_tensors(layer, when):
     assert "inner" in supernet.space.names
 
 
-@pytest.mark.parametrize("when", ["fresh", "after a forward", "after a forward in training"])
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in KEEPERS]
-)
+@pytest.mark.parametrize("when", TIMES)
+@pytest.mark.parametrize("name", slow_but(QUICK, list(KEEPERS)))
 def test_subnets_compute_with_right_numbers(name, when):
     test_subnets_compute_with_right_tensors(KEEPERS[name], when)
 

@@ -164,7 +164,9 @@ def our_groups(graph):
         (lambda: timm.create_model("resnet18"), "fc"),
         pytest.param(lambda: torchvision.models.resnet50(), "fc", marks=pytest.mark.slow),
         pytest.param(lambda: timm.create_model("mobilenetv2_050"), "classifier", marks=pytest.mark.slow),
-        (lambda: torchvision.models.DenseNet(block_config=(3, 3, 2, 2)), "classifier"),
+        pytest.param(
+            lambda: torchvision.models.DenseNet(block_config=(3, 3, 2, 2)), "classifier", marks=pytest.mark.slow
+        ),
         (lambda: torchvision.models.squeezenet1_1(), "classifier.1"),
         (lambda: torchvision.models.vgg11_bn(), "classifier.6"),
     ],

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow_but
 from torch import nn
 
 from timm_autoslim import convert, cost
@@ -101,9 +102,10 @@ CACHES = {
     "a static method": lambda s, b, n, c: s.static(b, n, s.heads, c),
     "a cached property": lambda s, b, n, c: (b, n, s.heads, s.head_dim),
 }
+QUICK_CACHES = ["lru_cache", "a closure", "an object", "a dict of a module", "attributes of a module", "a method"]
 
 
-@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("name", slow_but(QUICK_CACHES, list(CACHES)))
 def test_a_forward_before_changes_nothing(name):
     spaces = []
     for batch in (None, 1, 2):
@@ -182,9 +184,10 @@ DRAWS = {
     "one of the module's": lambda s: s.several[0].rand(),
     "a new one": lambda s: np.random.default_rng().random(),
 }
+QUICK_DRAWS = ["random", "numpy", "torch", "a global generator", "a generator in a list", "the module's of torch"]
 
 
-@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("name", slow_but(QUICK_DRAWS, list(DRAWS)))
 def test_random_numbers_change_nothing(name):
     spaces = []
     for seed in range(3):

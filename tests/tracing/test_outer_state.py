@@ -9,6 +9,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow_but
 from torch import nn
 
 from timm_autoslim import convert, cost, zero_last_norms
@@ -253,7 +254,7 @@ def empty_all():
         cached.cache_clear()
 
 
-@pytest.mark.parametrize("runs", ["no run before", "a run before"])
+@pytest.mark.parametrize("runs", slow_but(["a run before"], ["no run before", "a run before"]))
 @pytest.mark.parametrize("kind", KEEPERS)
 def test_a_trace_leaves_nothing_behind_and_finds_the_same_after_a_run(kind, runs):
     empty_all()

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from helpers.conversions import IMAGE, Net, check_conversion, check_refusal, make_images
+from helpers.marks import slow_but
 from helpers.models import randomise
 from torch import nn
 from torch.nn import functional as F
@@ -67,14 +68,17 @@ def write_view(strides):
     return float(strides[1]) + float(doubled[1])
 
 
-@pytest.mark.parametrize("kind", ["attribute", "buffer", "parameter", "list of tensors"])
+KINDS = ["attribute", "buffer", "parameter", "list of tensors"]
+
+
+@pytest.mark.parametrize("kind", slow_but(["buffer", "list of tensors"], KINDS))
 @pytest.mark.parametrize("use", USES)
 def test_a_forward_may_read_a_tensor_of_the_model(kind, use):
     model = Net(lambda s, x: s.logits(s.part(s.maps(x))), part=Head(kind, USES[use]))
     assert check_conversion(model).space.max().to_dict() == {"stem": 8, "inner": 16}
 
 
-@pytest.mark.parametrize("kind", ["attribute", "buffer", "parameter"])
+@pytest.mark.parametrize("kind", slow_but(["parameter"], KINDS[:3]))
 @pytest.mark.parametrize("use", TENSOR_USES)
 def test_a_forward_may_read_whole_tensors_of_the_model(kind, use):
     model = Net(lambda s, x: s.logits(s.part(s.maps(x))), part=Head(kind, TENSOR_USES[use]))

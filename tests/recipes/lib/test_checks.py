@@ -9,11 +9,11 @@ from helpers.recipes import run_train, write_config
 from timm_autoslim.errors import ConfigError, DataError
 from timm_autoslim.recipes import run
 from timm_autoslim.recipes.lib.checks import RANGES, SCHEDULERS, Range, check_values
-from timm_autoslim.recipes.lib.configuration import _list_actions, check_config, parse_args
+from timm_autoslim.recipes.lib.configuration import check_config, list_actions, parse_args
 from timm_autoslim.recipes.lib.flags import FLAGS
 from timm_autoslim.recipes.lib.parser import share
 
-ACTIONS = {action.dest: (recipe, action) for recipe in FLAGS for action in _list_actions(recipe)}
+ACTIONS = {flag: (recipe, action) for recipe in FLAGS for flag, action in list_actions(recipe).items()}
 NUMBERS = {flag: pair for flag, pair in ACTIONS.items() if pair[1].type in (int, float, share)}
 
 

@@ -50,6 +50,13 @@ def test_value_of_the_wrong_type_is_an_error(tmp_path, key, value, needed):
         parse("train", write_config(tmp_path, **{key: value}))
 
 
+def test_a_default_that_is_changed_is_the_default_of_no_later_run():
+    for _ in range(2):
+        values = pick_values("train", {"model_kwargs": None})
+        assert values == {"model_kwargs": {}}
+        values["model_kwargs"]["depth"] = 1
+
+
 def test_key_values_may_be_written_as_on_a_command_line():
     for value, read in ((True, {}), ("depth=1", {"depth": 1}), (["a=1", "b=[2,3]"], {"a": 1, "b": [2, 3]})):
         assert pick_values("train", {"model_kwargs": value}) == {"model_kwargs": read}
