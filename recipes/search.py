@@ -57,7 +57,7 @@ from timm_autoslim.recipes.lib.loaders import load_batches
 from timm_autoslim.recipes.lib.models import load_supernet
 from timm_autoslim.recipes.lib.networks import SEARCHED, is_searched, list_networks, write_results
 from timm_autoslim.recipes.lib.ownership import own_folder
-from timm_autoslim.recipes.lib.processes import make_accelerator
+from timm_autoslim.recipes.lib.processes import describe_processes, make_accelerator
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args
 from timm_autoslim.recipes.lib.scores import SavedScores
 from timm_autoslim.recipes.lib.shell import run_command
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     texts = write_budgets(args.budgets)
     args = read_args(run, args)
     accelerator = make_accelerator(args)
-    accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}")
+    accelerator.print(describe_processes(accelerator))
     with own_folder(run, accelerator):
         if is_searched(run):
             raise OutputExistsError(

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import gather_object, set_seed
 
 from timm_autoslim import (
     Accuracy,
@@ -49,11 +49,11 @@ from timm_autoslim.recipes.lib.names import is_stored
 from timm_autoslim.recipes.lib.networks import is_searched, read_networks
 from timm_autoslim.recipes.lib.onnx_file import check_onnx
 from timm_autoslim.recipes.lib.ownership import own_folder
-from timm_autoslim.recipes.lib.processes import make_accelerator
+from timm_autoslim.recipes.lib.processes import describe_processes, make_accelerator
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, write_args, write_weights
-from timm_autoslim.recipes.lib.settings import describe_settings, keep_settings
+from timm_autoslim.recipes.lib.settings import check_same, describe_settings, write_settings
 from timm_autoslim.recipes.lib.shell import run_command
-from timm_autoslim.recipes.lib.splits import SPLIT, split_training
+from timm_autoslim.recipes.lib.splits import SPLIT, count_split, split_training
 from timm_autoslim.recipes.lib.stage_folders import check_plan, check_start, choose_start, find_first
 from timm_autoslim.recipes.lib.starting_points import (
     check_starting_flags,
@@ -62,6 +62,7 @@ from timm_autoslim.recipes.lib.starting_points import (
     order_by_images,
 )
 from timm_autoslim.recipes.lib.teacher import check_unlabelled
+from timm_autoslim.recipes.lib.texts import write_count
 from timm_autoslim.recipes.lib.validation import evaluate
 from timm_autoslim.recipes.search import count_widest, make_conditions, search_networks, write_budgets
 
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Path(args.output, args.experiment or args.model.rpartition(":")[2].strip("/").replace("/", "-"))
     args.run = str(run)
     accelerator = make_accelerator(args, run)
-    accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}")
+    accelerator.print(describe_processes(accelerator))
     with own_folder(run, accelerator):
         Slimming(accelerator, args, run).go()
     accelerator.end_training()
@@ -106,12 +107,15 @@ class Slimming:
         self.images = open_images(args)
         args.num_classes = self.images.num_classes
         self.texts = write_budgets(args.budgets)
-        self.stages = Stages(accelerator)
+        self.stages = Stages(accelerator, run / "durations.json")
 
     def go(self) -> None:
         """Run the stages that are not finished, and compare the networks."""
-        same = self._keep_settings()
-        plan = self._test_original(same)
+        with self.stages:
+            self._run_stages(self._test_original())
+
+    def _run_stages(self, plan: list[Stage]) -> None:
+        """Come to the network of every budget, and compare them."""
         check_plan(self.run, plan)
         first = find_first(self.run, plan)
         networks: dict[Budget, Found] = {}
@@ -121,30 +125,28 @@ class Slimming:
             networks[stage.budget], folders[stage.budget] = self._slim_to(stage, source, own)
         self._compare([networks[stage.budget] for stage in plan if stage.asked])
 
-    def _keep_settings(self) -> bool:
-        """Write the settings; return whether they are those of before.
-
-        Raises:
-            ConfigError: they are not, and the work has begun.
-        """
-        path = self.run / "settings.yaml"
-        settings = describe_settings(path, self.args, self.images)
-        begun = any((self.run / name).exists() for name in ("search", "search-progress.json", "finetune"))
-        same = True
-        if self.accelerator.is_main_process:
-            same = keep_settings(path, settings, begun)
-        return bool(broadcast_object_list([same])[0])
-
     # ------------------------------------------------------------------------------------------------ the original
 
-    def _test_original(self, same: bool) -> list[Stage]:
-        """Test the original and make it the supernet of the run; return the searches that lead to the budgets."""
+    def _test_original(self) -> list[Stage]:
+        """Test the original and make it the supernet of the run; return the searches that lead to the budgets.
+
+        Raises:
+            ConfigError: the settings are not those of before, and the work has begun.
+        """
         args, run, accelerator = self.args, self.run, self.accelerator
+        path = run / "settings.yaml"
+        settings = describe_settings(path, args, self.images)
+        begun = any((run / name).exists() for name in ("search", "search-progress.json", "finetune"))
+        same = check_same(path, settings, begun)
         row = read_original(run) if same and (run / SUPERNET).is_file() else None
+        count_split(args, len(self.images.train))  # refuses what leaves no images
         supernet = load_supernet(run, args) if row else self._start(args)
         plan = self._plan(supernet)  # refuses budgets out of reach
+        accelerator.wait_for_everyone()  # all have read what is written now, when nothing is left to refuse
+        if accelerator.is_main_process:
+            write_settings(path, settings)
         self.stages.count = 2 + 2 * len(plan)
-        self.stages.announce(f"the original: {args.model}" + (" (tested before)" if row else ""))
+        self.stages.announce("original", f"the original: {args.model}" + (" (tested before)" if row else ""))
         if not row:
             self._set_up(args, run, supernet)
             begin = time.perf_counter()
@@ -231,7 +233,8 @@ class Slimming:
         args, folder = choose_start(self.args, self.run, stage, source, first)
         start = source.name if source else "the original"
         done = is_searched(folder)
-        self.stages.announce(f"search {budget.text}, from {start}" + (" (done before)" if done else ""))
+        text = f"search {budget.text}"
+        self.stages.announce(text, f"{text}, from {start}" + (" (done before)" if done else ""))
         check_start(args, folder, budget)
         if not done:
             if not (folder / SUPERNET).is_file():
@@ -247,7 +250,7 @@ class Slimming:
         result = Accuracy.load(exported)
         done = bool(result and result.widths == network.widths.to_dict())
         what = "reconstruct, fine-tune, test and export" if args.epochs else "reconstruct, test and export"
-        self.stages.announce(f"{what} {network.name}" + (" (done before)" if done else ""))
+        self.stages.announce(network.name, f"{what} {network.name}" + (" (done before)" if done else ""))
         if not done:
             if not (folder / SUPERNET).is_file():  # of a search whose network was removed
                 self._set_up(args, folder, self._start(args), split=self.run / SPLIT)
@@ -280,11 +283,11 @@ class Slimming:
     def _compare(self, networks: list[Found]) -> None:
         """Load every network again, test it, measure it, and write the table."""
         args, run = self.args, self.run
-        self.stages.announce("load the networks again, test and measure them")
+        self.stages.announce("compare", "load the networks again, test and measure them")
         table = compare_networks(self.accelerator, args, run, self.images, networks)
         if self.accelerator.is_main_process:
             write_guide(run, [network.name for network in networks], args.onnx)
-            threads = f"{args.latency_threads} thread(s)"
+            threads = write_count(args.latency_threads, "thread")
             places = f"{run}/exported" + (f", {run}/onnx" if args.onnx else "")
             print(f"\n{table}\nLatency: {args.latency_runtime} on {args.latency_device}, {threads}, batch "
                   f"{args.cost_batch_size}; the median, and the half of {TURNS} turns in the middle.\n"

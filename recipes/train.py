@@ -32,7 +32,7 @@ from timm_autoslim.recipes.lib.loaders import (
 from timm_autoslim.recipes.lib.models import checkpoint_gradients, make_images, make_supernet
 from timm_autoslim.recipes.lib.networks import is_searched
 from timm_autoslim.recipes.lib.ownership import own_folder
-from timm_autoslim.recipes.lib.processes import make_accelerator, synchronize_norms
+from timm_autoslim.recipes.lib.processes import describe_processes, make_accelerator, synchronize_norms
 from timm_autoslim.recipes.lib.resume import find_start
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, write_args, write_weights
 from timm_autoslim.recipes.lib.sandwich import Sandwich
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Path(args.output, args.experiment or args.model.replace("/", "-"))
     accelerator = make_accelerator(args, run)
     precision = accelerator.mixed_precision.replace("no", "fp32")
-    accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device}, {precision}")
+    accelerator.print(f"{describe_processes(accelerator)}, {precision}")
     with own_folder(run, accelerator):
         check_earlier(run, args.resume)
         train(accelerator, args, run)

@@ -36,6 +36,13 @@ def _once(request, monkeypatch):
         monkeypatch.setattr(convert, "trace_model", trace_once)
 
 
+@pytest.fixture
+def terminal(capsys, monkeypatch):
+    """Let standard error, which is captured, pass for a terminal: bars are shown nowhere else. Returns `capsys`."""
+    monkeypatch.setattr("_pytest.capture.CaptureIO.isatty", lambda _: True, raising=False)  # of the test's own call
+    return capsys
+
+
 def pytest_collection_modifyitems(items):
     """Run tests that fork first: once autograd has threads, which some tests make it start, no process can fork it."""
     items.sort(key=lambda item: "forks" not in item.keywords)

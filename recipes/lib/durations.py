@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from timm_autoslim import Stage, Supernet, estimate_subnets
 from timm_autoslim.recipes.lib.models import make_images
+from timm_autoslim.recipes.lib.run_folder import write_json
 
 
 def time_step(model: nn.Module, images: Tensor) -> float:
@@ -34,28 +37,65 @@ def write_time(seconds: float) -> str:
 
 
 class Stages:
-    """Says which stage of how many begins, and how long each took.
+    """Says which stage of how many begins, and how long each took: in this call, and in those that it goes on from.
+
+    As a context it writes the times to their file when the block ends, in whatever way, unless no stage has begun. A
+    call that is killed by SIGKILL leaves the times of the stages that it had ended.
 
     Attributes:
+        path: of the file, in the run folder.
         count: how many there are; to be set before the first one.
     """
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator, self.count = accelerator, 0
-        self._begin = time.perf_counter()
-        self._begun: list[float] = []
+    def __init__(self, accelerator: Accelerator, path: Path) -> None:
+        self.accelerator, self.path, self.count = accelerator, path, 0
+        self._calls, self._seconds = _read_times(path)
+        self._calls += 1
+        self._names: list[str] = []  # of the stages of this call, the last of which runs
+        self._since = time.perf_counter()
 
-    def announce(self, text: str) -> None:
-        """Say that the next stage begins."""
-        self._begun.append(time.perf_counter())
-        self.accelerator.print(f"\n[{len(self._begun)} of {self.count}] {text}", flush=True)
+    def announce(self, name: str, text: str) -> None:
+        """Say that the next stage begins.
+
+        Args:
+            name: by which it is known again when the command is given again.
+            text: what it does.
+        """
+        if self._names:  # what came before the first one belongs to it
+            self._count_time()
+        self._names.append(name)
+        self.accelerator.print(f"\n[{len(self._names)} of {self.count}] {text}", flush=True)
 
     def describe_times(self) -> str:
         """Return how long all took, and each stage."""
-        now = time.perf_counter()
-        spans = zip(self._begun, [*self._begun[1:], now], strict=True)
-        times = ", ".join(write_time(end - begin) for begin, end in spans)
-        return f"All took {write_time(now - self._begin)}: {times}."
+        self._count_time()
+        times = [self._seconds[name] for name in self._names]
+        calls = f" in {self._calls} calls" if self._calls > 1 else ""
+        return f"All took {write_time(sum(times))}{calls}: {', '.join(map(write_time, times))}."
+
+    def _count_time(self) -> None:
+        """Add what went by to the stage that runs, and write all times."""
+        now, name = time.perf_counter(), self._names[-1]
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+        self._since = now
+        if self.accelerator.is_main_process:
+            write_json(self.path, {"calls": self._calls, "seconds": self._seconds})
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._names:
+            self._count_time()
+
+
+def _read_times(path: Path) -> tuple[int, dict[str, float]]:
+    """Return the number of calls, and the seconds of each stage; none of a file that lacks or is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return int(content["calls"]), {str(name): float(number) for name, number in content["seconds"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return 0, {}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ model = timm.create_model("local-dir:{first}", pretrained=True)
 | `finetune/`, `to-*/finetune/` | flags and curves (`summary.csv`) of the fine-tunings |
 | `supernet.safetensors` | the original, its channels in order: the teacher, and the start of further budgets |
 | `settings.yaml`, `args.yaml`, `original.json`, `held_out.json` | what the run began with |
+| `durations.json` | how long each stage took, over all calls |
 
 Checkpoints of networks that are finished are removed. The same command with further `--budgets`, tighter or in
 other metrics, goes on from here; for that, all but `finetune/` and `onnx/` must stay.

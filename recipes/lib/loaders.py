@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from timm_autoslim.errors import DataError
 from timm_autoslim.recipes.lib.image_sources import Subset
+from timm_autoslim.recipes.lib.texts import write_count
 
 
 def make_training_loader(args: argparse.Namespace, source: Any, indices: Sequence[int]) -> DataLoader[Any]:
@@ -89,6 +90,6 @@ def load_calibration_batches(
     if args.calibration_images < 1 or len(used) < 2 * processes:
         raise DataError(
             f"--calibration-images {args.calibration_images}: {len(used)} images do not measure a BatchNorm in "
-            f"{processes} process(es), which needs two in each and should have hundreds."
+            f"{write_count(processes, 'process', 'processes')}, which needs two in each and should have hundreds."
         )
     return [inputs for inputs, _ in load_batches(args, source, take_share(used, accelerator), accelerator)]

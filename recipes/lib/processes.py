@@ -14,6 +14,7 @@ from torch import nn
 
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.memory import keep_memory
+from timm_autoslim.recipes.lib.texts import write_count
 from timm_autoslim.recipes.lib.trackers import choose_trackers
 
 REFUSED = {
@@ -62,6 +63,11 @@ def make_accelerator(args: argparse.Namespace, folder: Path | None = None) -> Ac
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("float16 needs a GPU (CPUs would silently train in float32): give --amp-dtype bfloat16.")
     return accelerator
+
+
+def describe_processes(accelerator: Accelerator) -> str:
+    """Return how many processes work, and on which device."""
+    return f"{write_count(accelerator.num_processes, 'process', 'processes')} on {accelerator.device}"
 
 
 def synchronize_norms(accelerator: Accelerator, model: nn.Module) -> None:

@@ -43,26 +43,30 @@ def describe_settings(path: Path, args: argparse.Namespace, images: Images) -> d
     return settings
 
 
-def keep_settings(path: Path, settings: Mapping[str, Any], begun: bool) -> bool:
-    """Write the settings of a run to its folder; return whether they are those of before.
+def check_same(path: Path, settings: Mapping[str, Any], begun: bool) -> bool:
+    """Return whether the settings of a run are those of before.
 
     Args:
-        path: of the YAML file.
-        settings: to be written.
+        path: of the settings of before, if there are any.
+        settings: those of now.
         begun: whether work was done that other settings would not fit.
 
     Raises:
         ConfigError: the file has other settings, and the work has begun.
     """
     before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    changes = []
-    if before is not None:
-        names = sorted(before.keys() | settings.keys())
-        changes = [name for name in names if before.get(name) != settings.get(name)]
-        if changes and begun:
-            raise ConfigError(
-                f"{path.parent} was begun with other settings ({', '.join(changes)}): give the same ones to go on, "
-                "or another --experiment."
-            )
+    if before is None:
+        return False
+    names = sorted(before.keys() | settings.keys())
+    changes = [name for name in names if before.get(name) != settings.get(name)]
+    if changes and begun:
+        raise ConfigError(
+            f"{path.parent} was begun with other settings ({', '.join(changes)}): give the same ones to go on, "
+            "or another --experiment."
+        )
+    return not changes
+
+
+def write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a run to its folder."""
     files.write_text(path, yaml.safe_dump(dict(settings), sort_keys=False))
-    return before is not None and not changes

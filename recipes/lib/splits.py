@@ -31,6 +31,18 @@ def split_training(
     """
     if (run / SPLIT).is_file() and not anew:
         return read_split(run, total)
+    used, held_out = count_split(args, total)
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()[:used]
+    write_json(run / SPLIT, {"total": total, "training": order[held_out:], "held_out": order[:held_out]})
+    return order[held_out:], order[:held_out]
+
+
+def count_split(args: argparse.Namespace, total: int) -> tuple[int, int]:
+    """Return how many of the training images the flags ask for, and how many of these are held out.
+
+    Raises:
+        DataError: the flags ask for no image, or leave none to train on.
+    """
     used = _count(args.limit_train, total, "--limit-train")
     held_out = _count(args.held_out, used, "--held-out") if args.held_out else 0
     if held_out >= used:
@@ -38,9 +50,7 @@ def split_training(
             f"--held-out {args.held_out:g} leaves none of {used} training images to train on: "
             f"give a share such as 0.2, or a number well below {used}."
         )
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).tolist()[:used]
-    write_json(run / SPLIT, {"total": total, "training": order[held_out:], "held_out": order[:held_out]})
-    return order[held_out:], order[:held_out]
+    return used, held_out
 
 
 def read_split(run: Path, total: int) -> tuple[list[int], list[int]]:

@@ -109,7 +109,7 @@ class Trainer:
         first = progress.updates * accumulate
         bar: tqdm[NoReturn] = tqdm(
             total=updates_per_epoch, initial=progress.updates, desc=f"epoch {progress.epoch + 1}/{args.epochs}",
-            disable=not self.accelerator.is_main_process, leave=False,
+            disable=None if self.accelerator.is_main_process else True, leave=False,  # None: in a terminal alone
         )  # fmt: skip
         epoch = Epoch(bar, make_mixup(args, progress.epoch))
         with bar:

@@ -26,7 +26,7 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Any]
     model.eval()
     loss, total = 0.0, 0
     hits = torch.zeros(2, dtype=torch.long)  # top-1, top-5
-    quiet = not (name and accelerator.is_main_process)
+    quiet = None if name and accelerator.is_main_process else True  # None: shown in a terminal or a notebook alone
     for inputs, targets in tqdm(loader, desc=f"validate {name}", disable=quiet, leave=False):
         with accelerator.autocast():
             outputs = model(inputs).float()  # (N, classes)

@@ -42,7 +42,7 @@ def watch_train(argv):
 
     class Bar(tqdm):
         def __init__(self, *args, **kwargs):
-            hidden.append(kwargs["disable"])
+            hidden.append(bool(kwargs["disable"]))
             super().__init__(*args, **kwargs)
 
     hook = register_optimizer_step_pre_hook(note)

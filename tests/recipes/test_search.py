@@ -242,7 +242,7 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
     recipe = [str(RECIPES / "search.py"), str(two), "-c", write_config(tmp_path), *PARTS, *argv]
     done = launch_two(*recipe)
     assert done.returncode == 0, done.stderr
-    assert "2 process(es) on cpu" in done.stdout
+    assert "2 processes on cpu" in done.stdout
     assert read_files(two) == read_files(folder)
 
 
@@ -250,9 +250,9 @@ def test_two_processes_find_what_one_finds(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_bar_tells_layer_width_loss_and_distance(folder, capsys):
+def test_the_bar_tells_layer_width_loss_and_distance(folder, terminal):
     steps = run_search(folder, "--budgets", "macs=60%", "macs=40%").steps
-    bar = capsys.readouterr().err
+    bar = terminal.readouterr().err
     for step in (steps[0], steps[-1]):
         assert f"{step.group} -> {step.width}, loss {step.loss:.4f}, " in bar
     assert re.search(r"\+\d+\.\d% to \d+\.\d+ million MACs", bar)

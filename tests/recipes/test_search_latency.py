@@ -52,6 +52,6 @@ def test_two_processes_go_by_the_times_that_one_measures(folder, monkeypatch, tm
     shutil.rmtree(two / "search")
     done = launch_two(str(RECIPES / "search.py"), str(two), "-c", write_config(tmp_path), *argv)
     assert done.returncode == 0, done.stderr
-    assert "2 process(es) on cpu" in done.stdout
+    assert "2 processes on cpu" in done.stdout
     assert (two / "latency.json").read_bytes() == (folder / "latency.json").read_bytes()
     assert replace(SearchResult.load(two / "search" / "searched.json"), seconds=one.seconds) == one

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-from tqdm.auto import tqdm
 
 from timm_autoslim.costs.cost import Cost
 from timm_autoslim.costs.metrics import METRICS
 from timm_autoslim.slimming.budgets import Budget
 from timm_autoslim.slimming.network import Step
 from timm_autoslim.slimming.scoring import Scorer
+from timm_autoslim.utils.bars import show_bar
 
 
 class DescentBar:
@@ -23,9 +21,9 @@ class DescentBar:
         bar: tqdm's, of 100 per cent.
     """
 
-    def __init__(self, widest: Cost, budgets: Sequence[Budget], *, disable: bool = False) -> None:
+    def __init__(self, widest: Cost, budgets: Sequence[Budget], *, shown: bool = True) -> None:
         bar_format = "{l_bar}{bar}| {elapsed}<{remaining} {postfix}"
-        self.bar: Any = tqdm(desc="search", total=100, bar_format=bar_format, disable=disable, leave=False)
+        self.bar = show_bar(desc="search", total=100, bar_format=bar_format, shown=shown)
         limits = [limit for budget in budgets for limit in budget.limits]
         self._goals = {
             metric: sorted({number for name, number in limits if name == metric}, reverse=True)
@@ -58,7 +56,7 @@ class DescentBar:
 @contextlib.contextmanager
 def show_descent(scorer: Scorer, widest: Cost, budgets: Sequence[Budget], progress: bool) -> Iterator[DescentBar]:
     """Show a search while a block runs, in the first process of its team; without `progress` nothing."""
-    bar = DescentBar(widest, budgets, disable=not progress or scorer.team.index > 0)
+    bar = DescentBar(widest, budgets, shown=progress and not scorer.team.index)
     scorer.on_score = bar.count_score
     with bar.bar:
         yield bar
@@ -67,6 +65,6 @@ def show_descent(scorer: Scorer, widest: Cost, budgets: Sequence[Budget], progre
 @contextlib.contextmanager
 def show_scores(scorer: Scorer, text: str, progress: bool) -> Iterator[None]:
     """Count scores in a bar while a block runs, in the first process of a team; without `progress` in none."""
-    with tqdm(desc=text, unit=" scores", disable=not progress or scorer.team.index > 0, leave=False) as bar:
+    with show_bar(desc=text, unit=" scores", shown=progress and not scorer.team.index) as bar:
         scorer.on_score = bar.update
         yield

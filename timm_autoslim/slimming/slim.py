@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from timm_autoslim.costs.conditions import Conditions
 from timm_autoslim.costs.cost import count_cost
@@ -27,6 +26,7 @@ from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.calibration import lacks_variance
 from timm_autoslim.training.reconstruction import reconstruct
 from timm_autoslim.utils.arguments import check_callable, check_flag, check_module
+from timm_autoslim.utils.bars import show_bar
 from timm_autoslim.utils.batches import check_inputs, join_singles, make_input_error
 from timm_autoslim.utils.meta import count_images, run_model
 
@@ -108,7 +108,7 @@ def slim(
     inputs = [batch for batch, _ in pairs]
     if luck := describe_luck(sum(map(count_images, inputs)), len(supernet.space)):
         warnings.warn(luck, stacklevel=2)
-    for stage in tqdm(stages, desc="stages", disable=not progress or len(stages) == 1, leave=False):
+    for stage in show_bar(stages, desc="stages", shown=progress and len(stages) > 1):
         if stage is not stages[0]:
             supernet = convert_by(smaller, inputs[0], **rules)
         if order is not None:

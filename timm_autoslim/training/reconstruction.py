@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import ConfigError, WidthError
@@ -29,6 +28,7 @@ from timm_autoslim.training.least_squares import (
 )
 from timm_autoslim.training.lockstep import Lockstep
 from timm_autoslim.utils.arguments import check_flag, check_integer
+from timm_autoslim.utils.bars import show_bar
 from timm_autoslim.utils.batches import check_inputs, divide_batch, make_empty_error
 from timm_autoslim.utils.meta import count_images
 from timm_autoslim.utils.processes import Pool, check_every_process, choose_pool, copy_from_first, is_first
@@ -182,8 +182,8 @@ def reconstruct(
         )
         changed = False
         statistics: dict[str, list[Tensor]] = {}  # by BatchNorm
-        hidden = not progress or (distributed and not is_first())
-        with lockstep, tqdm(total=len(solved), desc="reconstruct", unit="layer", disable=hidden, leave=False) as bar:
+        shown = progress and (not distributed or is_first())
+        with lockstep, show_bar(total=len(solved), desc="reconstruct", unit="layer", shown=shown) as bar:
             for name, inputs, targets in lockstep:
                 channels = kept.outputs.get(name)
                 if name in plan.norms:

@@ -4,14 +4,16 @@ import pytest
 import yaml
 
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.recipes.lib.settings import keep_settings
+from timm_autoslim.recipes.lib.settings import check_same, write_settings
 
 
 def test_settings_may_change_until_the_work_has_begun(tmp_path):
     path = tmp_path / "settings.yaml"
-    assert not keep_settings(path, {"lr": 1}, begun=False)
-    assert not keep_settings(path, {"lr": 2}, begun=False)
+    assert not check_same(path, {"lr": 1}, begun=False)
+    write_settings(path, {"lr": 1})
+    assert not check_same(path, {"lr": 2}, begun=False)
+    write_settings(path, {"lr": 2})
     assert yaml.safe_load(path.read_text()) == {"lr": 2}
     with pytest.raises(ConfigError, match=r"was begun with other settings \(lr\)"):
-        keep_settings(path, {"lr": 3}, begun=True)
-    assert keep_settings(path, {"lr": 2}, begun=True)
+        check_same(path, {"lr": 3}, begun=True)
+    assert check_same(path, {"lr": 2}, begun=True)
