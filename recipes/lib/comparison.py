@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from timm_autoslim.recipes.lib.validation import evaluate
 
 ORIGINAL = "original.json"  # of a run folder
 TURNS = 9  # in which each network is measured
+_QUIET = 0.9  # share of the time that a process has the processor where nothing else runs
 # Share of the test images, or number, that may change sides: other kernels may run on other batches of other devices.
 _OTHER_SIDE = 0.001, 3
 
@@ -121,14 +124,29 @@ def compare_networks(
         pair = torch.cat([inputs for inputs, _ in make_evaluation_loader(args, images.test, range(2))])
         for network in networks:
             write_onnx(run / "exported" / network.name, pair, run / "onnx" / f"{network.name}.onnx")
-    turns = measure_turns(
-        models, make_images(args, args.cost_batch_size), device=args.latency_device, runtime=args.latency_runtime,
-        threads=args.latency_threads, rounds=TURNS, repeats=5,
-    )  # fmt: skip
+    with _warn_if_busy(args.latency_device):
+        turns = measure_turns(
+            models, make_images(args, args.cost_batch_size), device=args.latency_device, runtime=args.latency_runtime,
+            threads=args.latency_threads, rounds=TURNS, repeats=5,
+        )  # fmt: skip
     first, *others = [replace(row, **describe_turns(times)) for row, times in zip(rows, turns, strict=True)]
     table = make_table(first, others)
     files.write_text(run / "table.md", table)
     return table
+
+
+@contextlib.contextmanager
+def _warn_if_busy(device: str) -> Iterator[None]:
+    """Say, after a block that measures on a CPU, if other work took the processor from this process meanwhile."""
+    wall, own = time.perf_counter(), time.process_time()
+    yield
+    share = (time.process_time() - own) / max(time.perf_counter() - wall, 1e-9)
+    if torch.device(device).type == "cpu" and share < _QUIET:
+        print(
+            f"Warning: other work had the processor for {1 - share:.0%} of the time in which latencies were measured: "
+            "they are too long, and not by the same factor. The same command measures them again.",
+            flush=True,
+        )
 
 
 def make_table(original: Row, networks: Sequence[Row]) -> str:

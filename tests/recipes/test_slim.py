@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -398,6 +399,20 @@ def test_the_table_says_what_was_lost():
 def test_the_spread_of_a_latency_is_that_of_the_half_in_the_middle():
     row = Row("original", 80.0, 1, 1, 1, **describe_turns([9.0, 1.0, 2.0, 3.0, 2.5]))
     assert make_table(row, []).splitlines()[2].endswith("| 2.5 ms [1.5, 6] |")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "device", "warns"),
+    [(0.95, "cpu", False), (0.4, "cpu", True), (4.0, "cpu", False), (0.4, "cuda:0", False)],
+)
+def test_a_busy_machine_is_told_where_latencies_are_measured(seconds, device, warns, monkeypatch, capsys):
+    clocks = SimpleNamespace(perf_counter=iter([5.0, 6.0]).__next__, process_time=iter([1.0, 1.0 + seconds]).__next__)
+    monkeypatch.setattr(comparison, "time", clocks)
+    with comparison._warn_if_busy(device):
+        pass
+    text = capsys.readouterr().out
+    assert ("Warning: other work had the processor for 60% of the time" in text) is warns
+    assert warns or not text
 
 
 def test_the_original_teaches_where_it_knows_the_classes():
