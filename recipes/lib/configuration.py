@@ -22,6 +22,7 @@ from timm_autoslim.recipes.lib.checks import check_values
 from timm_autoslim.recipes.lib.flags import DEFAULTS, FLAGS
 from timm_autoslim.recipes.lib.names import read_data_settings, resolve_name
 from timm_autoslim.recipes.lib.parser import ON_OFF, KeyValues, Parser
+from timm_autoslim.recipes.lib.width_flags import Choices, read_choices
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -168,6 +169,8 @@ def _convert(action: argparse.Action, key: str, value: object, where: str) -> ob
     kind = getattr(action.type, "__name__", "text")
     if value is None:
         return copy.deepcopy(action.default)
+    if isinstance(action, Choices):
+        return read_choices(value)
     try:
         if isinstance(action, ON_OFF):
             needed = "true or false"
@@ -176,7 +179,7 @@ def _convert(action: argparse.Action, key: str, value: object, where: str) -> ob
             needed = "a mapping"
             return _expect(_read_pairs(value, key) if isinstance(value, (str, list)) or value is True else value, dict)
         if action.nargs is not None:
-            needed = f"a list of {kind}"
+            needed = f"a list of {action.nargs} {kind}s" if isinstance(action.nargs, int) else f"a list of {kind}s"
             items = value if isinstance(value, list) else [value]
             if isinstance(action.nargs, int) and len(items) != action.nargs:
                 raise ValueError

@@ -20,6 +20,7 @@ from timm_autoslim.recipes.lib.training_flags import (
     add_teacher,
     add_training_flags,
 )
+from timm_autoslim.recipes.lib.width_flags import add_width_flags
 
 CROPS = ("center", "squash", "border")
 
@@ -83,22 +84,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mean", type=float, nargs="+", help="per channel; as the model has it if not given")
     group.add_argument("--std", type=float, nargs="+", help="per channel; as the model has it if not given")
     group.add_argument("--interpolation", help="how images are resized; as the model has it if not given")
-    group.add_argument("--crop-pct", type=float, help="share that a test crops; as the model has it if not given")
+    group.add_argument("--crop-pct", type=share, help="share that a test crops; as the model has it if not given")
     group.add_argument("--crop-mode", choices=CROPS, help="how a test crops; as the model has it if not given")
     group.add_argument("--drop", type=float, help="the model argument drop_rate")
     group.add_argument("--drop-path", type=float, help="the model argument drop_path_rate")
-    group.add_argument("--freeze", nargs="*", default=[], metavar="GLOB", help="modules that keep all channels")
-    group.add_argument("--min-width", type=share, help="narrowest share of every group's channels")
-    group.add_argument("--divisor", type=int, help="widths are multiples of this")
-    group.add_argument(
-        "--choices",
-        nargs="*",
-        default={},
-        action=KeyValues,
-        metavar="GLOB=[...]",
-        help="widths of the groups that a glob matches, such as layer1=[8,16,32] or '*=[0.25,0.5]', which are shares; "
-        "wins over the two above",
-    )
+    add_width_flags(group)
     group.add_argument(
         "--dataset",
         help="'digits' (scikit-learn's, the default without --data-dir) or a name that timm's create_dataset knows: "
@@ -132,7 +122,7 @@ def add_supernet_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--sandwich-delay",
-        type=float,
+        type=share,
         default=0.0,
         metavar="SHARE",
         help="share of all steps that train the widest alone, before the others join (delayed shrinking)",
@@ -175,7 +165,7 @@ def add_distillation_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--teach-widest",
-        type=float,
+        type=share,
         default=0.0,
         metavar="SHARE",
         help="share of --teacher's loss in the loss of the widest; the rest is the loss on the labels",

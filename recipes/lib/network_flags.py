@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from timm_autoslim import BASELINES, CRITERIA, METRICS, MODES, RANKINGS, REFINEMENTS, RUNTIMES
-from timm_autoslim.recipes.lib.parser import ON_OFF
+from timm_autoslim.recipes.lib.parser import ON_OFF, share
 from timm_autoslim.recipes.lib.training_flags import add_teacher
 
 
@@ -89,7 +89,7 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("distillation", "what the network learns from besides the labels")
     group.add_argument(
         "--teach",
-        type=float,
+        type=share,
         default=0.5,
         metavar="SHARE",
         help="share of the teacher's loss; the labels have the rest",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from timm_autoslim import DISTILLATION_LOSSES
-from timm_autoslim.recipes.lib.parser import ON_OFF, KeyValues
+from timm_autoslim.recipes.lib.parser import ON_OFF, KeyValues, share
 
 
 def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def add_optimizer_flags(parser: argparse.ArgumentParser) -> None:
 def add_augmentation_flags(parser: argparse.ArgumentParser) -> None:
     """Flags about augmentation and regularization, of the recipes that train."""
     group = parser.add_argument_group("augmentation and regularization")
-    group.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
+    group.add_argument("--scale", type=share, nargs=2, default=[0.08, 1.0], help="area of the random crop")
     group.add_argument("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect of the random crop")
     group.add_argument("--train-interpolation", help="how training images are resized, or random; as --interpolation")
     group.add_argument("--hflip", type=float, default=0.5)

@@ -86,9 +86,11 @@ def test_a_range_has_bounds_or_not():
         ),
         *(
             (f"{flag} {text}", f"{flag} {text}: needed KEY=VALUE")
-            for flag in ("--model-kwargs", "--opt-kwargs", "--teacher-kwargs", "--choices")
+            for flag in ("--model-kwargs", "--opt-kwargs", "--teacher-kwargs")
             for text in ("foo", "=3")
         ),
+        ("--choices foo", "--choices: 'foo' is no width; needed widths of all groups, .* or of those"),
+        ("--choices =3", "--choices: =3 has no glob; needed"),
         ("--in-chans 4 --mean 0.5 --std 0.5", r"--in-chans 4: images are read in gray \(1\) or in colour \(3\)"),
     ],
 )
