@@ -5,6 +5,7 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers.models import TwoGroups
 from torch import nn
@@ -109,9 +110,20 @@ def test_rules_take_numpys_integers_and_make_them_pythons_own():
         ),
         ({"min": {"iner": 8}}, r"min: got a glob \('iner'\) that matches no group; .*; the closest are \['inner'"),
         ({"divisor": {"layer*": 8}}, r"divisor: got a glob \('layer\*'\) that matches no group"),
+        (
+            {"min": {"head": 8}},
+            r"min: got a glob \('head'\) that matches modules whose channels are all fixed \(an output of the.*\); .*"
+            r"leave it out: min says nothing of fixed channels",
+        ),
         ({"choices": {"layer*": [8]}}, r"choices: got a glob \('layer\*'\) that matches no group"),
     ],
 )
 def test_rules_that_cannot_be_kept_are_refused(rules, message):
     with pytest.raises(WidthError, match=message):
         space_with(**rules)
+
+
+def test_a_glob_of_frozen_modules_says_so():
+    text = r"'layer1'\) that matches modules whose channels are all fixed \(frozen by the user \(layer1\)\)"
+    with pytest.raises(WidthError, match=text + ".*leave it out: min says nothing of fixed channels"):
+        convert(timm.create_model("resnet10t", num_classes=10), IMAGE, freeze="layer1", min={"layer1": 8})

@@ -11,8 +11,7 @@ from typing import Any
 from timm_autoslim.costs.metrics import METRICS
 from timm_autoslim.errors import WidthError
 from timm_autoslim.slimming.budgets import Budget
-from timm_autoslim.supernet.convert import FROZEN
-from timm_autoslim.supernet.rules import DEFAULT_MIN, build_space, read_share
+from timm_autoslim.supernet.rules import DEFAULT_MIN, FROZEN, build_space, read_share
 from timm_autoslim.supernet.space import SearchSpace
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.tracing.graph import ChannelGraph

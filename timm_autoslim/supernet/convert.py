@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,8 @@ from torch import nn
 from timm_autoslim.artifact.recognition import recognize
 from timm_autoslim.artifact.spec import TORCHVISION, derive_spec
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
-from timm_autoslim.supernet.rules import build_space
+from timm_autoslim.supernet.conflicts import list_conflicts
+from timm_autoslim.supernet.rules import FROZEN, build_space
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace, trace_model
@@ -23,8 +25,6 @@ from timm_autoslim.utils.globs import describe_near, matches
 
 # Tried one after the other if neither the user nor the model gives a size.
 _USUAL_SIZES = (224, 299, 256, 32)
-# Why channels are fixed that a glob of the user freezes.
-FROZEN = "frozen by the user ({})"
 
 
 def _make_examples(model: nn.Module) -> list[Any]:
@@ -130,7 +130,9 @@ def convert(
         min: the least width of a group: a share of its size (0.25 or "25%") or a number (int), for all or by glob. Like
             that of `freeze`, a glob of a module stands for all modules in it.
         divisor: widths that are sampled and searched are multiples of it, for all or by glob.
-        choices: the widths that are sampled and searched, numbers or shares, for all or by glob.
+        choices: the widths that are sampled and searched, numbers or shares, for all or by glob. They win over `min`
+            and `divisor`; of several globs of one argument that match a group the last wins. A rule for some groups of
+            another is an exception from it; of all other contradictions there is a warning, which names both.
         base, base_args: the timm name ("resnet18") or "torchvision/NAME", and its arguments, that build the model
             again; an exported model needs them. A timm model that was created by name has its name already, and also
             its arguments if timm keeps them (1.0.31 does) and they are JSON; `base_args` are added to these. For a
@@ -178,6 +180,8 @@ def convert(
     trace = _trace_examples(model, example_input, keep_output, whole_heads)
     trace = replace(trace, graph=_freeze_modules(trace.graph, freeze))
     space = build_space(trace.graph, min, divisor, choices)
+    for text in list_conflicts(space):
+        warnings.warn(text, stacklevel=4)  # beyond the two decorators
     supernet = Supernet(model, trace, space, spec)
     return supernet if order is None else order_supernet(supernet, order, batches, distributed=distributed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
@@ -18,6 +19,8 @@ from timm_autoslim.utils.globs import describe_near, matches
 DEFAULT_MIN = 0.15
 # Widths are multiples of 8 channels as in the paper, or of fewer where a group would have less than this many steps.
 DEFAULT_STEPS = 8
+# Why channels are fixed that a glob of the user freezes.
+FROZEN = "frozen by the user ({})"
 
 ByGlob = Mapping[str, Any]
 
@@ -54,6 +57,8 @@ def build_space(
 ) -> SearchSpace:
     """Return the search space of a graph; `min`, `divisor` and `choices` are one value for all, or values by glob.
 
+    Where several globs of one argument match a group, the last of them wins; `choices` win over `min` and `divisor`.
+
     Raises:
         WidthError: a value is out of range, or a glob matches no group.
     """
@@ -72,10 +77,22 @@ def build_space(
     for key, rule in rules.items():
         for glob in rule:
             if glob not in matching_globs[key]:
-                got, needed = f"a glob ({glob!r}) that matches no group", "globs of group names or their modules"
                 paths = dict.fromkeys((*graph.names, *(p for group in groups for p in group.producers)))
-                raise WidthError.at(key, got=got, needed=needed, remedy=describe_near(str(glob), paths))
+                raise _make_glob_error(graph, key, str(glob), paths)
     return SearchSpace(graph, groups, given)
+
+
+def _make_glob_error(graph: ChannelGraph, rule: str, glob: str, paths: Iterable[str]) -> WidthError:
+    """Return the error for a glob that matches no group; it may match modules whose channels are fixed."""
+    needed = "globs of group names or their modules"
+    reasons = Counter(reason for (name, _), reason in graph.fixed.items() if matches(name.rpartition(".")[0], glob))
+    if not reasons:
+        got = f"a glob ({glob!r}) that matches no group"
+        return WidthError.at(rule, got=got, needed=needed, remedy=describe_near(glob, paths))
+    texts = [reason for reason in reasons if reason.startswith(FROZEN.partition("{}")[0])]
+    texts = texts or [reason for reason, _ in reasons.most_common(2)]
+    got = f"a glob ({glob!r}) that matches modules whose channels are all fixed ({'; '.join(texts)})"
+    return WidthError.at(rule, got=got, needed=needed, remedy=f"leave it out: {rule} says nothing of fixed channels")
 
 
 def _build_group(
@@ -86,7 +103,7 @@ def _build_group(
     if divisor is None or divisor < 1:
         raise WidthError.at(name, got=f"divisor={values['divisor']!r}", needed="an integer of at least 1")
     least = DEFAULT_MIN if values["min"] is None else values["min"]
-    lowest = max(floor, round(share * size)) if (share := read_share(least)) else as_integer(least)
+    lowest = find_width(least, size, floor)
     if lowest is None or not floor <= lowest <= size:
         raise WidthError.at(name, got=f"min={least!r}", needed=f"an integer from {floor} to {size}, or {_SHARE}")
     first = -(-lowest // divisor) * divisor
@@ -111,6 +128,11 @@ def _read_choice(group: ChannelGroup, choice: Any) -> int:
         needed = f"an integer from {group.floor} to {group.size}, or {_SHARE}"
         raise WidthError.at(group.name, got=f"the width {choice!r}", needed=needed)
     return group.check_width(choice)
+
+
+def find_width(value: Any, size: int, floor: int) -> Any:
+    """Return the width of a group of some size and floor that a number or a share is; None if it is neither."""
+    return max(floor, round(share * size)) if (share := read_share(value)) else as_integer(value)
 
 
 def read_share(value: Any) -> float | None:

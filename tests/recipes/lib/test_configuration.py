@@ -41,7 +41,8 @@ def test_unknown_key_is_an_error_that_names_the_nearest(tmp_path, key, nearest):
     ("key", "value", "needed"),
     [
         ("epochs", "many", "int"), ("epochs", 1.5, "int"), ("epochs", True, "int"), ("lr", [1], "float"),
-        ("amp", "yes please", "true or false"), ("model_kwargs", [1], "a mapping"), ("scale", [1.0], "a list of 2 share"),
+        ("amp", "yes please", "true or false"), ("model_kwargs", [1], "a mapping"),
+        ("scale", [1.0], "a list of 2 shares"),
         ("rank", "error", "one of 'loss', 'per_cost'"), ("model", {"a": 1}, "text"),
     ],
 )  # fmt: skip
