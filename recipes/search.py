@@ -69,7 +69,6 @@ def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
     args = parse_args("search", __doc__, argv)
     run = Path(args.run)
-    texts = write_budgets(args.budgets)
     args = read_args(run, args)
     accelerator = make_accelerator(args)
     accelerator.print(describe_processes(accelerator))
@@ -78,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             raise OutputExistsError(
                 f"{run}/search holds a finished search: to search again, rename or remove it first."
             )
-        search_networks(accelerator, args, run, texts)
+        search_networks(accelerator, args, run, args.budgets)
     accelerator.end_training()
 
 
@@ -138,13 +137,6 @@ def search_networks(
         print_results(results)
         print(f"Search: {run / 'search'}")
         scores.path.unlink(missing_ok=True)
-
-
-def write_budgets(flags: Sequence[str]) -> list[str]:
-    """Return --budgets as texts that the search reads: `macs=50%` and `50%` are `macs<=50%`; several limits stay so."""
-    flags = [flag if "=" in flag else f"macs<={flag}" for flag in flags]
-    texts = [flag if "<=" in flag else flag.replace("=", "<=", 1) for flag in flags]
-    return list(dict.fromkeys(" ".join(text.split()) for text in texts))
 
 
 def make_conditions(args: argparse.Namespace, budgets: Sequence[str | Budget], team: Team) -> Conditions:

@@ -64,7 +64,7 @@ from timm_autoslim.recipes.lib.starting_points import (
 from timm_autoslim.recipes.lib.teacher import check_unlabelled
 from timm_autoslim.recipes.lib.texts import write_count
 from timm_autoslim.recipes.lib.validation import evaluate
-from timm_autoslim.recipes.search import count_widest, make_conditions, search_networks, write_budgets
+from timm_autoslim.recipes.search import count_widest, make_conditions, search_networks
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,7 +106,6 @@ class Slimming:
         self.accelerator, self.args, self.run = accelerator, args, run
         self.images = open_images(args)
         args.num_classes = self.images.num_classes
-        self.texts = write_budgets(args.budgets)
         self.stages = Stages(accelerator, run / "durations.json")
 
     def go(self) -> None:
@@ -209,8 +208,8 @@ class Slimming:
 
     def _plan(self, supernet: Supernet) -> list[Stage]:
         team = Team(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
-        conditions = make_conditions(self.args, self.texts, team)
-        budgets = dict.fromkeys(parse_budgets(supernet, self.texts, conditions=conditions))
+        conditions = make_conditions(self.args, self.args.budgets, team)
+        budgets = dict.fromkeys(parse_budgets(supernet, self.args.budgets, conditions=conditions))
         widest = count_widest(supernet, list(budgets), conditions)
         budgets_in_order = sorted(budgets, key=lambda budget: budget.used(widest))
         return plan_stages(budgets_in_order, widest, from_widest=bool(self.args.choices or self.args.min_width))

@@ -17,6 +17,7 @@ from helpers.specs import make_spec
 from helpers.subprocesses import run_apart
 from torchvision.io import write_png
 
+from timm_autoslim import inspect
 from timm_autoslim.__main__ import main
 from timm_autoslim.artifact.build import build_slim
 from timm_autoslim.artifact.export import export
@@ -259,3 +260,16 @@ def test_a_script_may_follow_two_dashes(capsys):
 def test_a_size_that_no_image_has_is_refused(size, capsys):
     assert main(["inspect", "resnet10t", "--size", size]) == 1
     assert f"error: size={size}: no image has this height and width" in capsys.readouterr().err
+
+
+def test_inspect_has_the_flags_of_widths_that_recipes_have(capsys):
+    words = ["--img-size", "32", "--in-chans", "1", "--num-classes", "7", "--freeze", "conv1", "layer1"]
+    assert main(["inspect", "resnet10t", *words, "--divisor", "16", "--choices", "layer4=[25%,64]", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    model = timm.create_model("resnet10t", in_chans=1, num_classes=7)
+    rules = {"freeze": ["conv1", "layer1"], "divisor": 16, "choices": {"layer4": ["25%", 64]}}
+    groups = inspect(model, torch.zeros(1, 1, 32, 32), **rules).groups
+    assert [(g["name"], tuple(g["choices"])) for g in shown["groups"]] == [(g.name, g.choices) for g in groups]
+    assert {name: shown[name] for name in rules} == rules
+    assert main(["inspect", "resnet10t", "--min-width", "50%", "--freeze", "layr1"]) == 1
+    assert "error: freeze: got a glob ('layr1') that matches no module" in capsys.readouterr().err

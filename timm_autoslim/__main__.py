@@ -19,6 +19,7 @@ from timm_autoslim.costs.inspection import inspect as inspect_model
 from timm_autoslim.errors import ArtifactError, AutoSlimError, TraceError
 from timm_autoslim.recipes.lib.names import choose_size_args, create_meta, resolve_name
 from timm_autoslim.recipes.lib.parser import KeyValues, Parser
+from timm_autoslim.recipes.lib.width_flags import add_width_flags
 
 
 def inspect(name: str, args: Namespace) -> str:
@@ -33,8 +34,11 @@ def inspect(name: str, args: Namespace) -> str:
         ArtifactError: the constructor refuses the arguments.
         TraceError: the model cannot be traced, or not at this size.
         NothingToSlimError: no channel of it can be removed.
+        WidthError: a rule matches nothing, or is out of range.
     """
-    example, kwargs, name = None, dict(args.model_kwargs), resolve_name(name)
+    example, name = None, resolve_name(name)
+    flags = {key: value for key in ("num_classes", "in_chans") if (value := getattr(args, key)) is not None}
+    kwargs = {**flags, **args.model_kwargs}
     if args.img_size is not None:
         try:
             example = torch.empty(1, kwargs.get("in_chans", 3), args.img_size, args.img_size, device="meta")
@@ -43,9 +47,10 @@ def inspect(name: str, args: Namespace) -> str:
                 f"size={args.img_size}: no image has this height and width ({error}); needed: pixels, such as 224"
             ) from error
         kwargs = {**choose_size_args(name, args.img_size), **kwargs}
-    inspection = inspect_model(create_meta(name, **kwargs), example)  # shapes are all that is read
+    rules = {"freeze": args.freeze, "min": args.min_width, "divisor": args.divisor, "choices": args.choices or None}
+    inspection = inspect_model(create_meta(name, **kwargs), example, **rules)  # shapes are all that is read
     if args.json:
-        return json.dumps({"model": name, "model_kwargs": kwargs, **inspection.to_dict()}, indent=1)
+        return json.dumps({"model": name, "model_kwargs": kwargs, **rules, **inspection.to_dict()}, indent=1)
     lines = [f"{name}: {len(inspection.groups)} groups, traced and proven in {inspection.seconds:.1f} s", ""]
     lines += [str(inspection), *(["", inspection.list_modules()] if args.modules else [])]
     return "\n".join(lines)
@@ -155,7 +160,10 @@ def _make_parser() -> Parser:
     )
     look.add_argument("model", help="a timm name, torchvision/NAME, a folder, or hf-hub:OWNER/NAME")
     look.add_argument("--img-size", "--size", type=int, help="height and width of the images")
+    look.add_argument("--in-chans", type=int, help="channels of the images")
+    look.add_argument("--num-classes", type=int, help="classes of the model")
     look.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE")
+    add_width_flags(look)
     look.add_argument("--modules", action="store_true", help="also list the MACs of every module")
     look.add_argument("--json", action="store_true", help="print all of it as JSON, that of the modules too")
     show = commands.add_parser("report", help="write RUN/report.html and figures of all RUN/search/*.json")

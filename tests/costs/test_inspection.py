@@ -26,6 +26,16 @@ def test_an_inspection_says_what_the_supernet_says():
     assert [group["name"] for group in content["groups"]] == list(supernet.space.names)
 
 
+def test_an_inspection_takes_the_rules_of_convert():
+    model, image = timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32)
+    rules = {"freeze": "layer1", "min": 0.5, "choices": {"layer4": [64]}}
+    assert inspect(model, image, **rules).groups == convert(model, image, **rules).space.groups
+    with pytest.raises(TypeError, match=r"inspect\(\) got an unexpected keyword argument 'mim': did you mean 'min'"):
+        inspect(model, image, mim=0.5)
+    with pytest.raises(TypeError, match=r"'order'; rules are freeze, min, divisor, choices, keep_output, whole"):
+        inspect(model, image, order="l1")
+
+
 def test_what_is_no_model_is_refused():
     with pytest.raises(TraceError, match="got a str"):
         inspect("resnet18")

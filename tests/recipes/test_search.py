@@ -113,14 +113,6 @@ def test_refining_can_be_turned_off(folder):
     assert refined.networks[0].cost.macs >= rough.networks[0].cost.macs
 
 
-def test_budgets_become_texts():
-    assert search.write_budgets(["macs=50%", JOINT, "params=1M", "macs<=50%", "50%"]) == [
-        "macs<=50%",
-        "macs<=60% and params <= 50%",
-        "params<=1M",
-    ]
-
-
 # -- the held-out images ----------------------------------------------------------------------------------------------
 
 

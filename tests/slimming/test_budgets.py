@@ -39,17 +39,23 @@ def test_a_budget_must_be_positive(text):
         ("macs<=300", {"macs": 300}),
         ("macs <= 60% and params<=2k", {"macs": 600, "params": 2000}),
         ("params<=1.5M   and  macs<=12.5%", {"params": 1.5e6, "macs": 125}),
+        ("macs=60%", {"macs": 600}),
+        ("macs=60% and params = 2k", {"macs": 600, "params": 2000}),
+        (" 60% ", {"macs": 600}),
+        ("3e2", {"macs": 300}),
     ],
 )
-def test_several_limits_are_read(text, limits):
-    assert dict(parse_limits(text, Cost(1000, 10**6)).limits) == pytest.approx(limits)
+def test_limits_are_read(text, limits):
+    budget = parse_limits(text, Cost(1000, 10**6))
+    assert dict(budget.limits) == pytest.approx(limits)
+    assert parse_limits(budget.text, Cost(1000, 10**6)) == budget
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "the budget: got ''; needed: a text of METRIC<=AMOUNT joined by `and`, such as"),
-        ("50%", "the budget: got '50%'; needed: a text of METRIC<=AMOUNT"),
+        ("300MB", "the budget: got '300MB'; needed: a number"),
         ("macs>=5", "the budget: got 'macs>=5'; needed: a text of METRIC<=AMOUNT"),
         ("macs<=5 and", "needed: a text of METRIC<=AMOUNT|the budget: got '5 and'"),
         ("macs<=5 and 7", "the budget: got 'macs<=5 and 7'; needed: a text of METRIC<=AMOUNT"),

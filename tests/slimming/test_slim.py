@@ -2,13 +2,14 @@
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from timm_autoslim import convert, cost, export, slim
+from timm_autoslim import Budget, convert, cost, export, slim
 from timm_autoslim.errors import BudgetError, DataError, EvaluationError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*held-out images are few")
@@ -33,7 +34,8 @@ def count_macs(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("budget", "share"), [("50%", 0.5), ({"macs": "60%"}, 0.6), ("macs<=55% and params<=60%", 0.55)]
+    ("budget", "share"),
+    [("50%", 0.5), ({"macs": "60%"}, 0.6), ("macs<=55% and params<=60%", 0.55), ("macs=50%", 0.5), (["45%"], 0.45)],
 )
 def test_an_ordinary_model_within_the_budget_comes_back(budget, share, tmp_path):
     model, batches = make_model(), make_batches()
@@ -138,6 +140,26 @@ def test_a_far_budget_is_met_in_stages(rules, stages, capsys, tmp_path):
 def test_stages_know_the_gradients_of_their_own_networks():
     smaller = slim(make_model(), "30%", make_batches(), cross_entropy, progress=False, order="taylor")
     assert all(parameter.grad is None for parameter in smaller.parameters())
+
+
+def test_a_budget_object_stands_for_itself():
+    model, batches = make_model(), make_batches()
+    limit = cost(convert(model, batches[0][0])).macs // 2
+    smaller = slim(model, Budget((("macs", float(limit)),)), batches, cross_entropy, progress=False, order=None)
+    assert cost(convert(smaller, batches[0][0])).macs <= limit
+
+
+@pytest.mark.parametrize(
+    ("inputs", "text"),
+    [
+        (np.zeros((20, 3, 32, 32), np.float32), r"batches\[0\]: got an array of numpy; .*from_numpy"),
+        ([1, 2], r"batches\[0\]: got a list; .*; each batch of slim is a pair: \(images, targets\), or"),
+        ((torch.zeros(20, 3, 32, 32),) * 4, r"batches\[0\]: got a tuple; .*; each batch of slim is a pair"),
+    ],
+)
+def test_inputs_that_are_none_are_told_what_slim_takes(inputs, text):
+    with pytest.raises(DataError, match=text):
+        slim(make_model(), "50%", [(inputs, torch.zeros(20).long())], cross_entropy)
 
 
 def test_several_budgets_are_refused():

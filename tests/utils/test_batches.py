@@ -1,5 +1,8 @@
 """Batches: what is none is named, with its position and what to do."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -93,7 +96,7 @@ def test_one_image_in_all_is_too_few():
 
 def test_a_batch_of_one_image_of_another_size_cannot_be_joined():
     with pytest.raises(
-        DataError, match=r"\(\[\(2, 3, 4, 4\)\] and \[\(1, 3, 5, 5\)\]\); needed: two .* drop_last=True"
+        DataError, match=r"batch is \(2, 3, 4, 4\) of .* and \(1, 3, 5, 5\) of .*; needed: two .* drop_last=True"
     ):
         list(join_singles([IMAGES, torch.zeros(1, 3, 5, 5)], lambda _: True))
 
@@ -102,6 +105,28 @@ def test_batches_whose_targets_are_no_tensors_cannot_be_joined():
     with pytest.raises(DataError, match="two images or more"):
         list(join_singles([(IMAGES, [3, 4]), (IMAGES[:1], [5])], lambda _: True))
     assert len(next(join_singles([(IMAGES, "train"), (IMAGES[:1], "train")], lambda _: True))[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "text"),
+    [
+        ("a.jpg", "b.jpg", "batch[1] is 'a.jpg' in one and 'b.jpg' in the other"),
+        ({"y": torch.zeros(4), "path": "a"}, {"y": torch.zeros(1), "path": "b"}, "batch[1]['path'] is 'a' in one"),
+        ({"y": 3}, {"z": 3}, "batch[1] is {'y': 3} in one and {'z': 3} in the other"),
+        ((torch.zeros(4), torch.zeros(2)), (torch.zeros(1), torch.zeros(2)), "batch[1][1] ((2,) of torch.float32"),
+        (torch.zeros(4), torch.zeros(1).long(), "batch[1] is (4,) of torch.float32 on cpu in one and (1,) of"),
+        ([3, 4], [5], "batch[1] is [3, 4] in one and [5] in the other"),
+    ],
+)
+def test_what_keeps_batches_from_being_joined_is_named(one, other, text):
+    images = torch.zeros(4, 3, 8, 8)
+    with pytest.raises(DataError, match=re.escape(text)):
+        list(join_singles([(images, one), (images[:1], other)], lambda _: True))
+
+
+def test_an_array_of_numpy_is_told_how_it_becomes_a_tensor():
+    with pytest.raises(DataError, match=r"batches\[0\]: got an array of numpy; .* torch.from_numpy\(array\)"):
+        list(check_batches([np.zeros((2, 3, 8, 8))]))
 
 
 def test_inputs_that_the_model_does_not_take_are_named():

@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_autoslim.costs.cost import cost_by_module
 from timm_autoslim.costs.reach import Reach, reach
-from timm_autoslim.supernet.convert import convert
+from timm_autoslim.supernet.convert import check_rules, convert
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.supernet.widths import ChannelGroup
 from timm_autoslim.tracing.solve import OUTPUT, UNUSED
@@ -106,16 +106,20 @@ class Inspection:
         }  # fmt: skip
 
 
-def inspect(model: nn.Module, example_input: Any = None) -> Inspection:
+def inspect(model: nn.Module, example_input: Any = None, **rules: Any) -> Inspection:
     """Return what can be slimmed in a model, how far, and what is fixed and why. The model is not changed.
 
     Args:
         model: any model; on the meta device too.
         example_input: as for `convert`.
+        **rules: further arguments of `convert`: `freeze=`, `min=`, `divisor=`, `choices=`, `keep_output=` and
+            `whole_heads=`.
 
     Raises:
         TraceError: the model cannot be traced.
         NothingToSlimError: no channel of it can be removed.
+        WidthError: a rule matches nothing, or is out of range.
+        TypeError: a rule that `convert` does not have.
 
     Example:
         >>> import timm, torch
@@ -124,8 +128,9 @@ def inspect(model: nn.Module, example_input: Any = None) -> Inspection:
         >>> round(found.reach.half.macs / found.reach.widest.macs, 2)
         0.25
     """
+    check_rules("inspect", rules, left_out=("example_input", "order", "batches", "distributed", "base", "base_args"))
     start = time.perf_counter()
-    supernet = convert(model, example_input)
+    supernet = convert(model, example_input, **rules)
     seconds = time.perf_counter() - start
     space, limits = supernet.space, reach(supernet)
     half = cost_by_module(supernet, space.uniform(0.5))

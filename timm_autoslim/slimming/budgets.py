@@ -17,8 +17,9 @@ Limit = tuple[str, Amount]  # a metric, and the amount as the user wrote it
 
 _SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "": 1.0}
 _AMOUNT = re.compile(r"(.*?)(%|[kKMG]|[KMG]i)?", re.DOTALL)
-_LIMIT = re.compile(r"\s*(\w+)\s*<=(.*)")
-_FORMS = 'a dict such as {"macs": ["60%", "300M"]}, or a list such as ["macs<=300M and params<=2M"]'
+_LIMIT = re.compile(r"\s*(\w+)\s*<?=(.*)")
+_BARE = re.compile(r"\s*[+-]?[\d.][^=<>\s]*\s*")  # an amount without a metric: of MACs
+_FORMS = 'a dict such as {"macs": ["60%", "300M"]}, or a list such as ["50%", "macs<=300M and params<=2M"]'
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def parse_amount(amount: Amount, widest: float) -> float:
 def parse_limits(text: str, widest: Cost) -> Budget:
     """Return the budget that a text such as "macs<=300M and params<=40%" names; per cent are of the widest subnet.
 
+    `macs=300M` is the same as `macs<=300M`, and so is `300M`.
+
     Raises:
         BudgetError: the text is not of this form, a metric is unknown or named twice, or an amount is malformed.
     """
@@ -128,12 +131,14 @@ def parse_limits(text: str, widest: Cost) -> Budget:
 def _split(text: str) -> list[Limit]:
     """Return the limits of a text as they stand there."""
     limits: dict[str, Amount] = {}
+    if isinstance(text, str) and _BARE.fullmatch(text):
+        return [("macs", text)]
     for part in re.split(r"\sand\s", text) if isinstance(text, str) else [""]:
         match = _LIMIT.fullmatch(part)
         if match is None:
             needed = (
                 "a text of METRIC<=AMOUNT joined by `and`, such as "
-                f'"macs<=300M and params<=2M", metrics {list(METRICS)}'
+                f'"macs<=300M and params<=2M", or an amount of MACs, metrics {list(METRICS)}'
             )
             raise BudgetError.at("the budget", got=repr(text), needed=needed)
         METRICS.pick(match[1])

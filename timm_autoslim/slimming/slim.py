@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -15,13 +13,13 @@ from torch import Tensor, nn
 from timm_autoslim.costs.conditions import Conditions
 from timm_autoslim.costs.cost import count_cost
 from timm_autoslim.errors import BudgetError, DataError, EvaluationError
-from timm_autoslim.slimming.budgets import Budgets
+from timm_autoslim.slimming.budgets import Budget, Budgets
 from timm_autoslim.slimming.goals import parse_budgets
 from timm_autoslim.slimming.luck import describe_luck
 from timm_autoslim.slimming.scoring import HeldOut
 from timm_autoslim.slimming.search import search
 from timm_autoslim.slimming.stages import Stage, plan_stages
-from timm_autoslim.supernet.convert import convert, convert_by, order_supernet
+from timm_autoslim.supernet.convert import check_rules, convert_by, order_supernet
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.calibration import lacks_variance
 from timm_autoslim.training.reconstruction import reconstruct
@@ -36,7 +34,7 @@ Pair = tuple[Any, Any]
 
 def slim(
     model: M,
-    budget: str | float | Mapping[str, Any],
+    budget: str | float | Mapping[str, Any] | Budget,
     batches: Iterable[Pair],
     loss: Callable[[Any, Any], Tensor],
     *,
@@ -59,7 +57,7 @@ def slim(
     Args:
         model: a trained model.
         budget: a share of the MACs ("50%"), their number ("300M", 3e8), one or several limits
-            ("macs<=300M and latency_ms<=4"), or {metric: amount}.
+            ("macs=50%", "macs<=300M and latency_ms<=4"), {metric: amount}, or a `Budget`.
         batches: pairs of inputs (N, C, H, W) and targets on the model's device, not augmented. They order the channels,
             rank the subnets and reconstruct the layers. 500 to 5,000 images are good, in 8 batches or more. Several
             inputs are a tuple or, by name, a dict, as `convert` takes them: `((image, mask), targets)`. A batch of one
@@ -97,7 +95,8 @@ def slim(
     check_module("model", model)
     check_callable("loss", loss, DataError, "a callable loss(outputs, targets) that returns a scalar")
     check_flag("progress", progress)
-    _check_rules(rules)
+    own = ("order", "maximize", "conditions", "progress", "seed")
+    check_rules("slim", rules, own, left_out=("example_input", "order", "batches", "distributed"))
     pairs = _check_pairs(model, batches)
     smaller: nn.Module = copy.deepcopy(model).eval()  # whose gradients are ours, and whose modes
     _try_first(smaller, pairs[0], loss)
@@ -145,28 +144,13 @@ def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: b
 
 
 def _read_budget(budget: Any) -> Budgets:
-    """Return a budget as `search` takes it: a text with limits as it is, an amount as one of MACs."""
+    """Return a budget as `search` takes it; a number is one of MACs."""
     if isinstance(budget, list | tuple):
         return list(budget)
-    if isinstance(budget, str) and "<=" in budget:
+    if isinstance(budget, str | Budget):
         return [budget]
     budgets: Budgets = budget if isinstance(budget, Mapping) else {"macs": budget}
     return budgets
-
-
-def _check_rules(rules: Mapping[str, Any]) -> None:
-    """Make sure that all rules are arguments of `convert` that `slim` leaves to the caller.
-
-    Raises:
-        TypeError: one is not.
-    """
-    taken = ("model", "example_input", "order", "batches", "distributed")
-    names = [name for name in inspect.signature(convert).parameters if name not in taken]
-    for name in rules:
-        if name not in names:
-            near = difflib.get_close_matches(name, [*names, "maximize", "conditions", "progress", "seed"], n=1)
-            hint = f": did you mean {near[0]!r}?" if near else f"; rules are {', '.join(names)}"
-            raise TypeError(f"slim() got an unexpected keyword argument {name!r}{hint}")
 
 
 def _try_first(model: nn.Module, pair: Pair, loss: Callable[[Any, Any], Tensor]) -> None:
@@ -207,7 +191,8 @@ def _check_pairs(model: nn.Module, batches: Iterable[Any]) -> list[Pair]:
             raise DataError.at(f"batch {index}", got=f"a {type(pair).__name__}", needed=needed)
     if not pairs:
         raise DataError.at("batches", got="none", needed=needed)
-    for _ in check_inputs(model, [inputs for inputs, _ in pairs]):
+    remedy = "each batch of slim is a pair: (images, targets), or ((image, mask), targets) for several inputs"
+    for _ in check_inputs(model, [inputs for inputs, _ in pairs], remedy):
         pass
     return pairs
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -199,6 +201,28 @@ def order_supernet(
 
     model = reorder_channels(supernet.model, supernet.graph, order, batches, distributed=distributed)
     return Supernet(model, supernet._trace, supernet.space, supernet._spec)
+
+
+def check_rules(
+    function: str, rules: Mapping[str, Any], own: Sequence[str] = (), *, left_out: Sequence[str] = ()
+) -> None:
+    """Make sure that what a function has got as `**rules` are arguments of `convert` that it hands on.
+
+    Args:
+        function: its name.
+        rules: what it has got.
+        own: keywords that it has besides.
+        left_out: arguments of `convert` that it gives itself; those of the model are never rules.
+
+    Raises:
+        TypeError: a rule is none of them.
+    """
+    names = [name for name in inspect.signature(convert).parameters if name not in ("model", *left_out)]
+    for name in rules:
+        if name not in names:
+            near = difflib.get_close_matches(name, [*names, *own], n=1)
+            hint = f": did you mean {near[0]!r}?" if near else f"; rules are {', '.join(names)}"
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 
 
 def convert_by(model: nn.Module, batch: Any, **rules: Any) -> Supernet:

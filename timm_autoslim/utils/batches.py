@@ -6,14 +6,17 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from timm_autoslim.errors import AutoSlimError, DataError, quote_error
+from timm_autoslim.utils.arguments import quote
 from timm_autoslim.utils.meta import count_images, run_model
 from timm_autoslim.utils.tensors import collect_tensors, map_tensors
 
 NEEDED = "an iterable of at least one input tensor (N, C, H, W)"
+_LOADER = "if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`"  # a remedy
 JOINED = 32  # images in a batch that is made of batches of one image
 
 
@@ -35,10 +38,12 @@ def check_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     return (_check_batch(index, batch) for index, batch in enumerate(batches))
 
 
-def _check_batch(index: int, batch: Tensor) -> Tensor:
+def _check_batch(index: int, batch: Tensor, remedy: str = _LOADER) -> Tensor:
     where, needed = f"batches[{index}]", "an input tensor (N, C, H, W) of at least one image"
+    if isinstance(batch, np.ndarray):
+        remedy = "torch.from_numpy(array) makes a tensor of it, in the type of the model's weights after .float()"
+        raise DataError.at(where, got="an array of numpy", needed=needed, remedy=remedy)
     if not isinstance(batch, Tensor):
-        remedy = "if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`"
         raise DataError.at(where, got=f"a {type(batch).__name__}", needed=needed, remedy=remedy)
     if not batch.dim() or not len(batch):
         raise DataError.at(where, got=f"the shape {tuple(batch.shape)}", needed=needed)
@@ -47,12 +52,13 @@ def _check_batch(index: int, batch: Tensor) -> Tensor:
     return batch
 
 
-def check_inputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
+def check_inputs(model: nn.Module, batches: Iterable[Any], remedy: str = _LOADER) -> Iterator[Any]:
     """Return an iterator over batches of a model's inputs; each is checked when it is reached.
 
     Args:
         model: the model.
         batches: of one input tensor, or of several inputs as a tuple or, by name, as a dict.
+        remedy: what the caller may do whose batches are none.
 
     Raises:
         DataError: as `check_batches` does; or a batch does not fit the model's forward.
@@ -60,15 +66,15 @@ def check_inputs(model: nn.Module, batches: Iterable[Any]) -> Iterator[Any]:
     if isinstance(batches, Mapping):
         raise DataError.at("batches", got=f"a {type(batches).__name__}", needed=NEEDED, remedy="pass [inputs] for one")
     check_batches(batches)
-    return (_check_inputs(model, index, batch) for index, batch in enumerate(batches))
+    return (_check_inputs(model, index, batch, remedy) for index, batch in enumerate(batches))
 
 
-def _check_inputs(model: nn.Module, index: int, batch: Any) -> Any:
+def _check_inputs(model: nn.Module, index: int, batch: Any, remedy: str) -> Any:
     tensors = collect_tensors(batch)
     if isinstance(batch, Tensor) or not tensors:
-        return _check_batch(index, batch)
+        return _check_batch(index, batch, remedy)
     if isinstance(batch, tuple | Mapping) and not _fits(model, batch):
-        raise make_structure_error(index, batch)
+        raise make_structure_error(index, batch, remedy)
     _check_batch(index, tensors[0])
     for tensor in tensors[1:]:
         if tensor.is_floating_point() and bool(tensor.isnan().any()):
@@ -92,14 +98,14 @@ def _fits(model: nn.Module, batch: tuple[Any, ...] | Mapping[str, Any]) -> bool:
     return True
 
 
-def make_structure_error(index: int, batch: Any, cause: Exception | None = None) -> DataError:
+def make_structure_error(index: int, batch: Any, remedy: str = _LOADER, cause: Exception | None = None) -> DataError:
     """Return the error for a batch of a structure that the model does not take; `cause` is what its forward raised."""
     raised = "" if cause is None else f"; the forward raised {type(cause).__name__}: {quote_error(cause)}"
     return DataError.at(
         f"batches[{index}]",
         got=f"a {type(batch).__name__}",
         needed="inputs of the model's forward: a tensor (N, C, H, W), or several as a tuple or, by name, as a dict",
-        remedy=f"if the loader yields (inputs, targets), pass `(inputs for inputs, _ in loader)`{raised}",
+        remedy=f"{remedy}{raised}",
     )
 
 
@@ -116,7 +122,7 @@ def run_batch(model: nn.Module, index: int, batch: Any) -> Any:
     except (TypeError, AttributeError) as error:
         if isinstance(batch, Tensor):
             raise
-        raise make_structure_error(index, batch, error) from error
+        raise make_structure_error(index, batch, cause=error) from error
     except (RuntimeError, ValueError) as error:
         raise make_input_error(f"batches[{index}]", batch, error) from error
 
@@ -206,8 +212,10 @@ def _join(batches: Sequence[Any]) -> Any:
         if of_images and len({(tensor.shape[1:], tensor.dtype, tensor.device) for tensor in column}) == 1:
             joined.append(torch.cat(column))
     if {len(of_one) for of_one in tensors} != {len(joined)} or not _have_same_rest(batches):
-        shapes = " and ".join(str([tuple(tensor.shape) for tensor in of_one]) for of_one in (tensors[0], tensors[-1]))
-        got = f"a batch of one image, too few for a BatchNorm, and a neighbour that it cannot be joined to ({shapes})"
+        others = zip(batches, images, strict=True)
+        texts = (_describe_difference(batches[0], other, images[0], count) for other, count in others)
+        difference = next(filter(None, texts), "their structure differs")
+        got = f"a batch of one image, too few for a BatchNorm, that cannot be joined to its neighbour: {difference}"
         remedy = "leave it out, as drop_last=True in a DataLoader does"
         raise DataError.at("batches", got=got, needed="two images or more in each batch", remedy=remedy)
     remaining = iter(joined)
@@ -218,6 +226,32 @@ def _have_same_rest(batches: Sequence[Any]) -> bool:
     """Whether batches differ in their tensors alone."""
     first, *others = (map_tensors(lambda _: torch.zeros(()), batch) for batch in batches)
     return all(repr(other) == repr(first) for other in others)
+
+
+def _describe_difference(a: Any, b: Any, images: int, others: int, where: str = "") -> str:
+    """Say what keeps two batches, of so many images each, from being joined: the first place and what is there."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = a.shape[1:] == b.shape[1:] and a.dtype == b.dtype and a.device == b.device
+        if same and a.dim() and len(a) == images and len(b) == others:
+            return ""
+        if same and a.shape == b.shape:
+            return f"batch{where} ({_describe(a)}) has no dimension of images"
+    elif isinstance(a, Mapping) and isinstance(b, Mapping) and a.keys() == b.keys():
+        texts = (_describe_difference(a[key], b[key], images, others, f"{where}[{key!r}]") for key in a)
+        return next(filter(None, texts), "")
+    elif isinstance(a, list | tuple) and type(a) is type(b) and len(a) == len(b):
+        pairs = enumerate(zip(a, b, strict=True))
+        texts = (_describe_difference(x, y, images, others, f"{where}[{index}]") for index, (x, y) in pairs)
+        return next(filter(None, texts), "")
+    elif type(a) is type(b) and repr(a) == repr(b):
+        return ""
+    return f"batch{where} is {_describe(a)} in one and {_describe(b)} in the other"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{tuple(value.shape)} of {value.dtype} on {value.device}"
+    return quote(value)
 
 
 def _list_tensors(batch: Any) -> list[Tensor]:

@@ -11,7 +11,6 @@ from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.configuration import parse_args, pick_values
 from timm_autoslim.recipes.lib.flags import FLAGS
 from timm_autoslim.recipes.lib.models import make_supernet
-from timm_autoslim.recipes.search import write_budgets
 
 CONFIGS = RECIPES / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -83,7 +82,7 @@ def test_every_config_parses_and_its_budgets_are_in_reach(name):
     args.num_classes = args.num_classes or 10
     with torch.device("meta"):
         supernet = make_supernet(args)
-    texts = write_budgets(parse_args("search", None, ["somewhere", "-c", str(path)]).budgets)
+    texts = parse_args("search", None, ["somewhere", "-c", str(path)]).budgets
     for budget in parse_budgets(supernet, texts):
         ((metric, limit),) = budget.limits
         uniform = cost(supernet, uniform_at(supernet, metric, limit))
