@@ -93,11 +93,11 @@ def test_budgets_that_cannot_be_met_are_refused():
 
 
 @pytest.mark.slow
-def test_progress_is_shown_unless_it_is_off(capsys):
+def test_progress_is_shown_unless_it_is_off(terminal):
     slim(make_model(), "90%", make_batches(), cross_entropy)
-    assert "reconstruct" in capsys.readouterr().err
+    assert "reconstruct" in terminal.readouterr().err
     slim(make_model(), "90%", make_batches(), cross_entropy, progress=False)
-    assert not capsys.readouterr().err
+    assert not terminal.readouterr().err
 
 
 @pytest.mark.slow
@@ -126,10 +126,10 @@ def test_several_inputs_and_structured_outputs(order):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("rules", "stages"), [({}, 2), ({"min": 0.05}, 1)])
-def test_a_far_budget_is_met_in_stages(rules, stages, capsys, tmp_path):
+def test_a_far_budget_is_met_in_stages(rules, stages, terminal, tmp_path):
     model, batches = make_model().eval(), make_batches(4)
     smaller = slim(model, "30%", batches, cross_entropy, base_args={"num_classes": 10}, **rules)
-    assert (" 1/2 [" in capsys.readouterr().err) == (stages == 2)
+    assert (" 1/2 [" in terminal.readouterr().err) == (stages == 2)
     assert 0.28 < count_macs(smaller) / count_macs(model) <= 0.3
     again = timm.create_model(f"local-dir:{export(smaller, tmp_path / 'slim')}", pretrained=True).eval()
     with torch.no_grad():

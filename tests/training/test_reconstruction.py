@@ -519,11 +519,11 @@ def test_a_layer_behind_narrowed_ones_that_are_left_is_no_sign_of_another_order(
     assert head.before > 0.9 > 0.95 * head.after
 
 
-def test_progress_is_shown_unless_it_shall_not(capsys):
+def test_progress_is_shown_unless_it_shall_not(terminal):
     torch.manual_seed(0)
     model, images = Redundant(), make_images()
     supernet = convert(model, images[:2])
     reconstruct(narrow(supernet, inner=8), supernet, [images])
-    assert "/3 [" in capsys.readouterr().err
+    assert "/3 [" in terminal.readouterr().err
     reconstruct(narrow(supernet, inner=8), supernet, [images], progress=False)
-    assert capsys.readouterr().err == ""
+    assert terminal.readouterr().err == ""
