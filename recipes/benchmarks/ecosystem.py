@@ -7,7 +7,9 @@
 Packages that are not installed are skipped, and named. No weights are downloaded: models are built small, with random
 weights. Each is converted twice, as it is built and after a forward, and both must have the same search space. The
 widest subnet must give the model's outputs, and it, one of half width and a random one those of their extracted models,
-bit for bit, in evaluation mode.
+bit for bit, in evaluation mode. A model that keeps more than 0.35 of its MACs at half width is converted once more, and
+keeps the channels of its results alone (`keep_output=`: logits, boxes, similarities), while the features that it
+returns may be narrower. So are models that return nothing but features; those whose results have no such names are not.
 
 One process for each model (forked, so that nothing is imported twice), with limits of memory and time. Results are one
 JSON line a model; a run that is started again goes on with the models that have none.
@@ -32,8 +34,16 @@ from timm_autoslim import Supernet, convert, reach
 from timm_autoslim.recipes.benchmarks.lib.children import describe_error, run_children
 from timm_autoslim.recipes.benchmarks.lib.ecosystem import PACKAGES, Build
 from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
+from timm_autoslim.utils.globs import matches
+from timm_autoslim.utils.tensors import name_tensors
 
 GOAL = 0.35  # of the MACs at half width
+RESULTS = ("logits*", "pred_boxes*", "pred_logits*", "*_logits")  # names of outputs that are results
+FEATURES = {  # by package, how the names of classes end whose outputs are features
+    "transformers": ("Model", "Backbone"),
+    "monai": ("ViT",),
+    "kornia": ("VisionTransformer",),
+}
 
 
 def find_build(name: str) -> Build:
@@ -73,6 +83,8 @@ def measure(name: str) -> dict[str, Any]:
         row |= {"repairs": supernet.repairs, "unruled": supernet.unruled, "equal": check_equal(supernet, example)}
         space = describe_space(supernet)
         del supernet
+    if row.get("half", 0) > GOAL:
+        row |= measure_features(name)
     other, example = build(name)
     with torch.no_grad():
         call(other, example)
@@ -82,6 +94,28 @@ def measure(name: str) -> dict[str, Any]:
         row["half_after"] = round((costs := reach(after)).half.macs / costs.widest.macs, 4)
     except Exception as error:
         row["error_after"] = describe_error(error)
+    return row
+
+
+def measure_features(name: str) -> dict[str, Any]:
+    """Convert one model so that it keeps the channels of its results alone; return its reach and what it keeps.
+
+    It returns nothing if the model's outputs are results, but do not say so by their names.
+    """
+    model, example = build(name)
+    with torch.no_grad():
+        names = dict.fromkeys(output for output, _ in name_tensors(call(model, example)))
+    kept = [glob for glob in RESULTS if any(matches(output, glob) for output in names)]
+    if not kept and not type(model).__name__.endswith(FEATURES.get(name.partition(": ")[0], ())):
+        return {}
+    row: dict[str, Any] = {"results": kept}
+    try:
+        supernet = convert(model, example, keep_output=kept or False)
+    except Exception as error:
+        return row | {"error_of_results": describe_error(error)}
+    reached = reach(supernet)
+    row["half_of_results"] = round(reached.half.macs / reached.widest.macs, 4)
+    row["equal_of_results"] = check_equal(supernet, example)
     return row
 
 
@@ -142,12 +176,15 @@ def summarize(rows: list[dict[str, Any]]) -> list[str]:
         return ["- No model converts."]
     alike, halves = [row for row in good if row["same"]], [row["half"] for row in good]
     near, wrong = [half for half in halves if half <= GOAL], [row for row in good if row["equal"]]
+    free = [row.get("half_of_results", row["half"]) for row in good]
+    free_near = [half for half in free if half <= GOAL]
     random = sum(row["equal"].startswith("the model itself") for row in wrong)
     return [
         f"- {len(good)} of {len(rows)} models convert as built and after a forward ({len(good) / len(rows):.0%}), "
         f"{len(alike)} ({len(alike) / len(rows):.0%}) with the same search space both times.",
         f"- Half width leaves a median of {statistics.median(halves):.3f} of the MACs, and at most {GOAL} in "
-        f"{len(near)} of {len(good)} ({len(near) / len(good):.0%}).",
+        f"{len(near)} of {len(good)} ({len(near) / len(good):.0%}) where all outputs keep their channels; in "
+        f"{len(free_near)} ({len(free_near) / len(good):.0%}) where returned features may be narrower.",
         f"- Subnets give what their extracted models give, bit for bit, in {len(good) - len(wrong)}; "
         f"{random} give other outputs each time they are called, and {len(wrong) - random} differ.",
         f"- Conversion takes a median of {statistics.median(row['seconds'] for row in good):.1f} s of one core, "
@@ -173,9 +210,10 @@ def make_table(rows: list[dict[str, Any]], missing: list[str]) -> str:
     lines += [f"| {package} | not installed | | | |" for package in missing if package not in packages]
     lines += [
         "",
-        "| model | params | groups | MACs at half | s | checked | what holds it, or why it does not convert |",
+        "| model | params | groups | MACs at half | features free | s | checked | what holds it, or why it does not "
+        "convert |",
     ]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|---|---|")
     for package in packages:
         own = [row for row in rows if row["name"].startswith(f"{package}: ")]
         lines += [make_line(row) for row in sorted(own, key=lambda row: (-row.get("half", 2), row["name"]))]
@@ -187,7 +225,7 @@ def make_line(row: dict[str, Any]) -> str:
     params = f"{row['params'] / 1e6:.1f}M" if "params" in row else ""
     if "error" in row:
         text = row["error"].replace("|", "/").replace("\n", " ")
-        return f"| {row['name']} | {params} | | | | | {text} |"
+        return f"| {row['name']} | {params} | | | | | | {text} |"
     texts = [f"{reason} ({share:.2f})" for reason, share in row["obstacles"][:3] if share > 0.02]
     notes = texts if row["half"] > GOAL else []
     if "error_after" in row:
@@ -195,9 +233,11 @@ def make_line(row: dict[str, Any]) -> str:
     elif not row["same"]:
         notes = [f"another search space after a forward ({row['half_after']:.3f})", *notes]
     text = "; ".join(notes).replace("|", "/").replace("\n", " ")
-    check = row["equal"] or "equal"
+    check = row["equal"] or row.get("equal_of_results") or "equal"
+    free = f"{row['half_of_results']:.3f}" if "half_of_results" in row else ""
     return (
-        f"| {row['name']} | {params} | {row['groups']} | {row['half']:.3f} | {row['seconds']:.1f} | {check} | {text} |"
+        f"| {row['name']} | {params} | {row['groups']} | {row['half']:.3f} | {free} | {row['seconds']:.1f} | {check} | "
+        f"{text} |"
     )
 
 

@@ -102,7 +102,7 @@ def check_conversion(model, example=IMAGE, inputs=None, count=True, **options):
             if count:
                 assert counter.get_total_flops() == 2 * 2 * cost(supernet, widths).macs  # two images, two for a MAC
             assert cost(supernet, widths).params == sum(p.numel() for p in extracted.parameters())
-            if options.get("keep_output", True):
+            if options.get("keep_output", True) is True:
                 assert [t.shape for t in expected] == [t.shape for t in original]
             outs = [supernet(*inputs, widths, **named), supernet(*inputs, widths=widths, **named)]
             with supernet.at(widths):

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from timm_autoslim import convert
-from timm_autoslim.errors import TraceError
+from timm_autoslim.errors import TraceError, WidthError
 
 Pair = collections.namedtuple("Pair", "first second")
 
@@ -80,6 +80,34 @@ def test_every_output_keeps_its_channels(name):
 def test_outputs_may_shrink_where_the_user_says_so(name):
     supernet = check_conversion(with_output(OUTPUTS[name]), keep_output=False)
     assert supernet.space.max().to_dict() == {"stem": 8, "inner": 16, "head": 10}
+
+
+@pytest.mark.parametrize(
+    ("form", "logits"),
+    [
+        (lambda maps, logits: {"maps": maps, "logits": logits}, "logits"),
+        (lambda maps, logits: {"maps": maps, "scores": {"logits": logits}}, "scores"),
+        (lambda maps, logits: {"maps": maps, "class_logits": logits}, ["*_logits"]),
+        (lambda maps, logits: (maps, logits), "1"),
+        (lambda maps, logits: [[maps], [logits, maps.mean()]], ["1.0", "1.1"]),
+        (lambda maps, logits: types.SimpleNamespace(maps=maps, logits=logits), ("logits",)),
+    ],
+)
+def test_outputs_that_are_named_keep_their_channels(form, logits):
+    supernet = check_conversion(with_output(form), keep_output=logits)
+    assert supernet.space.max().to_dict() == {"stem": 8, "inner": 16}
+
+
+@pytest.mark.parametrize(
+    ("form", "remedy"),
+    [
+        (lambda maps, logits: {"maps": maps, "logits": logits}, r"the closest are \['logits'\]"),
+        (lambda maps, logits: logits, "the only output has no name"),
+    ],
+)
+def test_a_name_of_no_output_is_refused(form, remedy):
+    with pytest.raises(WidthError, match=rf"keep_output: got a glob \('logit'\) that matches no output.*{remedy}"):
+        convert(with_output(form), IMAGE, keep_output="logit")
 
 
 def test_an_output_that_holds_itself_ends():

@@ -111,6 +111,11 @@ def test_a_number_that_is_a_power_of_a_size_holds_nothing(compute):
     assert check_answers(lambda s, c: 1, lambda s, y, _: y * compute(y.shape[1])) == ("a", "b")
 
 
+@pytest.mark.parametrize("use", [lambda y, c: c * y, lambda y, c: c / y.exp(), lambda y, c: c - y, lambda y, c: y**c])
+def test_arithmetic_of_a_size_and_a_tensor_is_a_call_of_the_model(use):
+    assert check_answers(lambda s, c: 1, lambda s, y, _: use(y, y.shape[1])) == ("a", "b")
+
+
 def test_the_type_of_a_size_is_refused_with_the_line():
     def ask(model, c):
         return type(c) is int

@@ -16,6 +16,7 @@ from timm_autoslim.supernet.convert import check_rules, convert
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.supernet.widths import ChannelGroup
 from timm_autoslim.tracing.solve import OUTPUT, UNUSED
+from timm_autoslim.tracing.trace import GOOD_SHARE
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def inspect(model: nn.Module, example_input: Any = None, **rules: Any) -> Inspec
 
 
 _MUCH = 0.2  # of the MACs or of the parameters
+_SOME = 0.05  # of the MACs, where half width leaves more than the good share of them
 
 
 def _list_advice(supernet: Supernet, limits: Reach) -> Iterator[str]:
@@ -163,10 +165,11 @@ def _list_advice(supernet: Supernet, limits: Reach) -> Iterator[str]:
         names = f" ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})" if paths else ""
         yield f"no forward uses {count / total:.0%} of the parameters{names}: delete these modules before convert"
     outputs = sum(share for reason, share in limits.obstacles if reason == OUTPUT)
-    if outputs > _MUCH:
+    half = limits.half.macs / limits.widest.macs
+    if outputs > (_MUCH if half <= GOOD_SHARE else _SOME):
         yield (
             f"{outputs:.0%} of the MACs are held by the model's outputs: if they are features that may be narrower, "
-            "convert(model, keep_output=False)"
+            "convert(model, keep_output=False), or keep_output=[...] with the names of those that may not"
         )
 
 

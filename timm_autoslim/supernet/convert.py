@@ -59,7 +59,9 @@ def _find_input_channels(model: nn.Module) -> int | None:
     return None if first is None else first.in_channels
 
 
-def _trace_examples(model: nn.Module, example_input: Any, keep_output: bool, whole_heads: Sequence[str]) -> Trace:
+def _trace_examples(
+    model: nn.Module, example_input: Any, keep_output: bool | Sequence[str], whole_heads: Sequence[str]
+) -> Trace:
     """Trace the model on the user's example, or on the first example that it takes."""
     examples = _make_examples(model) if example_input is None else [example_input]
     for i, example in enumerate(examples):
@@ -103,7 +105,7 @@ def convert(
     choices: Sequence[int | float | str] | Mapping[str, Sequence[int | float | str]] | None = None,
     base: str | None = None,
     base_args: Mapping[str, Any] | None = None,
-    keep_output: bool | None = None,
+    keep_output: bool | str | Sequence[str] | None = None,
     whole_heads: str | Sequence[str] = (),
 ) -> Supernet:
     """Return the slimmable supernet of any model.
@@ -140,7 +142,8 @@ def convert(
             its arguments if timm keeps them (1.0.31 does) and they are JSON; `base_args` are added to these. For a
             torchvision model the builder that makes the same modules is looked for.
         keep_output: whether the channels of the model's outputs are fixed. By default they are, unless the model has
-            `num_classes == 0`: then its outputs are features, and the last stage can be narrowed like all others.
+            `num_classes == 0`: then its outputs are features, and the last stage can be narrowed like all others. Globs
+            of the names of outputs ("logits", or ["logits", "pred_boxes"]; of a tuple, "0") keep these alone.
         whole_heads: globs of attention modules, or of modules that hold them, in which a unit is a head; in all others
             every head stays, and each head is narrowed.
 
@@ -174,7 +177,8 @@ def convert(
         check_type("order", order, str, WidthError, "None or the name of a criterion, such as 'l1'")
     if keep_output is None:
         keep_output = getattr(model, "num_classes", None) != 0
-    check_flag("keep_output", keep_output, WidthError)
+    if not isinstance(keep_output, bool):
+        keep_output = check_texts("keep_output", keep_output, WidthError, "True, False, or globs of outputs to keep")
     check_flag("distributed", distributed, WidthError)
     if base is None and not hasattr(model, "autoslim") and (match := recognize(model)) is not None:
         base, base_args = f"{TORCHVISION}{match[0]}", {**match[1], **(base_args or {})}

@@ -13,6 +13,7 @@ from timm_autoslim.tracing.source import format_line
 
 Site = tuple[str, CodeType, int]  # the running module, the code that calls, and the instruction
 _MOST_FRAMES = 8
+_ARITHMETIC = "timm_autoslim.tracing.sizes"  # a size times a tensor is computed there
 
 
 def find_site(path: str, frame: Any) -> Site | None:
@@ -24,10 +25,11 @@ def find_site(path: str, frame: Any) -> Site | None:
     """
     for _ in range(_MOST_FRAMES):
         name = frame.f_globals.get("__name__", "") if frame is not None else "torch.nn.modules"
-        if name.startswith(("torch.nn.modules", "timm_autoslim.")):
-            return None
-        if name.partition(".")[0] != "torch":
-            return path, frame.f_code, frame.f_lasti
+        if name != _ARITHMETIC:
+            if name.startswith(("torch.nn.modules", "timm_autoslim.")):
+                return None
+            if name.partition(".")[0] != "torch":
+                return path, frame.f_code, frame.f_lasti
         frame = frame.f_back
     return None
 

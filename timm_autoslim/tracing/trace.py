@@ -39,8 +39,9 @@ from timm_autoslim.tracing.refusals import check_example, check_model, explain_f
 from timm_autoslim.tracing.repair import repair
 from timm_autoslim.tracing.scales import find_number_tensors, wrap_floats
 from timm_autoslim.tracing.solve import OUTPUT, UNUSED
+from timm_autoslim.utils.globs import describe_near, matches
 from timm_autoslim.utils.meta import copy_to_meta, count_images, make_meta_example, run_model, without_gradients
-from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, named_tensors
+from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, name_tensors, named_tensors
 
 GOOD_SHARE = 0.35  # of the MACs at half width; the ideal is a quarter
 
@@ -86,6 +87,7 @@ class Tracer:
         recorder: it runs the copy.
         records: the runs so far.
         written: paths of attributes that hold integers, and that a run changed.
+        outputs: the names of the outputs of all runs.
         caches: attributes of the model that hold what an earlier run has computed.
         holdings: the tensors and numbers that modules hold beside weights, before the first run and after each.
         attributes: paths of the attributes that the modules had before any run.
@@ -95,11 +97,12 @@ class Tracer:
         self,
         model: nn.Module,
         example: Any,
-        keep_output: bool = True,
+        keep_output: bool | Sequence[str] = True,
         whole_heads: Sequence[str] = (),
         doubles: bool = True,
     ) -> None:
         self.model, self.example, self.keep_output = model, example, keep_output
+        self.outputs: dict[str, None] = {}
         self.doubles = doubles
         self.batches = {False: count_images(example), True: count_images(example) * (2 if doubles else 1)}
         self.flow = Flow(whole_heads)
@@ -149,6 +152,7 @@ class Tracer:
         self.describer.watch_features()
         notes = self._record_both_modes()
         self._check_globs()
+        self._check_outputs()
         self.flow.bind_equal_attributes(self.describer.uses)
         read = self.recorder.scales.read
         HeadBinder(self.copy, self.flow, self.records, self.numbers, self.attributes, read).bind(self.describer)
@@ -176,6 +180,14 @@ class Tracer:
         shapes = self.recorder.input_shapes
         repairs = [*notes, *repairs]
         return Trace(graph, unruled, tuple(repairs), positional, example, self.doubles, written, constants, shapes)
+
+    def _check_outputs(self) -> None:
+        """Make sure that every glob of `keep_output` has matched an output."""
+        for glob in () if isinstance(self.keep_output, bool) else self.keep_output:
+            if not any(matches(name, glob) for name in self.outputs):
+                got, remedy = f"a glob ({glob!r}) that matches no output", "the only output has no name"
+                remedy = describe_near(glob, filter(None, self.outputs)) if any(self.outputs) else remedy
+                raise WidthError.at("keep_output", got=got, needed="True, False or globs of outputs", remedy=remedy)
 
     def _check_globs(self) -> None:
         """Make sure that every glob of `whole_heads` has matched a module."""
@@ -284,9 +296,12 @@ class Tracer:
                 got=f"a {type(out).__name__} without a tensor from its forward in eval() mode",
                 needed="a tensor, or a tuple, list, dict or object that holds one",
             )
-        for tensor in tensors if self.keep_output else []:
-            for label in self.flow.get_labels(tensor):
-                self.flow.constraints.freeze(label, OUTPUT)
+        keep = self.keep_output
+        for name, tensor in name_tensors(out):
+            self.outputs[name] = None
+            if keep if isinstance(keep, bool) else any(matches(name, glob) for glob in keep):
+                for label in self.flow.get_labels(tensor):
+                    self.flow.constraints.freeze(label, OUTPUT)
 
     def _freeze_unused_tensors(self) -> None:
         """Freeze tensors that no operator reads."""
@@ -333,7 +348,9 @@ def _holds_integers(value: Any) -> bool:
     return all(isinstance(member, int) for member in members)
 
 
-def trace_model(model: nn.Module, example: Any, keep_output: bool = True, whole_heads: Sequence[str] = ()) -> Trace:
+def trace_model(
+    model: nn.Module, example: Any, keep_output: bool | Sequence[str] = True, whole_heads: Sequence[str] = ()
+) -> Trace:
     """Trace `model` on `example` (a tensor, a tuple or a dict of inputs) into a proven channel graph.
 
     The model stays as it is: the trace runs a meta copy, and puts back what the model's code keeps outside of it.
@@ -341,13 +358,14 @@ def trace_model(model: nn.Module, example: Any, keep_output: bool = True, whole_
     Args:
         model: any model.
         example: inputs of its forward; only shapes and types are read.
-        keep_output: freeze the channels of the model's outputs.
+        keep_output: freeze the channels of the model's outputs, or of those whose names match one of these globs.
         whole_heads: globs of attention modules that lose whole heads; all others lose channels of every head.
 
     Raises:
         TraceError: the forward raises on the meta device, or a module cannot be traced.
         NothingToSlimError: no channel can be removed; the text names what is in the way.
-        WidthError: a glob of `whole_heads` matches no module that splits channels into heads.
+        WidthError: a glob of `whole_heads` matches no module that splits channels into heads, or one of `keep_output`
+            no output.
     """
     check_model(model)
     check_example(example)
@@ -367,7 +385,7 @@ def trace_model(model: nn.Module, example: Any, keep_output: bool = True, whole_
 def _find_best(
     model: nn.Module,
     example: Any,
-    keep_output: bool,
+    keep_output: bool | Sequence[str],
     whole_heads: Sequence[str],
     doubles: bool,
     empty_caches: EmptyCaches,

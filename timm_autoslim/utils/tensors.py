@@ -12,25 +12,36 @@ from torch import Tensor, nn
 
 def collect_tensors(value: Any) -> list[Tensor]:
     """Return every tensor in nested tuples, lists, dicts, dataclasses and other objects, in their order."""
-    return list(_walk_tensors(value, set()))
+    return [tensor for _, tensor in _walk_tensors(value, (), set())]
 
 
-def _walk_tensors(value: Any, ids: set[int]) -> Iterator[Tensor]:
+def name_tensors(value: Any) -> list[tuple[str, Tensor]]:
+    """Return the tensors of `collect_tensors` with their names: keys, attributes and indices, such as `logits.0`.
+
+    Example:
+        >>> [name for name, _ in name_tensors({"logits": torch.ones(2), "states": [torch.ones(3), torch.ones(4)]})]
+        ['logits', 'states.0', 'states.1']
+    """
+    return [(".".join(map(str, path)), tensor) for path, tensor in _walk_tensors(value, (), set())]
+
+
+def _walk_tensors(value: Any, path: tuple[Any, ...], ids: set[int]) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     """Yield the tensors of a value; `ids` are those of the objects that were entered, for an object may hold itself."""
     if isinstance(value, Tensor):
-        yield value
+        yield path, value
         return
     if value is None or isinstance(value, (str, bytes, int, float, type, nn.Module)) or id(value) in ids:
         return
     ids.add(id(value))
     if isinstance(value, Mapping):
-        members = list(value.values())
+        members = list(value.items())
     elif isinstance(value, (tuple, list, deque)):
-        members = list(value)
+        fields = getattr(value, "_fields", range(len(value)))
+        members = list(zip(fields, value, strict=True))
     else:
-        members = list(get_attributes(value).values())
-    for member in members:
-        yield from _walk_tensors(member, ids)
+        members = list(get_attributes(value).items())
+    for name, member in members:
+        yield from _walk_tensors(member, (*path, name), ids)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
