@@ -1,7 +1,10 @@
 """Where sizes enter a trace."""
 
+import torch
+from helpers.models import randomise
 from torch import nn
 
+from timm_autoslim import convert, load, save
 from timm_autoslim.tracing.calls import FunctionCall, wrap_attributes
 from timm_autoslim.tracing.origins import FromAttribute
 from timm_autoslim.tracing.sizes import Size
@@ -37,3 +40,52 @@ def test_a_call_finds_the_sizes_that_it_was_given():
     assert type(call.find_size(3)) is int
     assert call.find_sizes([8, 3])[0] is width
     assert call.find_sizes([8, 4]) is None
+
+
+class Splitting(nn.Module):
+    """Splits channels into heads of a literal size, as a layer of einops does: it keeps its sizes twice."""
+
+    def __init__(self, **sizes):
+        super().__init__()
+        self.sizes, self._sizes = sizes, tuple(sizes.items())
+
+    def __getstate__(self):
+        return self.sizes
+
+    def __setstate__(self, sizes):
+        self.__init__(**sizes)
+
+    def forward(self, x):
+        ((name, size),) = self._sizes
+        other = x.shape[2] // size
+        return x.view(*x.shape[:2], *((size, other) if name == "heads" else (other, size))).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 24, 1), nn.Linear(24, 5)
+        self.q, self.k, self.v, self.out = (nn.Linear(24, 24) for _ in range(4))
+        self.split, self.split_keys = Splitting(heads=3), Splitting(size=8)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        q, k, v = self.split(self.q(x)), self.split_keys(self.k(x)), self.split_keys(self.v(x))
+        scores = (q @ k.transpose(2, 3) * q.shape[3] ** -0.5).softmax(-1)
+        return self.head(self.out((scores @ v).transpose(1, 2).flatten(2)).mean(1))
+
+
+def test_sizes_that_a_layer_keeps_twice_follow_together(tmp_path):
+    model = randomise(Attention()).eval()
+    images = torch.randn(2, 3, 4, 4)
+    supernet = convert(model, images[:1])
+    assert supernet.space.max().to_dict() == {"stem": 24, "q": 8, "out": 24}
+    widths = supernet.space.from_dict({"stem": 20, "q": 5, "out": 7})
+    slim = supernet.extract(widths)
+    assert (slim.split_keys.sizes, slim.split_keys._sizes) == ({"size": 5}, (("size", 5),))
+    assert (slim.split.sizes, model.split_keys._sizes) == ({"heads": 3}, (("size", 8),))
+    save(slim, tmp_path / "slim")
+    with torch.no_grad():
+        assert torch.equal(supernet(images), model(images))
+        assert torch.equal(supernet(images, widths), slim(images))
+        assert torch.equal(load(tmp_path / "slim", Attention()).eval()(images), slim(images))

@@ -130,10 +130,21 @@ def read_member(holder: Any, name: str) -> Any:
 
 def _set(path: str, attributes: dict[str, Any], parts: Sequence[str], value: Value) -> None:
     """Set what stands under the parts of a path in the attributes of a module."""
+    items = find_items(attributes, parts[0])
     try:
         attributes[parts[0]] = _replace(attributes[parts[0]], parts[1:], value)
+        if items is not None:
+            attributes[items] = tuple(attributes[parts[0]].items())
     except (KeyError, IndexError, ValueError) as error:
         raise type(error)(f"{path}: the model has no such attribute") from error
+
+
+def find_items(attributes: Mapping[str, Any], name: str) -> str | None:
+    """Return the attribute that keeps the items of a dict as a tuple, as layers of einops do; None if there is none."""
+    value, items = attributes.get(name), attributes.get(f"_{name}")
+    if type(value) is not dict or type(items) is not tuple or not all(isinstance(v, int) for v in value.values()):
+        return None
+    return f"_{name}" if items and items == tuple(value.items()) else None
 
 
 def _replace(holder: Any, parts: Sequence[str], value: Any) -> Any:

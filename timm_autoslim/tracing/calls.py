@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from timm_autoslim.slicing.attributes import list_containers, list_stores, rebuild_tuple
+from timm_autoslim.slicing.attributes import find_items, list_containers, list_stores, rebuild_tuple
 from timm_autoslim.tracing.origins import FromAttribute
 from timm_autoslim.tracing.sizes import Size
 
@@ -69,7 +69,10 @@ def wrap_attributes(model: nn.Module, original: nn.Module | None = None) -> None
         prefix = f"{path}." if path else ""
         for name, value in list(module.__dict__.items()):
             if not name.startswith("_"):
-                module.__dict__[name] = wrapper.wrap(value, prefix + name, 0)
+                items = find_items(module.__dict__, name)
+                module.__dict__[name] = wrapped = wrapper.wrap(value, prefix + name, 0)
+                if items is not None:
+                    module.__dict__[items] = tuple(wrapped.items())
 
 
 class _Wrapper:
