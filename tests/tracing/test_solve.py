@@ -153,6 +153,16 @@ def test_groups_have_names_of_their_own():
     assert trace.solve().names == ("layer", "layer:2", "c")  # "c": its tensor, as no module produces it
 
 
+@pytest.mark.parametrize("others", range(6))
+def test_groups_of_one_module_are_in_the_order_of_their_channels(others):
+    trace = Observed(a=4, b=6, c=8, **{f"d{i}": 2 for i in range(others)})
+    channels = np.concatenate([trace.axes[name] for name in "abc"])
+    trace.constraints.producers.append(("qkv", channels))
+    solution = trace.solve()
+    assert solution.names[:3] == ("qkv", "qkv:2", "qkv:3")
+    assert solution.sizes[:3] == (4, 6, 8)
+
+
 def test_equal_observations_have_equal_solutions():
     def solution():
         trace = Observed(a=4, b=6, c=10)

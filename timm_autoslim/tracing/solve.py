@@ -245,15 +245,17 @@ class _Solver:
         """Name the groups in the order of execution, and rank the units of each strand."""
         strand_of, producers = partition.strand_of, self.observations.producers
         rank_of = np.full(self.count, -1, np.int64)
+        first_unit: list[int] = []
         for strand in range(len(partition.sizes)):
             units = np.flatnonzero(strand_of == strand)  # in order of their smallest atom
             rank_of[units] = np.arange(len(units))
+            first_unit.append(int(units[0]))
         paths = self._list_producers(strand_of)
         first = {path: i for i, (path, _) in reversed(list(enumerate(producers)))}
         last = len(first) + len(producers)
 
         def start(root: int) -> tuple[int, int]:
-            return min((first.get((paths[s] or [""])[0], last), s) for s in partition.members[root])
+            return min((first.get((paths[s] or [""])[0], last), first_unit[s]) for s in partition.members[root])
 
         ordered = np.zeros(self.count, bool)
         for vector in self.observations.ordered_vectors:
