@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
-import hashlib
 import io
 import time
 from collections.abc import Callable, Sequence
@@ -58,7 +57,7 @@ from timm_autoslim.recipes.lib.models import load_supernet
 from timm_autoslim.recipes.lib.networks import SEARCHED, is_searched, list_networks, write_results
 from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import describe_processes, make_accelerator
-from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args
+from timm_autoslim.recipes.lib.run_folder import SUPERNET, hash_file, read_args
 from timm_autoslim.recipes.lib.scores import SavedScores
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.splits import SPLIT, read_split
@@ -188,11 +187,10 @@ def load_ordering(args: argparse.Namespace, run: Path, accelerator: Accelerator)
 
 def describe_settings(run: Path, args: argparse.Namespace, images: int) -> dict[str, Any]:
     """Return what a score depends on besides the widths: weights, images, and how the subnets run."""
-    weights = hashlib.sha256((run / SUPERNET).read_bytes()).hexdigest()
-    split = hashlib.sha256((run / SPLIT).read_bytes()).hexdigest()
     flags = {key: vars(args)[key] for key in ("batch_size", "amp", "amp_dtype", "channels_last")}
     files = hash_images(open_images(args).train)  # which may lie elsewhere now
-    return {"supernet": weights, "held_out": split, "images": images, "images_sha256": files, **flags}
+    hashes = {"supernet": hash_file(run / SUPERNET), "held_out": hash_file(run / SPLIT), "images_sha256": files}
+    return {**hashes, "images": images, **flags}
 
 
 def print_results(results: dict[str, SearchResult]) -> None:

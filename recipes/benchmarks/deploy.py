@@ -40,7 +40,7 @@ FORMS = {"torch": "PyTorch", "onnx": "ONNX Runtime", "int8": "ONNX Runtime, int8
 FILES = {"torch": "exported/model.safetensors", "onnx": "model.onnx", "int8": "int8.onnx"}
 
 
-class Images(CalibrationDataReader):  # type: ignore[misc]
+class CalibrationImages(CalibrationDataReader):  # type: ignore[misc]
     """The images on which the ranges of a quantised model are measured, one by one."""
 
     def __init__(self, images: Tensor) -> None:
@@ -89,7 +89,9 @@ def _deploy(place: Path, images: Tensor) -> dict[str, Any]:
         external_data=False, verbose=False,
     )  # fmt: skip
     quant_pre_process(str(place / "model.onnx"), str(place / "preprocessed.onnx"), skip_symbolic_shape=True)
-    quantize_static(str(place / "preprocessed.onnx"), str(place / "int8.onnx"), Images(images), per_channel=True)
+    quantize_static(
+        str(place / "preprocessed.onnx"), str(place / "int8.onnx"), CalibrationImages(images), per_channel=True
+    )
     (place / "preprocessed.onnx").unlink()
     with torch.inference_mode():
         expected = model(images[:1]).numpy()

@@ -39,7 +39,7 @@ CHECKED = 10  # after every so many interrupts a training step is run too
 SWITCH = 1e-6  # seconds after which Python switches between threads
 
 
-class Bench:
+class Subject:
     """A small network with BatchNorm and dropout, its supernet, and what its calls return when nothing interrupts."""
 
     def __init__(self) -> None:
@@ -165,66 +165,66 @@ class Action:
     """
 
     text: str
-    run: Callable[[Bench], None]
+    run: Callable[[Subject], None]
     training: bool = False
     stride: int = 1
 
 
 ACTIONS = {
-    "narrow": Action("a narrow forward", Bench.run_narrow),
-    "block": Action("an `at` block, forward and backward", Bench.run_block),
-    "step": Action("a sandwich step", Bench.run_step, training=True),
-    "calibrate": Action("a calibration", Bench.run_calibration, training=True),
-    "search": Action("a search", Bench.run_search, stride=101),
+    "narrow": Action("a narrow forward", Subject.run_narrow),
+    "block": Action("an `at` block, forward and backward", Subject.run_block),
+    "step": Action("a sandwich step", Subject.run_step, training=True),
+    "calibrate": Action("a calibration", Subject.run_calibration, training=True),
+    "search": Action("a search", Subject.run_search, stride=101),
 }
 
 
 def count_lines(action: str) -> int:
     """Return how many lines of Python an action runs, after it has run once."""
-    bench = Bench()
+    subject = Subject()
     for _ in range(2):
         interrupt = Interrupt()
-        interrupt.run(functools.partial(ACTIONS[action].run, bench))
-        bench.restore()
+        interrupt.run(functools.partial(ACTIONS[action].run, subject))
+        subject.restore()
     return interrupt.lines
 
 
 def interrupt_lines(action: str, lines: Iterable[int]) -> list[dict[str, Any]]:
     """Interrupt an action at each of these lines; return where something is wrong afterwards, and what."""
     chosen = ACTIONS[action]
-    bench, faults = Bench(), []
-    chosen.run(bench)
-    bench.restore()
+    subject, faults = Subject(), []
+    chosen.run(subject)
+    subject.restore()
     for index, line in enumerate(lines):
         interrupt = Interrupt(line)
-        interrupt.run(functools.partial(chosen.run, bench))
-        wrong = bench.list_faults(chosen.training, gradients=index % CHECKED == 0)
+        interrupt.run(functools.partial(chosen.run, subject))
+        wrong = subject.list_faults(chosen.training, gradients=index % CHECKED == 0)
         if wrong:
             faults.append({"line": line, "place": interrupt.place, "faults": wrong})
-            bench = Bench()
-            chosen.run(bench)
-            bench.restore()
+            subject = Subject()
+            chosen.run(subject)
+            subject.restore()
     return faults
 
 
 def call_from_threads(calls: int, threads: int) -> dict[str, int]:
     """Call subnets from several threads at once; return how many outputs were right, named errors, and wrong."""
-    bench = Bench()
-    bench.supernet.eval()
+    subject = Subject()
+    subject.supernet.eval()
     counts = {"right": 0, "named": 0, "wrong": 0}
 
     def call(index: int) -> str:
-        kind = index % len(bench.widths)
-        widths, expected = bench.widths[kind], bench.outputs[kind]
+        kind = index % len(subject.widths)
+        widths, expected = subject.widths[kind], subject.outputs[kind]
         try:
             with torch.no_grad():
                 if widths is None:
-                    out = bench.supernet(bench.images) if index // 4 % 2 else bench.model(bench.images)
+                    out = subject.supernet(subject.images) if index // 4 % 2 else subject.model(subject.images)
                 elif index // 4 % 2:
-                    with bench.supernet.at(widths):
-                        out = bench.supernet(bench.images)
+                    with subject.supernet.at(widths):
+                        out = subject.supernet(subject.images)
                 else:
-                    out = bench.supernet(bench.images, widths)
+                    out = subject.supernet(subject.images, widths)
         except AutoSlimError:
             return "named"
         except Exception:  # an error without a name is as wrong as another output
@@ -240,8 +240,8 @@ def call_from_threads(calls: int, threads: int) -> dict[str, int]:
                 bar.update()
     finally:
         sys.setswitchinterval(interval)
-    bench.supernet.train()
-    counts["wrong"] += bool(bench.list_faults(training=False))
+    subject.supernet.train()
+    counts["wrong"] += bool(subject.list_faults(training=False))
     return counts
 
 

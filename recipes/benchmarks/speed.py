@@ -72,16 +72,15 @@ class Bench(nn.Module):
         except TypeError:  # takes images of any size
             model = timm.create_model(setting["model"])
         self.size, self.layout = size, torch.channels_last if setting["channels_last"] else torch.contiguous_format
-        self.draw_batch(setting["batch"])
+        self.inputs, self.targets = self.draw_batch(setting["batch"])
         self.model = model.to(self.device, memory_format=self.layout).train()
         if not base_only:
             self.supernet = convert(self.model, torch.zeros(2, 3, size, size), order="l1").train()
 
-    def draw_batch(self, count: int) -> None:
-        """Take another batch, of so many images."""
-        inputs = torch.randn(count, 3, self.size, self.size)  # (N, C, H, W)
-        self.inputs = inputs.to(self.device, memory_format=self.layout)
-        self.targets = torch.randint(0, 1000, (count,)).to(self.device)  # (N,)
+    def draw_batch(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return so many images (N, C, H, W) and their classes (N)."""
+        inputs = torch.randn(count, 3, self.size, self.size).to(self.device, memory_format=self.layout)
+        return inputs, torch.randint(0, 1000, (count,)).to(self.device)
 
     def time_pairs(
         self, ours: Callable[[int], Any], theirs: Callable[[int], Any], reset: Callable[[int], None], n: int

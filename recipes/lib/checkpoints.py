@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 
 from timm_autoslim import files
 from timm_autoslim.errors import AutoSlimError
-from timm_autoslim.recipes.lib.run_folder import read_weights, write_json, write_weights
+from timm_autoslim.recipes.lib.run_folder import hash_file, read_weights, write_json, write_weights
 
 FORMAT = 4
 PROGRESS = "progress.json"
@@ -191,8 +190,4 @@ def restore(path: Path, model: nn.Module, optimizer: Optimizer, ema: ModelEmaV3 
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": hash_file(path)}

@@ -74,7 +74,7 @@ def read_original(run: Path) -> Row | None:
         raise ConfigError(f"{path} cannot be read ({error}): remove it, and the original is tested again.") from error
 
 
-def check_same(exported: Path, top1: float, images: int) -> None:
+def check_accuracy(exported: Path, top1: float, images: int) -> None:
     """Make sure that a network which was loaded again has the accuracy of before.
 
     Args:
@@ -114,7 +114,7 @@ def compare_networks(
         exported = run / "exported" / network.name
         model = timm.create_model(f"local-dir:{exported}", pretrained=True).to(accelerator.device)
         top1 = evaluate(accelerator, model, loader, network.name)["top1"]
-        check_same(exported, top1, len(images.test))
+        check_accuracy(exported, top1, len(images.test))
         size = (exported / "model.safetensors").stat().st_size
         rows.append(Row(network.name, top1, network.cost.macs, network.cost.params, size))
         models.append(model.cpu())

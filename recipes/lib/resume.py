@@ -72,7 +72,7 @@ def find_start(
     checkpoints = Checkpoints(folder, args.checkpoint_hist)
     checkpoint = _find_checkpoint(accelerator, checkpoints) if args.resume else None
     if checkpoint:
-        check_same(checkpoint.identity, complete)
+        check_identity(checkpoint.identity, complete)
         _tell_changes(accelerator, checkpoint, flags)
     return Start(folder, checkpoints, checkpoint, complete, flags)
 
@@ -90,7 +90,7 @@ def _find_checkpoint(accelerator: Accelerator, checkpoints: Checkpoints) -> Chec
     return checkpoint
 
 
-def check_same(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Make sure that a resumed run is the one that it was.
 
     Raises:

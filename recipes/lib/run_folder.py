@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -28,6 +29,15 @@ def write_json(path: Path, content: object) -> None:
     files.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def write_weights(path: Path, model: nn.Module) -> None:
     """Write a model's parameters and buffers as safetensors, in full or not at all."""
     with files.replace_file(path) as part:
@@ -42,7 +52,7 @@ def read_weights(path: Path, model: nn.Module) -> None:
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load weights by name, strictly; of tensors that are tied in the model, one is enough.
 
-    Files of safetensors and plain dicts lack the versions of a state dict, without which torchvision's MNASNet loads
+    Files of safetensors and ordinary dicts lack the versions of a state dict, without which torchvision's MNASNet loads
     nothing.
     """
     needed: Any = model.state_dict()

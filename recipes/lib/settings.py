@@ -13,7 +13,8 @@ from timm_autoslim import files
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.image_sources import hash_images
 from timm_autoslim.recipes.lib.images import Images, open_unlabelled
-from timm_autoslim.recipes.lib.starting_points import find_weights, hash_file
+from timm_autoslim.recipes.lib.run_folder import hash_file
+from timm_autoslim.recipes.lib.starting_points import find_weights
 
 # A run of slim.py that goes on may differ in these: they do not change the networks. Budgets may follow.
 FREE = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "threads", "device", "log_interval",

@@ -9,8 +9,7 @@ from pathlib import Path
 from timm_autoslim import Budget, Stage
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.networks import is_searched, read_networks
-from timm_autoslim.recipes.lib.run_folder import read_args
-from timm_autoslim.recipes.lib.starting_points import hash_file
+from timm_autoslim.recipes.lib.run_folder import hash_file, read_args
 
 _MAY_FOLLOW = (
     "give the --budgets of before (tighter ones may follow, or ones in other metrics), or another --experiment."
@@ -41,8 +40,7 @@ def choose_start(
 
 def name_folder(run: Path, budget: Budget, first: bool) -> Path:
     """Return the folder of the stage of a budget."""
-    name = budget.text.replace(" and ", "-").replace("<=", "-").replace("%", "pct")
-    return run if first else run / f"to-{name}"
+    return run if first else run / f"to-{budget.name}"
 
 
 def find_first(run: Path, plan: Sequence[Stage]) -> Budget:
@@ -81,10 +79,8 @@ def check_start(args: argparse.Namespace, folder: Path, budget: Budget) -> None:
     """
     begun = [network.text for network in read_networks(folder).values()] if is_searched(folder) else []
     before = read_args(folder, argparse.Namespace(data_dir=None)) if (folder / "args.yaml").is_file() else None
-    same = (
-        before is None or getattr(before, "start_sha256", None) == args.start_sha256
-    )  # of the run's first folder: the settings
-    if begun[:1] not in ([], [budget.text]) or not same:
+    other_start = before is not None and getattr(before, "start_sha256", None) != args.start_sha256
+    if begun[:1] not in ([], [budget.text]) or other_start:
         start = before.model.rpartition("/")[2] if before else "the original"
         raise ConfigError(
             f"{folder} holds the network of {''.join(begun[:1]) or budget.text}, cut from {start}: {_MAY_FOLLOW}"

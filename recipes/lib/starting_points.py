@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,11 +69,6 @@ def find_weights(args: argparse.Namespace) -> Path | None:
     folder = Path(args.model.removeprefix("local-dir:"))
     path = Path(args.initial_checkpoint or folder / "model.safetensors")
     return path if path.is_file() else None
-
-
-def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def is_trained(args: argparse.Namespace) -> bool:

@@ -9,6 +9,11 @@ from timm_autoslim.errors import BudgetError
 from timm_autoslim.slimming.budgets import parse_amount, parse_limits
 
 
+def test_a_budget_has_a_name_that_a_file_can_have():
+    budget = Budget((("macs", 3e6), ("params", 2e6)), "macs<=60% and params<=2M")
+    assert budget.name == "macs-60pct-params-2M"
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [(300e6, 300e6), (5, 5), ("300M", 300e6), ("1.2G", 1.2e9), ("12k", 12e3), ("12K", 12e3), ("60%", 600), (" 7 ", 7),

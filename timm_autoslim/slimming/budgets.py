@@ -53,6 +53,11 @@ class Budget:
             object.__setattr__(self, "text", _write_text(self.limits))
 
     @property
+    def name(self) -> str:
+        """The text as a part of a file's name, such as `macs-60pct-params-2M`."""
+        return name_budget(self.text)
+
+    @property
     def metrics(self) -> tuple[str, ...]:
         """The metrics that it limits."""
         return tuple(metric for metric, _ in self.limits)
@@ -80,6 +85,11 @@ Budgets = Mapping[str, Amount | Sequence[Amount]] | Sequence[str | Budget]
 
 def _is_limit(limit: object) -> bool:
     return isinstance(limit, tuple) and len(limit) == 2 and isinstance(limit[0], str) and isinstance(limit[1], Real)
+
+
+def name_budget(text: str) -> str:
+    """Return the text of a budget as a part of a file's name: "macs<=60%" as "macs-60pct"."""
+    return text.replace(" and ", "-").replace("<=", "-").replace("%", "pct")
 
 
 def _write_text(limits: Sequence[Limit]) -> str:

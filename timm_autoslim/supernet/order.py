@@ -143,7 +143,7 @@ def score_units(
     if criterion == "taylor":
         _check_gradients(group for group in groups if group is not None)
     pool = choose_pool(distributed)
-    data = [collect_moments(model, _check_given(batches), pool)] if criterion == "reconstruction" else []
+    data = [collect_moments(model, _require_batches(batches), pool)] if criterion == "reconstruction" else []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         scorer = make_scorer(*data)
@@ -156,7 +156,7 @@ def score_units(
     ]
 
 
-def _check_given(batches: Iterable[Any] | None) -> Iterable[Any]:
+def _require_batches(batches: Iterable[Any] | None) -> Iterable[Any]:
     if batches is None:
         needed = 'images (N, C, H, W) in batches, which the criterion "reconstruction" reads'
         remedy = "pass batches=images.split(100), of 500 images or more, or choose another criterion"

@@ -40,7 +40,7 @@ def measure_speed(name: str, args: argparse.Namespace) -> Iterator[Row]:
     """Time the half-wide subnet and the sandwich step, and count their kernels."""
     bench = make_bench(name, args, amp=True)
     for batch in (2, 4) if args.toy else (32, 256):
-        bench.draw_batch(batch)
+        bench.inputs, bench.targets = bench.draw_batch(batch)
         common = {"question": "speed", "batch": batch, "size": bench.size, "torch": torch.__version__}
         repeats = 3 if args.toy else 9
         half = measure_half(bench, repeats)
@@ -196,7 +196,7 @@ def measure_memory(name: str, args: argparse.Namespace) -> Iterator[Row]:
     """Compare `peak_bytes` with CUDA's allocator, and `measure_latency` with CUDA's events and a CUDA graph."""
     bench = make_bench(name, args, amp=False)
     batch = 2 if args.toy else 32
-    bench.draw_batch(batch)
+    bench.inputs, bench.targets = bench.draw_batch(batch)
     supernet = bench.supernet.eval()
     for share in (1.0, 0.5):
         widths = supernet.space.uniform(share)

@@ -231,8 +231,8 @@ def test_what_a_run_must_keep_is_in_its_checkpoints(uninterrupted):
     assert names | {"widths", "seed", "images_per_update", "val_widths"} == set(identity)
     for name in names:
         with pytest.raises(ConfigError, match=f"this run was begun with {name} .*, and now it is other: give the same"):
-            resume.check_same(identity, {**identity, name: "other"})
-    resume.check_same(identity, identity)
+            resume.check_identity(identity, {**identity, name: "other"})
+    resume.check_identity(identity, identity)
 
 
 def test_what_may_change_is_told(uninterrupted, tmp_path, capsys):

@@ -10,7 +10,6 @@ import transformers
 from torch import nn
 
 _LAYERS = ("num_hidden_layers", "encoder_layers", "decoder_layers", "num_layers", "num_encoder_blocks_layers")
-_BACKBONE = {"depths": [1, 1, 1, 1], "out_features": ["stage2", "stage3", "stage4"]}
 
 
 def _build(name: str, side: int = 64, shape: tuple[int, ...] = (), **settings: Any) -> tuple[nn.Module, Any]:
