@@ -6,7 +6,11 @@ import pytest
 
 from timm_autoslim import Budget, Cost
 from timm_autoslim.errors import BudgetError
-from timm_autoslim.slimming.budgets import parse_amount, parse_limits
+from timm_autoslim.slimming.budgets import make_budget, parse_amount, split_limits
+
+
+def read_budget(text, widest):
+    return make_budget(split_limits(text), widest)
 
 
 def test_a_budget_has_a_name_that_a_file_can_have():
@@ -51,9 +55,9 @@ def test_a_budget_must_be_positive(text):
     ],
 )
 def test_limits_are_read(text, limits):
-    budget = parse_limits(text, Cost(1000, 10**6))
+    budget = read_budget(text, Cost(1000, 10**6))
     assert dict(budget.limits) == pytest.approx(limits)
-    assert parse_limits(budget.text, Cost(1000, 10**6)) == budget
+    assert read_budget(budget.text, Cost(1000, 10**6)) == budget
 
 
 @pytest.mark.parametrize(
@@ -73,7 +77,7 @@ def test_limits_are_read(text, limits):
 )
 def test_malformed_limits_are_refused(text, message):
     with pytest.raises(BudgetError, match="|".join(re.escape(m) for m in message.split("|"))):
-        parse_limits(text, Cost(1000, 10**6))
+        read_budget(text, Cost(1000, 10**6))
 
 
 def test_a_budget_holds_where_all_its_limits_do():
@@ -88,10 +92,13 @@ def test_a_budget_holds_where_all_its_limits_do():
 
 
 def test_a_budget_has_a_text_and_is_equal_by_its_limits():
-    made, read = Budget((("macs", 300.0), ("params", 2000.5))), parse_limits("macs<=300 and params<=2000.5", Cost(1, 1))
+    made, read = (
+        Budget((("macs", 300.0), ("params", 2000.5))),
+        read_budget("macs<=300 and params<=2000.5", Cost(1, 1)),
+    )
     assert made.text == read.text == "macs<=300 and params<=2000.5"
-    assert parse_limits("macs<=30%", Cost(1000, 1)) == Budget((("macs", 300.0),)) != Budget((("macs", 301.0),))
-    assert parse_limits("macs<= 30%", Cost(1000, 1)).text == "macs<=30%"
+    assert read_budget("macs<=30%", Cost(1000, 1)) == Budget((("macs", 300.0),)) != Budget((("macs", 301.0),))
+    assert read_budget("macs<= 30%", Cost(1000, 1)).text == "macs<=30%"
     assert made.metrics == ("macs", "params")
 
 

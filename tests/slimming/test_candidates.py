@@ -4,7 +4,7 @@ import pytest
 from helpers.searches import SIZES, make_supernet
 
 from timm_autoslim import RANKINGS, cost
-from timm_autoslim.slimming.budgets import parse_limits
+from timm_autoslim.slimming.budgets import make_budget, split_limits
 from timm_autoslim.slimming.candidates import list_candidates, narrow
 from timm_autoslim.slimming.goals import Goal
 
@@ -26,7 +26,7 @@ def test_a_group_is_narrowed_in_so_many_steps(supernet, steps, widths):
 
 
 def test_every_group_is_a_candidate_and_saves_what_it_saves(supernet):
-    goal, widest = Goal(supernet, parse_limits("macs<=50%", cost(supernet))), supernet.space.max()
+    goal, widest = Goal(supernet, make_budget(split_limits("macs<=50%"), cost(supernet))), supernet.space.max()
     candidates = list_candidates(goal, widest, 4)
     assert [c.name for c in candidates] == list(SIZES)
     for candidate in candidates:
@@ -35,7 +35,7 @@ def test_every_group_is_a_candidate_and_saves_what_it_saves(supernet):
 
 
 def test_the_last_step_cuts_no_more_than_the_budget_asks_for(supernet):
-    goal, widest = Goal(supernet, parse_limits("macs<=95%", cost(supernet))), supernet.space.max()
+    goal, widest = Goal(supernet, make_budget(split_limits("macs<=95%"), cost(supernet))), supernet.space.max()
     for candidate in list_candidates(goal, widest, 1):
         group = supernet.space[candidate.name]
         wider = min(c for c in group.choices if c > candidate.widths[candidate.name])
@@ -44,7 +44,7 @@ def test_the_last_step_cuts_no_more_than_the_budget_asks_for(supernet):
 
 
 def test_savings_of_several_limits_are_added_up_in_the_first_metric(supernet):
-    goal = Goal(supernet, parse_limits("macs<=50% and params<=50%", cost(supernet)))
+    goal = Goal(supernet, make_budget(split_limits("macs<=50% and params<=50%"), cost(supernet)))
     candidate, before = list_candidates(goal, supernet.space.max(), 4)[0], cost(supernet)
     (_, macs), (_, params) = goal.budget.limits
     after = cost(supernet, candidate.widths)

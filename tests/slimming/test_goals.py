@@ -12,7 +12,7 @@ from torch import nn
 
 from timm_autoslim import Budget, Conditions, LatencyTable, baseline, convert, cost, parse_budgets, search, uniform_at
 from timm_autoslim.errors import BudgetError
-from timm_autoslim.slimming.budgets import parse_amount, parse_limits
+from timm_autoslim.slimming.budgets import make_budget, parse_amount, split_limits
 from timm_autoslim.slimming.goals import Goal, fill, find_subnet, find_uniform, widen
 
 
@@ -76,7 +76,7 @@ def test_budgets_come_in_the_order_of_a_descent(supernet):
 
 @pytest.mark.parametrize("text", ["macs<=40% and params<=50%", "macs<=60% and params<=30%"])
 def test_the_uniform_network_meets_all_limits(supernet, text):
-    budget = parse_limits(text, cost(supernet))
+    budget = make_budget(split_limits(text), cost(supernet))
     widths = find_uniform(Goal(supernet, budget))
     alone = [uniform_at(supernet, metric, limit) for metric, limit in budget.limits]
     assert widths == min(alone, key=lambda w: w.values_)
@@ -85,7 +85,7 @@ def test_the_uniform_network_meets_all_limits(supernet, text):
 
 @pytest.mark.parametrize("share", ["100%", "52.3%", "30%"])
 def test_the_widest_width_within_a_budget(supernet, share):
-    budget = parse_limits(f"params<={share}", cost(supernet))
+    budget = make_budget(split_limits(f"params<={share}"), cost(supernet))
     goal = Goal(supernet, budget)
     start = supernet.space.from_dict({"stem": 7, "inner": 6})
     for name, size in {"stem": 32, "inner": 64}.items():
@@ -100,7 +100,7 @@ def test_the_widest_width_within_a_budget(supernet, share):
 
 
 def test_groups_are_filled_in_turn_until_the_budget_is_used_up(supernet):
-    goal = Goal(supernet, parse_limits("macs<=50%", cost(supernet)))
+    goal = Goal(supernet, make_budget(split_limits("macs<=50%"), cost(supernet)))
     start = supernet.space.from_dict({"stem": 4, "inner": 4})
     by_stem, by_inner = (fill(goal, start, names) for names in (["stem", "inner"], ["inner", "stem"]))
     assert by_stem["stem"] == 32
@@ -254,7 +254,7 @@ def test_a_budget_that_neither_the_narrowest_nor_a_uniform_subnet_meets_is_refus
 @pytest.mark.parametrize(("amount", "share"), [(0.5, "50%"), (50, "50%"), (1, "100%")])
 def test_a_share_in_place_of_a_number_is_told_how_to_write_it(supernet, amount, share):
     with pytest.raises(BudgetError, match=f'out of reach: .*; a share of the widest is written "{share}"; raise'):
-        find_subnet(Goal(supernet, parse_limits(f"macs<={amount}", cost(supernet))))
+        find_subnet(Goal(supernet, make_budget(split_limits(f"macs<={amount}"), cost(supernet))))
 
 
 @pytest.mark.parametrize(("limit", "text"), [(0.25, "0.25"), (1e-7, "1e-07"), (95823.6, "95,823.6"), (50, "50")])

@@ -127,19 +127,14 @@ def parse_amount(amount: Amount, widest: float) -> float:
     return number
 
 
-def parse_limits(text: str, widest: Cost) -> Budget:
-    """Return the budget that a text such as "macs<=300M and params<=40%" names; per cent are of the widest subnet.
+def split_limits(text: str) -> list[Limit]:
+    """Return the limits of a text such as "macs<=300M and params<=40%", as they stand there.
 
     `macs=300M` is the same as `macs<=300M`, and so is `300M`.
 
     Raises:
-        BudgetError: the text is not of this form, a metric is unknown or named twice, or an amount is malformed.
+        BudgetError: the text is not of this form, or a metric is unknown or named twice.
     """
-    return make_budget(_split(text), widest)
-
-
-def _split(text: str) -> list[Limit]:
-    """Return the limits of a text as they stand there."""
     limits: dict[str, Amount] = {}
     if isinstance(text, str) and _BARE.fullmatch(text):
         return [("macs", text)]
@@ -202,7 +197,7 @@ def list_limits(budgets: Budgets) -> list[Budget | list[Limit]]:
             several = [amounts] if isinstance(amounts, str) or not isinstance(amounts, Sequence) else amounts
             limits += [[(metric, amount)] for amount in several]
     elif isinstance(budgets, Sequence) and budgets and not isinstance(budgets, str):
-        limits = [budget if isinstance(budget, Budget) else _split(budget) for budget in budgets]
+        limits = [budget if isinstance(budget, Budget) else split_limits(budget) for budget in budgets]
     else:
         raise BudgetError.at("budgets", got=repr(budgets), needed=f"{_FORMS}, metrics {list(METRICS)}")
     if not limits:
