@@ -120,8 +120,8 @@ class Slimming:
         networks: dict[Budget, Found] = {}
         folders: dict[Budget | None, Path] = {}  # of exported networks
         for stage in plan:
-            source, own = folders.get(stage.start), stage.budget == first
-            networks[stage.budget], folders[stage.budget] = self._slim_to(stage, source, own)
+            source, is_first = folders.get(stage.start), stage.budget == first
+            networks[stage.budget], folders[stage.budget] = self._slim_to(stage, source, is_first)
         self._compare([networks[stage.budget] for stage in plan if stage.asked])
 
     # ------------------------------------------------------------------------------------------------ the original

@@ -106,9 +106,9 @@ def make_table(rows: Sequence[dict[str, Any]]) -> str:
     titles = " | ".join(LABELS[runtime] for runtime in runtimes)
     lines = [f"| model | widths | MACs | {titles} |", f"|---|---|---|{'---|' * len(runtimes)}"]
     for name in dict.fromkeys(row["model"] for row in rows):
-        found = {row["runtime"]: row for row in rows if row["model"] == name}
-        row = next(iter(found.values()))
-        ratios = {runtime: compute_ratios(row) for runtime, row in found.items()}
+        by_runtime = {row["runtime"]: row for row in rows if row["model"] == name}
+        row = next(iter(by_runtime.values()))
+        ratios = {runtime: compute_ratios(row) for runtime, row in by_runtime.items()}
         for index, (widths, macs) in enumerate(zip(row["widths"], row["macs"], strict=True)):
             cells = [_write(ratios[runtime][index]) if runtime in ratios else "" for runtime in runtimes]
             lines.append(f"| {'' if index else name} | {widths} | {macs:.2f} | {' | '.join(cells)} |")

@@ -138,9 +138,9 @@ def compare_networks(
 @contextlib.contextmanager
 def _warn_if_busy(device: str) -> Iterator[None]:
     """Say, after a block that measures on a CPU, if other work took the processor from this process meanwhile."""
-    wall, own = time.perf_counter(), time.process_time()
+    wall, busy = time.perf_counter(), time.process_time()
     yield
-    share = (time.process_time() - own) / max(time.perf_counter() - wall, 1e-9)
+    share = (time.process_time() - busy) / max(time.perf_counter() - wall, 1e-9)
     if torch.device(device).type == "cpu" and share < _QUIET:
         print(
             f"Warning: other work had the processor for {1 - share:.0%} of the time in which latencies were measured: "

@@ -183,8 +183,8 @@ class Unlabelled(Dataset[tuple[Any, int]]):
 
     def __init__(self, folder: str, mode: str) -> None:
         self.folder, self.mode = Path(folder), mode
-        found = self.folder.rglob("*") if self.folder.is_dir() else ()
-        self.paths = sorted(path for path in found if path.suffix.lower() in get_img_extensions())
+        paths = self.folder.rglob("*") if self.folder.is_dir() else ()
+        self.paths = sorted(path for path in paths if path.suffix.lower() in get_img_extensions())
         if not self.paths:
             got = "no images" if self.folder.is_dir() else "no such folder"
             raise DataError.at(f"--unlabelled {folder}", got=got, needed="a folder with images, at any depth")

@@ -57,8 +57,8 @@ class Inspection:
     Example:
         >>> import timm, torch
         >>> from timm_autoslim import inspect
-        >>> found = inspect(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
-        >>> len(found.groups), found.fixed[0].count > 0
+        >>> inspection = inspect(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> len(inspection.groups), inspection.fixed[0].count > 0
         (10, True)
     """
 
@@ -125,8 +125,8 @@ def inspect(model: nn.Module, example_input: Any = None, **rules: Any) -> Inspec
     Example:
         >>> import timm, torch
         >>> from timm_autoslim import inspect
-        >>> found = inspect(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
-        >>> round(found.reach.half.macs / found.reach.widest.macs, 2)
+        >>> inspection = inspect(timm.create_model("resnet10t", num_classes=10), torch.zeros(1, 3, 32, 32))
+        >>> round(inspection.reach.half.macs / inspection.reach.widest.macs, 2)
         0.25
     """
     check_rules("inspect", rules, left_out=("example_input", "order", "batches", "distributed", "base", "base_args"))

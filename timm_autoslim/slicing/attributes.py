@@ -32,7 +32,7 @@ def set_attributes(model: nn.Module, values: Mapping[str, Value], *, has_own_dic
     Args:
         model: the model.
         values: the new value by path.
-        has_own_dicts: the plain dicts that modules hold are the model's own, and change.
+        has_own_dicts: the dicts that modules hold are the model's own, and change.
 
     Raises:
         KeyError, IndexError, ValueError: there is nothing at a path.

@@ -142,8 +142,8 @@ def draw_descent(results: Sequence[SearchResult]) -> Drawing:
         points.insert(0, (result.widest.macs / macs.scale, result.widest_loss))
         top.plot(*points[0], "s", color=INK, label=ORIGINAL)
     top.plot(*zip(*points, strict=True), ".-", color=COLOURS[SEARCHED], lw=1, ms=4, label="descent")
-    found = [(network.cost.macs / macs.scale, network.loss) for network in result.networks]
-    top.plot(*zip(*found, strict=True), "D", color=COLOURS[SEARCHED], ms=7, mfc="none", label="networks, refined")
+    refined = [(network.cost.macs / macs.scale, network.loss) for network in result.networks]
+    top.plot(*zip(*refined, strict=True), "D", color=COLOURS[SEARCHED], ms=7, mfc="none", label="networks, refined")
     for budget in {step.budget for step in steps if step.metric == "macs"}:
         top.axvline(budget / macs.scale, color=QUIET, lw=1, ls="--", zorder=0)
     top.invert_xaxis()

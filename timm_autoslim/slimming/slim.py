@@ -95,8 +95,8 @@ def slim(
     check_module("model", model)
     check_callable("loss", loss, DataError, "a callable loss(outputs, targets) that returns a scalar")
     check_flag("progress", progress)
-    own = ("order", "maximize", "conditions", "progress", "seed")
-    check_rules("slim", rules, own, left_out=("example_input", "order", "batches", "distributed"))
+    settings = ("order", "maximize", "conditions", "progress", "seed")
+    check_rules("slim", rules, settings, left_out=("example_input", "order", "batches", "distributed"))
     pairs = _check_pairs(model, batches)
     smaller: nn.Module = copy.deepcopy(model).eval()  # whose gradients are ours, and whose modes
     _try_first(smaller, pairs[0], loss)
