@@ -40,7 +40,7 @@ def choose_start(
 
 def name_folder(run: Path, budget: Budget, first: bool) -> Path:
     """Return the folder of the stage of a budget."""
-    return run if first else run / f"to-{budget.name}"
+    return run if first else run / f"to-{budget.slug}"
 
 
 def find_first(run: Path, plan: Sequence[Stage]) -> Budget:

@@ -13,9 +13,9 @@ def read_budget(text, widest):
     return make_budget(split_limits(text), widest)
 
 
-def test_a_budget_has_a_name_that_a_file_can_have():
+def test_a_budget_has_a_slug_for_names_of_files():
     budget = Budget((("macs", 3e6), ("params", 2e6)), "macs<=60% and params<=2M")
-    assert budget.name == "macs-60pct-params-2M"
+    assert budget.slug == "macs-60pct-params-2M"
 
 
 @pytest.mark.parametrize(

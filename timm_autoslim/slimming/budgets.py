@@ -53,9 +53,9 @@ class Budget:
             object.__setattr__(self, "text", _write_text(self.limits))
 
     @property
-    def name(self) -> str:
+    def slug(self) -> str:
         """The text as a part of a file's name, such as `macs-60pct-params-2M`."""
-        return name_budget(self.text)
+        return make_slug(self.text)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ def _is_limit(limit: object) -> bool:
     return isinstance(limit, tuple) and len(limit) == 2 and isinstance(limit[0], str) and isinstance(limit[1], Real)
 
 
-def name_budget(text: str) -> str:
+def make_slug(text: str) -> str:
     """Return the text of a budget as a part of a file's name: "macs<=60%" as "macs-60pct"."""
     return text.replace(" and ", "-").replace("<=", "-").replace("%", "pct")
 

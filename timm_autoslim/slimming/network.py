@@ -8,7 +8,7 @@ from typing import Any
 
 from timm_autoslim.costs.cost import Cost, cost_by_module
 from timm_autoslim.errors import BudgetError
-from timm_autoslim.slimming.budgets import name_budget
+from timm_autoslim.slimming.budgets import make_slug
 from timm_autoslim.slimming.goals import Goal
 from timm_autoslim.supernet.widths import Widths
 
@@ -104,7 +104,7 @@ class Found:
     @property
     def name(self) -> str:
         """A name of the budget and the method, such as `macs-60pct-params-2M-searched`."""
-        return f"{name_budget(self.text)}-{self.method}"
+        return f"{make_slug(self.text)}-{self.method}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the network for JSON; the method is that of the result that holds it."""
