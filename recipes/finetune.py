@@ -167,10 +167,11 @@ def extract(
     supernet = make_supernet(args) if args.from_scratch else load_supernet(run, args)
     widths = supernet.space.from_dict(network.widths.to_dict())
     model = supernet.extract(widths).to(accelerator.device)
+    if args.channels_last:
+        for module in (model, supernet):
+            module.to(memory_format=torch.channels_last)
     if len(loader):
         repair(accelerator, model, supernet.to(accelerator.device), loader)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
     if args.sync_bn:
         synchronize_norms(accelerator, model)
     check_batch(model, model, make_images(args, args.batch_size, accelerator.device), accelerator.num_processes)

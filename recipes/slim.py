@@ -20,6 +20,7 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
@@ -186,7 +187,8 @@ class Slimming:
                 f"The weights of {args.model} are not of the {args.num_classes} classes of the data: fine-tune the "
                 "model on them first."
             )
-        return make_supernet(args, create_starting_model(args)).to(self.accelerator.device)
+        supernet = make_supernet(args, create_starting_model(args)).to(self.accelerator.device)
+        return supernet.to(memory_format=torch.channels_last) if args.channels_last else supernet
 
     def _set_up(self, args: argparse.Namespace, folder: Path, supernet: Supernet, split: Path | None = None) -> None:
         """Make a run folder of a supernet, and put its channels in order."""

@@ -255,3 +255,20 @@ def test_batches_of_one_image_are_joined(sizes):
 def test_one_image_in_all_is_refused():
     with pytest.raises(DataError, match=r"got one image, .*; needed: two images or more"):
         slim(make_model(), "80%", make_batches(1, 1), cross_entropy, progress=False)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_weights_come_back_in_the_layout_that_they_had(layout):
+    model = make_model().to(memory_format=layout)
+    layouts = [weight.is_contiguous() for weight in model.parameters()]
+    smaller = slim(model, "50%", make_batches(), cross_entropy, order=None, progress=False)
+    assert all(weight.is_contiguous(memory_format=layout) for weight in smaller.parameters() if weight.dim() == 4)
+    assert layouts == [weight.is_contiguous() for weight in model.parameters()]
+
+
+def test_volumes_are_slimmed_too():
+    """Their weights have five axes, which channels_last does not know."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv3d(3, 8, 3), nn.ReLU(), nn.Conv3d(8, 8, 1), nn.Flatten(), nn.Linear(64, 4))
+    pairs = [(torch.randn(10, 3, 4, 4, 4), torch.randint(4, (10,))) for _ in range(3)]
+    assert slim(model, "60%", pairs, cross_entropy, progress=False)[0].out_channels < 8
