@@ -62,6 +62,8 @@ from timm_autoslim.recipes.lib.trainer import Backward, Trainer
 from timm_autoslim.recipes.lib.training import make_loss, prepare
 from timm_autoslim.recipes.lib.validation import check_batch, evaluate
 
+AGAIN = "the same command with --resume goes on from the last checkpoint"  # after an interruption
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
@@ -232,4 +234,4 @@ class Lesson:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, AGAIN)

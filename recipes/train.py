@@ -49,6 +49,8 @@ from timm_autoslim.recipes.lib.trainer import Trainer
 from timm_autoslim.recipes.lib.training import prepare
 from timm_autoslim.recipes.lib.validation import Validation, check_batch
 
+AGAIN = "the same command with --resume goes on from the last checkpoint"  # after an interruption
+
 
 def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
@@ -191,4 +193,4 @@ def check_sizes(args: argparse.Namespace, supernet: Supernet, device: torch.devi
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, AGAIN)

@@ -133,7 +133,8 @@ def run_recipe(command: str, args: list[str]) -> None:
     except ModuleNotFoundError as error:
         sys.exit(f"error: {command} needs {error.name}: pip install 'timm-autoslim[recipes]'")
     sys.argv = [f"{PROG} {command}", *args]  # the name that the recipe's messages have
-    shell.run_command(lambda: recipe.main(args))
+    again = {"again": recipe.AGAIN} if hasattr(recipe, "AGAIN") else {}
+    shell.run_command(lambda: recipe.main(args), **again)
 
 
 def copy(folder: Path) -> str:

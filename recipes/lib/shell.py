@@ -11,16 +11,25 @@ from typing import Any
 
 from timm_autoslim.errors import AutoSlimError
 
+INTERRUPTED = 130  # the exit status of a command that SIGINT ends, as shells have it: 128 + 2
 _PACKAGE = str(Path(__file__).resolve().parents[2])  # of timm_autoslim, or of the repository
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a recipe from the shell: what the user can mend is a message, not a traceback."""
+def run_command(main: Callable[[], None], again: str = "the same command goes on from here") -> None:
+    """Run a recipe from the shell: what the user can mend is a message, not a traceback, and so is Ctrl-C.
+
+    Args:
+        main: the recipe.
+        again: what may be done after an interruption.
+    """
     try:
         with _plain_warnings():
             main()
     except AutoSlimError as error:
         sys.exit(f"{type(error).__name__}: {_find_text(error)}")
+    except KeyboardInterrupt:
+        print(f"\nInterrupted: {again}.", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
 
 
 def _find_text(error: AutoSlimError) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.recipes import parse, write_config
 
+from timm_autoslim.__main__ import run_recipe
 from timm_autoslim.errors import AutoSlimError, ConfigError, DataError
 from timm_autoslim.recipes import finetune, search
 from timm_autoslim.recipes.lib.image_sources import Subset
@@ -25,6 +26,21 @@ def test_errors_reach_the_shell_as_messages(tmp_path):
     write_args(tmp_path, args)
     with pytest.raises(ConfigError, match=r"holds no supernet.safetensors: finish its training first"):
         search.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("command", "again"), [("slim", "the same command goes on from here"), ("train", "the same command with --resume")]
+)
+def test_an_interruption_is_a_line_that_says_how_to_go_on(command, again, monkeypatch, capsys):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"timm_autoslim.recipes.{command}.main", interrupt)
+    monkeypatch.setattr("sys.argv", [command])
+    with pytest.raises(SystemExit) as ended:
+        run_recipe(command, [])
+    assert ended.value.code == 130
+    assert f"Interrupted: {again}" in capsys.readouterr().err
 
 
 class Broken:
