@@ -124,28 +124,28 @@ def compare_networks(
         pair = torch.cat([inputs for inputs, _ in make_evaluation_loader(args, images.test, range(2))])
         for network in networks:
             write_onnx(run / "exported" / network.name, pair, run / "onnx" / f"{network.name}.onnx")
-    with _warn_if_busy(args.latency_device):
+    with _watch_processor(args.latency_device) as notes:
         turns = measure_turns(
             models, make_images(args, args.cost_batch_size), device=args.latency_device, runtime=args.latency_runtime,
             threads=args.latency_threads, rounds=TURNS, repeats=5,
         )  # fmt: skip
     first, *others = [replace(row, **describe_turns(times)) for row, times in zip(rows, turns, strict=True)]
-    table = make_table(first, others)
+    table = make_table(first, others) + "".join(f"\n{note}\n" for note in notes)
     files.write_text(run / "table.md", table)
     return table
 
 
 @contextlib.contextmanager
-def _warn_if_busy(device: str) -> Iterator[None]:
-    """Say, after a block that measures on a CPU, if other work took the processor from this process meanwhile."""
+def _watch_processor(device: str) -> Iterator[list[str]]:
+    """Note, after a block that measures on a CPU, if other work took the processor from this process meanwhile."""
+    notes: list[str] = []
     wall, busy = time.perf_counter(), time.process_time()
-    yield
+    yield notes
     share = (time.process_time() - busy) / max(time.perf_counter() - wall, 1e-9)
     if torch.device(device).type == "cpu" and share < _QUIET:
-        print(
+        notes.append(
             f"Warning: other work had the processor for {1 - share:.0%} of the time in which latencies were measured: "
-            "they are too long, and not by the same factor. The same command measures them again.",
-            flush=True,
+            "they may be too long, and not by the same factor. The same command measures them again."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,15 @@ def check_same(path: Path, settings: Mapping[str, Any], begun: bool) -> bool:
     if changes and begun:
         raise ConfigError(
             f"{path.parent} was begun with other settings ({', '.join(changes)}): give the same ones to go on, "
-            "or another --experiment."
+            f"or another --experiment.{_describe(changes, before, settings)}"
         )
     return not changes
+
+
+def _describe(names: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return what the settings were and are, for those that a user gave: hashes say nothing."""
+    texts = [f"{name} was {before.get(name)}, and is {now.get(name)}" for name in names if not name.endswith("_sha256")]
+    return f" {'; '.join(texts)}." if texts else ""
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -53,6 +53,13 @@ def test_every_figure_is_drawn(results, name):
     assert text.endswith(".")
 
 
+def test_the_bar_of_one_method_is_in_the_middle_and_those_of_two_are_beside_it(results):
+    for shown, middles in ((results[:1], [0.0]), (results, [-0.2, 0.2])):
+        bars = FIGURES["widths"][0](shown).axes[0].containers
+        places = [bar[0].get_y() + bar[0].get_height() / 2 for bar in bars]
+        assert places == pytest.approx([0.0, *middles])  # the first is the original
+
+
 def test_axes_and_legends_are_in_the_field_s_words(results):
     losses, modules = (FIGURES[name][0](results) for name in ("losses", "modules"))
     assert [ax.get_xlabel() for ax in losses.axes] == ["million MACs", "million parameters"]

@@ -116,11 +116,12 @@ def draw_widths(results: Sequence[SearchResult]) -> Drawing:
     place = np.arange(len(sizes))
     for ax, (budget, of_budget) in zip(axes, networks.items(), strict=True):
         ax.barh(place, np.ones(len(sizes)), 0.8, color=QUIET, label=ORIGINAL)
-        for method, dy in ((SEARCHED, -0.2), ("uniform", 0.2)):
-            network = find_network(of_budget, method)
-            if network is not None:
-                shares = [network.widths[name] / size for name, size in sizes.items()]
-                ax.barh(place + dy, shares, 0.36, color=COLOURS[method], label=method)
+        found = {method: find_network(of_budget, method) for method in (SEARCHED, "uniform")}
+        bars = [(method, network) for method, network in found.items() if network is not None]
+        for index, (method, network) in enumerate(bars):
+            shares = [network.widths[name] / size for name, size in sizes.items()]
+            shift = 0.4 * index - 0.2 * (len(bars) - 1)  # one bar is in the middle
+            ax.barh(place + shift, shares, 0.36 if len(bars) > 1 else 0.5, color=COLOURS[method], label=method)
         ax.set_title(budget, loc="left", fontsize=10)
         ax.set_xlabel("share of the width")
     # groups of 8 and of 2,000 channels stand below each other: shares tell what each has left, names its width
@@ -227,7 +228,7 @@ FIGURES: dict[str, tuple[Callable[[Sequence[SearchResult]], Drawing], str, str]]
     "widths": (
         draw_widths,
         "Widths",
-        "What every group has left of its width (the number beside its name): the searched and the uniform network.",
+        "What every group has left of its width (the number beside its name).",
     ),
     "descent": (
         draw_descent,

@@ -17,3 +17,12 @@ def test_settings_may_change_until_the_work_has_begun(tmp_path):
     with pytest.raises(ConfigError, match=r"was begun with other settings \(lr\)"):
         check_same(path, {"lr": 3}, begun=True)
     assert check_same(path, {"lr": 2}, begun=True)
+
+
+def test_what_has_changed_is_told_but_for_hashes(tmp_path):
+    path = tmp_path / "settings.yaml"
+    write_settings(path, {"lr": 1, "weights_sha256": "a"})
+    with pytest.raises(ConfigError, match=r"another --experiment\. lr was 1, and is 2\.$"):
+        check_same(path, {"lr": 2, "weights_sha256": "b"}, begun=True)
+    with pytest.raises(ConfigError, match=r"\(weights_sha256\): .* another --experiment\.$"):
+        check_same(path, {"lr": 1, "weights_sha256": "b"}, begun=True)
