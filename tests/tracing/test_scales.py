@@ -214,6 +214,25 @@ def test_a_scale_that_cannot_follow_holds_its_channels_with_the_reason():
     assert not heads.repairs
 
 
+@pytest.mark.parametrize(
+    "number",
+    [
+        lambda: torch.rsqrt(torch.tensor(16.0)),
+        lambda: torch.full((1,), 16.0).sqrt().reciprocal(),
+        lambda: torch.from_numpy(np.full((), 0.25, np.float32)),
+    ],
+)
+def test_a_scale_that_is_a_tensor_of_a_number_in_the_code_holds_its_channels(number):
+    supernet = convert(Single(lambda s, q, k: product(q, k) * number().to(q.device)), TOKENS)
+    assert supernet.space.max().to_dict() == {"stem": 32, "v": 24}
+    assert "still multiplied by 0.25" in supernet.graph.fixed["q.weight", 0]
+
+
+def test_a_scale_that_is_a_tensor_of_the_size_follows():
+    supernet = convert(Single(lambda s, q, k: product(q, k) * torch.tensor(float(q.shape[-1])).rsqrt()), TOKENS)
+    assert supernet.space.max().to_dict() == {"stem": 32, "q": 16, "v": 24}
+
+
 class Config:
     scale = 0.25
 

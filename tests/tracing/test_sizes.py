@@ -67,6 +67,9 @@ def test_functions_of_numpy_remember_them():
     size = attribute(8)
     assert evaluate(np.log2(size), lambda size: 16) == 4.0
     assert type(np.mod(size, 3)) is Integer
+    root = np.sqrt(size)
+    assert (root.item(), type(root.item()), root.astype(int), root.dtype) == (math.sqrt(8), Real, 2, np.float64)
+    assert not hasattr(size, "item")
     assert np.array_equal(np.arange(3) * size, [0, 8, 16])
 
 

@@ -121,6 +121,7 @@ class LabelRecorder(Recorder):
         self.used_ids: set[int] = set()
         tensors = named_tensors(model)
         self.scales = ScaleTracker({id(tensors[name]): factor for name, factor in (numbers or {}).items()})
+        self.scales.read_constant = self.values.read_constant
         self._operators: list[OperatorLabels] = []
         self._exits: list[Exit] = []
 

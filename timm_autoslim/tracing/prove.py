@@ -74,6 +74,8 @@ class _ComparingRecorder(Recorder):
         self.gradients = record.gradients
         self.exits, self.active, self.position = record.exits, active, 0
         self.record, self.scales = record, scales
+        if scales is not None:
+            scales.read_constant = self.values.read_constant
 
     def leave(self, path: str, module: nn.Module, out: Any) -> None:
         """Compare what a module returns with what it returned in the record."""

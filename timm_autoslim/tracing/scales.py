@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -186,12 +186,14 @@ class ScaleTracker:
     Attributes:
         scores: all matrix products, in the order of execution.
         read: paths of the attributes that reached a function of torch.
+        read_constant: returns the value of a tensor of one element that follows from constants of the code alone.
     """
 
     def __init__(self, tensors: Mapping[int, Factor]) -> None:
         """Prepare a run; `tensors` are those of the model that stand for one number, by their ids."""
         self.scores: list[Scores] = []
         self.read: set[str] = set()
+        self.read_constant: Callable[[Tensor], float | None] = lambda tensor: None
         self._tensors = tensors
         self._counts: Counter[str] = Counter()
         # by id of a tensor; it is kept alive, since ids are used again otherwise
@@ -284,7 +286,10 @@ class ScaleTracker:
         if isinstance(value, Tensor):
             if id(value) in self._numbers:
                 return self._numbers[id(value)][1]
-            return self._tensors.get(id(value), Factor(None) if value.numel() == 1 else None)
+            if id(value) in self._tensors or value.numel() != 1:
+                return self._tensors.get(id(value))
+            exactness = torch.finfo(value.dtype).eps if value.is_floating_point() else 0
+            return Factor(self.read_constant(value), tolerance=max(_TOLERANCE, 4 * exactness))
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             return None
         for number in (*call.args, *call.kwargs.values()) if call else ():

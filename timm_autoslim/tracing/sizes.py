@@ -64,7 +64,17 @@ class _Watched(Number):
         if isinstance(result, np.bool_):
             note_check(function, inputs)
             return result
-        return derive(_AsPython(function), *inputs)
+        number = derive(_AsPython(function), *inputs)
+        if isinstance(number, Number):
+            number.__dict__["generic"] = result
+        return number
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what a number of numpy has, such as `item`, if a function of numpy has computed this one."""
+        generic = self.__dict__.get("generic")
+        if generic is None or name.startswith("__"):
+            raise AttributeError(name)
+        return (lambda: self) if name in ("item", "tolist") else getattr(generic, name)
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,15 @@ class KnownValues:
             self._note_read(value.list_roots(), value.list_numbers())
         return result
 
+    def read_constant(self, tensor: Tensor) -> float | None:
+        """Return the value of a tensor of one element if it follows from constants alone; nobody is told that."""
+        value = self._get(tensor)
+        if value is None or value.list_roots():
+            return None
+        with outside_of_run():
+            result = value.evaluate()
+        return None if result is None else float(result)
+
     def list_roots(self, tensor: Tensor) -> list[Tensor]:
         """Return the model's tensors that a tensor is computed from; none if it follows from inputs or constants."""
         value = self._get(tensor)
