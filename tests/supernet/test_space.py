@@ -42,6 +42,14 @@ def space(supernet):
     return supernet.space
 
 
+def test_a_space_is_a_collection_of_names():
+    space = convert(TwoGroups(), torch.zeros(1, 3, 8, 8)).space
+    assert list(space) == list(space.names)
+    assert space.names[0] in space
+    assert "no group" not in space
+    assert 0 not in space
+
+
 def test_groups_carry_the_name_of_the_module_that_makes_their_channels(space):
     stem, inner = space.groups
     assert (stem.name, stem.size, stem.channels) == ("stem", 32, 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import io
 import json
@@ -19,6 +18,7 @@ from timm_autoslim.artifact.bases import create_meta_base
 from timm_autoslim.artifact.config import Config
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.tracing.outer_state import with_empty_caches
+from timm_autoslim.utils.copying import copy_deeply
 
 FIGURE = "widths.png"
 
@@ -61,7 +61,7 @@ def count_costs(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str,
     """
     counts = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     try:
-        meta_copy = copy.deepcopy(model).to("meta").eval()
+        meta_copy = copy_deeply(model).to("meta").eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             with_empty_caches(meta_copy, lambda _: meta_copy(torch.zeros(1, *input_size, device="meta")))
     except Exception:  # whatever a model raises there: the card says less

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import platform
 import statistics
 import time
@@ -18,6 +17,7 @@ from timm_autoslim.costs.inputs import place_inputs
 from timm_autoslim.costs.runtimes import RUNTIMES
 from timm_autoslim.errors import AutoSlimError, LatencyError
 from timm_autoslim.utils.arguments import check_dtype, check_integer
+from timm_autoslim.utils.copying import copy_deeply
 
 
 def name_device(device: str | torch.device) -> str:
@@ -208,4 +208,4 @@ def _copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> 
         raise LatencyError.at("the model", got=f"a {type(model).__name__}", needed=needed)
     if any(t.is_meta for t in model.state_dict().values()):
         raise LatencyError.at("the model", got="one on the meta device, without weights", needed="a model that can run")
-    return copy.deepcopy(model).eval().to(device, dtype)
+    return copy_deeply(model).eval().to(device, dtype)

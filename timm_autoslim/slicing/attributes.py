@@ -267,7 +267,10 @@ def _list_children(value: Any) -> Iterator[Any]:
 
 def _copy_once(value: Any) -> Any:
     """Return a copy that refers to what `value` refers to."""
-    copied = copy.copy(value)
+    try:
+        copied = copy.copy(value)
+    except Exception:  # of any kind: a class whose `__getattr__` answers for all names cannot be copied
+        copied = value
     if copied is value:  # an object that says it needs no copies; but this one shall change
         kind: Any = type(value)
         copied = kind.__new__(kind)

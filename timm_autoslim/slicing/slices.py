@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dis
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from timm_autoslim.slicing.attributes import Value, set_attributes
 from timm_autoslim.slicing.tensors import Axis, copy_slice
+from timm_autoslim.utils.copying import copy_deeply
 
 M = TypeVar("M", bound=nn.Module)
 V = TypeVar("V")
@@ -224,7 +224,7 @@ def extract_model(model: M, slices: Slices) -> M:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo.setdefault(id(value), value.detach().clone())
-    extracted = copy.deepcopy(model, memo)
+    extracted = copy_deeply(model, memo)
     _adapt_modules(extracted, slices)
     return extracted
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -26,6 +25,7 @@ from timm_autoslim.training.reconstruction import reconstruct
 from timm_autoslim.utils.arguments import check_callable, check_flag, check_module
 from timm_autoslim.utils.bars import show_bar
 from timm_autoslim.utils.batches import check_inputs, join_singles, make_input_error
+from timm_autoslim.utils.copying import copy_deeply
 from timm_autoslim.utils.meta import count_images, run_model
 
 M = TypeVar("M", bound=nn.Module)
@@ -98,7 +98,7 @@ def slim(
     settings = ("order", "maximize", "conditions", "progress", "seed")
     check_rules("slim", rules, settings, left_out=("example_input", "order", "batches", "distributed"))
     pairs = _check_pairs(model, batches)
-    smaller: nn.Module = copy.deepcopy(model).eval()  # whose gradients are ours, and whose modes
+    smaller: nn.Module = copy_deeply(model).eval()  # whose gradients are ours, and whose modes
     changes = _takes_less_time_by_channels(smaller)
     if changes:
         _set_layout(smaller, torch.channels_last)

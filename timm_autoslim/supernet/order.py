@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from timm_autoslim.slicing.slices import clear_caches
 from timm_autoslim.supernet.selection import READS, SelectionImportance, collect_moments
 from timm_autoslim.tracing.graph import AxisUnits, ChannelGraph
 from timm_autoslim.utils.arguments import check_flag, check_module, check_type, quote
+from timm_autoslim.utils.copying import copy_deeply
 from timm_autoslim.utils.processes import choose_pool, copy_from_first
 from timm_autoslim.utils.tables import Table
 from timm_autoslim.utils.tensors import named_tensors
@@ -225,7 +225,7 @@ def permute_units(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.in
         permuted = permuted.clone()
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(permuted, tensor.requires_grad) if is_parameter else permuted
-    result = copy.deepcopy(model, memo)
+    result = copy_deeply(model, memo)
     if changed:
         clear_caches(result.modules())
     return result

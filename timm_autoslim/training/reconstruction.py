@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from timm_autoslim.training.lockstep import Lockstep
 from timm_autoslim.utils.arguments import check_flag, check_integer
 from timm_autoslim.utils.bars import show_bar
 from timm_autoslim.utils.batches import check_inputs, divide_batch, make_empty_error
+from timm_autoslim.utils.copying import copy_deeply
 from timm_autoslim.utils.meta import count_images
 from timm_autoslim.utils.processes import Pool, check_every_process, choose_pool, copy_from_first, is_first
 from timm_autoslim.utils.restoring import restoring_on_error
@@ -167,7 +167,7 @@ def reconstruct(
     spec = _get_spec(slim)
     supernet = original if isinstance(original, Supernet) else convert_by(original, first)
     kept, divides = _compare_channels(slim, spec, supernet), supernet.takes_any_batch_size
-    result = copy.deepcopy(slim).eval()  # the slim model itself changes at the very end
+    result = copy_deeply(slim).eval()  # the slim model itself changes at the very end
     reports = []
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         example = next(divide_batch(first, 2)) if divides else first

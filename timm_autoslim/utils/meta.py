@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_autoslim.errors import TraceError, quote_error
+from timm_autoslim.utils.copying import copy_deeply
 from timm_autoslim.utils.tensors import collect_tensors, map_tensors, named_tensors
 
 
@@ -28,7 +29,7 @@ def copy_to_meta(model: nn.Module) -> nn.Module:
         meta: Tensor = torch.empty_like(tensor, device="meta", requires_grad=False)
         memo[id(tensor)] = nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
     try:
-        return copy.deepcopy(model, dict(memo))
+        return copy_deeply(model, memo)
     except Exception as error:
         raise TraceError(
             f"{_find_obstacle(model, memo)}: cannot be copied ({type(error).__name__}: {quote_error(error)}); needed: "
