@@ -2,7 +2,8 @@
 
     python recipes/benchmarks/pretrained.py --checkpoint FILE --data-dir DIR --table docs/benchmarks.md
 
-DIR has train.tar and test.tar (or folders) of class folders; FILE is a safetensors file of the --model. Of the training
+DIR has train.tar and test.tar (or folders) of class folders; FILE is a safetensors file of the --model, or, with
+--model-kwargs, of one that `train_original.py` trained. Rows and tables are kept apart by --name. Of the training
 images 10,000 are fine-tuned on and 500 others rank subnets, both drawn by the seed. A job is a method and a seed: it
 finds its networks, and measures each as it was cut out (BatchNorm calibrated), reconstructed (no training), and after
 training (`--trainings`), with labels alone or with the original as the teacher. "stages" continue from the trained
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import json
 import math
 import multiprocessing
 import time
@@ -46,8 +48,7 @@ from timm_autoslim.recipes.benchmarks.lib.pretrained_tables import (
     SHARES,
     Row,
     draw,
-    make_compute_table,
-    make_table,
+    make_tables,
 )
 from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
 from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Network, Task, adopt, count_forwards, count_macs
@@ -85,10 +86,10 @@ class Data:
 
 def read_part(args: argparse.Namespace, name: str, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return images and classes; those that were read once lie in the cache."""
-    path = args.cache / f"{name}-{count}-{args.size}-{seed}.pt"
+    path = args.cache / f"{name}-{count}-{args.img_size}-{seed}.pt"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(read_images(find_part(args.data_dir, name), count, seed, args.size), path)
+        torch.save(read_images(find_part(args.data_dir, name), count, seed, args.img_size), path)
     images, targets = torch.load(path)
     return images, targets
 
@@ -109,7 +110,7 @@ def load_data(args: argparse.Namespace, seed: int) -> Data:
 
 def load_model(args: argparse.Namespace) -> nn.Module:
     """Return the trained model, in evaluation mode."""
-    model: nn.Module = timm.create_model(args.model, num_classes=args.num_classes)
+    model: nn.Module = timm.create_model(args.model, num_classes=args.num_classes, **args.model_kwargs)
     if args.checkpoint:
         model.load_state_dict(load_file(args.checkpoint))
     return model.to(args.device).eval()
@@ -206,7 +207,7 @@ class Job:
     def first_path(self) -> Path:
         """The file of the trained network of the first share, which stages go on from."""
         name = self.method.removesuffix(STAGES).replace(", ", "-").replace(" ", "-")
-        return Path(self.args.cache) / f"{name}-{self.seed}-{self.args.model}.pt"
+        return Path(self.args.cache) / f"{name}-{self.seed}-{self.args.name}.pt"
 
     def find(self) -> Iterator[tuple[float, nn.Module, Network, Effort]]:
         """Yield for every share its network, the model that it was cut from, and what it took to find it."""
@@ -297,7 +298,7 @@ def run_job(job: tuple[str, int], args: argparse.Namespace) -> None:
     """Run one job; an error becomes a row too."""
     torch.set_num_threads(args.threads)
     results, (method, seed) = Results(args.results), job
-    done = {tuple(row.get(key) for key in KEYS) for row in results}
+    done = {tuple(row.get(key) for key in KEYS) for row in results if row["model"] == args.name}
     try:
         trainings = [training for training in plan(method, args) if (method, seed, *training) not in done]
         measured = [(method, seed, share, start, None, 0) for share, start, _, _ in plan(method, args)]
@@ -305,11 +306,12 @@ def run_job(job: tuple[str, int], args: argparse.Namespace) -> None:
             return
         for row in measure_job(make_job(method, seed, args), trainings):
             if tuple(row[key] for key in KEYS) not in done:
-                results.add(row | {"device": args.device})
+                results.add({"model": args.name} | row | {"device": args.device})
                 print(f"{method}, {seed}: " + ", ".join(f"{k} {v}" for k, v in row.items() if k not in KEYS[:2]))
     except Exception as error:
-        results.add({"method": method, "seed": seed, "error": f"{type(error).__name__}: {error}"[:300],
-                     "traceback": "".join(traceback.format_exception(error, limit=-5))})  # fmt: skip
+        words = f"{type(error).__name__}: {error}"[:300]
+        last = "".join(traceback.format_exception(error, limit=-5))
+        results.add({"model": args.name, "method": method, "seed": seed, "error": words, "traceback": last})
 
 
 def run_jobs(args: argparse.Namespace) -> None:
@@ -346,10 +348,12 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *stages], choices=[*METHODS, *stages])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default="tf_efficientnet_lite0")
+    parser.add_argument("--model-kwargs", type=json.loads, default={}, metavar="JSON", help="further arguments of it")
+    parser.add_argument("--name", help="of the model in rows and tables, --model by default")
     parser.add_argument("--num-classes", type=int, default=10)
     parser.add_argument("--checkpoint", type=Path, help="weights of the trained model, a safetensors file")
     parser.add_argument("--data-dir", type=Path)
-    parser.add_argument("--size", type=int, default=64, help="side of the images")
+    parser.add_argument("--img-size", type=int, default=64, help="side of the images")
     parser.add_argument("--cache", type=Path, default=Path("runs/pretrained"), help="folder of images that were read")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -365,12 +369,13 @@ def main() -> None:
     )
     parser.add_argument("--toy", action="store_true", help="few images")
     args = parser.parse_args()
+    args.name = args.name or args.model
     if not args.only_table:
         if not args.data_dir:
             parser.error("give --data-dir, with train.tar and test.tar of class folders")
         run_jobs(args)
     rows = Results(args.results)
-    tables = f"{make_table(rows)}\n\n{make_compute_table(rows)}"
+    tables = make_tables(rows)
     print(tables)
     if args.table:
         put_table(args.table, "pretrained", tables)

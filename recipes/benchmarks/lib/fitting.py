@@ -121,7 +121,7 @@ def fit(
     model: nn.Module, pictures: Pictures, prepare: Callable[[Tensor], Tensor], loss: Loss,
     make_optimizer: Callable[..., torch.optim.Optimizer], *, epochs: int, batch: int, rate: float, warmup: float = 0,
     count: int | None = None, seed: int = 0, on_epoch: Callable[[int, float], None] | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: Path | None = None, every: int | None = None,
 ) -> int:  # fmt: skip
     """Train with a linear warm-up of the learning rate, then a cosine to 0.
 
@@ -138,6 +138,7 @@ def fit(
         on_epoch: called with the epoch and the loss of its last step.
         checkpoint: a file that is written after every tenth of the epochs. Where it is there already, training goes on
             from it, as if it had not been interrupted.
+        every: epochs between two writes of it, in place of a tenth.
 
     Returns:
         How many images the steps saw.
@@ -149,7 +150,7 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     example = prepare(pictures.draw(torch.arange(batch), torch.Generator().manual_seed(0))[0])
     step = Step(model.train(), loss, make_optimizer(model.parameters(), **graphed), example)
-    updates, first = count // batch, 0
+    updates, first, every = count // batch, 0, every or max(1, epochs // 10)
     if checkpoint is not None and checkpoint.exists():
         first = step.read(checkpoint, generator)
     for epoch in range(first, epochs):
@@ -163,6 +164,6 @@ def fit(
             step(prepare(images), targets)
         if on_epoch is not None:
             on_epoch(epoch + 1, step.loss.item())
-        if checkpoint is not None and (epoch + 1) % max(1, epochs // 10) == 0:
+        if checkpoint is not None and (epoch + 1) % every == 0:
             step.write(checkpoint, generator, epoch + 1)
     return epochs * updates * batch

@@ -12,6 +12,22 @@ SHARES, EPOCHS = (0.5, 0.25), (1, 5)
 """Of the MACs, falling; of the trainings that all networks have."""
 
 
+def make_tables(rows: list[Row]) -> str:
+    """Return both tables of every model, below its name."""
+    parts = []
+    for name, of_model in split_models(rows).items():
+        parts += [f"**{name}**", make_table(of_model), make_compute_table(of_model)]
+    return "\n\n".join(parts)
+
+
+def split_models(rows: list[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each model."""
+    models: dict[str, list[Row]] = {}
+    for row in rows:
+        models.setdefault(row["model"], []).append(row)
+    return models
+
+
 def make_table(rows: list[Row]) -> str:
     """Return a line for each method, start and teacher, with means over the seeds; columns that were measured."""
     rows = [row for row in rows if "top1" in row and row["epochs"] in (0, *EPOCHS)]
@@ -62,23 +78,25 @@ def _mean(rows: list[Row], key: str) -> float:
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    """Draw accuracy against compute."""
+    """Draw accuracy against compute, the models one below the other."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots(1, len(SHARES), sharey=True)
-    points = collect_points(rows)
-    ways = list(dict.fromkeys(key[1:3] for key in points))
-    for axis, share in zip(axes, SHARES, strict=True):
-        for index, way in enumerate(ways):
-            of_way = [rows for key, rows in points.items() if key[:3] == (share, *way)]
-            line = sorted((_mean(rows, "compute") / 1000, _mean(rows, "top1")) for rows in of_way)
-            style = {"marker": "o", "markersize": 4, "color": f"C{index}"}
-            axis.plot([x for x, _ in line], [y for _, y in line], **style, label=", ".join(way))
-        axis.set(title=f"{share:.0%} of the MACs", xlabel="compute, thousand forwards of the original")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("test top-1, %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    models = split_models(rows)
+    ways = list(dict.fromkeys(key[1:3] for key in collect_points(rows)))
+    figure = Figure(figsize=(9, 1 + 3 * len(models)), layout="constrained")
+    grid = figure.subplots(len(models), len(SHARES), sharey="row", squeeze=False)
+    for axes, (name, of_model) in zip(grid, models.items(), strict=True):
+        points = collect_points(of_model)
+        for axis, share in zip(axes, SHARES, strict=True):
+            for index, way in enumerate(ways):
+                of_way = [rows for key, rows in points.items() if key[:3] == (share, *way)]
+                line = sorted((_mean(rows, "compute") / 1000, _mean(rows, "top1")) for rows in of_way)
+                style = {"marker": "o", "markersize": 4, "color": f"C{index}"}
+                axis.plot([x for x, _ in line], [y for _, y in line], **style, label=", ".join(way))
+            axis.set(title=f"{name}, {share:.0%} of the MACs", xlabel="compute, thousand forwards of the original")
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("test top-1, %")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, metadata={"Date": None})
 
 

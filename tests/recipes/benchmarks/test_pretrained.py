@@ -6,13 +6,15 @@ import json
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from timm_autoslim import reconstruct
 from timm_autoslim.recipes.benchmarks.lib.fitting import Pictures, fit
 from timm_autoslim.recipes.benchmarks.lib.images import load_digits, measure_top1
-from timm_autoslim.recipes.benchmarks.lib.pretrained_tables import draw, make_compute_table, make_table
+from timm_autoslim.recipes.benchmarks.lib.pretrained_tables import draw, make_compute_table, make_table, make_tables
 from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Task, adopt, count_macs
-from timm_autoslim.recipes.benchmarks.pretrained import KEYS, count_effort, run_job
+from timm_autoslim.recipes.benchmarks.pretrained import KEYS, count_effort, load_model, run_job, scale
+from timm_autoslim.recipes.benchmarks.train_original import train_original
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,55 @@ def test_training_learns_the_images():
     assert measure_top1(model, (images[600:1000], targets[600:1000])) > 50
 
 
+def test_training_goes_on_from_the_epoch_that_was_asked_for(tmp_path):
+    images, targets = load_digits()
+    epochs = []
+
+    def train(last):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
+        epochs.clear()
+
+        def stop(epoch, loss):
+            epochs.append(epoch)
+            if epoch == last:
+                raise KeyboardInterrupt
+
+        fit(
+            model, Pictures(images[:64], targets[:64], -1.0), lambda x: x,
+            lambda network, inputs, labels: torch.nn.functional.cross_entropy(network(inputs), labels),
+            torch.optim.AdamW, epochs=20, batch=32, rate=1e-3, on_epoch=stop,
+            checkpoint=tmp_path / "state", every=3,
+        )  # fmt: skip
+        return model
+
+    with pytest.raises(KeyboardInterrupt):
+        train(last=8)
+    resumed = train(last=None).state_dict()
+    assert epochs[0] == 7
+    (tmp_path / "state").unlink()
+    assert all(torch.equal(value, resumed[key]) for key, value in train(last=None).state_dict().items())
+
+
+@pytest.mark.slow
+def test_an_original_is_trained_and_loaded_again(tmp_path):
+    for part in ("train", "test"):
+        for label in range(2):
+            folder = tmp_path / part / str(label)
+            folder.mkdir(parents=True)
+            for index in range(16):
+                Image.new("RGB", (16, 16), (250 * label, 10 * index, 0)).save(folder / f"{index}.png")
+    options = argparse.Namespace(
+        data_dir=tmp_path, output=tmp_path / "out.safetensors", model="resnet10t",
+        model_kwargs={"channels": (8, 16, 16, 32), "stem_width": 8}, img_size=32, count=None, epochs=8, batch=8,
+        rate=1e-2, seed=0, device="cpu", threads=torch.get_num_threads(),
+    )  # fmt: skip
+    assert train_original(options) > 90
+    options.name, options.num_classes, options.checkpoint = "small", 2, options.output
+    red = torch.tensor([250, 80, 0]).view(1, 3, 1, 1).expand(1, 3, 32, 32)
+    assert load_model(options)(scale(red)).argmax() == 1
+
+
 def test_pictures_are_cropped_from_a_border_and_flipped_with_their_classes():
     image = torch.arange(16.0).view(1, 1, 4, 4)
     pictures = Pictures(image.repeat(200, 1, 1, 1) + 1, torch.arange(200))
@@ -115,17 +166,35 @@ def test_accuracy_stands_beside_all_compute(tmp_path):
     trained = row | {"teacher": "original", "epochs": 5, "top1": 79.0}
     rows = [found | {"compute": 70_000.0, "seconds": 240.0}, trained | {"compute": 160_000.0, "seconds": 360.0}]
     rows += [row | {"seed": 1, "top1": row["top1"] + 2} for row in rows]
+    rows = [{"model": "lite0"} | row for row in rows]
     table = make_compute_table(rows)
     assert "| 25% | searched | reconstructed | 0 | 25.0% | 0.79M | 70k | 4.0 | 74.0 ± 1.4 | 2 |" in table
     assert "| 25% | searched | reconstructed | 5 | 25.0% | 0.79M | 160k | 6.0 | 80.0 ± 1.4 | 2 |" in table
-    draw(rows, tmp_path / "figure.svg")
-    assert "searched, reconstructed" in (tmp_path / "figure.svg").read_text()
+    other = {"model": "convnext", "method": "torch-pruning", "start": "cut"}
+    draw([*rows, *(row | other for row in rows)], tmp_path / "figure.svg")
+    drawing = (tmp_path / "figure.svg").read_text()
+    assert all(
+        text in drawing for text in ("searched, reconstructed", "torch-pruning, cut", "lite0, 25%", "convnext, 50%")
+    )
+
+
+def test_every_model_has_tables_of_its_own():
+    row = {"method": "searched", "share": 0.5, "start": "cut", "teacher": None, "epochs": 0, "seed": 0}
+    row |= {"macs": 0.5, "params": 1_000_000, "compute": 1000.0, "seconds": 60.0}
+    rows = [row | {"model": "lite0", "top1": 70.0}, row | {"model": "convnext", "top1": 80.0}]
+    lite0, convnext = make_tables(rows).split("**convnext**")
+    assert "**lite0**" in lite0
+    assert "| 70.0 |" in lite0
+    assert "| 80.0 |" in convnext
+    assert "80.0" not in lite0
 
 
 def test_a_job_that_fails_is_a_row(tmp_path):
-    options = argparse.Namespace(results=tmp_path / "rows.jsonl", threads=torch.get_num_threads(), device="cpu")
+    options = argparse.Namespace(
+        results=tmp_path / "rows.jsonl", threads=torch.get_num_threads(), device="cpu", name="a"
+    )
     run_job(("searched", 0), options)  # without any data
     (row,) = map(json.loads, options.results.read_text().splitlines())
-    assert (row["method"], row["seed"]) == ("searched", 0)
+    assert (row["model"], row["method"], row["seed"]) == ("a", "searched", 0)
     assert "error" in row
     assert not set(KEYS[2:]) & set(row)
