@@ -121,7 +121,7 @@ def make_task(model: nn.Module, data: Data, shares: tuple[float, ...], seed: int
     images, targets = data.pictures.padded[:, :, 4:-4, 4:-4], data.pictures.targets
     gradients = [(scale(x), y) for x, y in zip(*(torch.split(t[:RANKED], 100) for t in (images, targets)), strict=True)]
     held = [(scale(x), y) for x, y in zip(*(t.tensor_split(PARTS) for t in data.held_out), strict=True)]
-    return Task(model, gradients, held, data.batches, shares, seed)
+    return Task(model, gradients, held, data.batches, targets, shares, seed)
 
 
 def make_loss(teacher: nn.Module | None) -> Loss:

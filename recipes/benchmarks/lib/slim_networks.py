@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_autoslim import HeldOut, Supernet, baseline, convert, cost, permute_units, reconstruct, search
+from timm_autoslim import HeldOut, Supernet, baseline, convert, cost, permute_units, reconstruct, sandwich_step, search
+from timm_autoslim.recipes.benchmarks.lib.fitting import Pictures, fit
 
 Batches = list[tuple[Tensor, Tensor]]  # images (N, 3, H, W) and classes (N,)
 History = list[tuple[str, bool, list[int]]]  # of torch-pruning: layer, whether of its outputs, channels removed
@@ -32,7 +33,9 @@ class Task:
         model: the trained model; it is not changed.
         gradients: training images that importance is measured on.
         held_out: training images that subnets are ranked on, in parts.
-        batches: training images (N, 3, H, W) that networks between two searches are reconstructed on.
+        batches: training images (N, 3, H, W) that networks between two searches are reconstructed on, and that a
+            supernet is trained on.
+        targets: their classes (M,), of all batches.
         shares: of the model's MACs, falling.
         seed: of what is drawn.
     """
@@ -41,6 +44,7 @@ class Task:
     gradients: Batches
     held_out: Batches
     batches: list[Tensor]
+    targets: Tensor
     shares: tuple[float, ...]
     seed: int
 
@@ -131,6 +135,34 @@ def search_at_once(task: Task) -> Iterator[Network]:
     result = search(supernet, {"macs": _to_macs(supernet, task)}, evaluate, seed=task.seed, progress=False)
     for network in result.networks:
         yield Network(supernet.extract(network.widths), supernet)
+
+
+def search_supernet(task: Task) -> Iterator[Network]:
+    """Train a supernet for one epoch with the model as the teacher, then one descent through all shares."""
+    supernet = make_supernet(task)
+    train_supernet(supernet, task)
+    evaluate = HeldOut(task.held_out, score)
+    result = search(supernet, {"macs": _to_macs(supernet, task)}, evaluate, seed=task.seed, progress=False)
+    for network in result.networks:
+        yield Network(supernet.extract(network.widths), supernet)
+
+
+def train_supernet(supernet: Supernet, task: Task) -> None:
+    """Train the widest, the narrowest and two random subnets in each step."""
+    draws = torch.Generator().manual_seed(task.seed)
+
+    def measure(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        losses: list[Tensor] = []
+        sandwich_step(
+            model, supernet.space, images, targets, F.cross_entropy, generator=draws, teacher=task.model.eval(),
+            teach_widest=0.5, backward=losses.append,
+        )  # fmt: skip
+        return torch.stack(losses).sum()
+
+    pictures, optimizer = Pictures(torch.cat(task.batches), task.targets), torch.optim.AdamW
+    fit(supernet, pictures, lambda x: x, measure, optimizer, epochs=1, batch=64, rate=1e-3, seed=task.seed)
+    supernet.zero_grad()
+    supernet.eval()
 
 
 def take_uniform(task: Task) -> Iterator[Network]:
@@ -236,6 +268,7 @@ METHODS: dict[str, Callable[[Task], Iterator[Network]]] = {
     "searched": search_widths,
     "searched, few parameters": search_few_parameters,
     "searched at once": search_at_once,
+    "supernet, searched": search_supernet,
     "uniform": take_uniform,
     "importance": rank_importance,
     "isomorphic": rank_isomorphic,
