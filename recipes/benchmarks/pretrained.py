@@ -7,7 +7,7 @@ DIR has train.tar and test.tar (or folders) of class folders; FILE is a safetens
 images 10,000 are fine-tuned on and 500 others rank subnets, both drawn by the seed. A job is a method and a seed: it
 finds its networks, and measures each as it was cut out (BatchNorm calibrated), reconstructed (no training), and after
 training (`--trainings`), with labels alone or with the original as the teacher. "stages" continue from the trained
-network of half the MACs to a quarter.
+network of half the MACs to a quarter; "short stages" from one that was trained for one epoch.
 
 Compute is images times MACs, as `torch.utils.flop_counter` counts them, in forwards of the original for one image: of
 the search or pruning with its gradients, of reconstruction, and of training (a step is three forwards of the network,
@@ -59,7 +59,8 @@ TRAINED, HELD_OUT, PARTS, RANKED = 10_000, 500, 4, 2_000
 RATE, BATCH, SMOOTHING, TEMPERATURE = 1e-3, 64, 0.1, 2.0
 # Starts and teachers, what matters most first; None is the mark of a job that measures without training.
 TRAININGS = (("reconstructed", "original"), ("cut", "labels"), ("reconstructed", "labels"), ("cut", "original"))
-STAGES = ", stages"
+# The end of a method's name by the epochs that the network of the first share is trained for.
+STAGES = {", stages": max(EPOCHS), ", short stages": min(EPOCHS)}
 
 
 def scale(images: Tensor) -> Tensor:
@@ -176,6 +177,14 @@ def count_effort(act: Callable[[], T], whole: int) -> tuple[T, Effort]:
     return result, Effort(time.process_time() - start, counter.get_total_flops() / 2 / whole)
 
 
+def split_stages(method: str) -> tuple[str, int]:
+    """Return the way to find networks, and for how many epochs the first is trained before the next is found, or 0."""
+    for suffix, epochs in STAGES.items():
+        if method.endswith(suffix):
+            return method.removesuffix(suffix), epochs
+    return method, 0
+
+
 @dataclass(frozen=True)
 class Job:
     """A method and a seed, with what all its measurements need."""
@@ -203,48 +212,48 @@ class Job:
         count = epochs * (len(self.data.pictures.targets) // BATCH * BATCH)
         return Effort(time.process_time() - start, count * (3 * share + (teacher == "original")))
 
-    @property
-    def first_path(self) -> Path:
-        """The file of the trained network of the first share, which stages go on from."""
-        name = self.method.removesuffix(STAGES).replace(", ", "-").replace(" ", "-")
-        return Path(self.args.cache) / f"{name}-{self.seed}-{self.args.name}.pt"
+    def first_path(self, epochs: int) -> Path:
+        """The file of the network of the first share, trained for so many epochs, which stages go on from."""
+        name = split_stages(self.method)[0].replace(", ", "-").replace(" ", "-")
+        last = f"-{epochs}" if epochs != max(EPOCHS) else ""
+        return Path(self.args.cache) / f"{name}-{self.seed}-{self.args.name}{last}.pt"
 
     def find(self) -> Iterator[tuple[float, nn.Module, Network, Effort]]:
         """Yield for every share its network, the model that it was cut from, and what it took to find it."""
-        find, model, effort = METHODS[self.method.removesuffix(STAGES)], self.original, Effort()
+        (name, epochs), model, effort = split_stages(self.method), self.original, Effort()
         shares: tuple[float, ...] = SHARES
-        if self.method.endswith(STAGES):
-            model, effort = self.take_first()
+        if epochs:
+            model, effort = self.take_first(epochs)
             shares = SHARES[1:]
         scaled = tuple(share * self.whole / count_macs(model, self.image) for share in shares)
-        networks = find(make_task(model, self.data, scaled, self.seed))
+        networks = METHODS[name](make_task(model, self.data, scaled, self.seed))
         for share in shares:
             network, more = count_effort(lambda: next(networks), self.whole)
             effort += more + Effort(compute=network.unseen / self.whole)
             yield share, model, network, effort
 
-    def take_first(self) -> tuple[nn.Module, Effort]:
-        """Return the trained network of the first share; it is made if it is not there."""
-        if not self.first_path.exists():
-            first = Job(self.method.removesuffix(STAGES), *list(vars(self).values())[1:])
+    def take_first(self, epochs: int) -> tuple[nn.Module, Effort]:
+        """Return the network of the first share, trained for so many epochs; it is made if it is not there."""
+        if not self.first_path(epochs).exists():
+            first = Job(split_stages(self.method)[0], *list(vars(self).values())[1:])
             _, _, network, effort = next(first.find())
             calibrate(network.model, self.data.batches)
             if network.supernet is not None:
                 effort += first.reconstruct(network)
-            first.keep_first(network.model, effort + first.train(network.model, "original", max(EPOCHS)))
-        model, effort = torch.load(self.first_path, weights_only=False)  # written by this benchmark
+            first.keep_first(network.model, effort + first.train(network.model, "original", epochs), epochs)
+        model, effort = torch.load(self.first_path(epochs), weights_only=False)  # written by this benchmark
         return model, Effort(*effort)
 
-    def keep_first(self, model: nn.Module, effort: Effort) -> None:
-        """Write the file of the trained network of the first share."""
+    def keep_first(self, model: nn.Module, effort: Effort, epochs: int) -> None:
+        """Write the file of the network of the first share, trained for so many epochs."""
         model.zero_grad()
-        torch.save((model.eval(), (effort.seconds, effort.compute)), self.first_path)
+        torch.save((model.eval(), (effort.seconds, effort.compute)), self.first_path(epochs))
 
 
 def plan(method: str, args: argparse.Namespace) -> list[tuple[float, str, str, int]]:
     """Return the trainings of a method: share, start, teacher and epochs, what matters most first."""
     own = "cut" if method.startswith("torch-pruning") else "reconstructed"
-    shares = SHARES[1:] if method.endswith(STAGES) else SHARES
+    shares = SHARES[1:] if split_stages(method)[1] else SHARES
     return [
         (share, start, teacher, count)
         for start, teacher in TRAININGS
@@ -272,8 +281,8 @@ def measure_job(job: Job, trainings: list[tuple[float, str, str, int]]) -> Itera
     for share, start, teacher, count in trainings:
         model, effort = copy.deepcopy(starts[share, start][0]), starts[share, start][1]
         effort += job.train(model, teacher, count)
-        if (share, count, teacher) == (SHARES[0], max(EPOCHS), "original") and (start == "cut") == theirs:
-            job.keep_first(model, effort)
+        if (share, teacher) == (SHARES[0], "original") and count in EPOCHS and (start == "cut") == theirs:
+            job.keep_first(model, effort, count)
         yield {"method": job.method, "seed": job.seed, "share": share, "start": start, "teacher": teacher,
                "epochs": count, "top1": measure_top1(model, job.data.test),
                "seconds": effort.seconds, "compute": effort.compute}  # fmt: skip
@@ -343,7 +352,7 @@ KEYS = ("method", "seed", "share", "start", "teacher", "epochs")
 def main() -> None:
     """Measure what has no result yet, and write the table."""
     parser = make_parser(__doc__, "docs/results/pretrained.jsonl")
-    stages = [name + STAGES for name in ("searched", "torch-pruning, taylor")]
+    stages = [name + suffix for suffix in STAGES for name in ("searched", "torch-pruning, taylor")]
     parser.add_argument("--figure", type=Path, help="draw accuracy against compute into this file")
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *stages], choices=[*METHODS, *stages])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -13,7 +13,7 @@ from timm_autoslim.recipes.benchmarks.lib.fitting import Pictures, fit
 from timm_autoslim.recipes.benchmarks.lib.images import load_digits, measure_top1
 from timm_autoslim.recipes.benchmarks.lib.pretrained_tables import draw, make_compute_table, make_table, make_tables
 from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Task, adopt, count_macs
-from timm_autoslim.recipes.benchmarks.pretrained import KEYS, count_effort, load_model, run_job, scale
+from timm_autoslim.recipes.benchmarks.pretrained import KEYS, count_effort, load_model, run_job, scale, split_stages
 from timm_autoslim.recipes.benchmarks.train_original import train_original
 
 
@@ -187,6 +187,12 @@ def test_every_model_has_tables_of_its_own():
     assert "| 70.0 |" in lite0
     assert "| 80.0 |" in convnext
     assert "80.0" not in lite0
+
+
+def test_a_name_says_the_epochs_between_two_stages():
+    assert split_stages("searched, short stages") == ("searched", 1)
+    assert split_stages("torch-pruning, taylor, stages") == ("torch-pruning, taylor", 5)
+    assert split_stages("torch-pruning, taylor") == ("torch-pruning, taylor", 0)
 
 
 def test_a_job_that_fails_is_a_row(tmp_path):
