@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from timm_autoslim.errors import ConfigError, WidthError
 from timm_autoslim.slicing.tensors import Axis, take_slice
 from timm_autoslim.supernet.convert import convert_by
 from timm_autoslim.supernet.supernet import Supernet
-from timm_autoslim.training.examine import examine, renew_statistics
+from timm_autoslim.training.examine import Plan, examine, renew_statistics
 from timm_autoslim.training.least_squares import (
     Layer,
     compare,
@@ -38,9 +38,8 @@ from timm_autoslim.utils.restoring import restoring_on_error
 RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)
 # Errors up to this one are of rounding.
 EXACT = 1e-6
-_FOREIGN = (
-    0.9  # layers that have nothing to do with each other differ by 2, those of a model that was trained on by less
-)
+# Layers that have nothing to do with each other differ by 2, those of a model that was trained on by less.
+_FOREIGN = 0.9
 
 
 @dataclass(frozen=True)
@@ -166,38 +165,22 @@ def reconstruct(
         raise make_empty_error()
     spec = _get_spec(slim)
     supernet = original if isinstance(original, Supernet) else convert_by(original, first)
-    kept, divides = _compare_channels(slim, spec, supernet), supernet.takes_any_batch_size
+    remaining, divides = _compare_channels(slim, spec, supernet), supernet.takes_any_batch_size
     result = copy_deeply(slim).eval()  # the slim model itself changes at the very end
-    reports = []
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         example = next(divide_batch(first, 2)) if divides else first
         plan = examine(result, supernet.model, example, count_images(example) if divides else 1)
-        layers = {layer.name: layer for layer in plan.layers}
-        solved = [name for name, layer in layers.items() if layer.reason is None]
+        solved = [layer.name for layer in plan.layers if layer.reason is None]
         sizes = [
             size for name, size in zip(plan.stops, plan.sizes, strict=True) if name in solved or name in plan.norms
         ]
         lockstep = Lockstep(
             result, supernet.model, solved, plan.norms, sizes, itertools.chain([first], parts), memory, divides
         )
-        changed = False
-        statistics: dict[str, list[Tensor]] = {}  # by BatchNorm
+        reports = []
         shown = progress and (not distributed or is_first())
         with lockstep, show_bar(total=len(solved), desc="reconstruct", unit="layer", shown=shown) as bar:
-            for name, inputs, targets in lockstep:
-                channels = kept.outputs.get(name)
-                if name in plan.norms:
-                    differs = any(not _are_equal(x, y, channels) for x, y in zip(inputs, targets, strict=True))
-                    keep = not pool([torch.tensor(float(differs), device=device)])[0]
-                    statistics[name] = renew_statistics(
-                        lockstep.list_modules(name), inputs, earlier=statistics.get(name, ()), keep=keep, pool=pool
-                    )
-                    changed |= not keep
-                    continue
-                report = _solve(layers[name], inputs, targets, channels, pool)
-                if not changed and name not in kept.narrowed and not _follows_narrowed(name, plan.stops, solved, kept):
-                    _check_order(report)
-                changed |= report.before is None or report.before > EXACT
+            for report in _solve_in_turn(lockstep, plan, remaining, pool, device):
                 reports.append(report)
                 bar.set_postfix_str(report.name)
                 bar.update()
@@ -210,6 +193,31 @@ def reconstruct(
     order = {name: index for index, name in enumerate(plan.stops)}
     reports = sorted((*reports, *left), key=lambda report: order[report.name])
     return Reconstruction(tuple(reports), int(images))
+
+
+def _solve_in_turn(
+    lockstep: Lockstep, plan: Plan, remaining: _Channels, pool: Pool, device: torch.device
+) -> Iterator[LayerReconstruction]:
+    """Solve for the layers in the order in which they run, and renew the statistics of BatchNorms on the way."""
+    layers = {layer.name: layer for layer in plan.layers}
+    solved = [name for name, layer in layers.items() if layer.reason is None]
+    changed = False  # whether the next layers have other inputs than in the original
+    statistics: dict[str, list[Tensor]] = {}  # by BatchNorm
+    for name, inputs, targets in lockstep:
+        channels = remaining.outputs.get(name)
+        if name in plan.norms:
+            differs = any(not _are_equal(x, y, channels) for x, y in zip(inputs, targets, strict=True))
+            keep = not pool([torch.tensor(float(differs), device=device)])[0]
+            statistics[name] = renew_statistics(
+                lockstep.list_modules(name), inputs, earlier=statistics.get(name, ()), keep=keep, pool=pool
+            )
+            changed |= not keep
+            continue
+        report = _solve(layers[name], inputs, targets, channels, pool)
+        if not (changed or name in remaining.narrowed or _follows_narrowed(name, plan.stops, solved, remaining)):
+            _check_order(report)
+        changed |= report.before is None or report.before > EXACT
+        yield report
 
 
 def _set_state(slim: nn.Module, result: nn.Module) -> None:
@@ -239,10 +247,10 @@ def _check_order(report: LayerReconstruction) -> None:
         )
 
 
-def _follows_narrowed(name: str, stops: Sequence[str], solved: Sequence[str], kept: _Channels) -> bool:
+def _follows_narrowed(name: str, stops: Sequence[str], solved: Sequence[str], remaining: _Channels) -> bool:
     """Whether a layer that was narrowed, and that is not solved for, may run before this one."""
     before = set(stops[: stops.index(name)])
-    return any(path not in solved and (path in before or path not in stops) for path in kept.narrowed)
+    return any(path not in solved and (path in before or path not in stops) for path in remaining.narrowed)
 
 
 @dataclass(frozen=True)
@@ -279,7 +287,7 @@ def _compare_channels(slim: nn.Module, spec: Spec, supernet: Supernet) -> _Chann
         got, needed = f"another model than that of the slim model's widths ({error})", "the model that it was cut from"
         raise ConfigError.at("the original", got=got, needed=needed, remedy=remedy) from None
     tensors = dict(slim.state_dict(keep_vars=True))
-    kept: dict[str, Axis] = {}
+    outputs: dict[str, Axis] = {}
     narrowed: set[str] = set()
     for name, tensor in supernet.model.state_dict(keep_vars=True).items():
         axes = slices.tensors.get(name, (None,) * tensor.dim())
@@ -291,10 +299,10 @@ def _compare_channels(slim: nn.Module, spec: Spec, supernet: Supernet) -> _Chann
             raise ConfigError.at("the slim model", got=got, needed=f"the shape {tuple(shape)}", remedy=remedy)
         path, _, leaf = name.rpartition(".")
         if leaf in ("weight", "running_mean") and axes and axes[0] is not None:
-            kept[path] = axes[0]
+            outputs[path] = axes[0]
         if leaf == "weight" and any(runs is not None for runs in axes[1:]):
             narrowed.add(path)
-    return _Channels(kept, frozenset(narrowed))
+    return _Channels(outputs, frozenset(narrowed))
 
 
 def _solve(
@@ -315,7 +323,7 @@ def _solve(
     dtype = layer.module.weight.dtype
     if before <= max(EXACT, torch.finfo(dtype).eps ** 2):
         return LayerReconstruction(layer.name, solving.count, layer.inputs, before, before, "its outputs are right")
-    after, found = float("inf"), None
+    after, better = float("inf"), None
     for ridge in RIDGES:
         solution = solve(moments, weight, ridge)
         if solution is None:
@@ -325,12 +333,12 @@ def _solve(
         error = compare(testing, solution, None if layer.centered else shift)
         after = min(after, error)
         if error < best:
-            best, found = error, (solution, shift)
+            best, better = error, (solution, shift)
     if after == float("inf"):
         return _leave(layer, solving.count, "its inputs are constant")
-    if found is not None:
-        set_weight(module, *found)
-    reason = None if found else "no lower error"
+    if better is not None:
+        set_weight(module, *better)
+    reason = None if better else "no lower error"
     return LayerReconstruction(layer.name, solving.count, layer.inputs, before, after, reason)
 
 
