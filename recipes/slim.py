@@ -87,6 +87,8 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: the flags name no trained weights or no images.
     """
+    if not args.model:
+        raise ConfigError("slim needs the model of your weights: give --model NAME, or a folder.")
     args.pretrained = args.pretrained or is_stored(args.model)
     check_starting_flags(args)
     if not (args.pretrained or args.initial_checkpoint):

@@ -44,8 +44,8 @@ def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) 
     _join_data(args)
     if hasattr(args, "model"):
         _read_habits(args)
-        args.model = resolve_name(args.model)
-        if args.in_chans is None:
+        args.model = args.model and resolve_name(args.model)
+        if args.model and args.in_chans is None:
             args.in_chans = read_data_settings(args.model, **args.model_kwargs)["input_size"][0]
     return args
 

@@ -217,7 +217,8 @@ FLAGS = {
 # trained as a fresh one.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "slim": {
-        "batch_size": 64, "held_out": 0.2, "images": 1000, "order": "reconstruction", "opt": "adamw", "lr_base": 1e-3,
+        "model": None, "batch_size": 64, "held_out": 0.2, "images": 1000, "order": "reconstruction", "opt": "adamw",
+        "lr_base": 1e-3,
         "weight_decay": 0.05, "epochs": 10, "warmup_epochs": 1, "scale": [0.7, 1.0], "color_jitter": 0.0,
         "resume": True, "channels_last": True,
     },

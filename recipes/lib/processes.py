@@ -29,7 +29,8 @@ def make_accelerator(args: argparse.Namespace, folder: Path | None = None) -> Ac
     """Set up processes, device and precision; with a folder, also the trackers that the flags ask for.
 
     Raises:
-        ConfigError: Accelerate is configured for what cannot train a supernet, or a tracker is not installed.
+        ConfigError: Accelerate is configured for what cannot train a supernet, a tracker is not installed, or there is
+            no GPU where the flags ask for one.
     """
     for name, variable in REFUSED.items():
         # DeepSpeed steps its engine in every backward, and the others flatten parameters that a subnet must slice.
@@ -38,6 +39,8 @@ def make_accelerator(args: argparse.Namespace, folder: Path | None = None) -> Ac
                 f"{name} cannot train a supernet: a step has several backward passes over slices of the parameters. "
                 "Launch with --multi_gpu (data parallelism) instead."
             )
+    if args.device == "cuda" and not torch.cuda.is_available():  # Accelerate would take the CPU without a word
+        raise ConfigError("--device cuda: torch finds no such GPU here. Leave the flag out to run on what there is.")
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_memory()

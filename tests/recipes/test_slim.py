@@ -356,6 +356,7 @@ def test_weights_of_other_classes_are_refused(weights, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
+        (["photos", "--initial-checkpoint", "x"], "slim needs the model of your weights: give --model NAME"),
         (["--model", "resnet10t", "--data-dir", "x"], "slim starts from trained weights"),
         (["--model", "resnet10t", "--pretrained"], "slim needs images"),
         (["--model", "ressnet18", "--pretrained"], "did you mean resnet18"),

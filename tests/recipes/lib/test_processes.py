@@ -31,6 +31,12 @@ def test_synchronised_norms_need_gpus():
         synchronize_norms(two, torch.nn.ReLU())
 
 
+def test_a_gpu_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="--device cuda: torch finds no such GPU here"):
+        make_accelerator(parse("train", write_config(tmp_path), "--device", "cuda"))
+
+
 def test_float16_needs_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     AcceleratorState._reset_state(reset_partial_state=True)
