@@ -122,3 +122,69 @@ def test_the_type_of_a_size_is_refused_with_the_line():
 
     with pytest.raises(TraceError, match=r"test_passing.py:\d+: got a path that changes .* ask isinstance"):
         convert(Choosing(ask, USES["a number"]).eval(), IMAGE)
+
+
+class Keeping(nn.Module):
+    """It computes a number of its width once, and keeps it in some place outside of itself."""
+
+    number = None
+
+    def __init__(self, keep):
+        super().__init__()
+        self.keep, self.memo = keep, None
+        self.a, self.b, self.head = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.head(self.b(x / self.keep(self, x.shape[1])).relu().mean((2, 3)))
+
+
+NUMBERS = {}
+
+
+def on_class(model, c):
+    if Keeping.number is None:
+        Keeping.number = c
+    return Keeping.number
+
+
+def on_function(model, c):
+    if not hasattr(on_function, "number"):
+        on_function.number = float(c)
+    return on_function.number
+
+
+def in_default(model, c, numbers=[]):  # noqa: B006
+    if not numbers:
+        numbers.append(float(c))
+    return numbers[0]
+
+
+def in_module(model, c):
+    return NUMBERS.setdefault("width", float(c))
+
+
+def in_model(model, c):
+    if model.memo is None:
+        model.memo = float(c)
+    return model.memo
+
+
+def by_size(model, c):
+    return NUMBERS.setdefault(c, float(c))
+
+
+@pytest.mark.parametrize("keep", [on_class, on_function, in_default, in_module, in_model])
+def test_a_number_that_is_kept_for_all_subnets_holds_the_channels_that_decide_it_and_no_others(keep):
+    space = convert(randomise(Keeping(keep)).eval(), IMAGE).space
+    assert space.names == ("b",)
+    assert (Keeping.number, NUMBERS, hasattr(on_function, "number"), in_default.__defaults__) == (
+        None,
+        {},
+        False,
+        ([],),
+    )
+
+
+def test_a_number_that_is_kept_by_size_holds_nothing():
+    assert convert(randomise(Keeping(by_size)).eval(), IMAGE).space.names == ("a", "b")

@@ -26,15 +26,14 @@ from timm_autoslim.utils.meta import sharing_generators
 
 T = TypeVar("T")
 _TRACING = threading.RLock()
-EmptyCaches = Callable[[nn.Module | None], None]
 
 
-def with_empty_caches(model: nn.Module, action: Callable[[EmptyCaches], T]) -> T:
+def with_empty_caches(model: nn.Module, action: Callable[[OuterState], T]) -> T:
     """Return what `action` returns, and put all state back that the code of `model` keeps outside of it.
 
     Args:
         model: the code of its modules says which state there is.
-        action: it runs meta copies of the model. The caches are empty when it starts, and it gets a function that
+        action: it runs meta copies of the model. The caches are empty when it starts, and it gets the state, which
             empties them again, and those in the modules of a copy. It is called again if something that was emptied is
             no cache, because no run filled it.
     """
@@ -42,13 +41,13 @@ def with_empty_caches(model: nn.Module, action: Callable[[EmptyCaches], T]) -> T
         return _run(OuterState(model), action)
 
 
-def _run(state: OuterState, action: Callable[[EmptyCaches], T]) -> T:
+def _run(state: OuterState, action: Callable[[OuterState], T]) -> T:
     try:
         while True:
             state.empty_caches()
             try:
                 with sharing_generators(state.generators), accept_autocast_on_meta():
-                    result = action(state.empty_caches)
+                    result = action(state)
             except Exception:
                 if state.keep_constants(failed=True):
                     continue
@@ -131,6 +130,16 @@ class OuterState:
                     if container.has_size_keys():
                         yield f"{path}.{name}", container
 
+    def has_numbers(self) -> bool:
+        """Whether the model's code has written a number, or what holds one, that is no cache with sizes as keys."""
+        replaced = {id(place) for place in (*self._cached, *self._functions)}
+        places = [place for place in self._places if id(place) not in replaced]
+        values = [value for place in places if (value := place.read()) is not place.value]
+        for holder, names in self._namespaces:
+            store = vars(holder) if isinstance(holder, type) else holder
+            values += [store[name] for name in [*store] if name not in names and not name.startswith("__")]
+        return any(map(_is_number, values)) or any(map(Container.has_other_numbers, self._containers))
+
     def restore(self) -> None:
         """Put everything back."""
         for place in (*self._places, *self._cached, *self._functions):
@@ -150,6 +159,10 @@ def _list_members(module: nn.Module) -> Iterator[tuple[str, Any]]:
         if not isinstance(value, (nn.Module, Tensor, type)):
             for inner, member in getattr(value, "__dict__", {}).items() if not callable(value) else ():
                 yield f"{name}.{inner}", member
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_function(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -23,6 +23,7 @@ from timm_autoslim.tracing.label_recorder import RunRecord
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import bind
 from timm_autoslim.tracing.origins import FromDimension, Number, get_plain
+from timm_autoslim.tracing.outer_state import OuterState
 from timm_autoslim.tracing.passing import Calls, Expectation, freeze_calls
 from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.tracing.scales import Factor, ScaleTracker
@@ -128,7 +129,7 @@ class Prover:
         numbers: Mapping[str, Factor] | None = None,
         data: Mapping[str, Tensor] | None = None,
         kept: KeptNumbers | None = None,
-        empty_caches: Callable[[], None] | None = None,
+        outer: OuterState | None = None,
         fresh: nn.Module | None = None,
     ) -> None:
         """Prepare proofs.
@@ -141,10 +142,10 @@ class Prover:
             numbers: the tensors of the model that stand for one number.
             data: by name, the tensors with data.
             kept: ordinary numbers that the widest has left.
-            empty_caches: it empties the caches that the model's code keeps outside of the model.
+            outer: what the model's code keeps outside of the model.
             fresh: a meta copy that has not run.
         """
-        self.kept, self.empty_caches, self.fresh = kept, empty_caches, fresh
+        self.kept, self.outer, self.fresh = kept, outer, fresh
         self._harmless: set[Site] = set()  # sites that caches decide
         self._is_checked = False  # whether a plain run of the widest was compared with the records
         self.model, self.example, self.records, self.numbers = model, example, records, dict(numbers or {})
@@ -165,15 +166,46 @@ class Prover:
                     fault.half_runs = widths is not half
                     yield fault
             if widths is half and self.kept is not None:
-                yield from self._find_stale(graph.slices(half))
+                yield from self._find_stale(graph, half)
+            if widths is half and self.outer is not None and self.outer.has_numbers():
+                yield from self._find_numbers_outside(graph, half)
 
-    def _find_stale(self, slices: Slices) -> Iterator[Disagreement]:
+    def _find_numbers_outside(self, graph: ChannelGraph, widths: Sequence[int]) -> Iterator[Disagreement]:
+        """Yield the disagreement that a subnet passes a number which the widest has left outside of the model."""
+        sizes = graph.group_sizes
+
+        def find(groups: Sequence[int]) -> set[Site]:
+            some = [widths[i] if i in groups else size for i, size in enumerate(sizes)]
+            self._run_all(graph, self.model, sizes)
+            later, first = self._run_on(graph, self.model, some), self._run_all(graph, self.model, some)
+            pairs = [
+                (a[site], b[site], site) for a, b in zip(later, first, strict=True) for site in a.keys() & b.keys()
+            ]
+            return {site for a, b, site in pairs if len(a) == len(b) and repr(a) != repr(b)}
+
+        every = range(len(sizes))
+        sites = find(every)
+        if not sites or not (sites := sites - (ignored := find(()))):
+            return
+        culprits = find_culprits(every, lambda groups: bool(find(groups) - ignored))
+        site = min(sites, key=lambda site: (format_site(site), site[2]))
+        message = f"the code passes a number at {format_site(site)} that it keeps outside of the model for all subnets"
+        yield Disagreement(message, site[0], None, [graph.find_vector(group) for group in culprits])
+
+    def _find_stale(self, graph: ChannelGraph, widths: Sequence[int]) -> Iterator[Disagreement]:
         """Yield the disagreement that a subnet gets a number which the widest has kept, and would compute another."""
-        assert self.kept is not None
-        place = self.kept.find_stale(slices)
+        sizes = graph.group_sizes
+
+        def find(groups: Sequence[int]) -> tuple[str, str] | None:
+            assert self.kept is not None
+            some = [widths[i] if i in groups else size for i, size in enumerate(sizes)]
+            return self.kept.find_stale(graph.slices(some))
+
+        place = find(range(len(sizes)))
         if place is not None:
-            path, name = place
-            yield Disagreement(f"its forward keeps {name}, which has another value if the subnet runs first", path)
+            culprits = find_culprits(range(len(sizes)), lambda groups: find(groups) is not None)
+            message = f"its forward keeps {place[1]}, which has another value if the subnet runs first"
+            yield Disagreement(message, place[0], None, [graph.find_vector(group) for group in culprits])
 
     def _compare(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord, check_scales: bool) -> None:
         slices, active = graph.slices(widths), graph.find_active(widths)
@@ -263,8 +295,12 @@ class Prover:
 
     def _run_all(self, graph: ChannelGraph, model: nn.Module, widths: Sequence[int]) -> list[Calls]:
         """Return what a subnet passes to functions of torch in all runs, from empty caches; up to an error."""
-        if self.empty_caches is not None:
-            self.empty_caches()
+        if self.outer is not None:
+            self.outer.empty_caches()
+        return self._run_on(graph, model, widths)
+
+    def _run_on(self, graph: ChannelGraph, model: nn.Module, widths: Sequence[int]) -> list[Calls]:
+        """Return what a subnet passes to functions of torch in all runs, after earlier runs; up to an error."""
         with without_gradients(model):
             subnet = replicate(model, graph.slices(widths))
         calls = []

@@ -83,6 +83,12 @@ class Container:
         if len(now) != len(self.members) or not all(map(_is_same, _entries(now), _entries(self.members))):
             _fill(self.value, self.members)
 
+    def has_other_numbers(self) -> bool:
+        """Whether it holds numbers that it did not hold at the start."""
+        before = {id(member) for entry in _entries(self.members) for member in entry}
+        now = (member for entry in _entries(self.value) for member in entry if id(member) not in before)
+        return any(isinstance(member, (int, float)) for member in now)
+
     def list_members(self) -> list[Any]:
         """Return the members at the start, of a dict the values."""
         return list(self.members.values()) if isinstance(self.members, dict) else list(self.members)

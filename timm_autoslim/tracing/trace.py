@@ -32,7 +32,7 @@ from timm_autoslim.tracing.label_recorder import LabelRecorder, RunRecord
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.observe import observe
 from timm_autoslim.tracing.other_methods import Surroundings
-from timm_autoslim.tracing.outer_state import EmptyCaches, with_empty_caches
+from timm_autoslim.tracing.outer_state import OuterState, with_empty_caches
 from timm_autoslim.tracing.prove import Prover
 from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.tracing.refusals import check_example, check_model, explain_failure
@@ -135,18 +135,18 @@ class Tracer:
             self.flow.set_labels(tensor, labels)
         return labels
 
-    def run(self, empty_caches: EmptyCaches) -> Trace:
+    def run(self, outer: OuterState) -> Trace:
         """Trace in both modes, solve, prove, repair.
 
         Args:
-            empty_caches: it empties the caches that the model's code keeps outside of the model.
+            outer: what the model's code keeps outside of the model.
 
         Raises:
             TraceError: the forward raises, or no subnet can run.
             NothingToSlimError: no channel can be removed.
             WidthError: a glob of `whole_heads` matches no module that splits channels into heads.
         """
-        empty_caches(self.copy)  # of another trace, or of an earlier run
+        outer.empty_caches(self.copy)  # of another trace, or of an earlier run
         empty_attributes(self.copy, self.caches)
         self.holdings = [list_holdings(self.copy)]
         self.describer.watch_features()
@@ -165,10 +165,10 @@ class Tracer:
         uses = [*self.flow.constraints.attributes, *described.uses]
         described.uses += Surroundings(self.copy, uses, described.inputs, described.outputs, self.labels).find_uses()
         graph = freeze_refilled(freeze_tables(self._solve(), self.labels), self.model, self.labels, unsaved)
-        graph, repairs = repair(keep_answers(graph, self.flow.checks), self._make_prover(empty_caches))
+        graph, repairs = repair(keep_answers(graph, self.flow.checks), self._make_prover(outer))
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):
-                return Tracer(self.model, self.example, self.keep_output, ["*"], self.doubles).run(empty_caches)
+                return Tracer(self.model, self.example, self.keep_output, ["*"], self.doubles).run(outer)
         if not graph.group_sizes:
             raise _make_obstacle_error(graph)
         names = {o.name for record in self.records for o in record.operators}
@@ -310,7 +310,7 @@ class Tracer:
                 for label in self.labels.get(name, []):
                     self.flow.constraints.freeze(label, UNUSED)
 
-    def _make_prover(self, empty_caches: EmptyCaches) -> Prover:
+    def _make_prover(self, outer: OuterState) -> Prover:
         """Return what compares subnets with the records; they get what the widest has kept."""
         meta_copy, data = copy_to_meta(self.model), named_tensors(self.model)  # a copy without labels and hooks
         filled, kept = find_filled(*self.holdings), None
@@ -328,8 +328,7 @@ class Tracer:
             empty_attributes(fresh, self.caches)
         if numbers:
             kept = KeptNumbers(numbers, fresh, meta_copy, examples, data)
-        empty = functools.partial(empty_caches, None)
-        return Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data, kept, empty, fresh)
+        return Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data, kept, outer, fresh)
 
 
 def _make_obstacle_error(graph: ChannelGraph) -> NothingToSlimError:
@@ -388,15 +387,15 @@ def _find_best(
     keep_output: bool | Sequence[str],
     whole_heads: Sequence[str],
     doubles: bool,
-    empty_caches: EmptyCaches,
+    outer: OuterState,
 ) -> Trace:
     """Return a trace; where much is fixed, that of whole heads if it removes more."""
-    best = Tracer(model, example, keep_output, whole_heads, doubles).run(empty_caches)
+    best = Tracer(model, example, keep_output, whole_heads, doubles).run(outer)
     modules = sorted({path.rpartition(".")[0] for path in best.graph.conflicting_attributes})
     for globs in (modules, ["*"]):
         share = best.graph.compute_share_at_half()
         if globs and share > GOOD_SHARE:
             with contextlib.suppress(TraceError, WidthError):
-                other = Tracer(model, example, keep_output, [*whole_heads, *globs], doubles).run(empty_caches)
+                other = Tracer(model, example, keep_output, [*whole_heads, *globs], doubles).run(outer)
                 best = other if other.graph.compute_share_at_half() < share - 0.01 else best
     return best
