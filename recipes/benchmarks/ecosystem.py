@@ -202,11 +202,11 @@ def make_table(rows: list[dict[str, Any]], missing: list[str]) -> str:
     ]
     packages = Counter(row["name"].partition(": ")[0] for row in rows)
     for package in packages:
-        own = [row for row in rows if row["name"].startswith(f"{package}: ")]
-        good = [row for row in own if "error" not in row and "error_after" not in row]
+        of_package = [row for row in rows if row["name"].startswith(f"{package}: ")]
+        good = [row for row in of_package if "error" not in row and "error_after" not in row]
         half = f"{statistics.median(row['half'] for row in good):.3f}" if good else ""
-        version = ", ".join(sorted({row["version"] for row in own}))
-        lines.append(f"| {package} | {version} | {len(own)} | {len(good)} | {half} |")
+        version = ", ".join(sorted({row["version"] for row in of_package}))
+        lines.append(f"| {package} | {version} | {len(of_package)} | {len(good)} | {half} |")
     lines += [f"| {package} | not installed | | | |" for package in missing if package not in packages]
     lines += [
         "",
@@ -215,8 +215,8 @@ def make_table(rows: list[dict[str, Any]], missing: list[str]) -> str:
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for package in packages:
-        own = [row for row in rows if row["name"].startswith(f"{package}: ")]
-        lines += [make_line(row) for row in sorted(own, key=lambda row: (-row.get("half", 2), row["name"]))]
+        of_package = [row for row in rows if row["name"].startswith(f"{package}: ")]
+        lines += [make_line(row) for row in sorted(of_package, key=lambda row: (-row.get("half", 2), row["name"]))]
     return "\n".join(lines)
 
 

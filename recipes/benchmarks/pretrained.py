@@ -168,13 +168,13 @@ def count_backward(
     return int(2 * math.prod(outputs) * math.prod(weight[1:]) * sum(options[-1][:2]))
 
 
-def count_effort(act: Callable[[], T], whole: int) -> tuple[T, Effort]:
-    """Return what a function returns, and what it took; `whole` are the MACs of the original for one image."""
+def count_effort(act: Callable[[], T], original_macs: int) -> tuple[T, Effort]:
+    """Return what a function returns, and what it took; `original_macs` are the MACs of the original for one image."""
     start = time.process_time()
     backward: Any = {torch.ops.aten.convolution_backward: count_backward}
     with FlopCounterMode(display=False, custom_mapping=backward) as counter:
         result = act()
-    return result, Effort(time.process_time() - start, counter.get_total_flops() / 2 / whole)
+    return result, Effort(time.process_time() - start, counter.get_total_flops() / 2 / original_macs)
 
 
 def split_stages(method: str) -> tuple[str, int]:
@@ -195,7 +195,7 @@ class Job:
     data: Data
     original: nn.Module
     image: Tensor
-    whole: int
+    original_macs: int
 
     def reconstruct(self, network: Network) -> Effort:
         """Reconstruct a network in place."""
@@ -203,11 +203,11 @@ class Job:
         inputs = network.model, network.supernet, self.data.batches
         act = functools.partial(reconstruct, *inputs, memory_mib=4096, progress=False)
         unseen = count_forwards(network.model, network.supernet, self.data.batches)
-        return count_effort(act, self.whole)[1] + Effort(compute=unseen / self.whole)
+        return count_effort(act, self.original_macs)[1] + Effort(compute=unseen / self.original_macs)
 
     def train(self, model: nn.Module, teacher: str, epochs: int) -> Effort:
         """Train a network in place."""
-        share, start = count_macs(model, self.image) / self.whole, time.process_time()
+        share, start = count_macs(model, self.image) / self.original_macs, time.process_time()
         train(model, self.data, self.original if teacher == "original" else None, epochs, self.seed)
         count = epochs * (len(self.data.pictures.targets) // BATCH * BATCH)
         return Effort(time.process_time() - start, count * (3 * share + (teacher == "original")))
@@ -225,11 +225,11 @@ class Job:
         if epochs:
             model, effort = self.take_first(epochs)
             shares = SHARES[1:]
-        scaled = tuple(share * self.whole / count_macs(model, self.image) for share in shares)
+        scaled = tuple(share * self.original_macs / count_macs(model, self.image) for share in shares)
         networks = METHODS[name](make_task(model, self.data, scaled, self.seed))
         for share in shares:
-            network, more = count_effort(lambda: next(networks), self.whole)
-            effort += more + Effort(compute=network.unseen / self.whole)
+            network, more = count_effort(lambda: next(networks), self.original_macs)
+            effort += more + Effort(compute=network.unseen / self.original_macs)
             yield share, model, network, effort
 
     def take_first(self, epochs: int) -> tuple[nn.Module, Effort]:
@@ -252,12 +252,12 @@ class Job:
 
 def plan(method: str, args: argparse.Namespace) -> list[tuple[float, str, str, int]]:
     """Return the trainings of a method: share, start, teacher and epochs, what matters most first."""
-    own = "cut" if method.startswith("torch-pruning") else "reconstructed"
+    usual = "cut" if method.startswith("torch-pruning") else "reconstructed"
     shares = SHARES[1:] if split_stages(method)[1] else SHARES
     return [
         (share, start, teacher, count)
         for start, teacher in TRAININGS
-        if start in args.starts and teacher in args.teachers and (start == own or args.all_starts)
+        if start in args.starts and teacher in args.teachers and (start == usual or args.all_starts)
         for share, count in args.trainings
         if share in shares
     ]
@@ -267,15 +267,16 @@ def measure_job(job: Job, trainings: list[tuple[float, str, str, int]]) -> Itera
     """Find the networks of a method, measure them, and train them."""
     starts: dict[tuple[float, str], tuple[nn.Module, Effort]] = {}
     theirs = job.method.startswith("torch-pruning")
-    for share, model, found, effort in job.find():
-        network = adopt(model, found, job.image) if theirs and "reconstructed" in job.args.starts else found
+    for share, model, cut, effort in job.find():
+        network = adopt(model, cut, job.image) if theirs and "reconstructed" in job.args.starts else cut
         calibrate(network.model, job.data.batches)
         macs, params = count_macs(network.model, job.image), sum(p.numel() for p in network.model.parameters())
         for start in job.args.starts:
             took = job.reconstruct(network) if start == "reconstructed" else Effort()
             starts[share, start] = copy.deepcopy(network.model), effort + took
             yield {"method": job.method, "seed": job.seed, "share": share, "start": start, "teacher": None, "epochs": 0,
-                   "top1": measure_top1(network.model, job.data.test), "macs": macs / job.whole, "params": params,
+                   "top1": measure_top1(network.model, job.data.test), "params": params,
+                   "macs": macs / job.original_macs,
                    "seconds": (effort + took).seconds, "compute": (effort + took).compute,
                    "reconstruction_seconds": took.seconds, "reconstruction_compute": took.compute}  # fmt: skip
     for share, start, teacher, count in trainings:

@@ -37,7 +37,7 @@ class Pictures:
         return images.permute(0, 3, 1, 2), self.targets[chosen]
 
 
-class Step:
+class TrainingStep:
     """One training step on a batch of fixed size; on a GPU a CUDA graph of it.
 
     The optimizer's learning rate is a tensor there, which `set_rate` writes to.
@@ -149,7 +149,7 @@ def fit(
     graphed: dict[str, Any] = {"lr": torch.tensor(0.0, device=device), "fused": True} if on_gpu else {"lr": rate}
     generator = torch.Generator().manual_seed(seed)
     example = prepare(pictures.draw(torch.arange(batch), torch.Generator().manual_seed(0))[0])
-    step = Step(model.train(), loss, make_optimizer(model.parameters(), **graphed), example)
+    step = TrainingStep(model.train(), loss, make_optimizer(model.parameters(), **graphed), example)
     updates, first, every = count // batch, 0, every or max(1, epochs // 10)
     if checkpoint is not None and checkpoint.exists():
         first = step.read(checkpoint, generator)

@@ -26,7 +26,7 @@ BATCH, HELD_OUT = 256, 2500
 RATIOS = {"2.11x": 2.11, "2.57x": 2.57}
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al., arXiv 1512.03385, section 4.2)."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
@@ -55,7 +55,7 @@ class CifarResNet(nn.Module):
         blocks, inputs = [], 16
         for stage, width in enumerate((16, 32, 64)):
             for index in range((depth - 2) // 6):
-                blocks.append(Block(inputs, width, 2 if stage and not index else 1))
+                blocks.append(ResidualBlock(inputs, width, 2 if stage and not index else 1))
                 inputs = width
         self.blocks = nn.Sequential(*blocks)
         self.fc = nn.Linear(64, num_classes)

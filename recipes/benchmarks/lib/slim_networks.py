@@ -111,11 +111,11 @@ def search_few_parameters(task: Task) -> Iterator[Network]:
 
 
 def _search_in_turn(task: Task, parameters: float) -> Iterator[Network]:
-    model, whole, unseen = task.model, count_macs(task.model, task.batches[0][:1]), 0
+    model, original_macs, unseen = task.model, count_macs(task.model, task.batches[0][:1]), 0
     count = sum(parameter.numel() for parameter in model.parameters())
     for share in task.shares:
         supernet = make_supernet(replace(task, model=model))
-        budget = f"macs<={round(share * whole)}"
+        budget = f"macs<={round(share * original_macs)}"
         if parameters < 1:
             budget += f" and params<={round(parameters * share * count)}"
         evaluate = HeldOut(task.held_out, score)
@@ -216,7 +216,7 @@ def prune_isomorphic(task: Task) -> Iterator[Network]:
 def _prune(task: Task, importance: Any, renewed: bool = True, **options: Any) -> Iterator[Network]:
     image, model = task.gradients[0][0][:1], copy.deepcopy(task.model)
     collect_gradients(model, task.gradients)
-    whole = count_macs(model, image)
+    original_macs = count_macs(model, image)
     head = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     pruner = tp.pruner.BasePruner(
         model, image, importance=importance, global_pruning=True, pruning_ratio=0.95, iterative_steps=STEPS,
@@ -225,7 +225,7 @@ def _prune(task: Task, importance: Any, renewed: bool = True, **options: Any) ->
     images, targets = (torch.cat(parts) for parts in zip(*task.gradients, strict=True))
     parts = list(zip(torch.split(images, RENEWED), torch.split(targets, RENEWED), strict=True))
     for share in task.shares:
-        while count_macs(model, image) > share * whole:
+        while count_macs(model, image) > share * original_macs:
             if renewed and pruner.current_step and pruner.current_step % EVERY == 0:
                 collect_gradients(model, [parts[pruner.current_step // EVERY % len(parts)]])
             pruner.step()

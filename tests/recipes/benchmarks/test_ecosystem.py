@@ -85,7 +85,14 @@ def test_the_table_has_packages_faults_and_totals():
             "equal": "", "version": "1.0"}  # fmt: skip
     rows = [
         {"name": "a: one", **good},
-        {"name": "a: two", **good, "half": 0.6, "obstacles": [["an | output", 0.5]], "same": False},
+        {
+            "name": "a: two",
+            **good,
+            "half": 0.6,
+            "half_of_results": 0.4,
+            "obstacles": [["an | output", 0.5]],
+            "same": False,
+        },
         {"name": "a: three", **good, "equal": "half and its extracted model"},
         {"name": "b: four", "params": 5, "version": "2.0", "error": "TraceError: no", "error_after": "TraceError: no"},
     ]
@@ -96,11 +103,12 @@ def test_the_table_has_packages_faults_and_totals():
     assert "| a | 1.0 | 3 | 3 | 0.300 |" in text
     assert "| b | 2.0 | 1 | 0 |  |" in text
     assert "| c | not installed | | | |" in text
-    assert (
-        "| a: two | 0.0M | 2 | 0.600 | 1.0 | equal | another search space after a forward (0.300); an / output (0.50) |"
-        in text
+    line = (
+        "| a: two | 0.0M | 2 | 0.600 | 0.400 | 1.0 | equal | another search space after a forward (0.300); an / output"
     )
-    assert "| b: four | 0.0M | | | | | TraceError: no |" in text
+    assert f"{line} (0.50) |" in text
+    assert "| a: one | 0.0M | 2 | 0.300 |  | 1.0 | equal |  |" in text
+    assert "| b: four | 0.0M | | | | | | TraceError: no |" in text
 
 
 @pytest.mark.slow
