@@ -99,7 +99,17 @@ def test_whatever_an_answer_chooses(use):
 def test_the_reason_names_the_line():
     supernet = convert(Choosing(QUESTIONS["float"], USES["a number"]).eval(), IMAGE)
     line = USES["a number"].__code__.co_firstlineno
-    assert f"at tests/tracing/test_passing.py:{line}, which depends" in supernet.graph.fixed["a.weight", 0]
+    place = f"at tests/tracing/test_passing.py:{line}, which depends on the number of channels"
+    assert f"the code passes another number or text {place}" in supernet.graph.fixed["a.weight", 0]
+    path = convert(Choosing(QUESTIONS["float"], repeat).eval(), IMAGE).graph.fixed["a.weight", 0]
+    assert "the code takes another path at tests/tracing/test_passing.py:" in path
+
+
+def test_a_number_that_depends_on_gradients_and_on_a_size_is_found_in_each_of_the_runs():
+    def use(model, y, answer):
+        return y * (3 if answer and torch.is_grad_enabled() else 2)
+
+    assert check_answers(QUESTIONS["float"], use) == ("b",)
 
 
 @pytest.mark.parametrize(

@@ -277,20 +277,25 @@ class Prover:
 
         What a cache decides is none: both run with empty caches.
         """
-        sizes, index = graph.group_sizes, self.records.index(record)
+        sizes, index = graph.group_sizes, next(i for i, other in enumerate(self.records) if other is record)
+        counts: dict[Site, int] = {}  # how often the subnet that was run last calls torch at a place
 
         def find(groups: Sequence[int]) -> set[Site]:
             some = [widths[i] if i in groups else size for i, size in enumerate(sizes)]
             calls = self._run_all(graph, self.model, some)[index]
+            counts.update({site: len(values) for site, values in calls.items()})
             return self._expect(graph, some, graph.slices(some)).find_differing(record.calls, calls)
 
         ignored = find(())
+        counts.clear()
         sites = find(range(len(sizes))) - ignored
         if not sites:
             return
-        culprits = find_culprits(range(len(sizes)), lambda groups: bool(find(groups) - ignored))
         site = min(sites, key=lambda site: (format_site(site), site[2]))
-        message = f"the code takes another path at {format_site(site)}, which depends on the number of channels"
+        same = counts.get(site) == len(record.calls.get(site, ()))
+        what = "passes another number or text" if same else "takes another path"
+        culprits = find_culprits(range(len(sizes)), lambda groups: bool(find(groups) - ignored))
+        message = f"the code {what} at {format_site(site)}, which depends on the number of channels"
         raise Disagreement(message, site[0], None, [graph.find_vector(group) for group in culprits])
 
     def _run_all(self, graph: ChannelGraph, model: nn.Module, widths: Sequence[int]) -> list[Calls]:
