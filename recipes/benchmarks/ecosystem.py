@@ -18,11 +18,13 @@ JSON line a model; a run that is started again goes on with the models that have
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import importlib.metadata
 import statistics
 import time
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,8 +36,6 @@ from timm_autoslim import Supernet, convert, reach
 from timm_autoslim.recipes.benchmarks.lib.children import describe_error, run_children
 from timm_autoslim.recipes.benchmarks.lib.ecosystem import PACKAGES, Build
 from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
-from timm_autoslim.utils.globs import matches
-from timm_autoslim.utils.tensors import name_tensors
 
 GOAL = 0.35  # of the MACs at half width
 RESULTS = ("logits*", "pred_boxes*", "pred_logits*", "*_logits")  # names of outputs that are results
@@ -104,8 +104,9 @@ def measure_features(name: str) -> dict[str, Any]:
     """
     model, example = build(name)
     with torch.no_grad():
-        names = dict.fromkeys(output for output, _ in name_tensors(call(model, example)))
-    kept = [glob for glob in RESULTS if any(matches(output, glob) for output in names)]
+        outputs = call(model, example)
+    names = list(outputs) if isinstance(outputs, Mapping) else []  # as those of transformers are
+    kept = [glob for glob in RESULTS if fnmatch.filter(names, glob)]
     if not kept and not type(model).__name__.endswith(FEATURES.get(name.partition(": ")[0], ())):
         return {}
     row: dict[str, Any] = {"results": kept}
