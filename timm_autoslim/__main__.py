@@ -116,6 +116,7 @@ RECIPES = {
     "train": ("train", "train a slimmable supernet"),
     "search": ("search", "search the networks of a run for some budgets"),
     "finetune": ("finetune", "fine-tune, test and export a network of a search"),
+    "validate": ("validate", "test a model on the test images of a folder"),
     "all": ("run", "all of the three, and compare the networks; by default on scikit-learn's digits"),
 }
 

@@ -172,14 +172,20 @@ def add_distillation_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_starting_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of train.py about where it starts; --pretrained is among those of the model."""
+def add_weight_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Flag of the file of weights, in a group that is returned; --pretrained is among those of the model."""
     group = parser.add_argument_group("starting point", "fresh weights if nothing is given")
     group.add_argument(
         "--initial-checkpoint",
         metavar="FILE",
         help="local .safetensors, .pth or .bin file of the model's weights; with other classes, all but the classifier",
     )
+    return group
+
+
+def add_starting_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of train.py about where it starts."""
+    group = add_weight_flags(parser)
     group.add_argument(
         "--zero-init-last",
         action=ON_OFF,
@@ -211,6 +217,7 @@ FLAGS = {
         add_general_flags, add_model_flags, add_starting_flags, add_budget_flags, add_optimizer_flags,
         add_augmentation_flags, add_training_flags, add_slim_flags, add_teacher_flags,
     ),
+    "validate": (add_general_flags, add_model_flags, add_weight_flags),
 }  # fmt: skip
 
 # Where a recipe's defaults differ from those of its flags: slim.py starts from a trained model, which forgets if it is
@@ -222,4 +229,5 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.05, "epochs": 10, "warmup_epochs": 1, "scale": [0.7, 1.0], "color_jitter": 0.0,
         "resume": True, "channels_last": True,
     },
+    "validate": {"zero_init_last": False, "channels_last": True},  # its weights are trained
 }  # fmt: skip
