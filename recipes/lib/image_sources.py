@@ -40,7 +40,10 @@ def hash_images(*parts: Any) -> str:
 
 
 class Subset(Dataset[tuple[Any, int]]):
-    """Some images of a source; timm's create_loader sets `transform`.
+    """Some images of a source, or all of them; timm's create_loader sets `transform`.
+
+    Of some images, the next one stands in for one that cannot be read. Of all, as for a test, each must be readable: an
+    accuracy counts every image once.
 
     With a seed, what the transform draws depends on (seed, epoch, image) alone: not on the number of processes and
     workers, nor on the images before. So a resumed run sees the images that the uninterrupted one sees.
@@ -51,6 +54,7 @@ class Subset(Dataset[tuple[Any, int]]):
             source._max_retries = 1
         self.source, self.classes, self.seed = source, classes, seed
         self.indices = range(len(source)) if indices is None else indices
+        self._tries = 1 if indices is None else BAD_IN_A_ROW
         self.transform: Callable[[Image.Image], Any] | None = None
         self.epoch = 0
 
@@ -76,13 +80,17 @@ class Subset(Dataset[tuple[Any, int]]):
         timm's datasets go on to the next image as well, but to one that may be of another subset.
         """
         faults = []
-        for index in (self.indices[(item + more) % len(self)] for more in range(BAD_IN_A_ROW)):
+        for index in (self.indices[(item + more) % len(self)] for more in range(self._tries)):
             try:
                 with _catch_log() as logged:
                     image, target = self.source[index]
             except Exception as error:  # a damaged file makes a reader raise anything
                 said = logged[0] if logged else str(error)  # timm logs what is wrong, and raises something else
                 faults.append(f"{_find_name(self.source, index)} cannot be read ({said})")
+                if self._tries == 1:
+                    raise DataError(
+                        f"{faults[-1]}. Needed for a test: images that can be read; mend or remove it."
+                    ) from error
                 warnings.warn(f"{faults[-1]}; the next image stands in for it.", stacklevel=2)
             else:
                 return index, image, target

@@ -53,7 +53,9 @@ def find_network(run: Path, name: str | None) -> Found:
         ConfigError: no search has come to its end, or it has no network of this name.
     """
     networks = read_networks(run)
+    if name is None:
+        raise ConfigError(f"--network is needed: one of {', '.join(networks)}.")
     if name not in networks:
-        near = difflib.get_close_matches(str(name), networks, n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(name, networks, n=1, cutoff=0.0)[0]
         raise ConfigError(f"--network {name}: {run}/search has {', '.join(networks)}. Did you mean {near}?")
     return networks[name]

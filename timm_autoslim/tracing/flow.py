@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,21 @@ from timm_autoslim.tracing.watching import Check
 from timm_autoslim.utils.globs import matches
 
 
+@dataclass(frozen=True, eq=False)
+class Length:
+    """A number that the model's code has computed from sizes, and passed as a length or as the place of a cut.
+
+    Attributes:
+        path: the module that passed it.
+        label: the channels that it counts; None if it counts none, and stays.
+        size: the number.
+    """
+
+    path: str
+    label: Label
+    size: Number
+
+
 class Flow(Labelling):
     """The state of a trace: on top of the labels, what becomes of sizes, and how a dimension is split.
 
@@ -34,6 +50,7 @@ class Flow(Labelling):
         matrix_columns: the last axis of every matrix among the weights, by its first atom.
         kernels: those of them that are laid out as kernels, by their first atom.
         checks: what the model's code has asked about sizes.
+        lengths: numbers computed from sizes that its code has passed as lengths.
         asks_gradients: whether it has asked if gradients are enabled.
     """
 
@@ -43,6 +60,7 @@ class Flow(Labelling):
         self.matching_globs: set[str] = set()
         self.matrix_columns: dict[int, Vector] = {}
         self.kernels: dict[int, Kernel] = {}
+        self.lengths: list[Length] = []
         self._equalities: list[tuple[Number, Number]] = []
         self.checks: list[Check] = []
         self.asks_gradients = False
@@ -59,6 +77,8 @@ class Flow(Labelling):
         """Tie the active count of a dimension to the integer that the model's code passed as its length."""
         if size == -1:
             return
+        if isinstance(size, Number) and _is_computed(size) and (label is None or len(label) == int(size)):
+            self.lengths.append(Length(self.path, label, size))
         if not isinstance(size, Size):
             self.freeze_label(label, f"the code passes the constant {int(size)} to {self.call.name}")
             return
@@ -245,8 +265,9 @@ class Flow(Labelling):
     def _choose_shrinking_axis(roots: Vector, sizes_in_code: Sequence[int] | None, heads: bool) -> int | None:
         """Choose the axis that can shrink, or None if the code passes constants for all.
 
-        It is the first axis if heads are lost. Otherwise it is the last (the channels of a head), or the longest if the
-        last has at most two.
+        It is the first axis if heads are lost. Otherwise it is the one whose length the code computes, by a constant,
+        from the dimensions of tensors, if all others get -1; else the last (the channels of a head), or the longest if
+        the last has at most two.
         """
         sizes, code = roots.shape, sizes_in_code
         axes = [i for i in range(len(sizes)) if code is None or isinstance(code[i], Size) or code[i] == -1]
@@ -255,6 +276,9 @@ class Flow(Labelling):
             return None
         if heads:
             return axes[0]
+        computed = [i for i in axes if code is not None and _follows_dimensions(code[i])]
+        if len(computed) == 1 and all(code is not None and code[i] == -1 for i in axes if i not in computed):
+            return computed[0]
         return axes[-1] if sizes[axes[-1]] > 2 else max(axes, key=lambda i: sizes[i])
 
     def would_merge(self, rows: Vector) -> bool:
@@ -280,6 +304,18 @@ class Flow(Labelling):
         self.constraints.tie_counts([label, rows.ravel()])
         self.constraints.ordered_vectors.extend([rows.ravel(), label])
         return label
+
+
+def _is_computed(size: Number) -> bool:
+    """Whether a number was computed from sizes; not one that only may have been."""
+    return isinstance(size.origin, FromExpression) and not getattr(size, "is_guess", False)
+
+
+def _follows_dimensions(size: Any) -> bool:
+    """Whether a size is computed from dimensions of tensors, such as `x.shape[1] // 4`."""
+    if not isinstance(size, Size) or not _is_computed(size) or find_quotient(size) is not None:
+        return False
+    return any(isinstance(leaf.origin, FromDimension) for leaf in find_leaves(size))
 
 
 def _restore_origins(values: Any, known: Sequence[Mapping[int, Size]]) -> Any:

@@ -18,11 +18,12 @@ from timm_autoslim.errors import TraceError
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.tracing.caches import KeptNumbers
+from timm_autoslim.tracing.flow import Length
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.label_recorder import RunRecord
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import bind
-from timm_autoslim.tracing.origins import FromDimension, Number, get_plain
+from timm_autoslim.tracing.origins import FromDimension, Number, evaluate, get_plain, list_leaves
 from timm_autoslim.tracing.outer_state import OuterState
 from timm_autoslim.tracing.passing import Calls, Expectation, freeze_calls
 from timm_autoslim.tracing.record import Recorder
@@ -131,6 +132,7 @@ class Prover:
         kept: KeptNumbers | None = None,
         outer: OuterState | None = None,
         fresh: nn.Module | None = None,
+        lengths: Sequence[Length] = (),
     ) -> None:
         """Prepare proofs.
 
@@ -144,12 +146,13 @@ class Prover:
             kept: ordinary numbers that the widest has left.
             outer: what the model's code keeps outside of the model.
             fresh: a meta copy that has not run.
+            lengths: what the widest's code has computed from sizes, and passed as lengths.
         """
         self.kept, self.outer, self.fresh = kept, outer, fresh
         self._harmless: set[Site] = set()  # sites that caches decide
         self._is_checked = False  # whether a plain run of the widest was compared with the records
         self.model, self.example, self.records, self.numbers = model, example, records, dict(numbers or {})
-        self.batches, self.data = batches, data
+        self.batches, self.data, self.lengths = batches, data, lengths
 
     def find_faults(self, graph: ChannelGraph) -> Iterator[Disagreement]:
         """Yield the disagreements at half, narrowest and random widths, in both modes."""
@@ -209,6 +212,7 @@ class Prover:
 
     def _compare(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord, check_scales: bool) -> None:
         slices, active = graph.slices(widths), graph.find_active(widths)
+        self._compare_lengths(self._expect(graph, widths, slices), active)
         with without_gradients(self.model) if record.gradients else contextlib.nullcontext():
             subnet = replicate(self.model.train(record.training), slices)
         scales = self._follow_scales(subnet, slices) if check_scales and record.scores else None
@@ -228,6 +232,23 @@ class Prover:
             raise Disagreement(f"its forward raises {type(error).__name__}: {error}", path) from error
         finally:
             recorder.release()
+
+    def _compare_lengths(self, expectation: Expectation, active: NDArray[np.bool_]) -> None:
+        """Raise a disagreement if the code computes another length than the channels there have in a subnet.
+
+        Shapes do not show it where parts of one tensor are joined again: a cut may lie elsewhere.
+        """
+        for length in self.lengths:
+            count = int(length.size) if length.label is None else int(active[length.label].sum())
+            try:
+                computed = evaluate(length.size, expectation.get_size)
+            except ArithmeticError as error:
+                computed = error
+            if computed != count:
+                leaves = list_leaves((length.size,))
+                vectors = [leaf.origin.vector for leaf in leaves if isinstance(leaf.origin, FromDimension)]
+                message = f"the code computes the length or place {computed} where {count} channels are"
+                raise Disagreement(message, length.path, None, [length.label, *vectors])
 
     def _expect(self, graph: ChannelGraph, widths: Sequence[int], slices: Slices) -> Expectation:
         """Return what a subnet passes to functions of torch if the graph knows where all numbers come from."""

@@ -242,6 +242,14 @@ class Ratio(Real):
         return size
 
 
+def negate(number: Number) -> Any:
+    """Return the number by the other sign; the size itself if the number is one with a minus."""
+    origin = number.origin
+    if isinstance(origin, FromExpression) and origin.compute is operator.neg:
+        return origin.inputs[0]
+    return derive(operator.neg, number)
+
+
 def _is_plain(value: Any) -> bool:
     """Whether a value is a number of Python itself, or one that remembers sizes."""
     return type(value) in (int, float, bool) or isinstance(value, Number)

@@ -328,7 +328,8 @@ class Tracer:
             empty_attributes(fresh, self.caches)
         if numbers:
             kept = KeptNumbers(numbers, fresh, meta_copy, examples, data)
-        return Prover(meta_copy, self.example, self.records, self.batches, self.numbers, data, kept, outer, fresh)
+        more = data, kept, outer, fresh, self.flow.lengths
+        return Prover(meta_copy, self.example, self.records, self.batches, self.numbers, *more)
 
 
 def _make_obstacle_error(graph: ChannelGraph) -> NothingToSlimError:

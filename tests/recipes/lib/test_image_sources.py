@@ -32,12 +32,12 @@ def test_many_images_in_a_row_that_cannot_be_read_are_told(tmp_path):
         path.write_bytes(b"no image")
     source = open_images(make_args(data_dir=str(tmp_path))).train
     message = r"10 images in a row cannot be read. The first: .*cat.0\.png cannot be read.* Mend the data"
-    for subset in (Subset(source, 2), Subset(source, 2, [0])):
+    for subset in (Subset(source, 2, range(24)), Subset(source, 2, [0])):
         with pytest.raises(DataError, match=message), warnings.catch_warnings(action="ignore"):
             subset[0]
     assert Subset(source, 2)[12][1] == 1
     with pytest.raises(DataError, match=r"The first: image 0 cannot be read \(boom\)"):
-        Subset(Broken(), 2)[0]
+        Subset(Broken(), 2, range(20))[0]
 
 
 class Broken:
@@ -79,3 +79,16 @@ def test_images_without_labels_lie_at_any_depth_and_come_behind_the_others(tmp_p
     assert [subset[index][1] for index in range(len(subset))][len(source) :] == [UNLABELLED] * len(others)
     assert joined.filename(len(source)) == others.filenames()[0]
     assert open_unlabelled(make_args(unlabelled=None)) is None
+
+
+def test_an_image_of_a_test_that_cannot_be_read_is_an_error(tmp_path):
+    """The next one would be counted twice."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "1.png")
+    (tmp_path / "a" / "0.png").write_bytes(b"no image")
+    source = create_dataset("", str(tmp_path))
+    with pytest.raises(DataError, match=r"0\.png cannot be read .*\. Needed for a test: images that can be read"):
+        Subset(source, 2)[0]
+    with pytest.warns(UserWarning, match="the next image stands in for it"):
+        assert Subset(source, 2, [0, 1])[0][1] == 0

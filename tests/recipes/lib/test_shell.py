@@ -56,7 +56,7 @@ class Broken:
 @pytest.mark.slow
 def test_an_error_in_a_worker_is_a_message_without_the_workers_traceback(capsys):
     def load():
-        next(iter(torch.utils.data.DataLoader(Subset(Broken(), 2), num_workers=1)))
+        next(iter(torch.utils.data.DataLoader(Subset(Broken(), 2, range(20)), num_workers=1)))
 
     with pytest.raises(SystemExit) as raised:
         run_command(load)
@@ -68,7 +68,7 @@ def test_an_error_in_a_worker_is_a_message_without_the_workers_traceback(capsys)
 def test_warnings_of_the_recipes_are_one_line(capsys):
     def warn():
         with warnings.catch_warnings(action="always"):
-            Subset(Broken(), 2)._read(0)
+            Subset(Broken(), 2, range(20))._read(0)
 
     with pytest.raises(SystemExit):
         run_command(warn)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from torch import Tensor
 
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labelling import Labels
 from timm_autoslim.tracing.labels import Vector
 from timm_autoslim.tracing.ops.schema import OperatorCall
 from timm_autoslim.tracing.ops.table import RULES
-from timm_autoslim.tracing.sizes import Size
+from timm_autoslim.tracing.origins import Number
+from timm_autoslim.tracing.sizes import Size, negate
 
+_TENSOR_SPLITS = ("tensor_split", "hsplit", "vsplit", "dsplit")
+_PLACES = ("indices_or_sections", "indices", "sections", "tensor_indices_or_sections")
 _SPLITS = ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
 
 
@@ -32,13 +38,27 @@ def _slice(flow: Flow, op: OperatorCall) -> None:
         return flow.set_labels(out, labels)
     if step != 1:
         flow.freeze_label(label, "a slice with a step takes channels at fixed positions")
+    if flow.call.name in _TENSOR_SPLITS:
+        places = _find_places(*flow.call.args, **flow.call.kwargs)
+        if type(places) is int and len(label) % places == 0:
+            flow.constraints.tie_counts(list(label.reshape(places, -1)))
+            return flow.set_labels(out, labels)
+        if not isinstance(places, tuple | list) or any(isinstance(place, Number) for place in places):
+            flow.freeze_label(label, f"{flow.call.name} cuts where the number of channels says")
     bounds_in_code = _find_bounds(flow, first, last) or (first, last)
     for bound, size in zip((first, last), bounds_in_code, strict=True):
-        if bound < 0:  # counted from the end
+        if bound < 0 and isinstance(size, Number):  # counted from the end
+            flow.constrain(label[bound:], negate(size))
+        elif bound < 0:
             flow.freeze_label(label[bound:], "a slice counts channels from the end")
         elif bound and (bound != length or isinstance(size, Size)):
             flow.constrain(label[:bound], size)
     return flow.set_labels(out, labels)
+
+
+def _find_places(_: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Return the number of parts, or the places of the cuts, as the model's code gave them to `tensor_split`."""
+    return args[0] if args else next((kwargs[name] for name in _PLACES if name in kwargs), None)
 
 
 def _find_bounds(flow: Flow, first: int, last: int) -> tuple[int, int] | None:

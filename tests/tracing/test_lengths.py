@@ -1,0 +1,111 @@
+"""Lengths and places of cuts that a forward computes from sizes: a subnet cuts where the graph says, or stays wide.
+
+Shapes do not show a cut at another place if the parts are joined again. So channels that a subnet lacks are made zero
+in the model itself: its outputs are then those of the subnet, if all layers have the channels that they should.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from timm_autoslim import convert
+from timm_autoslim.errors import NothingToSlimError
+
+
+def swap(x, bound):
+    return torch.cat([x[:, bound:], x[:, :bound]], 1)
+
+
+def in_groups(x, *sizes):
+    return x.reshape(len(x), *sizes, 4, 4).transpose(1, 2).flatten(1, 2)
+
+
+FOLLOWING = {
+    "quarter": lambda x: swap(x, x.shape[1] // 4),
+    "quarter at the end": lambda x: swap(x, -(x.shape[1] // 4)),
+    "all but a quarter": lambda x: swap(x, x.shape[1] - x.shape[1] // 4),
+    "equal parts": lambda x: torch.cat(x.tensor_split(4, 1)[::-1], 1),
+    "hsplit": lambda x: torch.cat(torch.hsplit(x, 2)[::-1], 1),
+    "groups and the rest": lambda x: in_groups(x, x.shape[1] // 4, -1),
+    "the rest and groups": lambda x: in_groups(x, -1, x.shape[1] // 4),
+    "shuffled groups": lambda x: nn.functional.channel_shuffle(x, x.shape[1] // 4),
+}
+OTHER = {
+    "shift": lambda x: swap(x, x.shape[1] >> 2),
+    "rounded up": lambda x: swap(x, -(-x.shape[1] // 3)),
+    "remainder": lambda x: swap(x, x.shape[1] % 5),
+    "inverse": lambda x: swap(x, 64 // x.shape[1]),
+    "rounded to a multiple": lambda x: swap(x, 2 * (x.shape[1] // 8)),
+    "sum of parts": lambda x: swap(x, sum([x.shape[1] // 8, x.shape[1] // 8])),
+    "square": lambda x: swap(x, x.shape[1] * x.shape[1] // 64),
+    "root": lambda x: swap(x, math.isqrt(x.shape[1])),
+    "difference from a constant": lambda x: swap(x, 40 - x.shape[1]),
+    "unequal parts": lambda x: torch.cat(x.tensor_split(3, 1)[::-1], 1),
+    "parts at a size": lambda x: torch.cat(x.tensor_split([x.shape[1] >> 1], 1)[::-1], 1),
+}
+
+
+class Cutting(nn.Module):
+    def __init__(self, cut):
+        super().__init__()
+        self.cut = [cut]
+        self.first, self.inner, self.last = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 24, 1), nn.Conv2d(32, 4, 1)
+        self.back = nn.Conv2d(24, 32, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.cut[0](x + self.back(self.inner(x)).relu())).mean((2, 3))
+
+
+@torch.no_grad()
+def check_wiring(model, supernet, widths, images):
+    """Compare a subnet with the model without the channels that the subnet lacks."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.first.bias.copy_(torch.arange(32.0))
+    kept = supernet.extract(widths).first.bias.long()
+    model.load_state_dict(before)
+    lacking = torch.ones(32, dtype=torch.bool)
+    lacking[kept] = False
+    for layer in (model.first, model.back):
+        layer.weight[lacking] = 0
+        layer.bias[lacking] = 0
+    model.inner.weight[:, lacking] = 0
+    inner = torch.ones(24, dtype=torch.bool)
+    inner[: widths.to_dict().get("inner", 24)] = False
+    model.inner.weight[inner] = 0
+    model.inner.bias[inner] = 0
+    expected, outputs = model(images), supernet(images, widths)
+    model.load_state_dict(before)
+    torch.testing.assert_close(outputs, expected)
+    assert torch.equal(supernet.extract(widths)(images), outputs)
+
+
+@pytest.mark.parametrize("name", [*FOLLOWING, *OTHER])
+def test_a_subnet_cuts_where_its_weights_are_cut(name):
+    torch.manual_seed(0)
+    model, images = Cutting(({**FOLLOWING, **OTHER})[name]).eval(), torch.randn(2, 3, 4, 4)
+    supernet = convert(model, images).eval()
+    generator = torch.Generator().manual_seed(0)
+    for widths in (
+        supernet.space.min(),
+        supernet.space.uniform(0.6),
+        *(supernet.space.sample(generator) for _ in "12"),
+    ):
+        check_wiring(model, supernet, widths, images)
+    if name in FOLLOWING:
+        assert len(supernet.space) == 2
+
+
+def test_the_reason_names_the_place():
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), Swap(), nn.Conv2d(32, 4, 1)).eval()
+    with pytest.raises(
+        NothingToSlimError, match=r"1: in a subnet, the code computes the length or place \d+ where \d+"
+    ):
+        convert(model, torch.randn(2, 3, 4, 4))
+
+
+class Swap(nn.Module):
+    def forward(self, x):
+        return swap(x, x.shape[1] >> 2)
