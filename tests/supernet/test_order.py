@@ -213,3 +213,12 @@ def test_groups_for_torch_pruning_name_all_layers_of_a_strand():
         ["layer2.0.conv2", "layer2.0.bn2", "layer2.0.downsample.1", "layer2.0.downsample.2", "layer3.0.conv1",
          "layer3.0.downsample.1"], 128
     )  # fmt: skip
+
+
+def test_channels_are_reordered_in_the_same_memory_layout():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)
+    reordered = reorder_channels(model, convert(model, torch.randn(2, 3, 8, 8)).graph, "l1")
+    assert reordered[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not reordered[0].weight.is_contiguous()
+    assert not torch.equal(reordered[0].weight, model[0].weight)

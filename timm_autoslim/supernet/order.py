@@ -222,7 +222,7 @@ def permute_units(model: M, graph: ChannelGraph, orders: dict[int, NDArray[np.in
             if index is not None and not np.array_equal(index, np.arange(len(index))):
                 permuted = permuted.index_select(axis, torch.from_numpy(index).to(permuted.device))
                 changed = True
-        permuted = permuted.clone()
+        permuted = torch.empty_like(tensor).copy_(permuted)  # in the same memory layout
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(permuted, tensor.requires_grad) if is_parameter else permuted
     result = copy_deeply(model, memo)
