@@ -114,12 +114,7 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     model: nn.Module = timm.create_model(args.model, num_classes=args.num_classes, **args.model_kwargs)
     if args.checkpoint:
         model.load_state_dict(load_file(args.checkpoint))
-    return set_layout(model.to(args.device).eval(), args)
-
-
-def set_layout(model: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """Return the model, moved to the memory layout of --channels-last."""
-    return model.to(memory_format=torch.channels_last) if args.channels_last else model
+    return model.to(args.device).eval()
 
 
 def make_task(model: nn.Module, data: Data, shares: tuple[float, ...], seed: int) -> Task:
@@ -234,7 +229,6 @@ class Job:
         networks = METHODS[name](make_task(model, self.data, scaled, self.seed))
         for share in shares:
             network, more = count_effort(lambda: next(networks), self.original_macs)
-            set_layout(network.model, self.args)
             effort += more + Effort(compute=network.unseen / self.original_macs)
             yield share, model, network, effort
 
@@ -372,7 +366,6 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, default=64, help="side of the images")
     parser.add_argument("--cache", type=Path, default=Path("runs/pretrained"), help="folder of images that were read")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--channels-last", action="store_true", help="memory layout of all networks; give a --name too")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--limit", type=float, help="seconds")
