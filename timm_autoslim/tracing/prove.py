@@ -32,6 +32,9 @@ from timm_autoslim.tracing.sites import Site, find_culprits, format_site
 from timm_autoslim.utils.meta import make_meta_example, without_gradients
 from timm_autoslim.utils.tensors import collect_tensors, named_tensors
 
+_RANDOM = 2  # subnets of random widths that run
+_LENGTHS = 16  # those of which lengths are computed alone, which takes little time
+
 
 class Disagreement(Exception):
     """A subnet did not run as the graph predicts.
@@ -159,8 +162,11 @@ class Prover:
         rng = np.random.default_rng(0)
         sizes, floors = graph.group_sizes, graph.floors
         half = graph.half_widths
-        random = [[int(rng.integers(low, n + 1)) for low, n in zip(floors, sizes, strict=True)] for _ in range(2)]
-        for widths in (half, floors, *random):
+        random = [
+            [int(rng.integers(low, n + 1)) for low, n in zip(floors, sizes, strict=True)] for _ in range(_LENGTHS)
+        ]
+        yield from self._check_lengths(graph, (half, floors, *random))
+        for widths in (half, floors, *random[:_RANDOM]):
             for record in self.records:
                 try:
                     self._compare(graph, widths, record, check_scales=widths is half)
@@ -212,7 +218,6 @@ class Prover:
 
     def _compare(self, graph: ChannelGraph, widths: Sequence[int], record: RunRecord, check_scales: bool) -> None:
         slices, active = graph.slices(widths), graph.find_active(widths)
-        self._compare_lengths(self._expect(graph, widths, slices), active)
         with without_gradients(self.model) if record.gradients else contextlib.nullcontext():
             subnet = replicate(self.model.train(record.training), slices)
         scales = self._follow_scales(subnet, slices) if check_scales and record.scores else None
@@ -233,22 +238,24 @@ class Prover:
         finally:
             recorder.release()
 
-    def _compare_lengths(self, expectation: Expectation, active: NDArray[np.bool_]) -> None:
-        """Raise a disagreement if the code computes another length than the channels there have in a subnet.
+    def _check_lengths(self, graph: ChannelGraph, subnets: Sequence[Sequence[int]]) -> Iterator[Disagreement]:
+        """Yield the disagreement that the code computes another length than the channels there have in a subnet.
 
         Shapes do not show it where parts of one tensor are joined again: a cut may lie elsewhere.
         """
-        for length in self.lengths:
-            count = int(length.size) if length.label is None else int(active[length.label].sum())
-            try:
-                computed = evaluate(length.size, expectation.get_size)
-            except ArithmeticError as error:
-                computed = error
-            if computed != count:
-                leaves = list_leaves((length.size,))
-                vectors = [leaf.origin.vector for leaf in leaves if isinstance(leaf.origin, FromDimension)]
-                message = f"the code computes the length or place {computed} where {count} channels are"
-                raise Disagreement(message, length.path, None, [length.label, *vectors])
+        for widths in subnets if self.lengths else ():
+            active, expectation = graph.find_active(widths), self._expect(graph, widths, graph.slices(widths))
+            for length in self.lengths:
+                count = int(length.size) if length.label is None else int(active[length.label].sum())
+                try:
+                    computed = evaluate(length.size, expectation.get_size)
+                except ArithmeticError as error:
+                    computed = error
+                if computed != count:
+                    leaves = list_leaves((length.size,))
+                    vectors = [leaf.origin.vector for leaf in leaves if isinstance(leaf.origin, FromDimension)]
+                    message = f"the code computes the length or place {computed} where {count} channels are"
+                    yield Disagreement(message, length.path, None, [length.label, *vectors])
 
     def _expect(self, graph: ChannelGraph, widths: Sequence[int], slices: Slices) -> Expectation:
         """Return what a subnet passes to functions of torch if the graph knows where all numbers come from."""
