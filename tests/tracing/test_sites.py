@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from timm_autoslim.tracing.sites import find_culprits, find_site, format_site
+from timm_autoslim.tracing.sites import find_culprits, find_model_site, find_site, format_site
 
 
 def test_a_site_is_in_the_code_of_the_model():
@@ -40,3 +40,20 @@ def test_code_whose_name_only_begins_with_torch_is_the_models_own():
     scope = {"__name__": "torchmine", "find_site": find_site, "sites": sites, "sys": sys}
     exec("sites.append((find_site('', sys._getframe()), sys._getframe().f_code))", scope)
     assert sites[0][0][1] is sites[0][1]
+
+
+def test_a_call_is_at_one_place_however_often_it_ran():
+    """Python 3.11 makes calls by another instruction once the code is warm."""
+    places = set()
+
+    class Probe:
+        def __len__(self):
+            places.add(find_model_site("", sys._getframe(1)))
+            return 1
+
+    def count(probe):
+        return len(probe)
+
+    for _ in range(100):
+        count(Probe())
+    assert len(places) == 1

@@ -5,6 +5,7 @@ This finds questions about sizes that no number can report, such as `if int(c) >
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable, Sequence
 from types import CodeType
 from typing import Any
@@ -13,6 +14,8 @@ from timm_autoslim.tracing.source import format_line
 
 Site = tuple[str, CodeType, int]  # the running module, the code that calls, and the instruction
 _MOST_FRAMES = 8
+_PRECALL = dis.opmap.get("PRECALL")  # of Python 3.11: either it or the CALL that follows makes a call, as code warms up
+_TO_CALL = 4  # bytes from one to the other
 _ARITHMETIC = "timm_autoslim.tracing.sizes"  # a size times a tensor is computed there
 
 
@@ -29,7 +32,7 @@ def find_site(path: str, frame: Any) -> Site | None:
             if name.startswith(("torch.nn.modules", "timm_autoslim.")):
                 return None
             if name.partition(".")[0] != "torch":
-                return path, frame.f_code, frame.f_lasti
+                return path, frame.f_code, _find_instruction(frame)
         frame = frame.f_back
     return None
 
@@ -38,7 +41,14 @@ def find_model_site(path: str, frame: Any) -> Site | None:
     """Return where the model's code runs, above frames of torch and of this package; None if it does not."""
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "timm_autoslim"):
         frame = frame.f_back
-    return None if frame is None else (path, frame.f_code, frame.f_lasti)
+    return None if frame is None else (path, frame.f_code, _find_instruction(frame))
+
+
+def _find_instruction(frame: Any) -> int:
+    """Return the instruction that a frame runs, the same for each run of a call."""
+    instruction: int = frame.f_lasti
+    is_before = _PRECALL is not None and frame.f_code.co_code[instruction] == _PRECALL
+    return instruction + _TO_CALL if is_before else instruction
 
 
 def format_site(site: Site) -> str:
