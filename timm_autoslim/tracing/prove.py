@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -127,6 +127,27 @@ def _keep_tensors(first: Sequence[Values], later: Sequence[Values]) -> bool:
     return any(a is None and isinstance(b, str) for a, b in pairs)
 
 
+def _narrow(graph: ChannelGraph, widths: Sequence[int], groups: Collection[int]) -> list[int]:
+    """Return the widths of a subnet of which these groups alone are narrower than in the widest."""
+    return [widths[i] if i in groups else size for i, size in enumerate(graph.group_sizes)]
+
+
+def _find_site(graph: ChannelGraph, find: Callable[[Sequence[int]], set[Site]]) -> tuple[Site, list[Label]] | None:
+    """Return the first place in the code where a subnet differs, and the channels that decide it; None if none does.
+
+    Args:
+        graph: the channel graph.
+        find: returns the places that differ if these groups alone are narrower; those of no group do not count.
+    """
+    every = range(len(graph.group_sizes))
+    sites = find(every)
+    if not sites or not (sites := sites - (ignored := find(()))):
+        return None
+    site = min(sites, key=lambda site: (format_site(site), site[2]))
+    culprits = find_culprits(every, lambda groups: bool(find(groups) - ignored))
+    return site, [graph.find_vector(group) for group in culprits]
+
+
 class Prover:
     """Runs a meta copy of a model as any subnet, and compares it with the records of the widest."""
 
@@ -187,38 +208,33 @@ class Prover:
 
     def _find_numbers_outside(self, graph: ChannelGraph, widths: Sequence[int]) -> Iterator[Disagreement]:
         """Yield the disagreement that a subnet passes a number which the widest has left outside of the model."""
-        sizes = graph.group_sizes
 
         def find(groups: Sequence[int]) -> set[Site]:
-            some = [widths[i] if i in groups else size for i, size in enumerate(sizes)]
-            self._run_all(graph, self.model, sizes)
+            some = _narrow(graph, widths, groups)
+            self._run_all(graph, self.model, graph.group_sizes)
             later, first = self._run_on(graph, self.model, some), self._run_all(graph, self.model, some)
             pairs = [
                 (a[site], b[site], site) for a, b in zip(later, first, strict=True) for site in a.keys() & b.keys()
             ]
             return {site for a, b, site in pairs if len(a) == len(b) and repr(a) != repr(b)}
 
-        every = range(len(sizes))
-        sites = find(every)
-        if not sites or not (sites := sites - (ignored := find(()))):
-            return
-        culprits = find_culprits(every, lambda groups: bool(find(groups) - ignored))
-        site = min(sites, key=lambda site: (format_site(site), site[2]))
-        message = f"the code passes a number at {format_site(site)} that it keeps outside of the model for all subnets"
-        yield Disagreement(message, site[0], None, [graph.find_vector(group) for group in culprits])
+        if fault := _find_site(graph, find):
+            site, labels = fault
+            place = format_site(site)
+            message = f"the code passes a number at {place} that it keeps outside of the model for all subnets"
+            yield Disagreement(message, site[0], None, labels)
 
     def _find_stale(self, graph: ChannelGraph, widths: Sequence[int]) -> Iterator[Disagreement]:
         """Yield the disagreement that a subnet gets a number which the widest has kept, and would compute another."""
-        sizes = graph.group_sizes
 
         def find(groups: Sequence[int]) -> tuple[str, str] | None:
             assert self.kept is not None
-            some = [widths[i] if i in groups else size for i, size in enumerate(sizes)]
-            return self.kept.find_stale(graph.slices(some))
+            return self.kept.find_stale(graph.slices(_narrow(graph, widths, groups)))
 
-        place = find(range(len(sizes)))
+        every = range(len(graph.group_sizes))
+        place = find(every)
         if place is not None:
-            culprits = find_culprits(range(len(sizes)), lambda groups: find(groups) is not None)
+            culprits = find_culprits(every, lambda groups: find(groups) is not None)
             message = f"its forward keeps {place[1]}, which has another value if the subnet runs first"
             yield Disagreement(message, place[0], None, [graph.find_vector(group) for group in culprits])
 
@@ -231,7 +247,7 @@ class Prover:
         try:
             recorder.run(make_meta_example(self.example, self.batches[record.training]))
             recorder.compare_scales()
-            differing = self._expect(graph, widths, slices).find_differing(record.calls, recorder.calls)
+            differing = self._expect(slices, active).find_differing(record.calls, recorder.calls)
             if not differing <= self._harmless:
                 self._check_widest(graph)
                 self._compare_calls(graph, widths, record)
@@ -250,7 +266,8 @@ class Prover:
         Shapes do not show it where parts of one tensor are joined again: a cut may lie elsewhere.
         """
         for widths in subnets if self.lengths else ():
-            active, expectation = graph.find_active(widths), self._expect(graph, widths, graph.slices(widths))
+            active = graph.find_active(widths)
+            expectation = self._expect(graph.slices(widths), active)
             for length in self.lengths:
                 count = int(length.size) if length.label is None else int(active[length.label].sum())
                 try:
@@ -263,9 +280,8 @@ class Prover:
                     message = f"the code computes the length or place {computed} where {count} channels are"
                     yield Disagreement(message, length.path, None, [length.label, *vectors])
 
-    def _expect(self, graph: ChannelGraph, widths: Sequence[int], slices: Slices) -> Expectation:
+    def _expect(self, slices: Slices, active: NDArray[np.bool_]) -> Expectation:
         """Return what a subnet passes to functions of torch if the graph knows where all numbers come from."""
-        active = graph.find_active(widths)
 
         def get_size(number: Number) -> int:
             if isinstance(number.origin, FromDimension):
@@ -294,7 +310,7 @@ class Prover:
             return
         self._is_checked = True
         sizes = graph.group_sizes
-        expectation = self._expect(graph, sizes, graph.slices(sizes))
+        expectation = self._expect(graph.slices(sizes), graph.find_active(sizes))
         first, again = (self._run_all(graph, self.fresh, sizes) for _ in range(2))
         for record, calls, repeated in zip(self.records, first, again, strict=True):
             differing = expectation.find_differing(record.calls, calls) - expectation.find_differing(calls, repeated)
@@ -311,26 +327,20 @@ class Prover:
 
         What a cache decides is none: both run with empty caches.
         """
-        sizes, index = graph.group_sizes, next(i for i, other in enumerate(self.records) if other is record)
-        counts: dict[Site, int] = {}  # how often the subnet that was run last calls torch at a place
+        index = next(i for i, other in enumerate(self.records) if other is record)
 
         def find(groups: Sequence[int]) -> set[Site]:
-            some = [widths[i] if i in groups else size for i, size in enumerate(sizes)]
+            some = _narrow(graph, widths, groups)
             calls = self._run_all(graph, self.model, some)[index]
-            counts.update({site: len(values) for site, values in calls.items()})
-            return self._expect(graph, some, graph.slices(some)).find_differing(record.calls, calls)
+            return self._expect(graph.slices(some), graph.find_active(some)).find_differing(record.calls, calls)
 
-        ignored = find(())
-        counts.clear()
-        sites = find(range(len(sizes))) - ignored
-        if not sites:
-            return
-        site = min(sites, key=lambda site: (format_site(site), site[2]))
-        same = counts.get(site) == len(record.calls.get(site, ()))
-        what = "passes another number or text" if same else "takes another path"
-        culprits = find_culprits(range(len(sizes)), lambda groups: bool(find(groups) - ignored))
-        message = f"the code {what} at {format_site(site)}, which depends on the number of channels"
-        raise Disagreement(message, site[0], None, [graph.find_vector(group) for group in culprits])
+        if fault := _find_site(graph, find):
+            site, labels = fault
+            calls = self._run_all(graph, self.model, widths)[index]
+            same = len(calls.get(site, ())) == len(record.calls.get(site, ()))
+            what = "passes another number or text" if same else "takes another path"
+            message = f"the code {what} at {format_site(site)}, which depends on the number of channels"
+            raise Disagreement(message, site[0], None, labels)
 
     def _run_all(self, graph: ChannelGraph, model: nn.Module, widths: Sequence[int]) -> list[Calls]:
         """Return what a subnet passes to functions of torch in all runs, from empty caches; up to an error."""
