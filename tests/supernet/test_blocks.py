@@ -6,26 +6,10 @@ import pickle
 import pytest
 import torch
 from helpers.comparisons import assert_same, snapshot
-from helpers.models import TwoGroups, randomise
 
 from timm_autoslim import convert
 
 IMAGE = torch.zeros(1, 3, 8, 8)
-
-
-@pytest.fixture
-def supernet():
-    return convert(randomise(TwoGroups()).eval(), IMAGE)
-
-
-@pytest.fixture
-def images():
-    return torch.randn(4, 3, 8, 8)
-
-
-@pytest.fixture
-def narrow(supernet):
-    return supernet.space.from_dict({"stem": 5, "inner": 7})
 
 
 def test_inside_a_block_the_supernet_is_the_subnet_and_its_model_is_the_widest(supernet, images, narrow):

@@ -22,21 +22,6 @@ from timm_autoslim.slicing.slices import Slices
 IMAGE = torch.zeros(1, 3, 8, 8)
 
 
-@pytest.fixture
-def supernet():
-    return convert(randomise(TwoGroups()).eval(), IMAGE)
-
-
-@pytest.fixture
-def images():
-    return torch.randn(4, 3, 8, 8)
-
-
-@pytest.fixture
-def narrow(supernet):
-    return supernet.space.from_dict({"stem": 5, "inner": 7})
-
-
 # -- forward -----------------------------------------------------------------------------------------------------------
 
 
