@@ -48,6 +48,7 @@ from timm_autoslim.recipes.lib.models import (
     load_supernet,
     make_images,
     make_supernet,
+    set_layout,
 )
 from timm_autoslim.recipes.lib.networks import find_network
 from timm_autoslim.recipes.lib.ownership import own_folder
@@ -168,12 +169,9 @@ def extract(
     """
     supernet = make_supernet(args) if args.from_scratch else load_supernet(run, args)
     widths = supernet.space.from_dict(network.widths.to_dict())
-    model = supernet.extract(widths).to(accelerator.device)
-    if args.channels_last:
-        for module in (model, supernet):
-            module.to(memory_format=torch.channels_last)
+    model = set_layout(args, supernet.extract(widths).to(accelerator.device))
     if len(loader):
-        repair(accelerator, model, supernet.to(accelerator.device), loader)
+        repair(accelerator, model, set_layout(args, supernet.to(accelerator.device)), loader)
     if args.sync_bn:
         synchronize_norms(accelerator, model)
     check_batch(model, model, make_images(args, args.batch_size, accelerator.device), accelerator.num_processes)
@@ -200,9 +198,8 @@ class Lesson:
         if args.unlabelled and not name:
             raise ConfigError("--unlabelled needs a --teacher: the original has no trained weights of these classes.")
         if name:
-            self.teacher = create_teacher(argparse.Namespace(**vars(args) | {"teacher": name})).to(accelerator.device)
-            if args.channels_last:
-                self.teacher.to(memory_format=torch.channels_last)
+            teacher = create_teacher(argparse.Namespace(**vars(args) | {"teacher": name}))
+            self.teacher = set_layout(args, teacher.to(accelerator.device))
             accelerator.print(f"teacher: {name}, with {args.teach:g} of the loss")
 
     def __call__(

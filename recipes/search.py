@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -53,7 +52,7 @@ from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.image_sources import hash_images
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import load_batches
-from timm_autoslim.recipes.lib.models import load_supernet
+from timm_autoslim.recipes.lib.models import load_supernet, set_layout
 from timm_autoslim.recipes.lib.networks import SEARCHED, is_searched, list_networks, write_results
 from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import describe_processes, make_accelerator
@@ -99,9 +98,7 @@ def search_networks(
         limits = " and ".join(METRICS[metric].format(limit) for metric, limit in budget.limits)
         accelerator.print(f"budget {budget.text}: at most {limits}; within reach")
     batches = load_held_out(args, run, accelerator)
-    supernet.to(accelerator.device)
-    if args.channels_last:
-        supernet.to(memory_format=torch.channels_last)
+    set_layout(args, supernet.to(accelerator.device))
 
     def score(subnet: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> float:
         inputs, targets = batch

@@ -20,7 +20,6 @@ import shutil
 import time
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
@@ -45,8 +44,7 @@ from timm_autoslim.recipes.lib.durations import Counts, Stages, estimate_stages,
 from timm_autoslim.recipes.lib.guide import write_guide
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
-from timm_autoslim.recipes.lib.models import load_supernet, make_supernet
-from timm_autoslim.recipes.lib.names import is_stored
+from timm_autoslim.recipes.lib.models import load_supernet, make_supernet, set_layout
 from timm_autoslim.recipes.lib.networks import is_searched, read_networks
 from timm_autoslim.recipes.lib.onnx_file import check_onnx
 from timm_autoslim.recipes.lib.ownership import own_folder
@@ -57,7 +55,7 @@ from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.splits import SPLIT, count_split, split_training
 from timm_autoslim.recipes.lib.stage_folders import check_plan, check_start, choose_start, find_first
 from timm_autoslim.recipes.lib.starting_points import (
-    check_starting_flags,
+    check_trained_flags,
     create_starting_model,
     is_trained,
     order_by_images,
@@ -87,19 +85,10 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: the flags name no trained weights or no images.
     """
-    if not args.model:
-        raise ConfigError("slim needs the model of your weights: give --model NAME, or a folder.")
-    args.pretrained = args.pretrained or is_stored(args.model)
-    check_starting_flags(args)
-    if not (args.pretrained or args.initial_checkpoint):
-        raise ConfigError(
-            "slim starts from trained weights: give --initial-checkpoint FILE, --pretrained, or a folder as --model."
-        )
+    check_trained_flags(args, "slim", "starts from")
     if args.onnx:
         check_onnx()
     check_unlabelled(args)
-    if not (args.data_dir or args.dataset):
-        raise ConfigError("slim needs images: give --data-dir DIR, or --dataset NAME (digits are scikit-learn's).")
 
 
 class Slimming:
@@ -189,8 +178,7 @@ class Slimming:
                 f"The weights of {args.model} are not of the {args.num_classes} classes of the data: fine-tune the "
                 "model on them first."
             )
-        supernet = make_supernet(args, create_starting_model(args)).to(self.accelerator.device)
-        return supernet.to(memory_format=torch.channels_last) if args.channels_last else supernet
+        return set_layout(args, make_supernet(args, create_starting_model(args)).to(self.accelerator.device))
 
     def _set_up(self, args: argparse.Namespace, folder: Path, supernet: Supernet, split: Path | None = None) -> None:
         """Make a run folder of a supernet, and put its channels in order."""

@@ -29,7 +29,7 @@ from timm_autoslim.recipes.lib.loaders import (
     make_evaluation_loader,
     make_training_loader,
 )
-from timm_autoslim.recipes.lib.models import checkpoint_gradients, make_images, make_supernet
+from timm_autoslim.recipes.lib.models import checkpoint_gradients, make_images, make_supernet, set_layout
 from timm_autoslim.recipes.lib.networks import is_searched
 from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import describe_processes, make_accelerator, synchronize_norms
@@ -102,9 +102,7 @@ def train(accelerator: Accelerator, args: argparse.Namespace, run: Path) -> None
 
     teacher = None
     if args.teacher:
-        teacher = create_teacher(args).to(accelerator.device)
-        if args.channels_last:
-            teacher.model.to(memory_format=torch.channels_last)
+        teacher = set_layout(args, create_teacher(args).to(accelerator.device))
     calibration = load_calibration_batches(args, images.train, training, accelerator)
     validation = Validation(
         accelerator, args, supernet, calibration, make_evaluation_loader(args, images.train, held_out)
@@ -156,9 +154,7 @@ def set_up_supernet(accelerator: Accelerator, args: argparse.Namespace, model: n
     Raises:
         ConfigError: a BatchNorm would get a single value, or a size of --subnet-sizes does not fit the model.
     """
-    supernet = make_supernet(args, model).to(accelerator.device)
-    if args.channels_last:
-        supernet.to(memory_format=torch.channels_last)
+    supernet = set_layout(args, make_supernet(args, model).to(accelerator.device))
     if args.sync_bn:
         synchronize_norms(accelerator, supernet.model)
     space = supernet.space

@@ -9,16 +9,14 @@ tests on: val, validation or test, or a fifth of a folder that has no such part.
 
 from __future__ import annotations
 
-import torch
-
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.images import open_images
 from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
-from timm_autoslim.recipes.lib.names import is_stored
+from timm_autoslim.recipes.lib.models import set_layout
 from timm_autoslim.recipes.lib.processes import describe_processes, make_accelerator
 from timm_autoslim.recipes.lib.shell import run_command
-from timm_autoslim.recipes.lib.starting_points import check_starting_flags, create_starting_model, is_trained
+from timm_autoslim.recipes.lib.starting_points import check_trained_flags, create_starting_model, is_trained
 from timm_autoslim.recipes.lib.texts import write_count
 from timm_autoslim.recipes.lib.validation import evaluate
 
@@ -30,14 +28,7 @@ def main(argv: list[str] | None = None) -> None:
         ConfigError: the flags name no trained weights or no images, or the weights are of other classes.
     """
     args = parse_args("validate", __doc__, argv)
-    args.pretrained = args.pretrained or is_stored(args.model)
-    check_starting_flags(args)
-    if not (args.pretrained or args.initial_checkpoint):
-        raise ConfigError(
-            "validate tests trained weights: give --initial-checkpoint FILE, --pretrained, or a folder as --model."
-        )
-    if not (args.data_dir or args.dataset):
-        raise ConfigError("validate needs images: give DATA, or --dataset NAME (digits are scikit-learn's).")
+    check_trained_flags(args, "validate", "tests")
     accelerator = make_accelerator(args)
     accelerator.print(describe_processes(accelerator))
     images = open_images(args)
@@ -47,9 +38,7 @@ def main(argv: list[str] | None = None) -> None:
             f"The weights of {args.model} are not of the {args.num_classes} classes of the data: give images of the "
             "classes that the model was trained on."
         )
-    model = create_starting_model(args).to(accelerator.device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
+    model = set_layout(args, create_starting_model(args).to(accelerator.device))
     result = evaluate(accelerator, model, accelerator.prepare(make_evaluation_loader(args, images.test)), args.model)
     accelerator.print(
         f"{args.model}: test top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}, "

@@ -229,5 +229,5 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.05, "epochs": 10, "warmup_epochs": 1, "scale": [0.7, 1.0], "color_jitter": 0.0,
         "resume": True, "channels_last": True,
     },
-    "validate": {"zero_init_last": False, "channels_last": True},  # its weights are trained
+    "validate": {"model": None, "zero_init_last": False, "channels_last": True},  # its weights are trained
 }  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from timm.data import resolve_data_config
@@ -15,6 +15,8 @@ from timm_autoslim import Supernet, convert
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.names import choose_size_args, create_named, is_stored, read_data_settings
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_weights
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def choose_base_args(args: argparse.Namespace) -> dict[str, Any]:
@@ -33,6 +35,11 @@ def describe_base(args: argparse.Namespace) -> dict[str, Any]:
 def create_model(args: argparse.Namespace, pretrained: bool = False) -> nn.Module:
     """Create the base model, on the current default device."""
     return create_named(args.model, pretrained=pretrained, **choose_base_args(args))
+
+
+def set_layout(args: argparse.Namespace, model: M) -> M:
+    """Return the model, with its weights in the memory layout of --channels-last."""
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
 def count_pretrained_classes(args: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from timm_autoslim.recipes.lib.models import (
     make_images,
     resolve_input,
 )
+from timm_autoslim.recipes.lib.names import is_stored
 from timm_autoslim.recipes.lib.run_folder import load_weights
 from timm_autoslim.recipes.lib.training import LossFn
 
@@ -40,6 +41,29 @@ def check_starting_flags(args: argparse.Namespace) -> None:
         raise ConfigError(f"{' and '.join(sources)} are two starting points: give one of them.")
     if sources and args.zero_init_last:
         raise ConfigError(f"--zero-init-last would erase trained weights of {sources[0]}: it is for a fresh start.")
+
+
+def check_trained_flags(args: argparse.Namespace, recipe: str, does: str) -> None:
+    """Refuse what names no model, no trained weights of it, or no images; a stored model brings its weights.
+
+    Args:
+        args: the flags.
+        recipe: its name.
+        does: what it does with the weights.
+
+    Raises:
+        ConfigError: one of them is missing, or there are two sources of weights.
+    """
+    if not args.model:
+        raise ConfigError(f"{recipe} needs the model of your weights: give --model NAME, or a folder.")
+    args.pretrained = args.pretrained or is_stored(args.model)
+    check_starting_flags(args)
+    if not (args.pretrained or args.initial_checkpoint):
+        raise ConfigError(
+            f"{recipe} {does} trained weights: give --initial-checkpoint FILE, --pretrained, or a folder as --model."
+        )
+    if not (args.data_dir or args.dataset):
+        raise ConfigError(f"{recipe} needs images: give --data-dir DIR, or --dataset NAME (digits are scikit-learn's).")
 
 
 def describe_start(args: argparse.Namespace) -> dict[str, Any]:

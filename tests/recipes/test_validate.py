@@ -33,8 +33,9 @@ def test_the_accuracy_is_that_of_the_test_images(weights, capsys):
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
+        (IMAGES, "^validate needs the model of your weights: give --model NAME"),
         ([*MODEL, *IMAGES], "^validate tests trained weights: give --initial-checkpoint FILE"),
-        ([*MODEL, "--pretrained"], "^validate needs images: give DATA"),
+        ([*MODEL, "--pretrained"], "^validate needs images: give --data-dir DIR"),
         ([*MODEL, *IMAGES, "--pretrained", "--initial-checkpoint", "x"], "are two starting points"),
     ],
 )
