@@ -71,7 +71,12 @@ def own_folder(folder: Path, accelerator: Accelerator | None = None, *, lock: st
 def _lock(folder: Path, path: Path) -> int:
     """Lock a file, and write into it who has it; returns its handle."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            if folder.exists() or folder.is_symlink():  # a file
+                raise
+            continue  # the owner before has just removed the folder that was there
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # the owner before has just removed the folder

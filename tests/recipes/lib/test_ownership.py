@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from helpers.recipes import RECIPES, launch_two, write_config
@@ -87,3 +88,29 @@ def test_all_processes_of_a_second_training_stop_before_they_touch_anything(tmp_
     assert done.returncode
     assert done.stderr.count("FolderInUseError: ") == 2  # lines of two processes may run into each other
     assert done.stderr.count("run is in use by") == 2
+
+
+def test_a_folder_that_its_owner_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    mkdir, calls = Path.mkdir, []
+
+    def meet_another(path, **options):
+        calls.append(path)
+        if len(calls) == 1:  # it was there for mkdir, and is gone when mkdir asks whether it is a folder
+            raise FileExistsError(17, "File exists", str(path))
+        mkdir(path, **options)
+
+    monkeypatch.setattr(Path, "mkdir", meet_another)
+    with own_folder(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_what_is_no_folder_is_refused(kind, tmp_path):
+    path = tmp_path / "run"
+    if kind == "file":
+        path.write_text("mine")
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="cannot be written to"), own_folder(path):
+        pass
