@@ -10,6 +10,7 @@ The parts, what matters most first; each runs in processes of its own and is sto
   exported folder gives when it is loaded again; in float32, and in bfloat16 and float16 with channels last. Gradients.
 - speed: a half-wide subnet over its extracted model, a sandwich step over its four extracted models, and how many
   kernels, milliseconds of kernels and waits each has.
+- compile: what `torch.compile` makes of the widest and the narrowest subnet, which every step has.
 - widths: how long a step takes whose random widths are new to cuDNN, by sampler.
 - search: a search on the GPU and on the CPU finds the same widths; how long a candidate takes.
 - training: recipes/train.py in bfloat16, in float16, with SyncBatchNorm over NCCL, and killed and resumed; and a
@@ -63,6 +64,7 @@ class Part:
 PARTS = {
     "equality": Part(gpu_checks.list_families, gpu_checks.measure_equality, 100, 10),
     "speed": Part(gpu_speed.list_models, gpu_speed.measure_speed, 150),
+    "compile": Part(gpu_speed.list_compiled, gpu_speed.measure_compiled, 120),
     "widths": Part(gpu_speed.list_samplers, gpu_speed.measure_new_widths, 80, 2),
     "search": Part(gpu_checks.list_searches, gpu_checks.measure_search, 60),
     "training": Part(gpu_checks.list_trainings, gpu_checks.measure_training, 120, 5),
@@ -115,7 +117,8 @@ def run_part(name: str, args: argparse.Namespace) -> None:
 
 def make_tables(results: list[Row]) -> str:
     """Return the tables of all parts."""
-    tables = [gpu_checks.make_equality_table, gpu_speed.make_speed_table, gpu_speed.make_widths_table,
+    tables = [gpu_checks.make_equality_table, gpu_speed.make_speed_table, gpu_speed.make_compile_table,
+              gpu_speed.make_widths_table,
               gpu_checks.make_training_table, gpu_speed.make_memory_table, gpu_speed.make_prediction_table,
               gpu_cifar.make_table]  # fmt: skip
     rows = [row for row in results if not row.get("done") and "error" not in row]

@@ -83,11 +83,12 @@ class Bench(nn.Module):
         return inputs, torch.randint(0, 1000, (count,)).to(self.device)
 
     def time_pairs(
-        self, ours: Callable[[int], Any], theirs: Callable[[int], Any], reset: Callable[[int], None], n: int
+        self, ours: Callable[[int], Any], theirs: Callable[[int], Any], reset: Callable[[int], None], n: int, in_row: int
     ) -> list[Any]:
         """Run both by turns, once to warm up and `n` times; return the seconds of both, in all and in the system.
 
-        All three functions take the index of the pair; `reset` is called before each of the two others.
+        All three functions take the index of the pair; `reset` is called before each of the two others. Each of these
+        is called `in_row` times, with no wait for the GPU in between, and the seconds are those of one call.
         """
         pairs = []
         for index in range(n + 1):
@@ -96,9 +97,10 @@ class Bench(nn.Module):
                 reset(index)
                 self.wait()
                 start, system = self.clock(), read_system_time()
-                run(index)
+                for _ in range(in_row):
+                    run(index)
                 self.wait()
-                times.append((self.clock() - start, read_system_time() - system))
+                times.append(((self.clock() - start) / in_row, (read_system_time() - system) / in_row))
             pairs.append(tuple(times if index % 2 else reversed(times)))
         return pairs[1:]
 
@@ -127,8 +129,8 @@ class Bench(nn.Module):
         sandwich_step(self, self.supernet.space, self.inputs, self.targets, F.cross_entropy, generator=generator)
 
 
-def measure_half(bench: Bench, repeats: int) -> dict[str, Any]:
-    """Time the half-wide subnet over its extracted model."""
+def measure_half(bench: Bench, repeats: int, in_row: int = 1) -> dict[str, Any]:
+    """Time the half-wide subnet over its extracted model, each so often in a row."""
     widths = bench.supernet.space.uniform(0.5)
     extracted = bench.supernet.extract(widths).train()
     result: dict[str, Any] = {}
@@ -140,14 +142,14 @@ def measure_half(bench: Bench, repeats: int) -> dict[str, Any]:
                     parameter.grad = None if empty else torch.zeros_like(parameter)
 
         pairs = bench.time_pairs(
-            lambda _: bench.learn(bench.supernet, widths), lambda _: bench.learn(extracted), reset, repeats
+            lambda _: bench.learn(bench.supernet, widths), lambda _: bench.learn(extracted), reset, repeats, in_row
         )
         result |= {f"{name}_{key}": value for key, value in summarize(pairs).items()}
     return result
 
 
-def measure_step(bench: Bench, repeats: int) -> dict[str, Any]:
-    """Time a sandwich step over the sum of its extracted models' steps."""
+def measure_step(bench: Bench, repeats: int, in_row: int = 1) -> dict[str, Any]:
+    """Time a sandwich step over the sum of its extracted models' steps, each so often in a row."""
     space = bench.supernet.space
     widest, narrowest = (bench.supernet.extract(widths).train() for widths in (space.max(), space.min()))
     models: dict[int, list[nn.Module]] = {}  # of the current pair: a training draws new widths in every step
@@ -168,7 +170,7 @@ def measure_step(bench: Bench, repeats: int) -> dict[str, Any]:
         for network in (bench.supernet, *models[index]):
             network.zero_grad()
 
-    return summarize(bench.time_pairs(bench.run_sandwich, theirs, reset, repeats))
+    return summarize(bench.time_pairs(bench.run_sandwich, theirs, reset, repeats, in_row))
 
 
 def measure_times(question: str, setting: dict[str, Any], repeats: int) -> dict[str, Any]:

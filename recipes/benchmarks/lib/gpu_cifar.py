@@ -122,6 +122,7 @@ def train(
 ) -> None:
     """Train by SGD with Nesterov momentum, a short warm-up, then a cosine; `path` has what an interrupted one left."""
     start = time.perf_counter()
+    torch.backends.cudnn.benchmark = True  # every batch has the same shapes
 
     def say(epoch: int, loss: float) -> None:
         if epoch % 20 == 0:

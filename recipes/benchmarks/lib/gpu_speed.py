@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from timm_autoslim import RUNTIMES, SAMPLERS, LatencyTable, cost, measure_latency, sandwich_step
-from timm_autoslim.recipes.benchmarks.speed import Bench, measure_half, measure_step
+from timm_autoslim.recipes.benchmarks.speed import Bench, measure_half, measure_step, summarize
 
 Row = dict[str, Any]
 
 MODELS = ("resnet50", "mobilenetv2_100", "convnext_tiny", "vit_small_patch16_224")
+IN_ROW = 3  # calls without a wait for the GPU, as in a training
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -42,10 +43,10 @@ def measure_speed(name: str, args: argparse.Namespace) -> Iterator[Row]:
     for batch in (2, 4) if args.toy else (32, 256):
         bench.inputs, bench.targets = bench.draw_batch(batch)
         common = {"question": "speed", "batch": batch, "size": bench.size, "torch": torch.__version__}
-        repeats = 3 if args.toy else 9
-        half = measure_half(bench, repeats)
-        step = measure_step(bench, 2)
-        yield common | {"half": half, "step": step, "new_widths": time_new_widths(bench), **profile_half(bench)}
+        half, step = measure_half(bench, 3 if args.toy else 9), measure_step(bench, 2)
+        in_row = {"half": measure_half(bench, 3, IN_ROW), "step": measure_step(bench, 2, IN_ROW)}
+        timed = {"half": half, "step": step, "in_row": in_row, "new_widths": time_new_widths(bench)}
+        yield common | timed | profile_half(bench)
 
 
 def time_new_widths(bench: Bench) -> Row:
@@ -169,9 +170,9 @@ def make_speed_table(rows: list[Row]) -> str:
         return ""
     lines = [
         "| GPU | model | batch | half-wide subnet over its extracted model | sandwich step over its four "
-        "| the same with new widths, first time, ms | kernels | milliseconds of kernels | host, ms "
-        "| making the subnet, ms | waits |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| both, three in a row | the step with new widths, first time, ms | kernels | milliseconds of kernels "
+        "| host, ms | making the subnet, ms | waits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         half, step, ours, theirs = row["half"], row["step"], row["profile"]["ours"], row["profile"]["theirs"]
@@ -179,6 +180,7 @@ def make_speed_table(rows: list[Row]) -> str:
             row["device"], row["case"], str(row["batch"]),
             _show(*(half[f"added_{key}"] for key in ("ratio", "low", "high", "ours", "theirs"))),
             _show(*(step[key] for key in ("ratio", "low", "high", "ours", "theirs"))),
+            _show_in_row(row),
             f"{row['new_widths']['first_ms']:.0f}", f"{ours['kernels']} / {theirs['kernels']}",
             f"{ours['kernels_ms']:.2f} / {theirs['kernels_ms']:.2f}",
             f"{row['host_ms']['ours']:.1f} / {row['host_ms']['theirs']:.1f}", f"{row['replica_ms']:.1f}",
@@ -188,8 +190,62 @@ def make_speed_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _show_in_row(row: Row) -> str:
+    if "in_row" not in row:
+        return ""
+    half, step = row["in_row"]["half"], row["in_row"]["step"]
+    return f"{half['added_ratio']:.2f}, {step['ratio']:.2f}"
+
+
 def _show(ratio: float, low: float, high: float, ours: float, theirs: float) -> str:
     return f"{ratio:.2f} ({low:.2f} to {high:.2f}; {ours:.1f} / {theirs:.1f} ms)"
+
+
+def list_compiled(args: argparse.Namespace) -> list[str]:
+    """Return the models that are compiled, with the batch."""
+    return ["resnet10t 2"] if args.toy else ["resnet50 32", "vit_small_patch16_224 32", "resnet50 256"]
+
+
+def measure_compiled(name: str, args: argparse.Namespace) -> Iterator[Row]:
+    """Time forward and backward of the subnets that every step has, as they are and by `torch.compile`.
+
+    That is the most that compiling them can bring to a step: the two others have new widths in every step.
+    """
+    model, batch = name.split()
+    bench = make_bench(model, args, amp=True)
+    bench.inputs, bench.targets = bench.draw_batch(int(batch))
+    space = bench.supernet.space
+    for part, widths in (("widest", space.max()), ("narrowest", space.min())):
+        eager = bench.supernet.extract(widths).train()
+        compiled: Any = torch.compile(bench.supernet.extract(widths).train(), dynamic=False)
+        start = time.perf_counter()
+        bench.learn(compiled)
+        bench.wait()
+        seconds = time.perf_counter() - start
+
+        def reset(_: int, networks: tuple[nn.Module, ...] = (eager, compiled)) -> None:
+            for network in networks:
+                for parameter in network.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+
+        pairs = bench.time_pairs(
+            lambda _, network=compiled: bench.learn(network), lambda _, network=eager: bench.learn(network),  # type: ignore[misc]
+            reset, 5, IN_ROW,
+        )  # fmt: skip
+        yield {"question": "compile", "model": model, "batch": int(batch), "subnet": part, "seconds": seconds,
+               **summarize(pairs)}  # fmt: skip
+
+
+def make_compile_table(rows: list[Row]) -> str:
+    """Return the table of compiled subnets; empty if there are no rows."""
+    rows = [row for row in rows if row.get("question") == "compile"]
+    lines = ["| GPU | model, batch | subnet | compiled over eager | seconds to compile |", "|---|---|---|---|---|"]
+    for row in rows:
+        times = _show(*(row[key] for key in ("ratio", "low", "high", "ours", "theirs")))
+        lines.append(
+            f"| {row['device']} | {row['model']}, {row['batch']} | {row['subnet']} | {times} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines) if rows else ""
 
 
 def measure_memory(name: str, args: argparse.Namespace) -> Iterator[Row]:
