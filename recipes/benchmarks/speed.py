@@ -83,7 +83,12 @@ class Bench(nn.Module):
         return inputs, torch.randint(0, 1000, (count,)).to(self.device)
 
     def time_pairs(
-        self, ours: Callable[[int], Any], theirs: Callable[[int], Any], reset: Callable[[int], None], n: int, in_row: int
+        self,
+        ours: Callable[[int], Any],
+        theirs: Callable[[int], Any],
+        reset: Callable[[int], None],
+        n: int,
+        in_row: int,
     ) -> list[Any]:
         """Run both by turns, once to warm up and `n` times; return the seconds of both, in all and in the system.
 
