@@ -18,6 +18,7 @@ from timm_autoslim.errors import WidthError
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices, extract_model
 from timm_autoslim.supernet.blocks import Block, OpenBlocks
+from timm_autoslim.supernet.leftovers import Leftovers, find_leftovers
 from timm_autoslim.supernet.outline import Outline
 from timm_autoslim.supernet.space import SearchSpace
 from timm_autoslim.supernet.timm_attributes import TIMM_ATTRIBUTES
@@ -111,7 +112,8 @@ class Supernet(nn.Module):
         Raises:
             WidthError: the widths are of another model, or of another type; or a forward that is computed again in
                 backward does not name its widths, see `at`.
-            ModelChangedError: widths are given, and the model has changed since it was converted.
+            ModelChangedError: widths are given, and the model has changed since it was converted, or it holds what a
+                forward of another width has kept for the next one.
         """
         if widths is None and inputs:
             last, further = inputs[-1], len(inputs) > self._trace.positional
@@ -126,7 +128,21 @@ class Supernet(nn.Module):
         if self.space.check(widths) == self.space.max():
             self._outline.check(self.model, numbers=False)
             return self.model(*inputs, **named)
-        return self.subnet(widths)(*inputs, **named)
+        subnet = self.subnet(widths)
+        try:
+            return subnet(*inputs, **named)
+        except RuntimeError as error:
+            leftovers = self._find_leftovers(self._slices(widths))
+            if leftovers is None:
+                raise
+            raise leftovers.explain(error) from error
+
+    def _find_leftovers(self, slices: Slices) -> Leftovers | None:
+        """Return what a forward has kept in the model that a subnet cannot take; None if there is nothing."""
+        try:
+            return find_leftovers(self.model, slices, self._trace.example)
+        except Exception:  # whatever the model raises on the meta device, the error of the subnet itself says more
+            return None
 
     def subnet(self, widths: Widths) -> nn.Module:
         """Return the subnet of these widths as a model that shares the weights, as they are now.
@@ -255,9 +271,11 @@ class Supernet(nn.Module):
         that `export(model.body, folder)` works. Its `pretrained_cfg` says the size of the images that the supernet was
         traced with, for timm, `export` and its card.
 
-        A narrower subnet has the widest's BatchNorm statistics, which are not its own. `num_batches_tracked` marks
-        them: it is 0 or less until `calibrate`, or training for as many batches as leave them a hundredth (44 at a
-        momentum of 0.1), renews them, and `export` refuses them until then.
+        What a forward of the widest has kept for its next call, such as the features of a video's last frame, stays
+        behind where its shape is another at these widths. A narrower subnet has the widest's BatchNorm statistics,
+        which are not its own. `num_batches_tracked` marks them: it is 0 or less until `calibrate`, or training for as
+        many batches as leave them a hundredth (44 at a momentum of 0.1), renews them, and `export` refuses them until
+        then.
 
         Raises:
             WidthError: the widths are of another model.
@@ -279,7 +297,10 @@ class Supernet(nn.Module):
         widths = self.space.check(widths if widths is not None else self.space.max())
         self.check_model()
         slices = self.graph.slices(widths.values_)
+        leftovers = self._find_leftovers(slices)
         model = extract_model(self.model, slices)
+        if leftovers is not None:
+            leftovers.empty(model)
         if widths != self.space.max():
             for module in model.modules():
                 tracked = getattr(module, "num_batches_tracked", None)

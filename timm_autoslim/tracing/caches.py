@@ -94,6 +94,11 @@ class KeptNumbers:
         return list_holdings(subnet)
 
 
+def may_keep(model: nn.Module) -> bool:
+    """Whether modules hold tensors or numbers that their forward may have computed, as far as its code tells."""
+    return any(True for _ in _list_candidates(model))
+
+
 def find_caches(model: nn.Module, example: Any) -> dict[AttributeName, bool]:
     """Return the attributes that hold tensors and numbers which a forward would compute again if they were not there.
 
