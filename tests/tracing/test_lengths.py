@@ -28,6 +28,10 @@ FOLLOWING = {
     "all but a quarter": lambda x: swap(x, x.shape[1] - x.shape[1] // 4),
     "equal parts": lambda x: torch.cat(x.tensor_split(4, 1)[::-1], 1),
     "hsplit": lambda x: torch.cat(torch.hsplit(x, 2)[::-1], 1),
+    "parts at places": lambda x: torch.cat(x.tensor_split([x.shape[1] // 4, 3 * (x.shape[1] // 4)], 1)[::-1], 1),
+    "parts at a place from the end": lambda x: torch.cat(x.tensor_split([-(x.shape[1] // 4)], 1)[::-1], 1),
+    "hsplit at a place": lambda x: torch.cat(x.hsplit([x.shape[1] // 4])[::-1], 1),
+    "groups of a norm": lambda x: nn.functional.group_norm(x, x.shape[1] // 8),
     "groups and the rest": lambda x: in_groups(x, x.shape[1] // 4, -1),
     "the rest and groups": lambda x: in_groups(x, -1, x.shape[1] // 4),
     "shuffled groups": lambda x: nn.functional.channel_shuffle(x, x.shape[1] // 4),
@@ -109,3 +113,85 @@ def test_the_reason_names_the_place():
 class Swap(nn.Module):
     def forward(self, x):
         return swap(x, x.shape[1] >> 2)
+
+
+class Multiple(nn.Module):
+    """Its channels are four times an attribute that no layer has."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.each, self.use = 8, [use]
+        self.first, self.inner, self.last = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 24, 1), nn.Conv2d(32, 4, 1)
+        self.back = nn.Conv2d(24, 32, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.use[0](self, x + self.back(self.inner(x)).relu())).mean((2, 3))
+
+
+def check_multiple(model, x):
+    assert x.shape[1] == 4 * model.each
+    return x
+
+
+MULTIPLES = {
+    "view": lambda m, x: x.view(len(x), m.each * 4, 4, 4).relu(),
+    "cut": lambda m, x: swap(x, 2 * m.each),
+    "assert": check_multiple,
+    "new": lambda m, x: x * torch.full((1, 4 * m.each, 1, 1), 2.0),
+}
+
+
+@pytest.mark.parametrize("use", MULTIPLES.values(), ids=MULTIPLES)
+def test_channels_that_are_a_multiple_of_an_attribute_go_by_that_many(use):
+    torch.manual_seed(0)
+    model, images = Multiple(use).eval(), torch.randn(2, 3, 4, 4)
+    supernet = convert(model, images).eval()
+    assert "inner" in supernet.space.max().to_dict()
+    assert "each" in supernet.graph.attributes
+    for share in (0.1, 0.4, 0.7):
+        check_wiring(model, supernet, supernet.space.uniform(share), images)
+
+
+class Remainder(nn.Module):
+    """Two sizes follow the channels that their difference counts; the smaller one must not become 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels, self.inner = 40, 8
+        self.first, self.side, self.last = nn.Conv2d(3, 40, 1), nn.Conv2d(3, 8, 1), nn.Conv2d(40, 4, 1)
+
+    def forward(self, x):
+        side = self.side(x)
+        rest = x.new_zeros(len(x), self.channels - self.inner, *x.shape[2:])
+        return self.last(self.first(x) + torch.cat([side, rest], 1)).mean((2, 3))
+
+
+def test_no_width_makes_an_attribute_zero():
+    model, images = Remainder().eval(), torch.randn(2, 3, 4, 4)
+    supernet = convert(model, images, min={"side": 1, "first": 4}, divisor=1).eval()
+    assert "the attribute inner, now 8, shrinks" in supernet.graph.floor_reasons[1]
+    widths = supernet.space.min()
+    assert widths.to_dict()["first"] == 4
+    slim = supernet.extract(widths)
+    assert (slim.inner, slim.channels) == (1, 5)
+    assert torch.equal(slim(images), supernet(images, widths))
+
+
+class Grouped(Multiple):
+    """A convolution in groups, whose number the code computes."""
+
+    def __init__(self, use):
+        super().__init__(use)
+        self.kernel = nn.Parameter(torch.randn(32, 4, 3, 3))
+
+
+@pytest.mark.parametrize("count", [lambda m, x: x.shape[1] // 4, lambda m, x: m.each], ids=["computed", "attribute"])
+def test_a_convolution_loses_entire_groups_if_their_number_follows_the_channels(count):
+    torch.manual_seed(0)
+    model = Grouped(lambda m, x: nn.functional.conv2d(x, m.kernel, padding=1, groups=count(m, x))).eval()
+    images = torch.randn(2, 3, 4, 4)
+    supernet = convert(model, images).eval()
+    assert supernet.space.max().to_dict() == {"first": 8, "inner": 24}
+    for share in (0.1, 0.4, 0.7):
+        check_wiring(model, supernet, supernet.space.uniform(share), images)

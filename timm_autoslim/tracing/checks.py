@@ -25,6 +25,7 @@ from timm_autoslim.tracing.origins import (
     get_plain,
     list_leaves,
 )
+from timm_autoslim.tracing.sizes import Integer
 from timm_autoslim.tracing.watching import Check
 
 _MAX_CHOICES = 4096  # of the widths of several groups; where there are more, and no bounds tell, a group is fixed
@@ -66,6 +67,17 @@ def keep_answers(graph: ChannelGraph, checks: Sequence[Check]) -> ChannelGraph:
             vectors = _find_largest(space.graph, leaves).vectors
             space = _Space(space.graph.freeze(vectors, check.reason + check.consequence))
     return space.graph
+
+
+def list_size_checks(graph: ChannelGraph) -> list[Check]:
+    """Return the questions whether attributes that are smaller than the number of channels they follow stay above 0."""
+    checks = []
+    for path, formula in graph.attributes.items():
+        if formula.power == 1 and formula.value < formula.length:
+            reason = f"the attribute {path}, now {formula.value}, shrinks with their number, and would become 0"
+            number = Integer(int(formula.value), FromAttribute(path))
+            checks.append(Check(bool, (number,), reason, consequence=""))
+    return checks
 
 
 class _Space:

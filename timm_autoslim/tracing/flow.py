@@ -61,6 +61,7 @@ class Flow(Labelling):
         self.matrix_columns: dict[int, Vector] = {}
         self.kernels: dict[int, Kernel] = {}
         self.lengths: list[Length] = []
+        self._steps: dict[str, Vector] = {}  # by attribute, the steps of those channels that are a multiple of it
         self._equalities: list[tuple[Number, Number]] = []
         self.checks: list[Check] = []
         self.asks_gradients = False
@@ -93,10 +94,23 @@ class Flow(Labelling):
         elif not dims and is_proportional(size):
             for leaf in leaves:
                 self._bind_attribute(leaf, label)
+            if label is not None and not _is_difference(size):
+                self._tie_multiples(leaves, label)
         elif not dims and find_factors(size):  # only one factor can shrink; all others keep their value
             factor = max(find_factors(size), key=self._rank_factor)
             for leaf in leaves:
                 self._bind_attribute(leaf, label if leaf is factor else None)
+            if label is not None:
+                self._tie_multiples([factor], label)
+
+    def _tie_multiples(self, leaves: Sequence[Number], label: Vector) -> None:
+        """Let channels that are a multiple of attributes, such as 4 gates of `hidden` channels, go by that many."""
+        for leaf in leaves:
+            if 1 < int(leaf) < len(label):
+                path = leaf.origin.path
+                if path not in self._steps:
+                    self._steps[path] = self.atoms.create(int(leaf))
+                self.constraints.tie_counts([label, self._steps[path]])
 
     def note_equal(self, a: Number, b: Number) -> None:
         """Keep two sizes equal in every subnet, because the model's code compares them and goes on if they are."""
@@ -170,7 +184,7 @@ class Flow(Labelling):
 
     def _bind_difference(self, size: Number, label: Label) -> bool:
         """Bind a of `a - b` to the channels of b and `label`, as in a split into b and the rest; return whether."""
-        if not (isinstance(size.origin, FromExpression) and size.origin.is_difference) or label is None:
+        if not _is_difference(size) or label is None:
             return False
         total, part = (s.origin for s in size.origin.operands)
         if not isinstance(total, FromAttribute) or not isinstance(part, FromAttribute):
@@ -276,7 +290,7 @@ class Flow(Labelling):
             return None
         if heads:
             return axes[0]
-        computed = [i for i in axes if code is not None and _follows_dimensions(code[i])]
+        computed = [i for i in axes if code is not None and follows_dimensions(code[i])]
         if len(computed) == 1 and all(code is not None and code[i] == -1 for i in axes if i not in computed):
             return computed[0]
         return axes[-1] if sizes[axes[-1]] > 2 else max(axes, key=lambda i: sizes[i])
@@ -311,7 +325,12 @@ def _is_computed(size: Number) -> bool:
     return isinstance(size.origin, FromExpression) and not getattr(size, "is_guess", False)
 
 
-def _follows_dimensions(size: Any) -> bool:
+def _is_difference(size: Number) -> bool:
+    """Whether a size is one minus another. If both are in proportion to it, so is the rest that is rounded off."""
+    return isinstance(size.origin, FromExpression) and size.origin.is_difference
+
+
+def follows_dimensions(size: Any) -> bool:
     """Whether a size is computed from dimensions of tensors, such as `x.shape[1] // 4`."""
     if not isinstance(size, Size) or not _is_computed(size) or find_quotient(size) is not None:
         return False

@@ -23,7 +23,7 @@ from timm_autoslim.tracing.caches import (
     list_holdings,
 )
 from timm_autoslim.tracing.calls import wrap_attributes
-from timm_autoslim.tracing.checks import keep_answers
+from timm_autoslim.tracing.checks import keep_answers, list_size_checks
 from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
@@ -165,7 +165,9 @@ class Tracer:
         uses = [*self.flow.constraints.attributes, *described.uses]
         described.uses += Surroundings(self.copy, uses, described.inputs, described.outputs, self.labels).find_uses()
         graph = freeze_refilled(freeze_tables(self._solve(), self.labels), self.model, self.labels, unsaved)
-        graph, repairs = repair(keep_answers(graph, self.flow.checks), self._make_prover(outer))
+        graph, repairs = repair(
+            keep_answers(graph, [*self.flow.checks, *list_size_checks(graph)]), self._make_prover(outer)
+        )
         if not graph.group_sizes and "*" not in self.flow.whole_heads:
             with contextlib.suppress(NothingToSlimError, WidthError):
                 return Tracer(self.model, self.example, self.keep_output, ["*"], self.doubles).run(outer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from timm_autoslim.tracing.flow import Flow
+from timm_autoslim.tracing.flow import Flow, follows_dimensions
 from timm_autoslim.tracing.labelling import Labels
 from timm_autoslim.tracing.labels import Label, Vector
 from timm_autoslim.tracing.ops.schema import OperatorCall
@@ -108,10 +108,11 @@ def _label_groups(flow: Flow, op: OperatorCall, lx: Label, lw: Labels) -> Label:
     out_each = weight.shape[1] if op["transposed"] else weight.shape[0] // groups
     groups_in_code = _find_groups(flow, groups)
     attribute = isinstance(groups_in_code, Size) and isinstance(groups_in_code.origin, FromAttribute)
+    by_groups = groups >= min(in_each, out_each) and (attribute or in_each == 1)
     grid = lx.reshape(groups, in_each)
     if op["transposed"]:  # weight (C, O / groups, kh, kw): axis 0 is that of the input, axis 1 repeats for each group
         flow.atoms.join(lx, first)
-    if groups >= min(in_each, out_each) and (attribute or in_each == 1):
+    if by_groups or follows_dimensions(groups_in_code):
         flow.freeze_label(lw[1], "the channels inside a group stay, because entire groups are removed")
         flow.tie_rows(grid)
         flow.constrain(grid[:, 0], groups_in_code)

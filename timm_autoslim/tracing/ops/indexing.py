@@ -12,7 +12,7 @@ from timm_autoslim.tracing.labelling import Labels
 from timm_autoslim.tracing.labels import Vector
 from timm_autoslim.tracing.ops.schema import OperatorCall
 from timm_autoslim.tracing.ops.table import RULES
-from timm_autoslim.tracing.origins import Number
+from timm_autoslim.tracing.origins import Number, get_plain
 from timm_autoslim.tracing.sizes import Size, negate
 
 _TENSOR_SPLITS = ("tensor_split", "hsplit", "vsplit", "dsplit")
@@ -40,11 +40,11 @@ def _slice(flow: Flow, op: OperatorCall) -> None:
         flow.freeze_label(label, "a slice with a step takes channels at fixed positions")
     if flow.call.name in _TENSOR_SPLITS:
         places = _find_places(*flow.call.args, **flow.call.kwargs)
-        if type(places) is int and len(label) % places == 0:
-            flow.constraints.tie_counts(list(label.reshape(places, -1)))
+        if isinstance(places, int):
+            _tie_parts(flow, label, places)
             return flow.set_labels(out, labels)
-        if not isinstance(places, tuple | list) or any(isinstance(place, Number) for place in places):
-            flow.freeze_label(label, f"{flow.call.name} cuts where the number of channels says")
+        if not isinstance(places, tuple | list):
+            flow.freeze_label(label, f"{flow.call.name} cuts where a tensor says")
     bounds_in_code = _find_bounds(flow, first, last) or (first, last)
     for bound, size in zip((first, last), bounds_in_code, strict=True):
         if bound < 0 and isinstance(size, Number):  # counted from the end
@@ -54,6 +54,16 @@ def _slice(flow: Flow, op: OperatorCall) -> None:
         elif bound and (bound != length or isinstance(size, Size)):
             flow.constrain(label[:bound], size)
     return flow.set_labels(out, labels)
+
+
+def _tie_parts(flow: Flow, label: Vector, number: int) -> None:
+    """Let the parts that `tensor_split` cuts channels into stay as many and equal."""
+    if isinstance(number, Number):
+        flow.freeze_label(label, f"{flow.call.name} cuts these channels into a number of parts that they decide")
+    elif len(label) % number:
+        flow.freeze_label(label, f"{flow.call.name} cuts these channels into {number} unequal parts")
+    else:
+        flow.constraints.tie_counts(list(label.reshape(number, -1)))
 
 
 def _find_places(_: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -66,6 +76,11 @@ def _find_bounds(flow: Flow, first: int, last: int) -> tuple[int, int] | None:
     if flow.call.name == "narrow":
         start, length = flow.call.find_size(first), flow.call.find_size(last - first)
         return start, start + length if first else length
+    if flow.call.name in _TENSOR_SPLITS:
+        places = _find_places(*flow.call.args, **flow.call.kwargs)
+        places = places if isinstance(places, tuple | list) else ()
+        start, end = (next((p for p in places if get_plain(p) == bound), bound) for bound in (first, last))
+        return start, end
     index = flow.call.args[1] if flow.call.name in ("__getitem__", "__setitem__") else None
     for item in index if isinstance(index, tuple) else (index,):
         if isinstance(item, slice) and not (item.start is None and item.stop is None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from timm_autoslim.tracing.flow import Flow
+from timm_autoslim.tracing.flow import Flow, follows_dimensions
 from timm_autoslim.tracing.ops.elementwise import join_inputs
 from timm_autoslim.tracing.ops.schema import OperatorCall, tensors_in_lists
 from timm_autoslim.tracing.ops.table import RULES
@@ -49,7 +49,8 @@ def _group_norm(flow: Flow, op: OperatorCall) -> None:
     if vector is not None and groups > 1:
         grid = vector.reshape(groups, -1)
         groups_in_code = flow.call.find_size(groups)
-        if isinstance(groups_in_code, Size) and groups >= grid.shape[1]:
+        by_groups = isinstance(groups_in_code, Size) and groups >= grid.shape[1]
+        if by_groups or follows_dimensions(groups_in_code):
             flow.tie_rows(grid)
             flow.constrain(grid[:, 0], groups_in_code)
         else:
