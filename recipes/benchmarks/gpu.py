@@ -4,19 +4,20 @@
     python recipes/benchmarks/gpu.py --parts speed equality                  # some of them
     python recipes/benchmarks/gpu.py --device cpu --toy --results runs/toy.jsonl     # on a CPU, small: it runs
 
-The parts, what matters most first; each runs in processes of its own and is stopped at its time limit:
+The parts, what matters most first. Each runs in processes of its own and is stopped at its time limit; all but cifar10,
+which runs only where there is data, take at most nine minutes:
 
 - equality: a dozen families of models. A subnet gives bit for bit what its extracted model gives, and that what the
   exported folder gives when it is loaded again; in float32, and in bfloat16 and float16 with channels last. Gradients.
 - speed: a half-wide subnet over its extracted model, a sandwich step over its four extracted models, and how many
   kernels, milliseconds of kernels and waits each has.
-- compile: what `torch.compile` makes of the widest and the narrowest subnet, which every step has.
 - widths: how long a step takes whose random widths are new to cuDNN, by sampler.
 - search: a search on the GPU and on the CPU finds the same widths; how long a candidate takes.
 - training: recipes/train.py in bfloat16, in float16, with SyncBatchNorm over NCCL, and killed and resumed; and a
   float16 step whose gradients overflow is skipped.
 - memory: `peak_bytes` beside what CUDA's allocator counts; latency: `measure_latency` beside CUDA's own events.
 - prediction: what a `LatencyTable` predicts beside what is measured, in eager mode and as a CUDA graph.
+- compile: what `torch.compile` makes of the widest and the narrowest subnet, which every step has.
 - cifar10: ResNet-56 on CIFAR-10 (`--data-dir`, train.tar and test.tar of class folders): trained; slimmed to 2.11 and
   2.57 times fewer MACs by `slim`, and fine-tuned; and as a control the base fine-tuned alike. The trained base lies in
   `--checkpoints`.
@@ -63,13 +64,13 @@ class Part:
 
 PARTS = {
     "equality": Part(gpu_checks.list_families, gpu_checks.measure_equality, 100, 10),
-    "speed": Part(gpu_speed.list_models, gpu_speed.measure_speed, 150),
-    "compile": Part(gpu_speed.list_compiled, gpu_speed.measure_compiled, 120),
-    "widths": Part(gpu_speed.list_samplers, gpu_speed.measure_new_widths, 80, 2),
+    "speed": Part(gpu_speed.list_models, gpu_speed.measure_speed, 130),
+    "widths": Part(gpu_speed.list_samplers, gpu_speed.measure_new_widths, 40, 2),
     "search": Part(gpu_checks.list_searches, gpu_checks.measure_search, 60),
-    "training": Part(gpu_checks.list_trainings, gpu_checks.measure_training, 120, 5),
-    "memory": Part(gpu_speed.list_models, gpu_speed.measure_memory, 60),
-    "prediction": Part(gpu_speed.list_predictions, gpu_speed.measure_prediction, 60),
+    "training": Part(gpu_checks.list_trainings, gpu_checks.measure_training, 60, 5),
+    "memory": Part(gpu_speed.list_models, gpu_speed.measure_memory, 45),
+    "prediction": Part(gpu_speed.list_predictions, gpu_speed.measure_prediction, 45),
+    "compile": Part(gpu_speed.list_compiled, gpu_speed.measure_compiled, 60),
     "cifar10": Part(gpu_cifar.list_stages, gpu_cifar.measure_stage, 300),
 }
 

@@ -168,8 +168,9 @@ def measure_stage(name: str, args: argparse.Namespace) -> Iterator[Row]:
         yield describe(network, data, start, question="slimmed", **common)
     start, raw = time.perf_counter(), measure_top1(network, data.test)
     epochs, interrupted = args.epochs[1], args.checkpoints / f"{name}-epochs.pt"
+    resumed = interrupted.exists()
     train(network, data, len(data.pictures.targets), epochs, 0.1, interrupted, teacher=base)
-    yield describe(network, data, start, raw_top1=raw, epochs=epochs, **common)
+    yield describe(network, data, start, raw_top1=raw, epochs=epochs, resumed=resumed, **common)
     torch.save(network.state_dict(), args.checkpoints / f"{name}.pt")
 
 
@@ -218,7 +219,7 @@ def make_table(rows: list[Row]) -> str:
             raw,
             str(row["epochs"]),
             f"{row['top1']:.2f}",
-            f"{row['seconds']:.0f}",
+            "" if row.get("resumed") else f"{row['seconds']:.0f}",  # else those of the last call alone
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
