@@ -35,7 +35,7 @@ from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.parser import Parser
 from timm_autoslim.recipes.lib.processes import make_accelerator
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args
-from timm_autoslim.recipes.lib.settings import check_same, write_settings
+from timm_autoslim.recipes.lib.settings import check_same, describe_left_out, find_left_out, write_settings
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.validation import evaluate
 
@@ -61,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_stages(run: Path, config: dict[str, Any], processes: int) -> None:
     """Run the stages that are not finished, then load and compare the networks."""
     path = run / "config.yaml"
-    check_same(path, config, begun=any((run / name).exists() for name in (SUPERNET, "checkpoints")))
+    begun = any((run / name).exists() for name in (SUPERNET, "checkpoints"))
+    if begun and (left_out := find_left_out(path, config)):
+        print(describe_left_out(left_out), flush=True)
+        config = {**left_out, **config}
+    check_same(path, config, begun)
     write_settings(path, config)
     begin = time.perf_counter()
 

@@ -19,6 +19,7 @@ import argparse
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
@@ -39,7 +40,7 @@ from timm_autoslim import (
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.finetune import finetune, finish
 from timm_autoslim.recipes.lib.comparison import TURNS, Row, compare_networks, read_original, write_original
-from timm_autoslim.recipes.lib.configuration import parse_args
+from timm_autoslim.recipes.lib.configuration import list_given, parse_args
 from timm_autoslim.recipes.lib.durations import Counts, Stages, estimate_stages, write_time
 from timm_autoslim.recipes.lib.guide import write_guide
 from timm_autoslim.recipes.lib.images import open_images
@@ -50,7 +51,15 @@ from timm_autoslim.recipes.lib.onnx_file import check_onnx
 from timm_autoslim.recipes.lib.ownership import own_folder
 from timm_autoslim.recipes.lib.processes import describe_processes, make_accelerator
 from timm_autoslim.recipes.lib.run_folder import SUPERNET, write_args, write_weights
-from timm_autoslim.recipes.lib.settings import check_same, describe_settings, write_settings
+from timm_autoslim.recipes.lib.settings import (
+    FLAGS,
+    check_same,
+    describe_left_out,
+    describe_settings,
+    find_left_out,
+    list_remembered,
+    write_settings,
+)
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.splits import SPLIT, count_split, split_training
 from timm_autoslim.recipes.lib.stage_folders import check_plan, check_start, choose_start, find_first
@@ -69,14 +78,35 @@ from timm_autoslim.recipes.search import count_widest, make_conditions, search_n
 def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
     args = parse_args("slim", __doc__, argv)
+    run = name_run(args)
+    left_out = take_left_out(args, list_given("slim", argv), run) if has_begun(run) else ""
+    flags = list_remembered(args)
     check_flags(args)
-    run = Path(args.output, args.experiment or args.model.rpartition(":")[2].strip("/").replace("/", "-"))
     args.run = str(run)
     accelerator = make_accelerator(args, run)
-    accelerator.print(describe_processes(accelerator))
+    accelerator.print("\n".join(filter(None, [describe_processes(accelerator), left_out])))
     with own_folder(run, accelerator):
-        Slimming(accelerator, args, run).go()
+        Slimming(accelerator, args, run, flags).go()
     accelerator.end_training()
+
+
+def name_run(args: argparse.Namespace) -> Path:
+    """Return the folder of the run; without --experiment it is called as the model."""
+    return Path(args.output, args.experiment or (args.model or "").rpartition(":")[2].strip("/").replace("/", "-"))
+
+
+def has_begun(run: Path) -> bool:
+    """Whether work was done that other settings would not fit."""
+    return any((run / name).exists() for name in ("search", "search-progress.json", "finetune"))
+
+
+def take_left_out(args: argparse.Namespace, given: set[str], run: Path) -> str:
+    """Let the flags that were left out be as before; return these in words."""
+    values = vars(args)
+    left_out = find_left_out(run / FLAGS, given).items()
+    changes = {name: value for name, value in left_out if name in values and values[name] != value}
+    values.update(changes)
+    return describe_left_out(changes)
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -94,8 +124,8 @@ def check_flags(args: argparse.Namespace) -> None:
 class Slimming:
     """All stages of one run; each is skipped where it is finished."""
 
-    def __init__(self, accelerator: Accelerator, args: argparse.Namespace, run: Path) -> None:
-        self.accelerator, self.args, self.run = accelerator, args, run
+    def __init__(self, accelerator: Accelerator, args: argparse.Namespace, run: Path, flags: dict[str, Any]) -> None:
+        self.accelerator, self.args, self.run, self.flags = accelerator, args, run, flags
         self.images = open_images(args)
         args.num_classes = self.images.num_classes
         self.stages = Stages(accelerator, run / "durations.json")
@@ -107,7 +137,6 @@ class Slimming:
 
     def _run_stages(self, plan: list[Stage]) -> None:
         """Come to the network of every budget, and compare them."""
-        check_plan(self.run, plan)
         first = find_first(self.run, plan)
         networks: dict[Budget, Found] = {}
         folders: dict[Budget | None, Path] = {}  # of exported networks
@@ -127,15 +156,16 @@ class Slimming:
         args, run, accelerator = self.args, self.run, self.accelerator
         path = run / "settings.yaml"
         settings = describe_settings(path, args, self.images)
-        begun = any((run / name).exists() for name in ("search", "search-progress.json", "finetune"))
-        same = check_same(path, settings, begun)
+        same = check_same(path, settings, has_begun(run))
         row = read_original(run) if same and (run / SUPERNET).is_file() else None
         count_split(args, len(self.images.train))  # refuses what leaves no images
         supernet = load_supernet(run, args) if row else self._start(args)
         plan = self._plan(supernet)  # refuses budgets out of reach
+        check_plan(run, plan)
         accelerator.wait_for_everyone()  # all have read what is written now, when nothing is left to refuse
         if accelerator.is_main_process:
             write_settings(path, settings)
+            write_settings(run / FLAGS, self.flags)
         self.stages.count = 2 + 2 * len(plan)
         self.stages.announce("original", f"the original: {args.model}" + (" (tested before)" if row else ""))
         if not row:

@@ -259,7 +259,17 @@ def test_a_script_may_follow_two_dashes(capsys):
 @pytest.mark.parametrize("size", ["-3", "99999999999", "1" + "0" * 30])
 def test_a_size_that_no_image_has_is_refused(size, capsys):
     assert main(["inspect", "resnet10t", "--size", size]) == 1
-    assert f"error: size={size}: no image has this height and width" in capsys.readouterr().err
+    assert f"error: --img-size {size}: no image has this height and width" in capsys.readouterr().err
+
+
+def test_inspect_takes_the_size_as_timm_writes_it(capsys):
+    shown = []
+    for words in (["--input-size", "1", "32", "32"], ["--in-chans", "1", "--img-size", "32"]):
+        assert main(["inspect", "resnet10t", *words, "--json"]) == 0
+        shown.append({**json.loads(capsys.readouterr().out), "seconds": 0})
+    assert shown[0] == shown[1]
+    assert main(["inspect", "resnet10t", "--input-size", "3", "32", "64"]) == 1
+    assert "--input-size 3 32 64: needed square images" in capsys.readouterr().err
 
 
 def test_inspect_has_the_flags_of_widths_that_recipes_have(capsys):

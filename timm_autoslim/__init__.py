@@ -7,8 +7,12 @@ loading a slimmed model waits for neither tracing nor search.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from timm_autoslim.artifact import load as _load  # noqa: F401  (registers the entrypoint of slim models with timm)
 from timm_autoslim.errors import AutoSlimError as AutoSlimError
+from timm_autoslim.utils.interrupts import shorten_interrupts
+
+shorten_interrupts()  # of all imports that follow, which take seconds
+
+from timm_autoslim.artifact import load as _load  # noqa: E402, F401  (registers slim models with timm)
 
 if TYPE_CHECKING:
     from timm_autoslim.artifact.bases import create_base as create_base

@@ -18,7 +18,7 @@ from timm_autoslim import __version__
 from timm_autoslim.costs.inspection import inspect as inspect_model
 from timm_autoslim.errors import ArtifactError, AutoSlimError, TraceError
 from timm_autoslim.recipes.lib.names import choose_size_args, create_meta, resolve_name
-from timm_autoslim.recipes.lib.parser import KeyValues, Parser
+from timm_autoslim.recipes.lib.parser import KeyValues, Parser, read_input_size
 from timm_autoslim.recipes.lib.width_flags import add_width_flags
 
 
@@ -37,6 +37,7 @@ def inspect(name: str, args: Namespace) -> str:
         WidthError: a rule matches nothing, or is out of range.
     """
     example, name = None, resolve_name(name)
+    read_input_size(args)
     flags = {key: value for key in ("num_classes", "in_chans") if (value := getattr(args, key)) is not None}
     kwargs = {**flags, **args.model_kwargs}
     if args.img_size is not None:
@@ -44,7 +45,7 @@ def inspect(name: str, args: Namespace) -> str:
             example = torch.empty(1, kwargs.get("in_chans", 3), args.img_size, args.img_size, device="meta")
         except (RuntimeError, TypeError) as error:
             raise TraceError(
-                f"size={args.img_size}: no image has this height and width ({error}); needed: pixels, such as 224"
+                f"--img-size {args.img_size}: no image has this height and width ({error}); needed: pixels, such as 224"
             ) from error
         kwargs = {**choose_size_args(name, args.img_size), **kwargs}
     rules = {"freeze": args.freeze, "min": args.min_width, "divisor": args.divisor, "choices": args.choices or None}
@@ -91,6 +92,7 @@ def run(script: str, args: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
+    sys.excepthook = sys.__excepthook__  # Ctrl-C shows the script's traceback
     main = types.ModuleType("__main__")
     path = os.path.abspath(script)
     # The new __main__ stays in place: worker processes, pickles and exit handlers look their functions up in it.
@@ -162,6 +164,7 @@ def _make_parser() -> Parser:
     )
     look.add_argument("model", help="a timm name, torchvision/NAME, a folder, or hf-hub:OWNER/NAME")
     look.add_argument("--img-size", "--size", type=int, help="height and width of the images")
+    look.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"), help="--in-chans and --img-size")
     look.add_argument("--in-chans", type=int, help="channels of the images")
     look.add_argument("--num-classes", type=int, help="classes of the model")
     look.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="KEY=VALUE")

@@ -30,6 +30,7 @@ TURNS = 9  # in which each network is measured
 _QUIET = 0.9  # share of the time that a process has the processor where nothing else runs
 # Share of the test images, or number, that may change sides: other kernels may run on other batches of other devices.
 _OTHER_SIDE = 0.001, 3
+_SAME = 0.02  # shares of a latency that differ by less are told as one
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Row:
         file_bytes: of its weights.
         latency_ms: as measured; None before it is.
         latency_quartiles: between which half of the measurements lie.
+        latency_shares: the same, of what it takes of the original's time in the same turn.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Row:
     file_bytes: int
     latency_ms: float | None = None
     latency_quartiles: tuple[float, float] | None = None
+    latency_shares: tuple[float, float] | None = None
 
 
 def write_original(run: Path, row: Row) -> None:
@@ -129,7 +132,7 @@ def compare_networks(
             models, make_images(args, args.cost_batch_size), device=args.latency_device, runtime=args.latency_runtime,
             threads=args.latency_threads, rounds=TURNS, repeats=5,
         )  # fmt: skip
-    first, *others = [replace(row, **describe_turns(times)) for row, times in zip(rows, turns, strict=True)]
+    first, *others = [replace(row, **describe_turns(times, turns[0])) for row, times in zip(rows, turns, strict=True)]
     table = make_table(first, others) + "".join(f"\n{note}\n" for note in notes)
     files.write_text(run / "table.md", table)
     return table
@@ -162,17 +165,31 @@ def make_table(original: Row, networks: Sequence[Row]) -> str:
             f"{row.macs / 1e6:.2f}M ({row.macs / original.macs:.0%})",
             f"{row.params / 1e6:.3f}M ({row.params / original.params:.0%})",
             f"{row.file_bytes / 1e6:.2f} MB ({row.file_bytes / original.file_bytes:.0%})",
-            _write_latency(row) + _write_share(row.latency_ms, original.latency_ms),
+            _write_latency(row) + _write_share(row, original),
         ]
         lost = original.top1 - row.top1
         lines.append(f"| {row.name} | {row.top1:.2f} | {lost:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def describe_turns(times: list[float]) -> dict[str, Any]:
-    """Return the median and the quartiles of the turns in which a network was measured, as fields of a row."""
-    low, _, high = statistics.quantiles(times, n=4)
-    return {"latency_ms": statistics.median(times), "latency_quartiles": (low, high)}
+def describe_turns(times: Sequence[float], original: Sequence[float]) -> dict[str, Any]:
+    """Return the median and the quartiles of the turns in which a network was measured, as fields of a row.
+
+    Args:
+        times: of the network, in each turn.
+        original: times of the original in the same turns, in which the machine was as busy.
+    """
+    shares = [time / whole for time, whole in zip(times, original, strict=True)]
+    return {
+        "latency_ms": statistics.median(times),
+        "latency_quartiles": _find_quartiles(times),
+        "latency_shares": _find_quartiles(shares),
+    }
+
+
+def _find_quartiles(numbers: Sequence[float]) -> tuple[float, float]:
+    low, _, high = statistics.quantiles(numbers, n=4)
+    return low, high
 
 
 def _write_latency(row: Row) -> str:
@@ -183,5 +200,10 @@ def _write_latency(row: Row) -> str:
     return f"{row.latency_ms:.3g} ms{spread}"
 
 
-def _write_share(part: float | None, total: float | None) -> str:
-    return "" if part is None or total is None else f" ({part / total:.0%})"
+def _write_share(row: Row, original: Row) -> str:
+    """Return what a network takes of the original's time: one number, or a range where the turns do not agree."""
+    if row.latency_ms is None or original.latency_ms is None:
+        return ""
+    low, high = row.latency_shares or (0.0, 0.0)
+    one = f"{row.latency_ms / original.latency_ms:.0%}"
+    return f" ({one})" if high - low < _SAME else f" ({100 * low:.0f} to {high:.0%})"

@@ -21,7 +21,7 @@ from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.checks import check_values
 from timm_autoslim.recipes.lib.flags import DEFAULTS, FLAGS
 from timm_autoslim.recipes.lib.names import read_data_settings, resolve_name
-from timm_autoslim.recipes.lib.parser import ON_OFF, KeyValues, Parser
+from timm_autoslim.recipes.lib.parser import ON_OFF, KeyValues, Parser, read_input_size
 from timm_autoslim.recipes.lib.width_flags import Choices, read_choices
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -50,15 +50,22 @@ def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) 
     return args
 
 
+def list_given(recipe: str, argv: Sequence[str] | None = None) -> set[str]:
+    """Return the names of the flags that the command line or the YAML file of -c gives a value."""
+    parser = _make_parser(recipe)
+    left_out = object()
+    parser.set_defaults(**{action.dest: left_out for action in parser._actions if action.dest != "help"})
+    values = vars(parser.parse_args(argv))
+    config = pick_values(recipe, read_config(values["config"])) if values["config"] is not left_out else {}
+    return {name for name, value in values.items() if value is not left_out} | config.keys()
+
+
 def _read_habits(args: argparse.Namespace) -> None:
     """Let flags that timm has besides be those that they mean: arguments of the model, size and channels."""
     for flag, argument in (("drop", "drop_rate"), ("drop_path", "drop_path_rate")):
         if (value := vars(args).pop(flag)) is not None:
             args.model_kwargs = {argument: value, **args.model_kwargs}
-    if (size := vars(args).pop("input_size")) is not None:
-        if size[1] != size[2]:
-            raise ConfigError(f"--input-size {size}: these recipes take square images.")
-        args.in_chans, args.img_size = args.in_chans or size[0], args.img_size or size[1]
+    read_input_size(args)
 
 
 def _join_data(args: argparse.Namespace) -> None:

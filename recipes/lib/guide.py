@@ -24,6 +24,7 @@ model = timm.create_model("local-dir:{first}", pretrained=True)
 | `finetune/`, `to-*/finetune/` | flags and curves (`summary.csv`) of the fine-tunings |
 | `supernet.safetensors` | the original, its channels in order: the teacher, and the start of further budgets |
 | `settings.yaml`, `args.yaml`, `original.json`, `held_out.json` | what the run began with |
+| `flags.yaml` | the flags of the last call: those that you leave out are as there |
 | `durations.json` | how long each stage took, over all calls |
 
 Checkpoints of networks that are finished are removed. The same command with further `--budgets`, tighter or in

@@ -194,8 +194,8 @@ class Unlabelled(Dataset[tuple[Any, int]]):
         paths = self.folder.rglob("*") if self.folder.is_dir() else ()
         self.paths = sorted(path for path in paths if path.suffix.lower() in get_img_extensions())
         if not self.paths:
-            got = "no images" if self.folder.is_dir() else "no such folder"
-            raise DataError.at(f"--unlabelled {folder}", got=got, needed="a folder with images, at any depth")
+            fault = "holds no images" if self.folder.is_dir() else "is no folder that is here"
+            raise DataError(f"--unlabelled: {folder} {fault}. Needed: a folder with images, at any depth.")
 
     def __len__(self) -> int:
         return len(self.paths)

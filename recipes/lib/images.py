@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from timm.data import create_dataset
 
 from timm_autoslim.errors import DataError
 from timm_autoslim.recipes.lib.image_sources import Digits, Selection, Unlabelled
+from timm_autoslim.recipes.lib.processes import is_first
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("val", "validation", "test")
@@ -76,11 +79,28 @@ def _open_folders(args: argparse.Namespace, mode: str) -> tuple[Any, Any, int]:
     train = _open_split(train_path, args, mode)
     classes = _read_classes(train)
     if test_path is None:
-        return *_divide(train), len(classes)
-    unknown = sorted(set(_read_classes(_open_split(test_path, args, mode))) - set(classes))
+        train, test = _divide(train)
+        targets = _list_targets(train.source)
+        absent = set(classes.values()) - {targets[index] for index in test.indices}
+        _tell_absent([name for name in classes if classes[name] in absent], len(classes), "The test's fifth")
+        return train, test, len(classes)
+    tested = _read_classes(_open_split(test_path, args, mode))
+    unknown = sorted(set(tested) - set(classes))
     if unknown:
         raise DataError(f"{test_path} has classes that {train_path} does not have: {', '.join(unknown[:5])}.")
+    _tell_absent([name for name in classes if name not in tested], len(classes), str(test_path))
     return train, _open_split(test_path, args, mode, class_map=classes), len(classes)
+
+
+def _tell_absent(names: Sequence[str], classes: int, where: str) -> None:
+    """Warn of classes without test images; the first process alone."""
+    if names and is_first():
+        listed = ", ".join([*names[:5], *(["..."] if names[5:] else [])])
+        warnings.warn(
+            f"{where} has no images of {len(names)} of {classes} classes ({listed}): the accuracies are of the other "
+            f"{classes - len(names)}.",
+            stacklevel=2,
+        )
 
 
 def _find_folders(args: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -151,3 +171,9 @@ def _read_classes(dataset: Any) -> dict[str, int]:
     reader = dataset.reader
     classes: dict[str, int] = reader.class_to_idx if hasattr(reader, "class_to_idx") else reader.class_name_to_idx
     return classes
+
+
+def _list_targets(dataset: Any) -> list[int]:
+    """Return the class of every image of timm's dataset of a folder or a .tar file."""
+    reader = dataset.reader
+    return [int(t) for t in reader.targets] if hasattr(reader, "targets") else [t for _, t in reader.samples]

@@ -26,6 +26,23 @@ def share(text: str) -> float:
     return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
 
 
+def read_input_size(args: argparse.Namespace) -> None:
+    """Let --input-size C H W, as timm has it, be --in-chans and --img-size.
+
+    Raises:
+        ConfigError: the images are not square, or one of the other two flags says something else.
+    """
+    if (size := vars(args).pop("input_size")) is None:
+        return
+    if size[1] != size[2]:
+        raise ConfigError(f"--input-size {' '.join(map(str, size))}: needed square images, such as 3 224 224.")
+    for name, value in (("in_chans", size[0]), ("img_size", size[1])):
+        if getattr(args, name) not in (None, value):
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ConfigError(f"{flag} contradicts --input-size {' '.join(map(str, size))}: give one of them.")
+        setattr(args, name, value)
+
+
 class Parser(argparse.ArgumentParser):
     """Takes whole names of flags only; an unknown one is told with the nearest that there is."""
 

@@ -68,6 +68,11 @@ def make_accelerator(args: argparse.Namespace, folder: Path | None = None) -> Ac
     return accelerator
 
 
+def is_first() -> bool:
+    """Whether this process is the first of those that the launcher has started, or works alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def describe_processes(accelerator: Accelerator) -> str:
     """Return how many processes work, and on which device."""
     return f"{write_count(accelerator.num_processes, 'process', 'processes')} on {accelerator.device}"

@@ -1,9 +1,13 @@
-"""The settings of a run of several stages: kept once its work has begun, for a finished stage is of these settings."""
+"""The settings of a run of several stages: kept once its work has begun, for a finished stage is of these settings.
+
+A flag that is left out when a run goes on is as before. One that is given with another value is refused.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,59 @@ from timm_autoslim.recipes.lib.images import Images, open_unlabelled
 from timm_autoslim.recipes.lib.run_folder import hash_file
 from timm_autoslim.recipes.lib.starting_points import find_weights
 
+FLAGS = "flags.yaml"  # of a run folder: the flags of the last call
+
 # A run of slim.py that goes on may differ in these: they do not change the networks. Budgets may follow.
 FREE = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "threads", "device", "log_interval",
         "checkpoint_hist", "log_wandb", "log_tensorboard", "wandb_project", "val_interval",
         "recovery_interval", "onnx", "unlabelled", "budgets")  # fmt: skip
+# Those of them that say what is made of what: left out, they are as before too.
+_REMEMBERED = ("data_dir", "unlabelled", "budgets", "onnx")
+# Flags that stand for each other: with one of them the others are given as well.
+_TOGETHER = (
+    ("pretrained", "initial_checkpoint"), ("data_dir", "data", "dataset"), ("model_kwargs", "drop", "drop_path"),
+    ("in_chans", "img_size", "input_size"),
+)  # fmt: skip
+_FILES = {
+    "weights_sha256": "the weights (--initial-checkpoint or --model)",
+    "images_sha256": "the images (DATA)",
+    "unlabelled_sha256": "the images of --unlabelled",
+}
+
+
+def list_remembered(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags that are as before when they are left out."""
+    return {name: value for name, value in vars(args).items() if name not in FREE or name in _REMEMBERED}
+
+
+def find_left_out(path: Path, given: Iterable[str]) -> dict[str, Any]:
+    """Return the flags of before that were left out now.
+
+    Args:
+        path: of the flags of before; they need not be there.
+        given: names of the flags of now.
+    """
+    before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    names = set(given)
+    for together in _TOGETHER:
+        names |= set(together) if names & set(together) else set()
+    return {name: value for name, value in before.items() if name not in names}
+
+
+def describe_left_out(flags: Mapping[str, Any]) -> str:
+    """Say which flags are as before; empty if there are none."""
+    return f"Left out, and as before: {' '.join(map(_write_flag, flags, flags.values()))}." if flags else ""
+
+
+def _write_flag(name: str, value: object) -> str:
+    """Return a flag as it is given on a command line."""
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool) or value is None:
+        return flag if value else f"--no-{flag[2:]}"
+    if isinstance(value, Mapping):
+        value = [f"{key}={item}" for key, item in value.items()]
+    values = value if isinstance(value, list | tuple) else [value]
+    return " ".join([flag, *(shlex.quote(str(item).removesuffix(".0")) for item in values)])
 
 
 def describe_settings(path: Path, args: argparse.Namespace, images: Images) -> dict[str, Any]:
@@ -61,17 +114,20 @@ def check_same(path: Path, settings: Mapping[str, Any], begun: bool) -> bool:
     names = sorted(before.keys() | settings.keys())
     changes = [name for name in names if before.get(name) != settings.get(name)]
     if changes and begun:
+        texts = "; ".join(_describe(name, before, settings) for name in changes)
         raise ConfigError(
-            f"{path.parent} was begun with other settings ({', '.join(changes)}): give the same ones to go on, "
-            f"or another --experiment.{_describe(changes, before, settings)}"
+            f"{path.parent} was begun with other settings: {texts}. To go on, give what was given before"
+            ", or leave the flag out; or give another --experiment."
         )
     return not changes
 
 
-def _describe(names: Sequence[str], before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Return what the settings were and are, for those that a user gave: hashes say nothing."""
-    texts = [f"{name} was {before.get(name)}, and is {now.get(name)}" for name in names if not name.endswith("_sha256")]
-    return f" {'; '.join(texts)}." if texts else ""
+def _describe(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return what a setting was and is; hashes say nothing."""
+    if name in _FILES:
+        return f"{_FILES[name]} are other ones"
+    was, is_ = (f"{values[name]}" if values.get(name) is not None else "not given" for values in (before, now))
+    return f"--{name.replace('_', '-')} was {was}, and is {is_}"
 
 
 def write_settings(path: Path, settings: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from timm_autoslim.errors import DataError
 from timm_autoslim.recipes.lib.run_folder import write_json
+from timm_autoslim.recipes.lib.texts import write_count
 
 SPLIT = "held_out.json"
 
@@ -44,6 +45,11 @@ def count_split(args: argparse.Namespace, total: int) -> tuple[int, int]:
         DataError: the flags ask for no image, or leave none to train on.
     """
     used = _count(args.limit_train, total, "--limit-train")
+    if used < 2:
+        raise DataError(
+            f"{write_count(used, 'training image')} cannot be divided: at least one is trained on, and one is held out "
+            f"for the search (--limit-train {args.limit_train:g} of {total})."
+        )
     held_out = _count(args.held_out, used, "--held-out") if args.held_out else 0
     if held_out >= used:
         raise DataError(
@@ -78,5 +84,8 @@ def _count(amount: float, total: int, flag: str) -> int:
     """Return how many images a share (up to 1) or a number (above 1) is; a number above all is all."""
     count = round(amount * total) if amount <= 1 else min(int(amount), total)
     if count <= 0:
-        raise DataError(f"{flag} {amount:g} asks for none of {total} images: give a share up to 1, or a number.")
+        raise DataError(
+            f"{flag} {amount:g} of {write_count(total, 'training image')} is less than one image: needed at least one. "
+            f"Give more images, or a larger share, such as {flag} {-(-100 // total) / 100:g}."
+        )
     return count

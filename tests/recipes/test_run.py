@@ -65,8 +65,10 @@ def test_all_stages_with_one_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run, "launch", lambda *_: pytest.fail("a finished stage ran again"))
     run.main(command)
     assert "| macs 60% | searched |" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match=r"was begun with other settings \(seed\)"):
+    with pytest.raises(ConfigError, match=r"was begun with other settings: --seed was not given, and is 5\. To go on"):
         run.main([*command, "--seed", "5"])
+    run.main(command[:-2])
+    assert "Left out, and as before: --finetune-lr 0.01.\n" in capsys.readouterr().out
     with pytest.raises(OutputExistsError, match=r"exists: this network is done"):
         finetune.main([str(folder), "--network", names[0]])
     with pytest.raises(OutputExistsError, match=r"holds a training \(supernet.safetensors\): --resume it"):

@@ -195,7 +195,7 @@ def test_images_without_labels_are_taught_by_the_teacher_alone(finished, weights
     assert any(not torch.equal(tensor, now[key]) for key, tensor in before.items())
     slim.main([*make_command(tmp_path, weights), *more])  # which goes on
     Image.new("L", (16, 16)).save(folder / "new.png")
-    with pytest.raises(ConfigError, match=r"begun with other settings \(unlabelled_sha256\)"):
+    with pytest.raises(ConfigError, match="other settings: the images of --unlabelled are other ones"):
         slim.main(command)
     with pytest.raises(ConfigError, match="--unlabelled needs a --teacher, --teach above 0"):
         slim.main([*command, "--teacher", "none"])
@@ -302,10 +302,30 @@ def test_a_failed_attempt_does_not_block_the_mended_one(weights, tmp_path, monke
 
 @pytest.mark.slow
 def test_settings_are_kept_once_training_has_begun_but_budgets_may_follow(finished, weights):
-    with pytest.raises(ConfigError, match=r"was begun with other settings \(epochs\): .* epochs was 1, and is 2\."):
+    with pytest.raises(ConfigError, match=r"was begun with other settings: --epochs was 1, and is 2\. To go on"):
         slim.main(make_command(finished.parent, weights, "--epochs", "2"))
+    with pytest.raises(ConfigError, match=r"--mean was .*0\.5.*, and is .*0\.4"):
+        slim.main(["--experiment", "mine", "--output", str(finished.parent), "--mean", "0.4"])
     with pytest.raises(ConfigError, match=r"holds the network of macs<=60%.*tighter ones may follow"):
         slim.main(make_command(finished.parent, weights, "--budgets", "macs=50%"))
+
+
+@pytest.mark.slow
+def test_flags_that_are_left_out_are_as_before(finished, capsys):
+    before = (finished / "table.md").read_text().splitlines()
+    slim.main(["--experiment", "mine", "--output", str(finished.parent)])
+    shown = capsys.readouterr().out
+    assert shown.count("(done before)") == 4
+    for text in (
+        "--model resnet10t",
+        "--mean 0.5 --std 0.5",
+        "--epochs 1",
+        "--budgets macs=60% macs=40%",
+        "--dataset digits",
+    ):
+        assert text in shown
+    rows = [line.partition(" MB")[0] for line in (finished / "table.md").read_text().splitlines()]
+    assert rows[:5] == [line.partition(" MB")[0] for line in before[:5]]
 
 
 @pytest.mark.slow
@@ -337,7 +357,9 @@ def test_other_weights_in_the_same_file_are_refused(finished, weights):
     before = weights.read_bytes()
     try:
         weights.write_bytes(before[:-4] + bytes(4))
-        with pytest.raises(ConfigError, match=r"was begun with other settings \(weights_sha256\)"):
+        with pytest.raises(
+            ConfigError, match=r"was begun with other settings: the weights \(--initial-checkpoint or --model\) are"
+        ):
             slim.main(make_command(finished.parent, weights))
     finally:
         weights.write_bytes(before)
@@ -399,7 +421,8 @@ def test_the_table_says_what_was_lost():
 
 
 def test_the_spread_of_a_latency_is_that_of_the_half_in_the_middle():
-    row = Row("original", 80.0, 1, 1, 1, **describe_turns([9.0, 1.0, 2.0, 3.0, 2.5]))
+    times = [9.0, 1.0, 2.0, 3.0, 2.5]
+    row = Row("original", 80.0, 1, 1, 1, **describe_turns(times, times))
     assert make_table(row, []).splitlines()[2].endswith("| 2.5 ms [1.5, 6] |")
 
 

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from timm_autoslim import Budget, convert, cost, export, slim
 from timm_autoslim.errors import BudgetError, DataError, EvaluationError
+from timm_autoslim.slimming.slim import _describe_slow_type
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*held-out images are few")
 
@@ -162,8 +163,43 @@ def test_inputs_that_are_none_are_told_what_slim_takes(inputs, text):
         slim(make_model(), "50%", [(inputs, torch.zeros(20).long())], cross_entropy)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [1, 0.37], ids=["accuracy", "other score"])
+def test_a_score_of_a_trained_model_that_is_taken_for_a_loss_is_refused_before_the_search(scale, monkeypatch):
+    model, batches = make_model(), make_batches()
+    with torch.no_grad():  # with the statistics of the batches it is right for all of them
+        pairs = [(images, model(images).argmax(1)) for images, _ in batches]
+    monkeypatch.setattr("timm_autoslim.slimming.slim.search", lambda *_, **__: pytest.fail("searching"))
+
+    def score(outputs, targets):
+        return scale * (outputs.argmax(1) == targets).float().mean()
+
+    needed = r"needed: numbers that are lower for better subnets; .*give maximize=True; else the model is not trained"
+    with pytest.raises(EvaluationError, match=needed):
+        slim(model, "50%", pairs, score, progress=False)
+    with pytest.raises(EvaluationError, match="leave out maximize=True"):
+        slim(model, "50%", pairs, lambda outputs, targets: -score(outputs, targets), maximize=True, progress=False)
+    for maximize, sign in ((True, 1), (False, -1)):
+        with pytest.raises(pytest.fail.Exception, match="searching"):
+            slim(model, "50%", pairs, lambda *pair, sign=sign: sign * score(*pair), maximize=maximize, progress=False)
+
+
+@pytest.mark.parametrize(("supported", "warns"), [(False, True), (True, False)])
+def test_a_type_for_which_the_cpu_has_no_instructions_is_told(supported, warns, monkeypatch):
+    monkeypatch.setattr("timm_autoslim.slimming.slim._answer", lambda query: supported)
+    assert bool(_describe_slow_type(make_model().half())) is warns
+    assert "torch.bfloat16, for which this CPU has no" in _describe_slow_type(make_model().bfloat16()) or supported
+    assert not _describe_slow_type(make_model())
+    assert not _describe_slow_type(make_model().half().to("meta"))
+
+
+def test_the_remedy_of_two_metrics_is_one_text():
+    with pytest.raises(BudgetError, match=r'within all of them give "macs<=60% and params<=50%"; else call slim for'):
+        slim(make_model(), {"macs": "60%", "params": "50%"}, make_batches(), cross_entropy, progress=False)
+
+
 def test_several_budgets_are_refused():
-    with pytest.raises(BudgetError, match="2 budgets"):
+    with pytest.raises(BudgetError, match="2 budgets; needed: one; call slim for each"):
         slim(make_model(), {"macs": ["50%", "30%"]}, make_batches(), cross_entropy, progress=False)
 
 

@@ -21,8 +21,9 @@ _LEAST = 0.0001  # a share that is less than one channel: the least width that t
 _SHARES = (*(percent / 100 for percent in range(99, 0, -1)), 0.001, _LEAST)
 _DIVISORS = (64, 32, 16, 8, 4, 2, 1)
 _MOST = 4  # remedies that are told
+_FLAGS = {"min": "--min-width", "divisor": "--divisor", "choices": "--choices"}
 _HINTS = {
-    "min": "a lower `min` in convert() (--min-width)",
+    "min": "a lower `min` (--min-width)",
     "divisor": "a lower `divisor` (--divisor)",
     "choices": "lower `choices` (--choices)",
     "freeze": "less in `freeze` (--freeze)",
@@ -50,7 +51,7 @@ def describe_remedy(supernet: Supernet, budget: Budget, metric: str) -> str:
     if texts:
         return ", ".join(["raise the budget", *texts[:-1], f"or {texts[-1]}"])
     least = _describe_least(trial)
-    return f"raise the budget: {least}; inspect(model) names what is fixed" if least else "raise the budget"
+    return f"raise the budget: {least}; `inspect` names what is fixed" if least else "raise the budget"
 
 
 @dataclass(frozen=True)
@@ -204,12 +205,12 @@ def _set(rule: str, value: Any, number: float) -> Any:
 
 def _write(rule: str, number: float, where: str = "", adapted: bool = False) -> str:
     """Say which number to give for a rule."""
-    flag = "" if where else " (--divisor)" if rule == "divisor" else " (--choices)" if rule == "choices" else ""
+    flag = "" if where else f" ({_FLAGS[rule]})"
     if rule == "choices":
         return f"begin `choices`{where} at {number:g}{flag}"
     if rule == "divisor":  # the default is another one in each group
         return f"{'set' if adapted else 'lower'} `divisor`{where} to {number:g}{flag}"
-    return f"lower `min`{where} to {number:g} in convert()" + (" (--min-width)" if number < 1 and not where else "")
+    return f"lower `min`{where} to {number:g}" + (flag if number < 1 else "")
 
 
 def _describe_least(trial: _Trial) -> str:

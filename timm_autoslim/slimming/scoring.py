@@ -170,11 +170,15 @@ class Scorer:
         sign = -1.0 if self.maximize else 1.0
         return [sign * math.fsum(self._scores[_key((w, part))][0] for part in numbers) / len(numbers) for w in subnets]
 
-    def check_direction(self) -> None:
+    def check_direction(self, *, trained: bool = False) -> None:
         """Score the widest and the narrowest subnet on the first part, and make sure that `maximize` is the right way.
 
-        It warns if the widest is clearly worse than the narrowest. It refuses only what is no loss for sure: numbers of
-        which each is a count or a share of the images, as accuracies are, where the widest is worse by far.
+        It warns if the widest is clearly worse than the narrowest. Where it is worse by far, it refuses what is no loss
+        for sure: numbers of which each is a count or a share of the images, as accuracies are; and any number if the
+        supernet is that of a trained model, which the narrowest slice of it cannot surpass.
+
+        Args:
+            trained: whether the supernet is that of a trained model, and only to refuse, not to warn.
 
         Raises:
             EvaluationError: they are the wrong way round; or as `many` does.
@@ -194,11 +198,13 @@ class Scorer:
             "evaluate",
             got=f"{wide:.4g} for the widest subnet and {narrow:.4g} for the narrowest, as if the widest were worse",
             needed=f"numbers that are {way} for better subnets",
-            remedy=f"if {other} is better in what it returns, as for {what}, {change}",
+            remedy=f"if {other} is better in what it returns, as for {what}, {change}"
+            + ("; else the model is not trained for these inputs and targets" if trained else ""),
         )
-        if gap > REFUSED and _counts_images(wide, of_wide) and _counts_images(narrow, of_narrow):
+        counts = _counts_images(wide, of_wide) and _counts_images(narrow, of_narrow)
+        if gap > REFUSED and (trained or counts):
             raise error
-        if self.team.index == 0:
+        if self.team.index == 0 and not trained:
             text = f"{error}; else the supernet is untrained, or training spoils its widest subnet"
             warnings.warn(text, UserWarning, stacklevel=3)
 

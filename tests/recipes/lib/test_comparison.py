@@ -45,7 +45,16 @@ def test_the_original_is_read_as_it_was_written(tmp_path):
 
 
 def test_the_table_tells_what_a_network_lost_and_saved():
-    half = Row("half", 88.5, 5_000_000, 500_000, 2_000_000, **describe_turns([1.0, 2.0, 3.0]))
+    half = Row("half", 88.5, 5_000_000, 500_000, 2_000_000, **describe_turns([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]))
     first, second = make_table(ORIGINAL, [half]).splitlines()[2:]
     assert first == "| original | 90.00 | | 10.00M | 2.000M | 8.00 MB | 4 ms [3.9, 4.2] |"
     assert second == "| half | 88.50 | 1.50 | 5.00M (50%) | 0.500M (25%) | 2.00 MB (25%) | 2 ms [1, 3] (50%) |"
+
+
+def test_the_share_of_a_latency_is_a_range_where_the_turns_do_not_agree():
+    original = [4.0, 5.0, 4.0, 9.0, 4.0]
+    steady = Row("steady", 88.5, 1, 1, 1, **describe_turns([time / 2 for time in original], original))
+    busy = Row("busy", 88.5, 1, 1, 1, **describe_turns([2.0, 3.0, 6.0, 3.0, 2.0], original))
+    table = make_table(ORIGINAL, [steady, busy]).splitlines()
+    assert table[3].endswith("| 2 ms [2, 3.5] (50%) |")
+    assert table[4].endswith("| 3 ms [2, 4.5] (42 to 105%) |")

@@ -8,7 +8,7 @@ from helpers.recipes import RECIPES, parse, write_config
 
 from timm_autoslim import cost, parse_budgets, uniform_at
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.recipes.lib.configuration import parse_args, pick_values
+from timm_autoslim.recipes.lib.configuration import list_given, parse_args, pick_values
 from timm_autoslim.recipes.lib.flags import FLAGS
 from timm_autoslim.recipes.lib.models import make_supernet
 
@@ -88,3 +88,11 @@ def test_every_config_parses_and_its_budgets_are_in_reach(name):
         uniform = cost(supernet, uniform_at(supernet, metric, limit))
         assert 0.8 * limit < getattr(uniform, metric) <= limit < getattr(cost(supernet), metric)
     assert "/" not in yaml.safe_load(path.read_text()).get("data_dir", "")
+
+
+def test_what_is_given_is_what_the_command_line_or_the_file_says(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("slim_epochs: 3\nlr: 0.1\ntrain_sandwich: 5\n")
+    words = ["DATA", "--budgets", "macs=50%", "-c", str(config), "--no-pretrained"]
+    assert list_given("slim", words) == {"data", "budgets", "config", "pretrained", "epochs", "lr"}
+    assert list_given("slim", []) == set()

@@ -33,6 +33,8 @@ def test_dropout_size_and_teacher_have_timm_s_names():
     assert args.model_kwargs == {"drop_rate": 0.1, "drop_path_rate": 0.2}
     assert (args.in_chans, args.img_size, args.teacher) == (1, 64, "resnet50")
     assert not {"drop", "drop_path", "input_size", "data"} & set(vars(args))
+    with pytest.raises(ConfigError, match="--in-chans 1 contradicts --input-size 3 64 64"):
+        parse_args("train", None, ["--input-size", "3", "64", "64", "--in-chans", "1"])
     with pytest.raises(ConfigError, match="square images"):
         parse_args("train", None, ["--input-size", "3", "64", "96"])
     with pytest.raises(ConfigError, match=r"--drop 1\.5: needed a number from 0"):

@@ -1,6 +1,7 @@
 """Where the images come from, and what is refused."""
 
 import tarfile
+import warnings
 
 import pytest
 from helpers.folders import make_args, make_images
@@ -85,10 +86,33 @@ def test_test_images_without_training_images_are_no_class_folders(tmp_path):
         open_images(make_args(data_dir=str(tmp_path), train_split="trian", val_split="tset"))
 
 
+@pytest.mark.parametrize(
+    ("folders", "text"),
+    [
+        (["train", "val"], "val has no images of 2 of 3 classes (cat, fox): the accuracies are of the other 1."),
+        (["data"], "The test's fifth has no images of 1 of 3 classes (dog): the accuracies are of the other 2."),
+    ],
+)
+def test_classes_without_test_images_are_told(folders, text, tmp_path, monkeypatch):
+    for name in folders:
+        make_images(tmp_path / name, ["cat", "dog", "fox"] if name != "val" else ["dog"])
+    (tmp_path / folders[-1] / "cat").mkdir(exist_ok=True)  # an empty folder is none
+    path = tmp_path if len(folders) > 1 else tmp_path / "data"
+    with pytest.warns(UserWarning, match="has no images of") as told:
+        open_images(make_args(data_dir=str(path)))
+    assert [str(warning.message).removeprefix(f"{tmp_path}/") for warning in told] == [text]
+    monkeypatch.setenv("RANK", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_images(make_args(data_dir=str(path)))
+
+
 # -- images without labels ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "text"), [("nowhere", "got no such folder"), ("empty", "got no images")])
+@pytest.mark.parametrize(
+    ("name", "text"), [("nowhere", "nowhere is no folder that is here"), ("empty", "empty holds no images")]
+)
 def test_a_folder_without_images_is_refused(name, text, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=text):

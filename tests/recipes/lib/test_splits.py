@@ -32,9 +32,11 @@ def test_a_number_above_all_is_all(tmp_path):
 @pytest.mark.parametrize(
     ("limit_train", "held_out", "text"),
     [
-        (0.0001, 0.1, "--limit-train 0.0001 asks for none of 1000"),
+        (0.0001, 0.1, r"--limit-train 0.0001 of 1000 training images is less than one image: .* as --limit-train 0.01"),
         (0.5, 500, "leaves none of 500"),
         (1.0, -1, "held-out"),
+        (3, 0.1, "--held-out 0.1 of 3 training images is less than one image: .* as --held-out 0.34"),
+        (0.001, 0.1, r"1 training image cannot be divided: .*limit-train 0.001 of 1000"),
     ],
 )
 def test_impossible_splits_are_refused(tmp_path, limit_train, held_out, text):
