@@ -119,17 +119,24 @@ def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, netw
     test = evaluate(accelerator, model, accelerator.prepare(make_evaluation_loader(args, images.test)), network.name)
 
     if accelerator.is_main_process:
-        card = {
-            "budget": network.text.replace("<=", " <= "), "method": network.method, "MACs": cost.macs,
-            "params": cost.params, "test top-1, %": round(test["top1"], 2),
-        }  # fmt: skip
-        describe_input(model, args)
-        checkpoint_gradients(model, args, on=False)
-        model.cpu().eval()
-        export(model, exported, card=card, **describe_base(args))
-        write_result(exported, network, test | {"epochs": args.epochs})
-        print(f"{network.name}: test top-1 {test['top1']:.2f} %, loss {test['loss']:.4f}\nExported: {exported}")
+        export_tested(args, network, model, test, exported)
     accelerator.wait_for_everyone()
+
+
+def export_tested(
+    args: argparse.Namespace, network: Found, model: nn.Module, test: dict[str, float], exported: Path
+) -> None:
+    """Export a fine-tuned network, and write beside it what its test has found."""
+    card = {
+        "budget": network.text.replace("<=", " <= "), "method": network.method, "MACs": network.cost.macs,
+        "params": network.cost.params, "test top-1, %": round(test["top1"], 2),
+    }  # fmt: skip
+    describe_input(model, args)
+    checkpoint_gradients(model, args, on=False)
+    model.cpu().eval()
+    export(model, exported, card=card, **describe_base(args))
+    write_result(exported, network, test | {"epochs": args.epochs})
+    print(f"{network.name}: test top-1 {test['top1']:.2f} %, loss {test['loss']:.4f}\nExported: {exported}")
 
 
 def finish(accelerator: Accelerator, args: argparse.Namespace, network: Found, exported: Path) -> None:

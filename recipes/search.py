@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import io
 import time
 from collections.abc import Callable, Sequence
@@ -99,13 +100,6 @@ def search_networks(
         accelerator.print(f"budget {budget.text}: at most {limits}; within reach")
     batches = load_held_out(args, run, accelerator)
     set_layout(args, supernet.to(accelerator.device))
-
-    def score(subnet: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> float:
-        inputs, targets = batch
-        with accelerator.autocast():
-            outputs = subnet(inputs)  # (N, classes)
-        return F.cross_entropy(outputs.float(), targets).item()
-
     images = sum(len(targets) for _, targets in batches)
     widest = count_widest(supernet, budgets, conditions)
     accelerator.print(
@@ -115,7 +109,7 @@ def search_networks(
     scores = SavedScores(run / "search-progress.json", describe_settings(run, args, images), accelerator)
     with scores:
         shared = {"conditions": conditions, "scores": scores, "team": team, "seed": args.seed}
-        evaluate = HeldOut(batches, score)
+        evaluate = HeldOut(batches, functools.partial(score, accelerator))
         begin = time.perf_counter()
         searched = search(
             supernet, budgets, evaluate, mode=args.mode, rank=args.rank, steps=args.steps, refine=args.refine, **shared
@@ -133,6 +127,14 @@ def search_networks(
         print_results(results)
         print(f"Search: {run / 'search'}")
         scores.path.unlink(missing_ok=True)
+
+
+def score(accelerator: Accelerator, subnet: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> float:
+    """Return the cross-entropy of a subnet on a batch of held-out images, in the precision of the run."""
+    inputs, targets = batch  # (N, C, H, W), (N,)
+    with accelerator.autocast():
+        outputs = subnet(inputs)  # (N, classes)
+    return F.cross_entropy(outputs.float(), targets).item()
 
 
 def make_conditions(args: argparse.Namespace, budgets: Sequence[str | Budget], team: Team) -> Conditions:

@@ -170,18 +170,7 @@ class Slimming:
         self.stages.announce("original", f"the original: {args.model}" + (" (tested before)" if row else ""))
         if not row:
             self._set_up(args, run, supernet)
-            begin = time.perf_counter()
-            model = supernet.to(accelerator.device).model
-            loader = accelerator.prepare(make_evaluation_loader(args, self.images.test))
-            top1 = evaluate(accelerator, model, loader, "the original")["top1"]
-            seconds = (time.perf_counter() - begin) / max(1, len(self.images.test))
-            spent = cost(supernet)
-            row = Row("original", top1, spent.macs, spent.params, (run / SUPERNET).stat().st_size)
-            total = estimate_stages(args, supernet, plan, seconds, self._count_images())
-            accelerator.print(f"All stages may take {write_time(total)}: a rough estimate, from this test.")
-            if accelerator.is_main_process:
-                write_original(run, row)
-            accelerator.wait_for_everyone()
+            row = self._measure_original(supernet, plan)
         accelerator.print(
             f"test top-1 {row.top1:.2f} %, {row.macs / 1e6:.2f}M MACs, {row.params / 1e6:.3f}M params, "
             f"{len(supernet.space)} groups of channels"
@@ -195,6 +184,23 @@ class Slimming:
         self._check_held_out(supernet)
         accelerator.print(f"Plan: {'; '.join(map(str, plan))}.")
         return plan
+
+    def _measure_original(self, supernet: Supernet, plan: list[Stage]) -> Row:
+        """Test and count the original, write down what comes out, and say how long all stages may take."""
+        args, run, accelerator = self.args, self.run, self.accelerator
+        begin = time.perf_counter()
+        model = supernet.to(accelerator.device).model
+        loader = accelerator.prepare(make_evaluation_loader(args, self.images.test))
+        top1 = evaluate(accelerator, model, loader, "the original")["top1"]
+        seconds = (time.perf_counter() - begin) / max(1, len(self.images.test))
+        spent = cost(supernet)
+        row = Row("original", top1, spent.macs, spent.params, (run / SUPERNET).stat().st_size)
+        total = estimate_stages(args, supernet, plan, seconds, self._count_images())
+        accelerator.print(f"All stages may take {write_time(total)}: a rough estimate, from this test.")
+        if accelerator.is_main_process:
+            write_original(run, row)
+        accelerator.wait_for_everyone()
+        return row
 
     def _start(self, args: argparse.Namespace) -> Supernet:
         """Make the supernet of a trained model.

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
 
-from timm_autoslim import Supernet
+from timm_autoslim import SearchSpace, Supernet
 from timm_autoslim.errors import ConfigError, OutputExistsError
 from timm_autoslim.recipes.lib.checkpoints import Checkpoints
 from timm_autoslim.recipes.lib.configuration import parse_args
@@ -80,22 +81,10 @@ def train(accelerator: Accelerator, args: argparse.Namespace, run: Path) -> None
         )
     if args.order and not resumes:
         order_by_images(accelerator, args, supernet, images.train, training)
-    start = find_start(accelerator, args, run, {
-        "model": args.model, "num_classes": args.num_classes, "in_chans": args.in_chans,
-        "training_images": len(training), "limit_train": args.limit_train, "held_out": args.held_out,
-        "val_widths": args.val_widths,  # which are columns of summary.csv
-        **describe_start(args),
-        "widths": {group.name: list(group.choices) for group in space.groups},
-    })  # fmt: skip
-    if (run / SUPERNET).exists():
-        if start.progress.epoch >= args.epochs:
-            accelerator.print(f"{run / SUPERNET}: this training is finished.")
-            return
-        if is_searched(run) or (run / "exported").exists():
-            raise OutputExistsError(
-                f"{run} was searched with the supernet of {start.progress.epoch} epochs: train for --epochs "
-                f"{args.epochs} in another --experiment."
-            )
+    start = find_start(accelerator, args, run, describe_training(args, space, len(training)))
+    if is_finished(run, args, start.progress.epoch):
+        accelerator.print(f"{run / SUPERNET}: this training is finished.")
+        return
     if accelerator.is_main_process:
         write_args(run, args)
     accelerator.print(f"{args.model}: {len(training)} training and {len(held_out)} held-out images\n{space}")
@@ -117,6 +106,33 @@ def train(accelerator: Accelerator, args: argparse.Namespace, run: Path) -> None
     if accelerator.is_main_process:
         write_weights(run / SUPERNET, supernet.model)
         print(f"Supernet: {run / SUPERNET}")
+
+
+def describe_training(args: argparse.Namespace, space: SearchSpace, images: int) -> dict[str, Any]:
+    """Return what a training must have begun with, to be resumed: names, and values that JSON can hold."""
+    return {
+        "model": args.model, "num_classes": args.num_classes, "in_chans": args.in_chans,
+        "training_images": images, "limit_train": args.limit_train, "held_out": args.held_out,
+        "val_widths": args.val_widths,  # which are columns of summary.csv
+        **describe_start(args),
+        "widths": {group.name: list(group.choices) for group in space.groups},
+    }  # fmt: skip
+
+
+def is_finished(run: Path, args: argparse.Namespace, epochs: int) -> bool:
+    """Whether a training that has come to this many epochs is finished.
+
+    Raises:
+        OutputExistsError: there are epochs left, but its supernet was searched already.
+    """
+    if not (run / SUPERNET).exists():
+        return False
+    if epochs < args.epochs and (is_searched(run) or (run / "exported").exists()):
+        raise OutputExistsError(
+            f"{run} was searched with the supernet of {epochs} epochs: train for --epochs {args.epochs} in another "
+            "--experiment."
+        )
+    return bool(epochs >= args.epochs)
 
 
 def check_earlier(run: Path, resume: bool) -> None:

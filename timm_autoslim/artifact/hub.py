@@ -40,22 +40,7 @@ def push(folder: str | Path, repo_id: str, *, card: Mapping[str, object] | None 
         >>> push("runs/slim", "me/slim", card={"top-1": 71.9}, private=True)  # doctest: +SKIP
         'hf-hub:me/slim'
     """
-    refused = sorted(_OF_THE_FOLDER & set(options))
-    if refused:
-        option = refused[0]
-        raise ArtifactError.at(
-            f"push {option}=",
-            got=reprlib.repr(options[option]),
-            needed="no such option: the folder says it",
-            remedy="leave it out",
-        )
-    if not has_hf_hub():
-        raise ArtifactError.at(
-            "push",
-            got=f"timm {timm.__version__}, which cannot use huggingface_hub as it is installed",
-            needed="versions that fit each other",
-            remedy="update timm, or pip install 'huggingface_hub<1' beside an old one",
-        )
+    _check_options(options)
     figures = check_figures(card)
     config = read_config(Path(folder) / CONFIG)
     spec = config.spec
@@ -81,3 +66,23 @@ def push(folder: str | Path, repo_id: str, *, card: Mapping[str, object] | None 
         **options,
     )
     return f"hf-hub:{repo_id}"
+
+
+def _check_options(options: Mapping[str, object]) -> None:
+    """Raise ArtifactError for an option that the folder sets, or if the installed versions cannot push."""
+    refused = sorted(_OF_THE_FOLDER & set(options))
+    if refused:
+        option = refused[0]
+        raise ArtifactError.at(
+            f"push {option}=",
+            got=reprlib.repr(options[option]),
+            needed="no such option: the folder says it",
+            remedy="leave it out",
+        )
+    if not has_hf_hub():
+        raise ArtifactError.at(
+            "push",
+            got=f"timm {timm.__version__}, which cannot use huggingface_hub as it is installed",
+            needed="versions that fit each other",
+            remedy="update timm, or pip install 'huggingface_hub<1' beside an old one",
+        )

@@ -225,13 +225,17 @@ def _load(source: Source, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module
         feature_cfg=features,
         **kwargs,
     )
+    _write_settings(model, data, kwargs.get("img_size"))
+    return model
+
+
+def _write_settings(model: nn.Module, data: PretrainedCfg, img_size: Any) -> None:
+    """Write into a model's `pretrained_cfg` its first convolution, which timm was not told, and its image size."""
     settings: Any = model.pretrained_cfg
     settings["first_conv"] = data.first_conv
-    size = kwargs.get("img_size")
-    if size is not None:
-        sides = tuple(size) if isinstance(size, list | tuple) else (size, size)
+    if img_size is not None:
+        sides = tuple(img_size) if isinstance(img_size, list | tuple) else (img_size, img_size)
         write_input_size(model, (settings["input_size"][0], *sides))
-    return model
 
 
 def _build_for_file(

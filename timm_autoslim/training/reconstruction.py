@@ -189,10 +189,14 @@ def reconstruct(
         copy_from_first(pool, list(result.state_dict().values()))
         (images,) = pool([torch.tensor(float(lockstep.images), device=device)])
     _set_state(slim, result)
+    return Reconstruction(_sort_reports(reports, plan), int(images))
+
+
+def _sort_reports(reports: Sequence[LayerReconstruction], plan: Plan) -> tuple[LayerReconstruction, ...]:
+    """Add the reports of the layers that were not solved for, and put all in the order of the forward."""
     left = [_leave(layer, 0, layer.reason) for layer in plan.layers if layer.reason is not None]
     order = {name: index for index, name in enumerate(plan.stops)}
-    reports = sorted((*reports, *left), key=lambda report: order[report.name])
-    return Reconstruction(tuple(reports), int(images))
+    return tuple(sorted((*reports, *left), key=lambda report: order[report.name]))
 
 
 def _solve_in_turn(
