@@ -4,6 +4,7 @@ Nothing here imports torch before tests are collected: the process that only han
 """
 
 import gc
+import os
 
 import pytest
 
@@ -21,26 +22,34 @@ def _seed():
     torch.default_generator.manual_seed(0)  # torch.manual_seed formats a traceback at every call
 
 
-@pytest.fixture(autouse=True)
-def _once(request, monkeypatch):
-    """Do once what most tests do alike, to test something else."""
-    import timm
-    from helpers.once import create_once, draw_once, trace_once
-
-    from timm_autoslim.artifact import card
-    from timm_autoslim.supernet import convert
-
-    monkeypatch.setattr(timm, "create_model", create_once)
-    monkeypatch.setattr(card, "draw_channels", draw_once)
-    if not request.node.nodeid.startswith(TRACING):
-        monkeypatch.setattr(convert, "trace_model", trace_once)
-
-
 @pytest.fixture
 def terminal(capsys, monkeypatch):
     """Let standard error, which is captured, pass for a terminal: bars are shown nowhere else. Returns `capsys`."""
     monkeypatch.setattr("_pytest.capture.CaptureIO.isatty", lambda _: True, raising=False)  # of the test's own call
     return capsys
+
+
+def do_once():
+    """Do once what most tests do alike, to test something else."""
+    import timm
+    from helpers.once import count_once, create_once, draw_once
+
+    from timm_autoslim.artifact import card, hub
+
+    timm.create_model = create_once
+    card.draw_channels = draw_once
+    card.count_costs = hub.count_costs = count_once
+    os.fsync = lambda handle: None  # no test cuts the power
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Trace the same model once, but for tests of the tracing; fixtures of the module do as its tests."""
+    from helpers.once import trace_model, trace_once
+
+    from timm_autoslim.supernet import convert
+
+    convert.trace_model = trace_model if item.nodeid.startswith(TRACING) else trace_once
 
 
 def pytest_collection_modifyitems(items):
@@ -53,6 +62,7 @@ def pytest_collection_finish():
     import torch
 
     torch.set_num_threads(1)
+    do_once()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
     gc.enable()

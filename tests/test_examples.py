@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 import torch
+from helpers.marks import slow_but
 
 import timm_autoslim
 
@@ -52,7 +53,10 @@ def test_every_public_class_and_function_has_an_example(name):
     assert "\nExample:\n    >>> " in inspect.getdoc(PUBLIC[name])
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+LONG = ("slim", "reconstruct")  # each trains or searches for more than half a second
+
+
+@pytest.mark.parametrize("name", slow_but([name for name in EXAMPLES if name not in LONG], EXAMPLES))
 def test_examples_run_and_print_what_they_say(name):
     torch.manual_seed(0)
     lines = []

@@ -125,6 +125,7 @@ VALUES = st.integers(-2, 10) | st.lists(st.integers(-1, 9), max_size=3) | JUNK
 FIELDS = ["base", "base_args", "sizes", "attributes", "widths"]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.dictionaries(NAMES, SIZES, max_size=3),

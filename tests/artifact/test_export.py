@@ -97,6 +97,7 @@ def test_timm_can_save_a_loaded_model_itself(resnet, tmp_path):
 # ---- what a user changed after extraction
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", slow_but([7], [0, 7]))
 def test_a_new_head_is_recorded(classes, tmp_path):
     model = slim("resnet10t")

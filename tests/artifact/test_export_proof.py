@@ -8,6 +8,7 @@ import timm
 import torch
 import torchvision
 from helpers.comparisons import same, state
+from helpers.marks import slow_but
 from torch import nn
 
 import timm_autoslim
@@ -148,7 +149,7 @@ def _head(model):
         (_head, "fc: Doubled"),
     ],
 )
-@pytest.mark.parametrize("silent", [False, True])
+@pytest.mark.parametrize("silent", slow_but([True], [False, True]))
 def test_changes_by_hand_are_refused(resnet, edit, named, silent, tmp_path):
     model = copy.deepcopy(resnet)
     if silent:  # with branches and a head at zero, real weights would show nothing

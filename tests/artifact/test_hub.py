@@ -14,6 +14,7 @@ import torch
 import torchvision
 from helpers.comparisons import same, state
 from helpers.exported import image, load, needs_hub, slim
+from helpers.marks import slow_but
 from safetensors.torch import load_file
 
 import timm_autoslim
@@ -24,7 +25,10 @@ ROOT = Path(timm_autoslim.__file__).parent.parent
 pytestmark = needs_hub
 
 
-@pytest.fixture(scope="module", params=["resnet10t", "torchvision/squeezenet1_1"])
+BASES = ["resnet10t", "torchvision/squeezenet1_1"]
+
+
+@pytest.fixture(scope="module", params=slow_but(BASES[1:], BASES))
 def exported(request, tmp_path_factory):
     model = slim(request.param)
     return model, export(model, tmp_path_factory.mktemp("hub") / "out")

@@ -46,6 +46,7 @@ def test_a_folder_says_the_size_that_the_supernet_was_traced_with(name, tmp_path
     assert before["input_size"] == dict(supernet.model.pretrained_cfg)["input_size"] != (3, 64, 64)
 
 
+@pytest.mark.slow
 def test_at_the_size_of_the_base_its_test_size_stays(tmp_path):
     _, model = extract("resnet10t", None)
     folder = export(model.eval(), tmp_path / "out")

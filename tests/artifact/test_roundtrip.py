@@ -23,7 +23,7 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=slow_but(["resnet10t", "torchvision/squeezenet1_1"], MODELS))
+@pytest.fixture(scope="module", params=slow_but(["torchvision/squeezenet1_1"], MODELS))
 def trip(request, tmp_path_factory):
     """A calibrated half-wide model, its images, and the folder that it was exported to."""
     name = request.param

@@ -102,7 +102,9 @@ def test_published_mobilenet_v2(library, channels, published):
 
 @pytest.mark.parametrize("library", slow_but(["torchvision"], RESNET50))
 @pytest.mark.parametrize(
-    ("channels", "published"), [(RESNET50_570M, 570_087_056), (RESNET50_2G, 2_006_144_224)], ids=["570M", "2G"]
+    ("channels", "published"),
+    [pytest.param(RESNET50_570M, 570_087_056, marks=pytest.mark.slow), (RESNET50_2G, 2_006_144_224)],
+    ids=["570M", "2G"],
 )
 def test_published_resnet50(library, channels, published):
     model = on_meta(RESNET50[library])

@@ -1,4 +1,4 @@
-"""Do once what many tests do alike, to test something else: create a model, trace it, draw the figure of its card."""
+"""Do once what many tests do alike, to test something else: create a model, trace it, count and draw for its card."""
 
 import copy
 import functools
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 
-from timm_autoslim.artifact.card import draw_channels
+from timm_autoslim.artifact.card import count_costs, draw_channels
 from timm_autoslim.tracing.trace import trace_model
 
 _create_model = timm.create_model
 _MODELS, _LIMIT = {}, 12  # by name, arguments and random numbers: the model, and the random numbers after it
-_TRACES = {}
+_TRACES, _COSTS = {}, {}
 
 draw_once = functools.cache(draw_channels)  # bytes, from integers
 
@@ -71,3 +71,13 @@ def trace_once(*args):
     if key not in _TRACES:
         _TRACES[key] = trace_model(*args)
     return _TRACES[key]
+
+
+def count_once(*args):
+    """Do as `count_costs`, and return the earlier costs of a model of this outline."""
+    key = _outline(*args)
+    if key is None:
+        return count_costs(*args)
+    if key not in _COSTS:
+        _COSTS[key] = count_costs(*args)
+    return dict(_COSTS[key])

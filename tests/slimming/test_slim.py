@@ -143,10 +143,12 @@ def test_stages_know_the_gradients_of_their_own_networks():
     assert all(parameter.grad is None for parameter in smaller.parameters())
 
 
+@pytest.mark.slow
 def test_a_budget_object_stands_for_itself():
     model, batches = make_model(), make_batches()
     limit = cost(convert(model, batches[0][0])).macs // 2
-    smaller = slim(model, Budget((("macs", float(limit)),)), batches, cross_entropy, progress=False, order=None)
+    budget = Budget((("macs", float(limit)),))
+    smaller = slim(model, budget, batches, cross_entropy, divisor=4, progress=False, order=None)
     assert cost(convert(smaller, batches[0][0])).macs <= limit
 
 
@@ -293,7 +295,7 @@ def test_one_image_in_all_is_refused():
         slim(make_model(), "80%", make_batches(1, 1), cross_entropy, progress=False)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("layout", [pytest.param(torch.contiguous_format, marks=pytest.mark.slow), torch.channels_last])
 def test_weights_come_back_in_the_layout_that_they_had(layout):
     model = make_model().to(memory_format=layout)
     layouts = [weight.is_contiguous() for weight in model.parameters()]

@@ -42,7 +42,7 @@ def together(count, work):
     return results
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(["fast", "evolutionary"], METHODS))
 @pytest.mark.parametrize("count", slow_but([3], [2, 3]))
 def test_a_team_finds_what_one_finds_and_shares_the_work(method, count):
     alone = METHODS[method](one := make_supernet(), held_out(one))
@@ -89,7 +89,7 @@ def test_a_team_goes_by_the_times_of_its_first_process(method):
     assert not clocks[1].asked + clocks[2].asked
 
 
-@pytest.mark.parametrize("mode", ["fast", "reference"])
+@pytest.mark.parametrize("mode", slow_but(["fast"], ["fast", "reference"]))
 def test_a_team_and_a_resumed_search_find_the_same_where_no_first_step_saves(mode):
     scores = {}
 

@@ -189,6 +189,7 @@ def test_what_a_module_keeps_of_the_weights_of_another_is_forgotten(images):
     torch.testing.assert_close(supernet(images), expected, rtol=ROUNDING, atol=ROUNDING)
 
 
+@pytest.mark.slow
 def test_channels_that_a_shuffle_matches_by_position_stay_where_they_are():
     member = Member("torchvision", "shufflenet_v2_x0_5")
     model, images = member.build().double(), member.images().double()

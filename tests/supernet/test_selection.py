@@ -74,10 +74,10 @@ def test_a_copy_of_a_unit_comes_after_all_that_say_something_new():
 
 @pytest.mark.parametrize(("name", "kwargs", "size"), [
     ("resnet10t", {"channels": (16, 16, 32, 32), "stem_width": 8}, 32),
-    ("densenet121", {"block_config": (1, 1, 1, 1), "growth_rate": 8}, 32),
+    pytest.param("densenet121", {"block_config": (1, 1, 1, 1), "growth_rate": 8}, 32, marks=pytest.mark.slow),
     ("vit_tiny_patch16_224", {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3}, 32),
     pytest.param("mobilenetv3_small_050", {}, 32, marks=pytest.mark.slow),
-    ("test_convnext", {}, 64),
+    pytest.param("test_convnext", {}, 64, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_the_model_computes_the_same_and_is_left_alone(name, kwargs, size):
     torch.manual_seed(0)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import timm
 import torch
+from helpers.marks import slow_but
 from helpers.models import TwoGroups
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -53,7 +54,7 @@ def list_groups(model, **options):
     return [([id(p) for p in group["params"]], {k: v for k, v in group.items() if k != "params"}) for group in groups]
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=slow_but(list(MODELS)[:5], MODELS))
 def supernet(request):
     return convert(*MODELS[request.param]())
 

@@ -121,18 +121,16 @@ class Checking(nn.Module):
     def __init__(self, checks):
         super().__init__()
         self.checks = checks
-        self.layers = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in ((3, 32), (32, 36), (36, 40), (40, 48)))
-        self.head = nn.Linear(48, 5)
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in ((3, 8), (8, 9), (9, 10), (10, 12)))
+        self.head = nn.Linear(12, 5)
 
     def forward(self, x):
         for layer in self.layers:
             y = layer(x).relu()
             c, d = x.shape[1], y.shape[1]
             for _ in range(self.checks):
-                assert c > 0
-                assert c * d > 0
-                assert c + 2 * d < 10**6
-                assert (c * d) % 1 == 0
+                if not (c > 0 and c * d > 0 and c + 2 * d < 10**6 and (c * d) % 1 == 0):
+                    raise ValueError  # no assert: pytest's would lead the search for outer state through all of pytest
             x = y
         return self.head(x.mean((2, 3)))
 
@@ -149,7 +147,8 @@ def test_equal_questions_are_answered_once(monkeypatch):
             for layer in self.layers:
                 x = layer(x).relu()
                 for _ in range(self.checks):
-                    assert x.shape[1] ** 2 >= 4
+                    if x.shape[1] ** 2 < 4:
+                        raise ValueError
             return self.head(x.mean((2, 3)))
 
     tries = []
@@ -157,4 +156,4 @@ def test_equal_questions_are_answered_once(monkeypatch):
     monkeypatch.setattr(Check, "find_answer", lambda check, get: tries.append(0) or find_answer(check, get))
     space = convert(Asking(10), torch.zeros(1, 3, 4, 4)).space
     assert [group.floor for group in space.groups] == [2, 2, 2, 2]
-    assert len(tries) <= 2 * (32 + 36 + 40 + 48)  # convert may trace twice
+    assert len(tries) <= 2 * (8 + 9 + 10 + 12)  # convert may trace twice

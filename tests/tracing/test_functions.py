@@ -41,7 +41,10 @@ def test_ordinary_numbers_stay():
 def test_convert_puts_the_functions_back():
     class Rooted(nn.Linear):
         def forward(self, x):
-            assert math.sqrt in MATH.values()
+            if (
+                math.sqrt not in MATH.values()
+            ):  # no assert: pytest's would lead the search for outer state through pytest
+                raise RuntimeError
             return super().forward(x) / math.sqrt(x.shape[1])
 
     before = dict(vars(math))

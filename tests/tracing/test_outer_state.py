@@ -220,6 +220,7 @@ KEEPERS = [
     OnClass, OnDevice, LastOnClass, NewOnClass, InModule, LastInModule, Shapes, ShapesInDict, CachedMethod, InClosure,
     InDefault, InObject, InOtherModule, InInstance, ShapesInInstance,
 ]  # fmt: skip
+QUICK = [LastOnClass, InModule, Shapes, ShapesInDict, CachedMethod, InClosure, InObject, ShapesInInstance]
 
 
 def read_state():
@@ -255,7 +256,7 @@ def empty_all():
 
 
 @pytest.mark.parametrize("runs", slow_but(["a run before"], ["no run before", "a run before"]))
-@pytest.mark.parametrize("kind", KEEPERS)
+@pytest.mark.parametrize("kind", slow_but(QUICK, KEEPERS))
 def test_a_trace_leaves_nothing_behind_and_finds_the_same_after_a_run(kind, runs):
     empty_all()
     torch.manual_seed(0)

@@ -36,7 +36,7 @@ from timm_autoslim.errors import TraceError
 
 def compiled_in_place():
     model = make_net()
-    model.b.compile()
+    model.b.compile(backend="eager")
     return model
 
 
@@ -78,10 +78,12 @@ def built_for_inference():
 # a builder of the model, and the beginnings of two parts of the error: what was got, and the remedy
 REFUSED = {
     "torch.compile": (
-        lambda: torch.compile(make_net()), "the model: got a module compiled by torch.compile", "convert its `_orig_mod"
+        lambda: torch.compile(make_net(), backend="eager"),
+        "the model: got a module compiled by torch.compile", "convert its `_orig_mod"
     ),
     "torch.compile of a part": (
-        lambda: make_net(torch.compile(make_conv())), "a: got a module compiled by torch.compile", "convert its `_orig"
+        lambda: make_net(torch.compile(make_conv(), backend="eager")),
+        "a: got a module compiled by torch.compile", "convert its `_orig"
     ),
     "compile()": (
         compiled_in_place, r"b: got a module compiled in place by Module.compile\(\)", "convert the model before comp"

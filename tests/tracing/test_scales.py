@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from helpers.marks import slow_but
 from helpers.models import randomise
 from torch import nn
 from torch.nn import functional as F
@@ -134,7 +135,13 @@ def attend_keys(s, q, k):
     return divide(s, q, k).softmax(-1) @ k
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+QUICK = [
+    "scale", "divisor", "two quarters", "root of an attribute", "module", "buffer in place", "sdpa",
+    "size of an attribute", "einsum", "rotated", "after a mask",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", slow_but(QUICK, SPELLINGS))
 def test_a_scale_follows_in_every_spelling(name):
     scores, attributes = SPELLINGS[name]
     model, expected = make(scores, **attributes), make(attend_keys if "sdpa" in name else divide)

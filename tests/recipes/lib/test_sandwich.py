@@ -37,6 +37,12 @@ def run_step(folder, supernet, *argv, teacher=None):
     return torch.cat(flat).tolist(), sandwich, inputs
 
 
+@pytest.fixture(scope="module")
+def before(tmp_path_factory, supernet):
+    """The losses of a step with the default options."""
+    return run_step(tmp_path_factory.mktemp("before"), supernet)[0]
+
+
 @pytest.mark.parametrize(
     ("flags", "differ"),
     [
@@ -51,14 +57,12 @@ def run_step(folder, supernet, *argv, teacher=None):
         ("--smoothing 0.3", [0]),
     ],
 )
-def test_an_option_changes_what_it_says_and_nothing_else(tmp_path, supernet, flags, differ):
-    before, _, _ = run_step(tmp_path, supernet)
+def test_an_option_changes_what_it_says_and_nothing_else(tmp_path, supernet, before, flags, differ):
     after, _, _ = run_step(tmp_path, supernet, *flags.split())
     assert [index for index in range(4) if before[index] != after[index]] == differ
 
 
-def test_the_delay_trains_the_widest_alone(tmp_path, supernet):
-    before, _, _ = run_step(tmp_path, supernet)
+def test_the_delay_trains_the_widest_alone(tmp_path, supernet, before):
     after, sandwich, inputs = run_step(tmp_path, supernet, "--sandwich-delay", "0.8")
     assert after[0] == before[0]
     targets = torch.zeros(8, dtype=torch.long)
@@ -130,7 +134,9 @@ def collect_gradients(supernet):
     return flat
 
 
-@pytest.mark.parametrize("flags", [(), ("--distill-temperature", "3"), ("--teacher", "outside")])
+@pytest.mark.parametrize(
+    "flags", [(), pytest.param(("--distill-temperature", "3"), marks=pytest.mark.slow), ("--teacher", "outside")]
+)
 def test_a_training_is_distilled(tmp_path, monkeypatch, flags):
     if "--teacher" in flags:
         save_teacher(tmp_path / "outside")

@@ -172,7 +172,12 @@ USES = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "layers", "bidirectional"), [(nn.LSTM, 1, False), (nn.LSTM, 2, True), (nn.GRU, 1, True)]
+    ("kind", "layers", "bidirectional"),
+    [
+        pytest.param(nn.LSTM, 1, False, marks=pytest.mark.slow),
+        (nn.LSTM, 2, True),
+        pytest.param(nn.GRU, 1, True, marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize("use", USES)
 def test_the_states_of_a_layer_have_its_channels(kind, layers, bidirectional, use):
