@@ -235,11 +235,17 @@ class Slimming:
         accelerator.wait_for_everyone()
 
     def _plan(self, supernet: Supernet) -> list[Stage]:
+        """Return the searches: the metrics in the order of --budgets, which later budgets leave as it is.
+
+        Of the same metrics the widest comes first, for the next search goes on from there.
+        """
         team = Team(self.accelerator.process_index, self.accelerator.num_processes, gather_object)
         conditions = make_conditions(self.args, self.args.budgets, team)
-        budgets = dict.fromkeys(parse_budgets(supernet, self.args.budgets, conditions=conditions))
-        widest = count_widest(supernet, list(budgets), conditions)
-        budgets_in_order = sorted(budgets, key=lambda budget: budget.used(widest))
+        texts = self.args.budgets
+        budgets = [budget for text in texts for budget in parse_budgets(supernet, [text], conditions=conditions)]
+        widest = count_widest(supernet, budgets, conditions)
+        places = {metrics: place for place, metrics in enumerate(dict.fromkeys(frozenset(b.metrics) for b in budgets))}
+        budgets_in_order = sorted(dict.fromkeys(budgets), key=lambda b: (places[frozenset(b.metrics)], b.used(widest)))
         return plan_stages(budgets_in_order, widest, from_widest=bool(self.args.choices or self.args.min_width))
 
     def _count_images(self) -> Counts:

@@ -331,15 +331,15 @@ def test_flags_that_are_left_out_are_as_before(finished, capsys):
 @pytest.mark.slow
 def test_a_budget_in_another_metric_may_follow_and_is_searched_from_the_original(finished, weights, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "mine")
-    budgets = ("--budgets", "macs=60%", "macs=40%", "params=70%")  # which leaves the most, and so comes first
+    budgets = ("--budgets", "macs=60%", "macs=40%", "params=70%")  # which leaves the most, and yet comes last
     slim.main(make_command(tmp_path, weights, *budgets))
     shown = capsys.readouterr().out
-    assert "Plan: params<=70% from the original; macs<=60% from the original; macs<=40% from macs<=60%." in shown
+    assert "Plan: macs<=60% from the original; macs<=40% from macs<=60%; params<=70% from the original." in shown
     assert f"export {FIRST} (done before)" in shown
     assert f"export {SECOND} (done before)" in shown
     lines = (tmp_path / "mine" / "table.md").read_text().splitlines()
     rows = [line.split("|")[1].strip() for line in lines if line.startswith("|")]
-    assert rows[2:] == ["original", "params-70pct-searched", FIRST, SECOND]
+    assert rows[2:] == ["original", FIRST, SECOND, "params-70pct-searched"]
 
 
 @pytest.mark.slow
