@@ -12,6 +12,7 @@ from timm_autoslim.slimming.figures import (
     INK,
     QUIET,
     _join_small,
+    _make_rows,
     draw_descent,
     draw_losses,
     find_network,
@@ -64,8 +65,25 @@ def test_axes_and_legends_are_in_the_field_s_words(results):
     losses, modules = (FIGURES[name][0](results) for name in ("losses", "modules"))
     assert [ax.get_xlabel() for ax in losses.axes] == ["million MACs", "million parameters"]
     assert losses.axes[0].get_ylabel() == "held-out loss"
-    labels = [text.get_text() for text in modules.axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in modules.legends[0].get_texts()]
     assert labels == ["original", "searched macs<=60%", "searched params<=40%"]
+
+
+def test_legends_are_at_the_left_above_the_axes_for_phones(results):
+    for name in ("widths", "losses", "modules"):
+        figure = FIGURES[name][0](results)
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box, width = legend.get_window_extent(), figure.get_window_extent().width
+        assert box.x0 < 0.1 * width
+        assert all(box.y0 >= ax.get_window_extent().y1 for ax in figure.axes)
+
+
+@pytest.mark.parametrize(("rows", "shown"), [(10, False), (80, True)])
+def test_a_tall_figure_has_its_axis_at_the_top_too(rows, shown):
+    figure, axes = _make_rows(rows)
+    figure.draw_without_rendering()
+    assert axes[0].xaxis.get_tick_params()["labeltop"] is shown
 
 
 def test_pictures_follow_the_reader_s_light_or_dark_page_and_are_the_same_every_time(results):

@@ -25,6 +25,7 @@ COLOURS = {
     SEARCHED: "#c0392b", "uniform": "#2c6fbb", "random": "#7f8c8d", "evolutionary": "#27853f", "importance": "#b7791f",
 }  # fmt: skip
 
+_TALL = 30  # rows from which on a figure of bars has its axis at the top as well
 MANY, SMALL = 40, 0.005  # modules from which on those below this share of the MACs stand in one row
 
 
@@ -104,7 +105,15 @@ def _make_rows(count: int, columns: int = 1) -> tuple[Drawing, list[Axes]]:
     for ax in axes:
         ax.set_ylim(count - 0.4, -0.6)
         ax.tick_params(axis="y", length=0)
+        if count > _TALL:
+            ax.tick_params(axis="x", top=True, labeltop=True)
     return figure, axes
+
+
+def _put_legend_above(figure: Drawing, ax: Axes) -> None:
+    """Put the legend above the axes, at the left: a phone shows that part of a wide figure first."""
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=2 if max(map(len, labels)) > 20 else 4, fontsize=9, loc="outside upper left")
 
 
 @_draw
@@ -126,8 +135,7 @@ def draw_widths(results: Sequence[SearchResult]) -> Drawing:
         ax.set_xlabel("share of the width")
     # groups of 8 and of 2,000 channels stand below each other: shares tell what each has left, names its width
     axes[0].set_yticks(place, [f"{name}  {size}" for name, size in sizes.items()], fontsize=8)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=3, fontsize=9, loc="outside upper left")
+    _put_legend_above(figure, axes[0])
     return figure
 
 
@@ -180,7 +188,7 @@ def draw_losses(results: Sequence[SearchResult]) -> Drawing:
         ax.set_xlabel(metric.label)
         ax.grid(color=QUIET, alpha=0.5)
         ax.set_ylabel(name_loss(results) if name == "macs" else "")
-    ax.legend(fontsize=8)
+    _put_legend_above(figure, ax)
     return figure
 
 
@@ -202,7 +210,7 @@ def draw_modules(results: Sequence[SearchResult]) -> Drawing:
         )  # fmt: skip
     ax.set_yticks(place, list(widest), fontsize=8)
     ax.set_xlabel(macs.label)
-    ax.legend(fontsize=8)
+    _put_legend_above(figure, ax)
     return figure
 
 

@@ -150,6 +150,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3em .8em; text-align: right; border-bottom: 1px solid #ddd; }
 th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; } td { white-space: nowrap; }
 tr.searched td { font-weight: 600; }
+@media (max-width: 600px) { th, td { padding: .3em .5em; } td:first-child { white-space: normal; min-width: 6em; } }
 @media (prefers-color-scheme: dark) {
   :root { --page: #16181b; --shadow: #fff4; }
   body { color: #ddd; background: var(--page); } p { color: #aaa; } th, td { border-color: #3a3f45; }
