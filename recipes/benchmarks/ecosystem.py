@@ -8,7 +8,7 @@ Packages that are not installed are skipped, and named. No weights are downloade
 weights. Each is converted twice, as it is built and after a forward, and both must have the same search space. The
 widest subnet must give the model's outputs, and it, one of half width and a random one those of their extracted models,
 bit for bit, in evaluation mode. A model that keeps more than 0.35 of its MACs at half width is converted once more, and
-keeps the channels of its results alone (`keep_output=`: logits, boxes, similarities), while the features that it
+keeps the channels of its results alone (`keep_output=`: logits, boxes, scores), while the features that it
 returns may be narrower. So are models that return nothing but features; those whose results have no such names are not.
 
 One process for each model (forked, so that nothing is imported twice), with limits of memory and time. Results are one
@@ -39,6 +39,7 @@ from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, p
 
 GOAL = 0.35  # of the MACs at half width
 RESULTS = ("logits*", "pred_boxes*", "pred_logits*", "*_logits")  # names of outputs that are results
+DETECTORS = {"ultralytics": ("0", "*boxes", "*scores")}  # by package; their losses read the sizes alone of other maps
 FEATURES = {  # by package, how the names of classes end whose outputs are features
     "transformers": ("Model", "Backbone"),
     "monai": ("ViT",),
@@ -105,9 +106,10 @@ def measure_features(name: str) -> dict[str, Any]:
     model, example = build(name)
     with torch.no_grad():
         outputs = call(model, example)
+    package = name.partition(": ")[0]
     names = list(outputs) if isinstance(outputs, Mapping) else []  # as those of transformers are
-    kept = [glob for glob in RESULTS if fnmatch.filter(names, glob)]
-    if not kept and not type(model).__name__.endswith(FEATURES.get(name.partition(": ")[0], ())):
+    kept = [glob for glob in RESULTS if fnmatch.filter(names, glob)] or list(DETECTORS.get(package, ()))
+    if not kept and not type(model).__name__.endswith(FEATURES.get(package, ())):
         return {}
     row: dict[str, Any] = {"results": kept}
     try:

@@ -171,3 +171,39 @@ def test_a_number_that_the_forward_reads_too_counts_what_the_trace_saw():
     found = slim[1].scores(slim[0](rows) * slim[1].inner(slim[0](rows)).amax(-1, keepdim=True))
     picked = found[torch.arange(2)[:, None], outputs[..., 1].long(), outputs[..., 2].long()]
     assert torch.equal(picked, outputs[..., 0])
+
+
+class Halves(nn.Module):
+    """Splits its channels in two as ultralytics' C2f does; exporters take `forward_split` for its forward."""
+
+    def __init__(self, channels, c):
+        super().__init__()
+        self.c = c
+        self.wide, self.narrow = nn.Conv2d(channels, 2 * c, 1), nn.Conv2d(3 * c, channels, 1)
+        self.inner = nn.Sequential(nn.Conv2d(c, c, 1), nn.ReLU(), nn.Conv2d(c, c, 1))  # the first is as wide as c
+
+    def forward(self, x):
+        parts = list(self.wide(x).chunk(2, 1))
+        return self.narrow(torch.cat([*parts, self.inner(parts[-1])], 1))
+
+    def forward_split(self, x):
+        parts = list(self.wide(x).split((self.c, self.c), 1))
+        return self.narrow(torch.cat([*parts, self.inner(parts[-1])], 1))
+
+    def forward_failing(self, x):
+        return x.view(self.c, 7)
+
+    def forward_with_more(self, x, more):
+        return x[:, : self.c] + more
+
+
+def test_methods_that_take_the_place_of_a_forward_read_the_right_channels():
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), Halves(16, 8), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    supernet = convert(model, images)
+    generator = torch.Generator().manual_seed(0)
+    for widths in (supernet.space.min(), *(supernet.space.sample(generator) for _ in range(4))):
+        slim = supernet.extract(widths)
+        expected = slim(images)
+        slim[1].forward = slim[1].forward_split
+        assert torch.equal(slim(images), expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType
@@ -53,6 +53,44 @@ def _list_names_run(cls: type) -> frozenset[str]:
     return frozenset(
         name for method in reach_names(["forward"], methods, methods.__getitem__) for name in methods[method]
     )
+
+
+def list_other_forwards(model: nn.Module, bound: Collection[str]) -> dict[str, list[str]]:
+    """Return the methods that may take the place of a module's forward, as for exports, and the modules that have them.
+
+    They are called `forward_...`, take what the forward takes, and read an attribute that the forward does not.
+
+    Args:
+        model: the model.
+        bound: paths of the attributes that are bound already.
+    """
+    forwards: dict[str, list[str]] = {}
+    replacements = {kind: _list_replacements(kind) for kind in {type(module) for module in model.modules()}}
+    for path, module in model.named_modules():
+        for name, attributes in replacements[type(module)].items():
+            paths = [f"{path}.{a}" if path else a for a, v in vars(module).items() if a in attributes and _is_size(v)]
+            if any(p not in bound for p in paths):
+                forwards.setdefault(name, []).append(path)
+    return forwards
+
+
+def _list_replacements(cls: type) -> dict[str, frozenset[str]]:
+    """Return the methods of a class that may take the place of its forward, and the names that each mentions."""
+    if cls.__module__.startswith("torch."):
+        return {}
+    methods = _list_methods(cls)
+    reached = reach_names(["forward"], methods, methods.__getitem__)
+    names = [name for name in methods if name.startswith("forward_") and name not in reached]
+    arguments = {name: _list_arguments(getattr(cls, name)) for name in ("forward", *names)}
+    return {n: frozenset(methods[n] - _list_names_run(cls)) for n in names if arguments[n] == arguments["forward"]}
+
+
+def _list_arguments(method: Any) -> list[str]:
+    return list(inspect.signature(method).parameters)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 1
 
 
 def _list_methods(cls: type) -> dict[str, set[str]]:
@@ -153,5 +191,5 @@ def _list_integers(name: str, value: Any) -> Iterator[tuple[str, int]]:
     if isinstance(value, list | tuple) and all(isinstance(item, int) for item in value):
         items = [(f"{name}.{i}", item) for i, item in enumerate(value)]
     for path, item in items:
-        if isinstance(item, int) and not isinstance(item, bool) and item > 1:
+        if _is_size(item):
             yield path, int(item)

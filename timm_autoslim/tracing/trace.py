@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,9 +29,9 @@ from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.heads import HeadBinder
 from timm_autoslim.tracing.label_recorder import LabelRecorder, RunRecord
-from timm_autoslim.tracing.labels import Label
+from timm_autoslim.tracing.labels import AttributeUse, Label
 from timm_autoslim.tracing.observe import observe
-from timm_autoslim.tracing.other_methods import Surroundings
+from timm_autoslim.tracing.other_methods import Surroundings, list_other_forwards
 from timm_autoslim.tracing.outer_state import OuterState, with_empty_caches
 from timm_autoslim.tracing.prove import Prover
 from timm_autoslim.tracing.record import Recorder
@@ -83,6 +83,7 @@ class Tracer:
         copy: the meta copy that runs.
         tensors: its parameters, buffers and tensor attributes by name.
         labels: by the name of a floating point tensor, one label for each axis.
+        atoms_of_weights: how many atoms these labels have.
         describer: it collects the attributes that only describe modules.
         recorder: it runs the copy.
         records: the runs so far.
@@ -105,6 +106,7 @@ class Tracer:
         self.outputs: dict[str, None] = {}
         self.doubles = doubles
         self.batches = {False: count_images(example), True: count_images(example) * (2 if doubles else 1)}
+        self.whole_heads = tuple(whole_heads)
         self.flow = Flow(whole_heads)
         self.flow.images = self.batches[False] if doubles else 1
         self.copy = copy_to_meta(model)
@@ -117,6 +119,7 @@ class Tracer:
         self.tensors = named_tensors(self.copy)
         self.numbers = {name: factor for name, factor in find_number_tensors(model).items() if name in self.tensors}
         self.labels = {n: self._label_tensor(n, t) for n, t in self.tensors.items() if t.is_floating_point()}
+        self.atoms_of_weights = len(self.flow.atoms)
         self.describer = Describer(self.flow, self.copy)
         data = named_tensors(model)
         foreign_ids = frozenset(map(id, data.values()))
@@ -162,6 +165,7 @@ class Tracer:
         unsaved = self.labels.keys() - set(self.copy.state_dict())
         constrain_unsaved(self.copy, self.labels, unsaved, self.flow.constraints)
         described = self.describer
+        described.uses += self._find_uses_elsewhere(outer)
         uses = [*self.flow.constraints.attributes, *described.uses]
         described.uses += Surroundings(self.copy, uses, described.inputs, described.outputs, self.labels).find_uses()
         graph = freeze_refilled(freeze_tables(self._solve(), self.labels), self.model, self.labels, unsaved)
@@ -182,6 +186,30 @@ class Tracer:
         shapes = self.recorder.input_shapes
         repairs = [*notes, *repairs]
         return Trace(graph, unruled, tuple(repairs), positional, example, self.doubles, written, constants, shapes)
+
+    def _find_uses_elsewhere(self, outer: OuterState) -> list[AttributeUse]:
+        """Return the uses of attributes in methods that may take the place of a forward, from traces with these."""
+        bound = {use.path for use in (*self.flow.constraints.attributes, *self.describer.uses)}
+        uses: list[AttributeUse] = []
+        for name, paths in list_other_forwards(self.copy, bound).items():
+            other = Tracer(self.model, self.example, self.keep_output, self.whole_heads, self.doubles)
+            for path in paths:
+                module = other.copy.get_submodule(path)
+                module.__dict__["forward"] = getattr(module, name)
+            outer.empty_caches(other.copy)
+            with contextlib.suppress(TraceError):
+                other._record(training=False)
+                uses += [use for use in other.list_uses_of_weights() if use.path not in bound]
+        outer.empty_caches(self.copy)
+        return uses
+
+    def list_uses_of_weights(self) -> Iterator[AttributeUse]:
+        """Yield the attributes that count channels of weights, by atoms that are the same in every trace."""
+        for use in self.flow.constraints.attributes:
+            if use.vector is not None:
+                vector = self.flow.atoms.find(use.vector)  # the smallest atoms; those of weights are created first
+                if vector.max() < self.atoms_of_weights:
+                    yield replace(use, vector=vector)
 
     def _check_outputs(self) -> None:
         """Make sure that every glob of `keep_output` has matched an output."""
