@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_autoslim import calibrate, reconstruct, soft_cross_entropy
+from timm_autoslim.recipes.benchmarks.lib.fastnas import search_fastnas
 from timm_autoslim.recipes.benchmarks.lib.fitting import Loss, Pictures, fit
 from timm_autoslim.recipes.benchmarks.lib.images import find_part, measure_top1, read_images
 from timm_autoslim.recipes.benchmarks.lib.pretrained_tables import (
@@ -59,6 +60,8 @@ TRAINED, HELD_OUT, PARTS, RANKED = 10_000, 500, 4, 2_000
 RATE, BATCH, SMOOTHING, TEMPERATURE = 1e-3, 64, 0.1, 2.0
 # Starts and teachers, what matters most first; None is the mark of a job that measures without training.
 TRAININGS = (("reconstructed", "original"), ("cut", "labels"), ("reconstructed", "labels"), ("cut", "original"))
+# ModelOpt needs a package of its own, and is measured where it is named.
+WAYS = METHODS | {"ModelOpt, fastnas": search_fastnas}
 # The end of a method's name by the epochs that the network of the first share is trained for.
 STAGES = {", stages": max(EPOCHS), ", short stages": min(EPOCHS)}
 
@@ -140,7 +143,7 @@ def make_loss(teacher: nn.Module | None) -> Loss:
     return measure
 
 
-def train(model: nn.Module, data: Data, teacher: nn.Module | None, epochs: int, seed: int) -> None:
+def train(model: nn.Module, data: Data, teacher: nn.Module | None, epochs: float, seed: int) -> None:
     """Fine-tune with AdamW and a cosine, the same for all networks."""
     graphed: Any = {"capturable": True} if data.pictures.padded.is_cuda else {}
     make = functools.partial(torch.optim.AdamW, weight_decay=0.01, **graphed)
@@ -205,11 +208,11 @@ class Job:
         unseen = count_forwards(network.model, network.supernet, self.data.batches)
         return count_effort(act, self.original_macs)[1] + Effort(compute=unseen / self.original_macs)
 
-    def train(self, model: nn.Module, teacher: str, epochs: int) -> Effort:
+    def train(self, model: nn.Module, teacher: str, epochs: float) -> Effort:
         """Train a network in place."""
         share, start = count_macs(model, self.image) / self.original_macs, time.process_time()
         train(model, self.data, self.original if teacher == "original" else None, epochs, self.seed)
-        count = epochs * (len(self.data.pictures.targets) // BATCH * BATCH)
+        count = round(epochs * (len(self.data.pictures.targets) // BATCH)) * BATCH
         return Effort(time.process_time() - start, count * (3 * share + (teacher == "original")))
 
     def first_path(self, epochs: int) -> Path:
@@ -226,7 +229,7 @@ class Job:
             model, effort = self.take_first(epochs)
             shares = SHARES[1:]
         scaled = tuple(share * self.original_macs / count_macs(model, self.image) for share in shares)
-        networks = METHODS[name](make_task(model, self.data, scaled, self.seed))
+        networks = WAYS[name](make_task(model, self.data, scaled, self.seed))
         for share in shares:
             network, more = count_effort(lambda: next(networks), self.original_macs)
             effort += more + Effort(compute=network.unseen / self.original_macs)
@@ -250,28 +253,38 @@ class Job:
         torch.save((model.eval(), (effort.seconds, effort.compute)), self.first_path(epochs))
 
 
-def plan(method: str, args: argparse.Namespace) -> list[tuple[float, str, str, int]]:
+def list_starts(method: str, args: argparse.Namespace) -> list[str]:
+    """Return the starts of a method; no supernet of ours is known that a network of ModelOpt is a subnet of."""
+    return [start for start in args.starts if start == "cut" or not method.startswith("ModelOpt")]
+
+
+def is_theirs(method: str) -> bool:
+    """Return whether a method is one of another package."""
+    return method.startswith(("torch-pruning", "ModelOpt"))
+
+
+def plan(method: str, args: argparse.Namespace) -> list[tuple[float, str, str, float]]:
     """Return the trainings of a method: share, start, teacher and epochs, what matters most first."""
-    usual = "cut" if method.startswith("torch-pruning") else "reconstructed"
+    usual = "cut" if is_theirs(method) else "reconstructed"
     shares = SHARES[1:] if split_stages(method)[1] else SHARES
     return [
         (share, start, teacher, count)
         for start, teacher in TRAININGS
-        if start in args.starts and teacher in args.teachers and (start == usual or args.all_starts)
+        if start in list_starts(method, args) and teacher in args.teachers and (start == usual or args.all_starts)
         for share, count in args.trainings
         if share in shares
     ]
 
 
-def measure_job(job: Job, trainings: list[tuple[float, str, str, int]]) -> Iterator[Row]:
+def measure_job(job: Job, trainings: list[tuple[float, str, str, float]]) -> Iterator[Row]:
     """Find the networks of a method, measure them, and train them."""
     starts: dict[tuple[float, str], tuple[nn.Module, Effort]] = {}
-    theirs = job.method.startswith("torch-pruning")
+    theirs, begin = is_theirs(job.method), list_starts(job.method, job.args)
     for share, model, cut, effort in job.find():
-        network = adopt(model, cut, job.image) if theirs and "reconstructed" in job.args.starts else cut
+        network = adopt(model, cut, job.image) if theirs and "reconstructed" in begin else cut
         calibrate(network.model, job.data.batches)
         macs, params = count_macs(network.model, job.image), sum(p.numel() for p in network.model.parameters())
-        for start in job.args.starts:
+        for start in begin:
             took = job.reconstruct(network) if start == "reconstructed" else Effort()
             starts[share, start] = copy.deepcopy(network.model), effort + took
             yield {"method": job.method, "seed": job.seed, "share": share, "start": start, "teacher": None, "epochs": 0,
@@ -283,7 +296,7 @@ def measure_job(job: Job, trainings: list[tuple[float, str, str, int]]) -> Itera
         model, effort = copy.deepcopy(starts[share, start][0]), starts[share, start][1]
         effort += job.train(model, teacher, count)
         if (share, teacher) == (SHARES[0], "original") and count in EPOCHS and (start == "cut") == theirs:
-            job.keep_first(model, effort, count)
+            job.keep_first(model, effort, int(count))
         yield {"method": job.method, "seed": job.seed, "share": share, "start": start, "teacher": teacher,
                "epochs": count, "top1": measure_top1(model, job.data.test),
                "seconds": effort.seconds, "compute": effort.compute}  # fmt: skip
@@ -296,12 +309,12 @@ def make_job(method: str, seed: int, args: argparse.Namespace) -> Job:
     return Job(method, seed, args, data, original, image, count_macs(original, image))
 
 
-def read_training(text: str) -> tuple[float, int]:
+def read_training(text: str) -> tuple[float, float]:
     """Return the share and the epochs of a training that is written as "0.25:5"."""
     share, _, count = text.partition(":")
     if float(share) not in SHARES:
         raise argparse.ArgumentTypeError(f"{text}: the share is one of {SHARES}")
-    return float(share), int(count)
+    return float(share), int(count) if count.isdecimal() else float(count)
 
 
 def run_job(job: tuple[str, int], args: argparse.Namespace) -> None:
@@ -355,7 +368,7 @@ def main() -> None:
     parser = make_parser(__doc__, "docs/results/pretrained.jsonl")
     stages = [name + suffix for suffix in STAGES for name in ("searched", "torch-pruning, taylor")]
     parser.add_argument("--figure", type=Path, help="draw accuracy against compute into this file")
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, *stages], choices=[*METHODS, *stages])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, *stages], choices=[*WAYS, *stages])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default="tf_efficientnet_lite0")
     parser.add_argument("--model-kwargs", type=json.loads, default={}, metavar="JSON", help="further arguments of it")

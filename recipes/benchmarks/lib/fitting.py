@@ -119,7 +119,7 @@ class TrainingStep:
 
 def fit(
     model: nn.Module, pictures: Pictures, prepare: Callable[[Tensor], Tensor], loss: Loss,
-    make_optimizer: Callable[..., torch.optim.Optimizer], *, epochs: int, batch: int, rate: float, warmup: float = 0,
+    make_optimizer: Callable[..., torch.optim.Optimizer], *, epochs: float, batch: int, rate: float, warmup: float = 0,
     count: int | None = None, seed: int = 0, on_epoch: Callable[[int, float], None] | None = None,
     checkpoint: Path | None = None, every: int | None = None,
 ) -> int:  # fmt: skip
@@ -131,7 +131,8 @@ def fit(
         prepare: makes inputs (N, 3, H, W) of images.
         loss: the loss of a batch.
         make_optimizer: called with the parameters, `lr=` and, on a GPU, what a CUDA graph needs.
-        epochs, batch, rate: as their names say.
+        epochs: their number; of the last one only a part, if it is no integer.
+        batch, rate: as their names say.
         warmup: epochs of the warm-up.
         count: how many of the first images are trained on.
         seed: of order, crops and flips.
@@ -150,13 +151,13 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     example = prepare(pictures.draw(torch.arange(batch), torch.Generator().manual_seed(0))[0])
     step = TrainingStep(model.train(), loss, make_optimizer(model.parameters(), **graphed), example)
-    updates, first, every = count // batch, 0, every or max(1, epochs // 10)
+    updates, first, every = count // batch, 0, every or max(1, int(epochs) // 10)
+    steps = round(epochs * updates)
     if checkpoint is not None and checkpoint.exists():
         first = step.read(checkpoint, generator)
-    for epoch in range(first, epochs):
-        for index, chosen in enumerate(
-            torch.split(torch.randperm(count, generator=generator)[: updates * batch], batch)
-        ):
+    for epoch in range(first, math.ceil(epochs)):
+        order = torch.randperm(count, generator=generator)
+        for index, chosen in enumerate(torch.split(order[: min(updates, steps - epoch * updates) * batch], batch)):
             share = (epoch + index / updates) / epochs
             rising = min(share * epochs / warmup, 1.0) if warmup else 1.0
             step.set_rate(rate * rising * 0.5 * (1 + math.cos(math.pi * share)))
@@ -166,4 +167,4 @@ def fit(
             on_epoch(epoch + 1, step.loss.item())
         if checkpoint is not None and (epoch + 1) % every == 0:
             step.write(checkpoint, generator, epoch + 1)
-    return epochs * updates * batch
+    return steps * batch

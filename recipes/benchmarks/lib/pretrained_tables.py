@@ -47,9 +47,9 @@ def make_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def collect_points(rows: list[Row]) -> dict[tuple[float, str, str, int], list[Row]]:
+def collect_points(rows: list[Row]) -> dict[tuple[float, str, str, float], list[Row]]:
     """Return the rows of all seeds by share, method, start and epochs, without those trained with labels alone."""
-    points: dict[tuple[float, str, str, int], list[Row]] = {}
+    points: dict[tuple[float, str, str, float], list[Row]] = {}
     for row in rows:
         if "top1" in row and row["teacher"] != "labels":
             points.setdefault((row["share"], row["method"], row["start"], row["epochs"]), []).append(row)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 
 import pytest
 import timm
@@ -13,7 +14,15 @@ from timm_autoslim.recipes.benchmarks.lib.fitting import Pictures, fit
 from timm_autoslim.recipes.benchmarks.lib.images import load_digits, measure_top1
 from timm_autoslim.recipes.benchmarks.lib.pretrained_tables import draw, make_compute_table, make_table, make_tables
 from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Task, adopt, count_macs
-from timm_autoslim.recipes.benchmarks.pretrained import KEYS, count_effort, load_model, run_job, scale, split_stages
+from timm_autoslim.recipes.benchmarks.pretrained import (
+    KEYS,
+    count_effort,
+    load_model,
+    plan,
+    run_job,
+    scale,
+    split_stages,
+)
 from timm_autoslim.recipes.benchmarks.train_original import train_original
 
 
@@ -86,6 +95,28 @@ def test_training_learns_the_images():
     )  # fmt: skip
     assert seen == 3 * 9 * 64
     assert measure_top1(model, (images[600:1000], targets[600:1000])) > 50
+
+
+@pytest.mark.parametrize(("epochs", "seen"), [(0.25, 2 * 8), (1.5, 12 * 8)])
+def test_a_part_of_an_epoch_has_a_part_of_the_steps(epochs, seen):
+    images, targets = load_digits()
+    rates, steps = [], torch.optim.SGD.step
+
+    class Optimizer(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return steps(self, closure)
+
+    def loss(network, inputs, labels):
+        return torch.nn.functional.cross_entropy(network(inputs), labels)
+
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
+    pictures = Pictures(images[:64], targets[:64], -1.0)
+    count = fit(model, pictures, lambda x: x, loss, Optimizer, epochs=epochs, batch=8, rate=1.0)
+    assert count == seen == 8 * len(rates)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == 1
+    assert rates[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * (1 - 8 / seen))))
 
 
 def test_training_goes_on_from_the_epoch_that_was_asked_for(tmp_path):
@@ -193,6 +224,14 @@ def test_a_name_says_the_epochs_between_two_stages():
     assert split_stages("searched, short stages") == ("searched", 1)
     assert split_stages("torch-pruning, taylor, stages") == ("torch-pruning, taylor", 5)
     assert split_stages("torch-pruning, taylor") == ("torch-pruning, taylor", 0)
+
+
+def test_networks_of_modelopt_are_cut_alone():
+    options = argparse.Namespace(
+        starts=["cut", "reconstructed"], teachers=["original"], all_starts=True, trainings=[(0.5, 5)]
+    )
+    assert plan("ModelOpt, fastnas", options) == [(0.5, "cut", "original", 5)]
+    assert len(plan("torch-pruning, taylor", options)) == 2
 
 
 def test_a_job_that_fails_is_a_row(tmp_path):
