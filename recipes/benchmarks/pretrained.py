@@ -120,12 +120,12 @@ def load_model(args: argparse.Namespace) -> nn.Module:
     return model.to(args.device).eval()
 
 
-def make_task(model: nn.Module, data: Data, shares: tuple[float, ...], seed: int) -> Task:
+def make_task(model: nn.Module, original: nn.Module, data: Data, shares: tuple[float, ...], seed: int) -> Task:
     """Return what a way of slimming gets."""
     images, targets = data.pictures.padded[:, :, 4:-4, 4:-4], data.pictures.targets
     gradients = [(scale(x), y) for x, y in zip(*(torch.split(t[:RANKED], 100) for t in (images, targets)), strict=True)]
     held = [(scale(x), y) for x, y in zip(*(t.tensor_split(PARTS) for t in data.held_out), strict=True)]
-    return Task(model, gradients, held, data.batches, targets, shares, seed)
+    return Task(model, original, gradients, held, data.batches, targets, shares, seed)
 
 
 def make_loss(teacher: nn.Module | None) -> Loss:
@@ -229,7 +229,7 @@ class Job:
             model, effort = self.take_first(epochs)
             shares = SHARES[1:]
         scaled = tuple(share * self.original_macs / count_macs(model, self.image) for share in shares)
-        networks = WAYS[name](make_task(model, self.data, scaled, self.seed))
+        networks = WAYS[name](make_task(model, self.original, self.data, scaled, self.seed))
         for share in shares:
             network, more = count_effort(lambda: next(networks), self.original_macs)
             effort += more + Effort(compute=network.unseen / self.original_macs)
@@ -366,7 +366,9 @@ KEYS = ("method", "seed", "share", "start", "teacher", "epochs")
 def main() -> None:
     """Measure what has no result yet, and write the table."""
     parser = make_parser(__doc__, "docs/results/pretrained.jsonl")
-    stages = [name + suffix for suffix in STAGES for name in ("searched", "torch-pruning, taylor")]
+    stages = [
+        name + suffix for suffix in STAGES for name in ("searched", "searched by outputs", "torch-pruning, taylor")
+    ]
     parser.add_argument("--figure", type=Path, help="draw accuracy against compute into this file")
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *stages], choices=[*WAYS, *stages])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

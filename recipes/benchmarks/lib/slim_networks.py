@@ -30,7 +30,8 @@ class Task:
     """What every way of slimming gets.
 
     Attributes:
-        model: the trained model; it is not changed.
+        model: the trained model, which is cut; it is not changed.
+        original: the same, or in stages what it was cut from; it teaches.
         gradients: training images that importance is measured on.
         held_out: training images that subnets are ranked on, in parts.
         batches: training images (N, 3, H, W) that networks between two searches are reconstructed on, and that a
@@ -41,6 +42,7 @@ class Task:
     """
 
     model: nn.Module
+    original: nn.Module
     gradients: Batches
     held_out: Batches
     batches: list[Tensor]
@@ -128,6 +130,13 @@ def _search_in_turn(task: Task, parameters: float) -> Iterator[Network]:
             unseen = count_forwards(model, supernet, task.batches)
 
 
+def search_by_outputs(task: Task) -> Iterator[Network]:
+    """Search on the trained model itself, and rank by the distance to the original's outputs: no labels are read."""
+    with torch.no_grad():
+        held_out = [(images, task.original(images).softmax(1)) for images, _ in task.held_out]
+    yield from search_widths(replace(task, held_out=held_out))
+
+
 def search_at_once(task: Task) -> Iterator[Network]:
     """Search on the trained model itself, one descent through all shares."""
     supernet = make_supernet(task)
@@ -154,7 +163,7 @@ def train_supernet(supernet: Supernet, task: Task) -> None:
     def measure(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         losses: list[Tensor] = []
         sandwich_step(
-            model, supernet.space, images, targets, F.cross_entropy, generator=draws, teacher=task.model.eval(),
+            model, supernet.space, images, targets, F.cross_entropy, generator=draws, teacher=task.original.eval(),
             teach_widest=0.5, backward=losses.append,
         )  # fmt: skip
         return torch.stack(losses).sum()
@@ -266,6 +275,7 @@ def adopt(original: nn.Module, network: Network, image: Tensor) -> Network:
 
 METHODS: dict[str, Callable[[Task], Iterator[Network]]] = {
     "searched": search_widths,
+    "searched by outputs": search_by_outputs,
     "searched, few parameters": search_few_parameters,
     "searched at once": search_at_once,
     "supernet, searched": search_supernet,

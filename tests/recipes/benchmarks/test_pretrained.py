@@ -32,7 +32,7 @@ def task():
     model = timm.create_model("resnet10t", num_classes=10, channels=(8, 16, 16, 32), stem_width=8).eval()
     images, targets = load_digits()
     batches = list(zip(images[:64].split(16), targets[:64].split(16), strict=True))
-    return Task(model, batches, batches, [images for images, _ in batches], targets[:64], (0.5, 0.25), 0)
+    return Task(model, model, batches, batches, [images for images, _ in batches], targets[:64], (0.5, 0.25), 0)
 
 
 @pytest.mark.slow
