@@ -23,24 +23,23 @@ import argparse
 import copy
 import functools
 import json
-import math
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from timm_autoslim import calibrate, reconstruct, soft_cross_entropy
+from timm_autoslim.recipes.benchmarks.lib.effort import Effort, count_effort
 from timm_autoslim.recipes.benchmarks.lib.fastnas import search_fastnas
 from timm_autoslim.recipes.benchmarks.lib.fitting import Loss, Pictures, fit
 from timm_autoslim.recipes.benchmarks.lib.images import find_part, measure_top1, read_images
@@ -53,8 +52,6 @@ from timm_autoslim.recipes.benchmarks.lib.pretrained_tables import (
 )
 from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
 from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Network, Task, adopt, count_forwards, count_macs
-
-T = TypeVar("T")
 
 TRAINED, HELD_OUT, PARTS, RANKED = 10_000, 500, 4, 2_000
 RATE, BATCH, SMOOTHING, TEMPERATURE = 1e-3, 64, 0.1, 2.0
@@ -148,36 +145,6 @@ def train(model: nn.Module, data: Data, teacher: nn.Module | None, epochs: float
     graphed: Any = {"capturable": True} if data.pictures.padded.is_cuda else {}
     make = functools.partial(torch.optim.AdamW, weight_decay=0.01, **graphed)
     fit(model, data.pictures, scale, make_loss(teacher), make, epochs=epochs, batch=BATCH, rate=RATE, seed=seed)
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What something took: CPU seconds, and compute in forwards of the original for one image."""
-
-    seconds: float = 0.0
-    compute: float = 0.0
-
-    def __add__(self, other: Effort) -> Effort:
-        return Effort(self.seconds + other.seconds, self.compute + other.compute)
-
-
-def count_backward(
-    outputs: tuple[int, ...], inputs: tuple[int, ...], weight: tuple[int, ...], *options: Any, out_shape: Any = None
-) -> int:
-    """Return the floating-point operations of a convolution's backward, for each of its gradients those of the forward.
-
-    torch's own count takes grouped convolutions for dense ones.
-    """
-    return int(2 * math.prod(outputs) * math.prod(weight[1:]) * sum(options[-1][:2]))
-
-
-def count_effort(act: Callable[[], T], original_macs: int) -> tuple[T, Effort]:
-    """Return what a function returns, and what it took; `original_macs` are the MACs of the original for one image."""
-    start = time.process_time()
-    backward: Any = {torch.ops.aten.convolution_backward: count_backward}
-    with FlopCounterMode(display=False, custom_mapping=backward) as counter:
-        result = act()
-    return result, Effort(time.process_time() - start, counter.get_total_flops() / 2 / original_macs)
 
 
 def split_stages(method: str) -> tuple[str, int]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from timm_autoslim.recipes.benchmarks.lib.slim_networks import Network, Task, score
 
-DIVISOR = 8  # of the widths, as in our searches; ModelOpt's default of 32 is the least width of the small ConvNeXt
+DIVISOR = 8  # of the widths; ModelOpt's default, 32, is a quarter of the narrowest width of the small ConvNeXt
 
 
 def search_fastnas(task: Task) -> Iterator[Network]:

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 
 from timm_autoslim import reconstruct
+from timm_autoslim.recipes.benchmarks.lib.effort import count_effort
 from timm_autoslim.recipes.benchmarks.lib.fitting import Pictures, fit
 from timm_autoslim.recipes.benchmarks.lib.images import load_digits, measure_top1
 from timm_autoslim.recipes.benchmarks.lib.pretrained_tables import draw, make_compute_table, make_table, make_tables
 from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Task, adopt, count_macs
 from timm_autoslim.recipes.benchmarks.pretrained import (
     KEYS,
-    count_effort,
     load_model,
     plan,
     run_job,
