@@ -19,7 +19,7 @@ class Notes:
     """Keeps what it is told."""
 
     def __init__(self):
-        self.equal, self.checks, self.plain = [], [], []
+        self.equal, self.checks, self.ordinary = [], [], []
 
     def note_equal(self, a, b):
         self.equal.append((a.origin.path, b.origin.path))
@@ -27,8 +27,8 @@ class Notes:
     def note_check(self, check):
         self.checks.append(check)
 
-    def note_plain(self, size):
-        self.plain.append(size)
+    def note_ordinary(self, size):
+        self.ordinary.append(size)
 
 
 def watch(function):
@@ -100,12 +100,12 @@ def test_a_check_that_raises_answers_with_the_exception():
 
 
 def test_ordinary_integers_of_sizes():
-    assert watch(lambda: (int(A), math.floor(A / 2), int(A / 2))).plain == [8, 4]
-    assert watch(lambda: A % 3 + 1).plain == []
+    assert watch(lambda: (int(A), math.floor(A / 2), int(A / 2))).ordinary == [8, 4]
+    assert watch(lambda: A % 3 + 1).ordinary == []
 
 
 def test_nothing_is_noted_without_a_watcher():
     notes = watch(lambda: None)
     assert A == TWIN
     assert int(A) == 8
-    assert (notes.equal, notes.plain) == ([], [])
+    assert (notes.equal, notes.ordinary) == ([], [])

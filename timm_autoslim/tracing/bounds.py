@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from timm_autoslim.tracing.formulas import AttributeFormula, Count
-from timm_autoslim.tracing.origins import FromExpression, Number, get_plain
+from timm_autoslim.tracing.origins import FromExpression, Number, strip_origin
 from timm_autoslim.tracing.watching import Lookup
 
 Formula = Count | AttributeFormula
@@ -61,7 +61,7 @@ class Bounds:
 
     def is_constant(self, compute: Callable[..., Any], inputs: Sequence[Any]) -> bool:
         """Whether a function of these numbers is known to have the same answer at all widths."""
-        if compute is get_plain:  # the number itself
+        if compute is strip_origin:  # the number itself
             low, high = self.find_bounds(inputs[0])
             return low == high
         if compute is bool:

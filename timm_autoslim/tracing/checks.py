@@ -22,8 +22,8 @@ from timm_autoslim.tracing.origins import (
     FromDimension,
     FromExpression,
     Number,
-    get_plain,
     list_leaves,
+    strip_origin,
 )
 from timm_autoslim.tracing.sizes import Integer
 from timm_autoslim.tracing.watching import Check
@@ -127,7 +127,7 @@ def _describe(number: Any, leaves: Mapping[int, _Leaf]) -> Any:
         return number
     if isinstance(number.origin, FromExpression):
         return number.origin.compute, *(_describe(value, leaves) for value in number.origin.inputs)
-    return leaves[id(number)].formula if id(number) in leaves else get_plain(number)
+    return leaves[id(number)].formula if id(number) in leaves else strip_origin(number)
 
 
 def _find_least(graph: ChannelGraph, check: Check, leaves: Mapping[int, _Leaf]) -> int | None:
@@ -147,9 +147,9 @@ def _find_least(graph: ChannelGraph, check: Check, leaves: Mapping[int, _Leaf]) 
         for group, width in zip(groups, choice, strict=True):
             widths[group] = width
         values = {key: formula(widths) for key, formula in formulas.items()}
-        return bool(check.find_answer(lambda size: values.get(id(size), get_plain(size))) == answer)
+        return bool(check.find_answer(lambda size: values.get(id(size), strip_origin(size))) == answer)
 
-    answer = check.find_answer(get_plain)
+    answer = check.find_answer(strip_origin)
     if len(groups) == 1:
         size = sizes[groups[0]]
         least = next((n + 1 for n in range(size - 1, 0, -1) if not answers_alike([n])), 1)

@@ -65,7 +65,7 @@ class Flow(Labelling):
         self._equalities: list[tuple[Number, Number]] = []
         self.checks: list[Check] = []
         self.asks_gradients = False
-        self._plain: dict[str, dict[int, Size]] = {}  # by module, sizes that became ordinary integers
+        self._ordinary: dict[str, dict[int, Size]] = {}  # by module, sizes that became ordinary integers
 
     # -- sizes --------------------------------------------------------------------------------------------------
 
@@ -141,11 +141,11 @@ class Flow(Labelling):
                         if not self.is_frozen(vector):
                             self.constrain(vector, other)
 
-    def note_plain(self, size: Number) -> None:
+    def note_ordinary(self, size: Number) -> None:
         """Remember a size that the model's code has made an ordinary integer of, as by `int(x.shape[1])`."""
         guess = Size(int(size), size.origin)
         guess.is_guess = True
-        self._plain.setdefault(self.path, {})[int(size)] = guess
+        self._ordinary.setdefault(self.path, {})[int(size)] = guess
 
     def note_gradients(self) -> None:
         """Remember that the model's code has asked whether gradients are enabled."""
@@ -153,12 +153,12 @@ class Flow(Labelling):
 
     def restore_origins(self, values: Any) -> Any:
         """Return arguments with their origins: an integer may be one that the running modules made of a size."""
-        known = [self._plain[path] for path in reversed(self.stack.paths) if path in self._plain]
+        known = [self._ordinary[path] for path in reversed(self.stack.paths) if path in self._ordinary]
         return _restore_origins(values, known) if known else values
 
-    def forget_plain(self) -> None:
+    def forget_ordinary(self) -> None:
         """Forget the ordinary integers of the last run."""
-        self._plain.clear()
+        self._ordinary.clear()
 
     def _rank_factor(self, leaf: Number) -> tuple[bool, bool, int]:
         """Rank a factor for shrinking: first one that shrinks elsewhere, then one that is not fixed, then by size."""

@@ -20,7 +20,7 @@ from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import recurrent
-from timm_autoslim.tracing.origins import Number, get_plain
+from timm_autoslim.tracing.origins import Number, strip_origin
 from timm_autoslim.tracing.passing import Calls, freeze_calls
 from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.tracing.scales import Factor, ScaleTracker, Scores
@@ -130,7 +130,7 @@ class LabelRecorder(Recorder):
         self._operators.clear()
         self._exits.clear()
         self.calls.clear()
-        self.flow.forget_plain()
+        self.flow.forget_ordinary()
         self.scales.start()
         self.describer.start()
 
@@ -154,7 +154,7 @@ class LabelRecorder(Recorder):
         """Freeze the channels of tensors that decide what the model's code reads: a width must not decide it."""
         for number in numbers:
             reason = f"{self.flow.path or 'the model'}: its code reads numbers that are computed from their number"
-            self.flow.note_check(Check(get_plain, (number,), reason, ""))
+            self.flow.note_check(Check(strip_origin, (number,), reason, ""))
         for tensor in tensors:
             self.used_ids.add(id(tensor))
             reason = f"its code reads numbers that are computed from {self.names[id(tensor)]}"
@@ -172,7 +172,7 @@ class LabelRecorder(Recorder):
             for label in self.flow.get_labels(value) if self.values.is_known(value) else ():
                 self.flow.constraints.freeze(label, reason)
         for number in numbers:
-            self.flow.note_check(Check(get_plain, (number,), f"{reason}, which it computes from their number", ""))
+            self.flow.note_check(Check(strip_origin, (number,), f"{reason}, which it computes from their number", ""))
 
     def check_tensor(self, tensor: Tensor) -> None:
         """Make sure that no weight of the user's model takes part in the run of a copy.

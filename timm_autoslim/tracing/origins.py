@@ -72,17 +72,17 @@ class Number:
         return number
 
     def __int__(self) -> int:
-        return int(get_plain(self))
+        return int(strip_origin(self))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return get_plain(self)
+        return strip_origin(self)
 
     def __reduce__(self) -> tuple[type, tuple[Any]]:
-        value = get_plain(self)
+        value = strip_origin(self)
         return type(value), (value,)
 
 
-def get_plain(number: Any) -> Any:
+def strip_origin(number: Any) -> Any:
     """Return a number without its origin."""
     return int.__int__(number) if isinstance(number, int) else float.__float__(number)
 

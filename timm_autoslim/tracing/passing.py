@@ -18,7 +18,7 @@ from torch import Tensor
 
 from timm_autoslim.tracing import scales
 from timm_autoslim.tracing.deferred import outside_of_run
-from timm_autoslim.tracing.origins import Number, evaluate, get_plain
+from timm_autoslim.tracing.origins import Number, evaluate, strip_origin
 from timm_autoslim.tracing.sites import Site
 
 _POWERS = (1, -1, 0.5, -0.5, 2, -2, 0.25, -0.25, 1.5, -1.5)
@@ -105,8 +105,8 @@ class Expectation:
             return value is None or other is None or bool(value == other)
         if not isinstance(value, (int, float)) or not isinstance(other, (int, float)):
             return bool(value == other)
-        plain = get_plain(value)
-        if plain == other or (plain != plain and other != other):
+        ordinary = strip_origin(value)
+        if ordinary == other or (ordinary != ordinary and other != other):
             return True
         if isinstance(value, Number):
             try:
@@ -115,8 +115,8 @@ class Expectation:
                 return False
         if isinstance(value, scales.AttributeFloat) and value.path in self.attributes:
             ratio = self.attributes[value.path] / self.get_attribute(value.path)
-            return math.isclose(other, plain * ratio**value.power, rel_tol=1e-5)
-        return self._is_share(plain, other, path)
+            return math.isclose(other, ordinary * ratio**value.power, rel_tol=1e-5)
+        return self._is_share(ordinary, other, path)
 
     def _is_share(self, value: float, other: float, path: str) -> bool:
         """Whether a number is a power of the number of some channels, such as `0.5 * channels`, in both."""

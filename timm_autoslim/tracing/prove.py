@@ -23,7 +23,7 @@ from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.label_recorder import RunRecord
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops import bind
-from timm_autoslim.tracing.origins import FromDimension, Number, evaluate, get_plain, list_leaves
+from timm_autoslim.tracing.origins import FromDimension, Number, evaluate, list_leaves, strip_origin
 from timm_autoslim.tracing.outer_state import OuterState
 from timm_autoslim.tracing.passing import Calls, Expectation, Values, freeze_calls
 from timm_autoslim.tracing.record import Recorder
@@ -180,7 +180,7 @@ class Prover:
         """
         self.kept, self.outer, self.fresh = kept, outer, fresh
         self._harmless: set[Site] = set()  # sites that caches decide
-        self._is_checked = False  # whether a plain run of the widest was compared with the records
+        self._is_checked = False  # whether a run of the widest with ordinary sizes was compared with the records
         self.model, self.example, self.records, self.numbers = model, example, records, dict(numbers or {})
         self.batches, self.data, self.lengths = batches, data, lengths
 
@@ -286,7 +286,7 @@ class Prover:
         def get_size(number: Number) -> int:
             if isinstance(number.origin, FromDimension):
                 return int(active[number.origin.vector].sum())
-            return int(slices.attributes.get(number.origin.path, get_plain(number)))
+            return int(slices.attributes.get(number.origin.path, strip_origin(number)))
 
         @cache
         def list_ratios(path: str) -> Collection[float]:
@@ -301,7 +301,7 @@ class Prover:
         return Expectation(get_size, slices.attributes, list_ratios, get_attribute)
 
     def _check_widest(self, graph: ChannelGraph) -> None:
-        """Compare a plain run of the widest with the records.
+        """Compare a run of the widest, in which sizes are ordinary integers, with the records.
 
         Raises:
             TraceError: it takes another path, because the code asks for the type of a size.

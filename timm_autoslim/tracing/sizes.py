@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from timm_autoslim.tracing.origins import FromExpression, Number, Origin, find_factors, get_plain, is_proportional
-from timm_autoslim.tracing.watching import note_check, note_comparison, note_lookup, note_plain, note_truth
+from timm_autoslim.tracing.origins import FromExpression, Number, Origin, find_factors, is_proportional, strip_origin
+from timm_autoslim.tracing.watching import note_check, note_comparison, note_lookup, note_ordinary, note_truth
 
 
 def _make_comparison(compute: Callable[[Any, Any], bool]) -> Callable[[Any, Any], Any]:
@@ -21,7 +21,7 @@ def _make_comparison(compute: Callable[[Any, Any], bool]) -> Callable[[Any, Any]
         if not isinstance(other, (int, float)):
             return NotImplemented
         note_comparison(compute, self, other)
-        return compute(get_plain(self), get_plain(other))
+        return compute(strip_origin(self), strip_origin(other))
 
     return method
 
@@ -38,11 +38,11 @@ class _Watched(Number):
 
     def __bool__(self) -> bool:
         note_truth(self)
-        return bool(get_plain(self))
+        return bool(strip_origin(self))
 
     def __hash__(self) -> int:
         note_lookup(self)
-        return hash(get_plain(self))
+        return hash(strip_origin(self))
 
     def __pos__(self) -> Any:
         return self
@@ -57,8 +57,8 @@ class _Watched(Number):
         """Run a function of numpy; of numbers it is one that remembers where it comes from."""
         # numpy hands its own numbers on as arrays without dimensions
         inputs = tuple(v.item() if isinstance(v, np.ndarray | np.generic) and not v.ndim else v for v in inputs)
-        plain = [get_plain(value) if isinstance(value, Number) else value for value in inputs]
-        result = getattr(function, method)(*plain, **options)
+        ordinary = [strip_origin(value) if isinstance(value, Number) else value for value in inputs]
+        result = getattr(function, method)(*ordinary, **options)
         if method != "__call__" or options or not isinstance(result, np.generic):
             return result
         if isinstance(result, np.bool_):
@@ -103,7 +103,7 @@ def derive(compute: Callable[..., Any], *inputs: Any) -> Any:
 
     What is neither an integer nor a float has no origin; a truth value is a question about the numbers.
     """
-    result = compute(*(get_plain(value) if isinstance(value, Number) else value for value in inputs))
+    result = compute(*(strip_origin(value) if isinstance(value, Number) else value for value in inputs))
     if type(result) is bool:
         note_check(compute, inputs)
     kind = {int: Integer, float: Real}.get(type(result))
@@ -116,10 +116,10 @@ class Integer(_Watched, int):
     origin: Origin
 
     def __truediv__(self, other: Any) -> Any:
-        return derive(operator.truediv, self, other) if _is_plain(other) else int.__int__(self) / other
+        return derive(operator.truediv, self, other) if _is_number(other) else int.__int__(self) / other
 
     def __rtruediv__(self, other: Any) -> Any:
-        return derive(operator.truediv, other, self) if _is_plain(other) else other / int.__int__(self)
+        return derive(operator.truediv, other, self) if _is_number(other) else other / int.__int__(self)
 
     def __invert__(self) -> Any:
         return derive(operator.invert, self)
@@ -130,7 +130,7 @@ class Integer(_Watched, int):
     __ceil__ = __trunc__ = conjugate = __floor__
 
     def __round__(self, digits: Any = None) -> Any:
-        return self if digits is None else round(get_plain(self), digits)
+        return self if digits is None else round(strip_origin(self), digits)
 
     real = numerator = property(__floor__)
 
@@ -158,7 +158,7 @@ class Size(Integer):
     is_guess = False
 
     def __int__(self) -> int:
-        note_plain(self)
+        note_ordinary(self)
         return int.__int__(self)
 
     def __truediv__(self, other: Any) -> Any:
@@ -193,7 +193,7 @@ def make_multiple(number: int, sizes: Sequence[int]) -> int:
     factors = tuple(size for size in sizes if isinstance(size, Size))
     if not factors or not number:
         return number
-    compute = _Multiple(number // math.prod(map(get_plain, factors)))
+    compute = _Multiple(number // math.prod(map(strip_origin, factors)))
     size: Size = Size(number, FromExpression(compute, factors, len(factors) == 1, factors))
     return size
 
@@ -233,12 +233,12 @@ class Ratio(Real):
     is_length = True
 
     def __int__(self) -> int:
-        note_plain(self._round(int))
+        note_ordinary(self._round(int))
         return float.__int__(self)
 
     def _round(self, function: Callable[[Any], int]) -> Size:
         origin = replace(self.origin, compute=_Rounded(function, self.origin.compute))
-        size: Size = Size(function(get_plain(self)), origin)
+        size: Size = Size(function(strip_origin(self)), origin)
         return size
 
 
@@ -250,7 +250,7 @@ def negate(number: Number) -> Any:
     return derive(operator.neg, number)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     """Whether a value is a number of Python itself, or one that remembers sizes."""
     return type(value) in (int, float, bool) or isinstance(value, Number)
 
@@ -287,10 +287,10 @@ def _make_length(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Si
 
 def _derive(compute: Callable[[Any, Any], Any], number: Any, other: Any, swap: bool) -> Any:
     """Return what an operator computes from a number with an origin and another."""
-    if _is_plain(other):
+    if _is_number(other):
         return derive(compute, *((other, number) if swap else (number, other)))
-    plain = get_plain(number)
-    return compute(other, plain) if swap else compute(plain, other)
+    ordinary = strip_origin(number)
+    return compute(other, ordinary) if swap else compute(ordinary, other)
 
 
 def _make_other(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Any, Any], Any]:
@@ -299,7 +299,7 @@ def _make_other(compute: Callable[[Any, Any], Any], swap: bool) -> Callable[[Any
     def method(self: Any, other: Any, *modulus: Any) -> Any:
         if modulus:  # of pow
             return derive(pow, self, other, *modulus)
-        if not isinstance(other, int) and not _is_plain(other):  # a tensor, or a float that keeps a path of its own
+        if not isinstance(other, int) and not _is_number(other):  # a tensor, or a float that keeps a path of its own
             return NotImplemented
         return _derive(compute, self, other, swap)
 

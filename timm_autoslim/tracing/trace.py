@@ -112,7 +112,7 @@ class Tracer:
         self.copy = copy_to_meta(model)
         self.caches = find_caches(model, make_meta_example(example, self.batches[False]))
         empty_attributes(self.copy, self.caches)
-        clear_caches(self.copy.modules())  # what an earlier run left there is of plain sizes
+        clear_caches(self.copy.modules())  # what an earlier run left there is of sizes without origins
         self.attributes = {f"{path}.{name}" for path, m in self.copy.named_modules() for name in m.__dict__}
         wrap_attributes(self.copy, model)
         wrap_floats(self.copy)

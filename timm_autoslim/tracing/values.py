@@ -30,7 +30,7 @@ from timm_autoslim.tracing.deferred import (
     replace_values,
 )
 from timm_autoslim.tracing.ops.schema import tensors_in_lists
-from timm_autoslim.tracing.origins import Number, get_plain
+from timm_autoslim.tracing.origins import Number, strip_origin
 
 aten = torch.ops.aten
 _FINITE = {"isfinite": True, "isnan": False, "isinf": False, "isposinf": False, "isneginf": False}
@@ -153,7 +153,7 @@ class KnownValues:
         elif name in LIKE and isinstance(out, Tensor) and self._get(out) is None:
             fill = LIKE[name] if LIKE[name] is not None else kwargs.get("fill_value", args[-1])
             if isinstance(fill, (int, float)):
-                self._set(out, Value(fill_later(out.shape, get_plain(fill))))  # for the shape is known
+                self._set(out, Value(fill_later(out.shape, strip_origin(fill))))  # for the shape is known
         elif name in _NEW and out.is_meta and self._get(out) is None:
             data = args[1 if name == "new_tensor" else 0] if len(args) > (name == "new_tensor") else None
             if isinstance(data, (int, float, tuple, list)) and not tensors_in_lists(data):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from timm_autoslim.tracing.origins import FromExpression, Number, evaluate, get_plain
+from timm_autoslim.tracing.origins import FromExpression, Number, evaluate, strip_origin
 from timm_autoslim.tracing.source import find_tables, format_line, has_lookup
 
 
@@ -52,7 +52,7 @@ class Watcher(Protocol):
     def note_check(self, check: Check) -> None:
         """The code has asked something about sizes, such as `channels % 8 == 0`."""
 
-    def note_plain(self, size: Number) -> None:
+    def note_ordinary(self, size: Number) -> None:
         """The code has made an ordinary number of a size, as by `int(x.shape[1])`."""
 
     def note_gradients(self) -> None:
@@ -105,7 +105,7 @@ def note_comparison(compute: Callable[..., bool], a: Any, b: Any) -> None:
     code = _read_code(frame.f_code)[frame.f_lasti]
     equality = compute in (operator.eq, operator.ne)
     pair = _find_pair(a, b) if equality or _is_size(b) else None
-    if pair is not None and code == _COMPARE and get_plain(pair[0]) == get_plain(pair[1]):
+    if pair is not None and code == _COMPARE and strip_origin(pair[0]) == strip_origin(pair[1]):
         watcher.note_equal(*pair)
     if pair is None or not equality or code == _COMPARE or not find_tables(frame):  # no key of a dict
         watcher.note_check(_ask(compute, (a, b), frame))
@@ -131,7 +131,7 @@ def note_truth(number: Any) -> None:
     if watcher is None:
         return
     pair = _find_pair(number, 0)
-    if pair is not None and not get_plain(number):
+    if pair is not None and not strip_origin(number):
         watcher.note_equal(*pair)
     watcher.note_check(_ask(bool, (number,), frame))
 
@@ -149,9 +149,9 @@ def note_lookup(number: Any) -> None:
     if watcher is None:
         return
     for keys in find_tables(frame):
-        plain = frozenset(key for key in keys if type(key) is int)
-        if plain:
-            watcher.note_check(_ask(Lookup(plain), (number,), frame))
+        ordinary = frozenset(key for key in keys if type(key) is int)
+        if ordinary:
+            watcher.note_check(_ask(Lookup(ordinary), (number,), frame))
     if _read_code(frame.f_code)[frame.f_lasti] in _DISPLAYS or not has_lookup(frame):
         for other in members.add(frame, number):
             watcher.note_check(_ask(operator.eq, (other, number), frame))
@@ -182,11 +182,11 @@ def is_grad_enabled() -> bool:
     return _is_grad_enabled()
 
 
-def note_plain(size: Number) -> None:
+def note_ordinary(size: Number) -> None:
     """Tell the watcher that the model's code makes an ordinary number of a size."""
     watcher, _, _ = _find_use()
     if watcher is not None:
-        watcher.note_plain(size)
+        watcher.note_ordinary(size)
 
 
 def _find_use() -> Any:

@@ -12,7 +12,7 @@ from timm_autoslim.tracing.labelling import Labels
 from timm_autoslim.tracing.labels import Vector
 from timm_autoslim.tracing.ops.schema import OperatorCall
 from timm_autoslim.tracing.ops.table import RULES
-from timm_autoslim.tracing.origins import Number, get_plain
+from timm_autoslim.tracing.origins import Number, strip_origin
 from timm_autoslim.tracing.sizes import Size, negate
 
 _TENSOR_SPLITS = ("tensor_split", "hsplit", "vsplit", "dsplit")
@@ -79,7 +79,7 @@ def _find_bounds(flow: Flow, first: int, last: int) -> tuple[int, int] | None:
     if flow.call.name in _TENSOR_SPLITS:
         places = _find_places(*flow.call.args, **flow.call.kwargs)
         places = places if isinstance(places, tuple | list) else ()
-        start, end = (next((p for p in places if get_plain(p) == bound), bound) for bound in (first, last))
+        start, end = (next((p for p in places if strip_origin(p) == bound), bound) for bound in (first, last))
         return start, end
     index = flow.call.args[1] if flow.call.name in ("__getitem__", "__setitem__") else None
     for item in index if isinstance(index, tuple) else (index,):
