@@ -96,7 +96,7 @@ def test_without_run_timm_does_not_know_the_model(place):
     [
         (["--torchscript"], 2),
         (["--num-classes", "5", "--gp", "avg"], 5),
-        (["--num-classes", "2", "--model-kwargs", "drop_path_rate=0.1"], 2),
+        pytest.param(["--num-classes", "2", "--model-kwargs", "drop_path_rate=0.1"], 2, marks=pytest.mark.slow),
     ],
 )
 def test_validate_takes_its_flags(flags, classes, place):

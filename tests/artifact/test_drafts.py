@@ -7,7 +7,6 @@ import pytest
 import timm
 from helpers.comparisons import same, state
 from helpers.exported import slim
-from helpers.marks import slow_but
 
 from timm_autoslim import check_folder
 from timm_autoslim.artifact import drafts, folder
@@ -54,7 +53,8 @@ def dying(model, out, step):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-@pytest.mark.parametrize("step", slow_but(["rename"], ["save_file", "write_card", "sync_to_disk", "rename"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["save_file", "write_card", "sync_to_disk", "rename"])
 def test_a_killed_export_leaves_no_folder_and_the_next_one_tidies_up(step, tmp_path):
     model = slim("test_vit")
     assert dying(model, tmp_path / "out", step) == -signal.SIGKILL

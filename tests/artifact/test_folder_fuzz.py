@@ -296,6 +296,7 @@ def files_of_weights(draw, folder):
     return content
 
 
+@pytest.mark.slow
 @fuzz
 @given(st.data())
 def test_changed_weights(exported, data):

@@ -168,6 +168,7 @@ def test_loading_logs_no_warning(resnet, caplog):
     assert caplog.records == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not timm.list_models("naflexvit_base_patch16_gap"), reason="this timm has no NaFlexVit")
 def test_a_slim_naflex_model_takes_patches_of_images_of_any_size(tmp_path):
     args = {"num_classes": 7, "depth": 2, "embed_dim": 64, "num_heads": 4}

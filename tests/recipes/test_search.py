@@ -143,6 +143,7 @@ def test_only_held_out_training_images_are_scored(folder, monkeypatch):
     assert json.loads((folder / "held_out.json").read_text()) == split
 
 
+@pytest.mark.slow
 def test_no_held_out_image_is_trained_on(folder, tmp_path, monkeypatch):
     splits = []
 

@@ -57,6 +57,7 @@ def test_where_wider_is_better_every_budget_is_filled(layers, data, mode):
     assert search(supernet, texts, evaluate, mode=mode).to_dict() == refined.to_dict()
 
 
+@pytest.mark.slow
 @few
 @given(layers, st.data(), st.integers(0, 1000))
 def test_whatever_the_losses_refining_never_raises_them(layers, data, seed):

@@ -39,6 +39,7 @@ def test_models_of_other_types_of_numbers_are_converted(dtype, images):
     assert torch.equal(out, supernet.extract(widths)(images.to(dtype)))
 
 
+@pytest.mark.slow
 def test_without_an_example_the_models_configuration_or_a_usual_size_is_taken():
     model = timm.create_model("resnet10t", in_chans=1).eval()
     assert model.pretrained_cfg["input_size"] == (3, 176, 176)

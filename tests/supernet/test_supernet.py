@@ -69,6 +69,7 @@ def test_widths_of_another_model_are_refused(supernet, method):
         supernet(IMAGE)
 
 
+@pytest.mark.slow
 def test_many_subnets_stay_right_and_take_no_more_memory_than_some():
     supernet, images = convert(randomise(TwoGroups(32)).eval(), IMAGE), torch.randn(4, 3, 8, 8)
     generator = torch.Generator().manual_seed(0)

@@ -65,6 +65,7 @@ def test_as_many_tokens_as_channels_of_a_head_do_not_hold_the_scale(tokens):
     assert attention.scale == 8**-0.5
 
 
+@pytest.mark.slow
 def test_rotary_tables_that_a_module_renews_keep_their_size_and_heads_go():
     model = small("eva02_tiny_patch14_224", depth=2, img_size=56)
     supernet = timm_autoslim.convert(model)

@@ -6,7 +6,6 @@ import pytest
 import timm
 import torch
 from helpers.forks import run_in_processes
-from helpers.marks import slow_but
 from helpers.models import TwoGroups
 from torch import nn
 
@@ -92,7 +91,8 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but(("resnet10t",), list(SMALL)))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
 def test_batch_norms_have_the_statistics_of_the_slim_model_and_it_can_be_exported(name, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=10, **SMALL[name])

@@ -55,11 +55,11 @@ def count_macs(slim, images):
     return counter.get_total_flops() / 2 / len(images)
 
 
-def split_variants():
-    """Return each block with its first variant, and once more with all others, which take long."""
+def split_variants(slow=()):
+    """Return each block with its first variant, and once more with all others, which take long, as `slow` ones do."""
     for kind in BLOCKS:
         first, *rest = variants(kind)
-        yield pytest.param(kind, [first], id=kind.__name__)
+        yield pytest.param(kind, [first], marks=[pytest.mark.slow] * (kind.__name__ in slow), id=kind.__name__)
         if rest:
             yield pytest.param(kind, rest, marks=pytest.mark.slow, id=f"{kind.__name__}, other variants")
 
@@ -176,7 +176,9 @@ def test_every_channel_of_every_network_can_be_slimmed(model):
     assert supernet.repairs == ()
 
 
-@pytest.mark.parametrize(("kind", "some"), split_variants())
+@pytest.mark.parametrize(
+    ("kind", "some"), split_variants(slow=("TorchEncoder", "TorchDecoder", "CrossAttention", "Windows"))
+)
 def test_every_block_narrows(kind, some):
     """At half width a block has about a quarter of its MACs, or about half where one side of its products is fixed."""
     for options in some:
