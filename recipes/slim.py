@@ -71,7 +71,7 @@ from timm_autoslim.recipes.lib.starting_points import (
 )
 from timm_autoslim.recipes.lib.teacher import check_unlabelled
 from timm_autoslim.recipes.lib.texts import write_count
-from timm_autoslim.recipes.lib.validation import evaluate
+from timm_autoslim.recipes.lib.validation import describe_chance, evaluate
 from timm_autoslim.recipes.search import count_widest, make_conditions, search_networks
 
 
@@ -175,12 +175,8 @@ class Slimming:
             f"test top-1 {row.top1:.2f} %, {row.macs / 1e6:.2f}M MACs, {row.params / 1e6:.3f}M params, "
             f"{len(supernet.space)} groups of channels"
         )
-        chance = 100 / args.num_classes
-        if row.top1 < chance + (100 - chance) / 10:
-            accelerator.print(
-                f"Warning: that is hardly better than chance ({chance:.1f} %). Are these the weights "
-                "of these classes, in this order, for images of this --mean, --std and --img-size?"
-            )
+        if warning := describe_chance(row.top1, args.num_classes):
+            accelerator.print(warning)
         self._check_held_out(supernet)
         accelerator.print(f"Plan: {'; '.join(map(str, plan))}.")
         return plan

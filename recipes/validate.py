@@ -18,7 +18,7 @@ from timm_autoslim.recipes.lib.processes import describe_processes, make_acceler
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.starting_points import check_trained_flags, create_starting_model, is_trained
 from timm_autoslim.recipes.lib.texts import write_count
-from timm_autoslim.recipes.lib.validation import evaluate
+from timm_autoslim.recipes.lib.validation import describe_chance, evaluate
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> None:
         f"{args.model}: test top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f}, "
         f"on {write_count(len(images.test), 'image')} of {args.img_size} pixels"
     )
+    if warning := describe_chance(result["top1"], args.num_classes):
+        accelerator.print(warning)
     accelerator.end_training()
 
 

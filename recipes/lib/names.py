@@ -42,6 +42,10 @@ def resolve_name(name: str) -> str:
         return f"local-dir:{name}"
     known = _is_torchvision(name.removeprefix(TORCHVISION)) if name.startswith(TORCHVISION) else _is_timm(name)
     if not known:
+        if Path(name).is_dir():
+            networks = sorted(path.parent for path in Path(name).glob("exported/*/config.json"))
+            needed = f"that of a network, such as {networks[0]}" if networks else "a folder that timm can load"
+            raise ConfigError.at("the model", got=f"the folder {name}, which holds no config.json", needed=needed)
         near = [name for name in _list_near(name) if name]
         raise ConfigError.at(
             "the model",

@@ -53,8 +53,8 @@ def count_split(args: argparse.Namespace, total: int) -> tuple[int, int]:
     held_out = _count(args.held_out, used, "--held-out") if args.held_out else 0
     if held_out >= used:
         raise DataError(
-            f"--held-out {args.held_out:g} leaves none of {used} training images to train on: "
-            f"give a share such as 0.2, or a number well below {used}."
+            f"--held-out {args.held_out:g} leaves none of {used} training images to train on: give a share such as "
+            f"0.2 (1 is all of them), or a number between 1 and {used}."
         )
     return used, held_out
 

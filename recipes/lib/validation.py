@@ -38,6 +38,17 @@ def evaluate(accelerator: Accelerator, model: nn.Module, loader: DataLoader[Any]
     return {"loss": loss / total, "top1": 100 * hits[0].item() / total, "top5": 100 * hits[1].item() / total}
 
 
+def describe_chance(top1: float, classes: int) -> str:
+    """Say that an accuracy, in per cent, is hardly better than chance; empty if it is."""
+    chance = 100 / classes
+    if top1 >= chance + (100 - chance) / 10:
+        return ""
+    return (
+        f"Warning: that is hardly better than chance ({chance:.1f} %). Are these the weights "
+        "of these classes, in this order, for images of this --mean, --std and --img-size?"
+    )
+
+
 class Validation:
     """Accuracies of the widest, some uniform and the narrowest subnet, each with its own BatchNorm statistics.
 

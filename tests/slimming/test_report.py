@@ -187,6 +187,11 @@ def test_what_stands_in_the_way_of_the_report_is_kept(run, capsys, name):
     assert sorted(path.name for path in run.iterdir()) == sorted([name, "search"])
 
 
+def test_a_folder_that_is_not_there_is_told_as_that(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere: got no folder that is here; needed: the run folder of a search" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

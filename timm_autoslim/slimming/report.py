@@ -67,7 +67,8 @@ def read_results(run: Path) -> list[SearchResult]:
     paths = sorted((run / "search").glob("*.json"))
     if not paths:
         needed = "the run folder of a search, with a search/METHOD.json for each method"
-        raise ArtifactError.at(str(run), got="a folder without search/*.json", needed=needed)
+        got = "a folder without search/*.json" if run.is_dir() else "no folder that is here"
+        raise ArtifactError.at(str(run), got=got, needed=needed)
     results = {path: SearchResult.load(path) for path in paths}
     first = results[paths[0]]
     for path, result in results.items():

@@ -47,6 +47,19 @@ def test_names_that_are_known_stay(name):
     assert resolve_name(name) == name
 
 
+def test_the_folder_of_a_run_is_no_model_and_one_of_its_networks_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()
+    assert resolve_name("resnet18") == "resnet18"  # a known name wins
+    with pytest.raises(ConfigError, match=r"holds no config\.json; needed: a folder that timm can load"):
+        resolve_name(str(tmp_path))
+    network = tmp_path / "exported" / "macs-50pct-searched"
+    network.mkdir(parents=True)
+    (network / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"needed: that of a network, such as {network}"):
+        resolve_name(str(tmp_path))
+
+
 def test_a_name_like_nothing_is_refused_without_a_guess():
     with pytest.raises(ConfigError, match=r"'qqqqqq', which is unknown; needed: a name of timm[^;]*$"):
         resolve_name("qqqqqq")
