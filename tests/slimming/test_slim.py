@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 from timm_autoslim import Budget, convert, cost, export, slim
 from timm_autoslim.errors import BudgetError, DataError, EvaluationError
-from timm_autoslim.slimming.slim import _describe_slow_type
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*held-out images are few")
 
@@ -184,15 +183,6 @@ def test_a_score_of_a_trained_model_that_is_taken_for_a_loss_is_refused_before_t
     for maximize, sign in ((True, 1), (False, -1)):
         with pytest.raises(pytest.fail.Exception, match="searching"):
             slim(model, "50%", pairs, lambda *pair, sign=sign: sign * score(*pair), maximize=maximize, progress=False)
-
-
-@pytest.mark.parametrize(("supported", "warns"), [(False, True), (True, False)])
-def test_a_type_for_which_the_cpu_has_no_instructions_is_told(supported, warns, monkeypatch):
-    monkeypatch.setattr("timm_autoslim.slimming.slim._answer", lambda query: supported)
-    assert bool(_describe_slow_type(make_model().half())) is warns
-    assert "torch.bfloat16, for which this CPU has no" in _describe_slow_type(make_model().bfloat16()) or supported
-    assert not _describe_slow_type(make_model())
-    assert not _describe_slow_type(make_model().half().to("meta"))
 
 
 def test_the_remedy_of_two_metrics_is_one_text():

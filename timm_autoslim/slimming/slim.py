@@ -27,12 +27,10 @@ from timm_autoslim.utils.bars import show_bar
 from timm_autoslim.utils.batches import check_inputs, join_singles, make_input_error
 from timm_autoslim.utils.copying import copy_deeply
 from timm_autoslim.utils.meta import count_images, run_model
+from timm_autoslim.utils.processors import describe_slow_type, find_layout, set_layout
 
 M = TypeVar("M", bound=nn.Module)
 Pair = tuple[Any, Any]
-# Types that a CPU may have no instructions for. A resnet10t took 7 to 30 times as long in float16 as in float32 on one
-# that has none, and 0.6 of the time in bfloat16, which it has.
-_16_BIT = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
 
 
 def slim(
@@ -103,9 +101,9 @@ def slim(
     check_rules("slim", rules, settings, left_out=("example_input", "order", "batches", "distributed"))
     pairs = _check_pairs(model, batches)
     smaller: nn.Module = copy_deeply(model).eval()  # whose gradients are ours, and whose modes
-    layout = _find_layout(smaller)
+    layout = find_layout(smaller)
     if all(parameter.device.type == "cpu" for parameter in smaller.parameters()):  # where it is faster
-        _set_layout(smaller, torch.channels_last)
+        set_layout(smaller, torch.channels_last)
     _try_first(smaller, pairs[0], loss)
     supernet = convert_by(smaller, pairs[0][0], **rules)  # budgets are checked before the channels are ordered
     stages = _plan(supernet, budget, conditions, from_widest=bool({"min", "choices"} & rules.keys()))
@@ -114,7 +112,7 @@ def slim(
     inputs = [batch for batch, _ in pairs]
     if luck := describe_luck(sum(map(count_images, inputs)), len(supernet.space)):
         warnings.warn(luck, stacklevel=2)
-    if slow := _describe_slow_type(smaller):
+    if slow := describe_slow_type(smaller):
         warnings.warn(slow, stacklevel=2)
     held_out = HeldOut(pairs, lambda subnet, batch: float(loss(run_model(subnet, batch[0]), batch[1])))
     Scorer(supernet.eval(), held_out, maximize=maximize).check_direction(trained=True)
@@ -130,43 +128,8 @@ def slim(
         )  # fmt: skip
         smaller = _extract(supernet, result.networks[0].widths, pairs, progress)
         rules = {name: rule for name, rule in rules.items() if name not in ("base", "base_args")}  # it knows its base
-    _set_layout(smaller, layout)
+    set_layout(smaller, layout)
     return smaller  # type: ignore[return-value]
-
-
-def _describe_slow_type(model: nn.Module) -> str:
-    """Say that a model is on a CPU that has no instructions for its type; empty if it is not."""
-    types = {parameter.dtype for parameter in model.parameters() if parameter.device.type == "cpu"}
-    slow = [dtype for dtype, query in _16_BIT.items() if dtype in types and not _answer(query)]
-    return (
-        f"the model is in {slow[0]}, for which this CPU has no instructions: all takes many times as long as in "
-        "float32. Give model.float() and images in float32, or use a GPU."
-        if slow
-        else ""
-    )
-
-
-def _answer(query: str) -> bool:
-    """Return what oneDNN says of this CPU; True in a torch that was built without it."""
-    ask = getattr(torch.ops.mkldnn, query, None)
-    return ask is None or bool(ask())
-
-
-def _find_layout(model: nn.Module) -> torch.memory_format:
-    """Return the memory layout of the weights of a model's convolutions: channels_last if one is so."""
-    weights = [parameter for parameter in model.parameters() if parameter.dim() == 4]
-    return torch.contiguous_format if all(w.is_contiguous() for w in weights) else torch.channels_last
-
-
-def _set_layout(model: nn.Module, layout: torch.memory_format) -> None:
-    """Move the weights of a model's convolutions to a memory layout.
-
-    On a CPU, channels_last is faster: eight timm models took 0.26 to 0.72 of the time to score, the subnets of a search
-    0.84 (one thread, 32 to 128 pixels).
-    """
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 def _plan(supernet: Supernet, budget: Any, conditions: Conditions | None, *, from_widest: bool) -> list[Stage]:
