@@ -225,15 +225,15 @@ class Lesson:
 
     def _learn(self, outputs: Tensor, targets: Tensor, logits: Tensor) -> Tensor:
         """Return the loss of a batch; of images without labels it is the teacher's alone."""
-        known = targets != UNLABELLED if targets.dim() == 1 else torch.ones(len(targets), dtype=torch.bool)
-        count, total = int(known.sum()), len(targets)
+        mask = targets != UNLABELLED if targets.dim() == 1 else torch.ones(len(targets), dtype=torch.bool)
+        count, total = int(mask.sum()), len(targets)
         if count == total:
             lesson = self.distill(outputs, logits, temperature=self.temperature)
             mixed: Tensor = (1 - self.share) * self.loss_fn(outputs, targets) + self.share * lesson
             return mixed
-        loss: Tensor = self.distill(outputs[~known], logits[~known], temperature=self.temperature) * (total - count)
+        loss: Tensor = self.distill(outputs[~mask], logits[~mask], temperature=self.temperature) * (total - count)
         if count:
-            loss = loss + self._learn(outputs[known], targets[known], logits[known]) * count
+            loss = loss + self._learn(outputs[mask], targets[mask], logits[mask]) * count
         return loss / total
 
 

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def search_networks(
-    accelerator: Accelerator, args: argparse.Namespace, run: Path, wanted: Sequence[str | Budget]
+    accelerator: Accelerator, args: argparse.Namespace, run: Path, requests: Sequence[str | Budget]
 ) -> None:
     """Search the networks of all budgets, and choose those of the baselines.
 
@@ -89,12 +89,13 @@ def search_networks(
         accelerator: Accelerate's.
         args: the flags.
         run: the run folder.
-        wanted: the budgets.
+        requests: the budgets, as the user wrote them or parsed.
     """
     supernet = load_supernet(run, args)
     team = Team(accelerator.process_index, accelerator.num_processes, gather_object)
-    conditions = make_conditions(args, wanted, team)
-    budgets = list(dict.fromkeys(parse_budgets(supernet, wanted, conditions=conditions)))  # refuses those out of reach
+    conditions = make_conditions(args, requests, team)
+    # refuses those out of reach
+    budgets = list(dict.fromkeys(parse_budgets(supernet, requests, conditions=conditions)))
     for budget in budgets:
         limits = " and ".join(METRICS[metric].format(limit) for metric, limit in budget.limits)
         accelerator.print(f"budget {budget.text}: at most {limits}; within reach")

@@ -100,10 +100,10 @@ def has_begun(run: Path) -> bool:
     return any((run / name).exists() for name in ("search", "search-progress.json", "finetune"))
 
 
-def take_left_out(args: argparse.Namespace, given: set[str], run: Path) -> str:
+def take_left_out(args: argparse.Namespace, names: set[str], run: Path) -> str:
     """Let the flags that were left out be as before; return these in words."""
     values = vars(args)
-    left_out = find_left_out(run / FLAGS, given).items()
+    left_out = find_left_out(run / FLAGS, names).items()
     changes = {name: value for name, value in left_out if name in values and values[name] != value}
     values.update(changes)
     return describe_left_out(changes)

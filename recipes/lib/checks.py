@@ -133,11 +133,11 @@ def _check_latency(args: argparse.Namespace) -> None:
 
 
 def _check_name(flag: str, name: str, names: Iterable[str]) -> None:
-    known = list(names)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        listed = f" of {', '.join(known)}" if len(known) < 20 else ""
-        raise ConfigError(f"--{flag} {name} is unknown: needed one{listed}. Did you mean {near}?")
+    names = list(names)
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+        choices = f" of {', '.join(names)}" if len(names) < 20 else ""
+        raise ConfigError(f"--{flag} {name} is unknown: needed one{choices}. Did you mean {near}?")
 
 
 def _check_optimizer(args: argparse.Namespace) -> None:

@@ -179,7 +179,7 @@ def describe_turns(times: Sequence[float], original: Sequence[float]) -> dict[st
         times: of the network, in each turn.
         original: times of the original in the same turns, in which the machine was as busy.
     """
-    shares = [time / whole for time, whole in zip(times, original, strict=True)]
+    shares = [time / reference for time, reference in zip(times, original, strict=True)]
     return {
         "latency_ms": statistics.median(times),
         "latency_quartiles": _find_quartiles(times),

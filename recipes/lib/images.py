@@ -95,9 +95,9 @@ def _open_folders(args: argparse.Namespace, mode: str) -> tuple[Any, Any, int]:
 def _tell_absent(names: Sequence[str], classes: int, where: str) -> None:
     """Warn of classes without test images; the first process alone."""
     if names and is_first():
-        listed = ", ".join([*names[:5], *(["..."] if names[5:] else [])])
+        text = ", ".join([*names[:5], *(["..."] if names[5:] else [])])
         warnings.warn(
-            f"{where} has no images of {len(names)} of {classes} classes ({listed}): the accuracies are of the other "
+            f"{where} has no images of {len(names)} of {classes} classes ({text}): the accuracies are of the other "
             f"{classes - len(names)}.",
             stacklevel=2,
         )

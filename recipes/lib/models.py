@@ -21,10 +21,10 @@ M = TypeVar("M", bound=nn.Module)
 
 def choose_base_args(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments that create the base model again; an exported folder keeps them."""
-    chosen: dict[str, Any] = {"num_classes": args.num_classes, "in_chans": args.in_chans}
+    base_args: dict[str, Any] = {"num_classes": args.num_classes, "in_chans": args.in_chans}
     if args.img_size:
-        chosen |= choose_size_args(args.model, args.img_size)
-    return {**chosen, **args.model_kwargs}
+        base_args |= choose_size_args(args.model, args.img_size)
+    return {**base_args, **args.model_kwargs}
 
 
 def describe_base(args: argparse.Namespace) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def resolve_name(name: str) -> str:
         return name
     if (Path(name) / "config.json").is_file():
         return f"local-dir:{name}"
-    known = _is_torchvision(name.removeprefix(TORCHVISION)) if name.startswith(TORCHVISION) else _is_timm(name)
-    if not known:
+    exists = _is_torchvision(name.removeprefix(TORCHVISION)) if name.startswith(TORCHVISION) else _is_timm(name)
+    if not exists:
         if Path(name).is_dir():
             networks = sorted(path.parent for path in Path(name).glob("exported/*/config.json"))
             needed = f"that of a network, such as {networks[0]}" if networks else "a folder that timm can load"

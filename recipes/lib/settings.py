@@ -45,15 +45,15 @@ def list_remembered(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in FREE or name in _REMEMBERED}
 
 
-def find_left_out(path: Path, given: Iterable[str]) -> dict[str, Any]:
+def find_left_out(path: Path, flags: Iterable[str]) -> dict[str, Any]:
     """Return the flags of before that were left out now.
 
     Args:
         path: of the flags of before; they need not be there.
-        given: names of the flags of now.
+        flags: names of the flags of now.
     """
     before = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    names = set(given)
+    names = set(flags)
     for together in _TOGETHER:
         names |= set(together) if names & set(together) else set()
     return {name: value for name, value in before.items() if name not in names}

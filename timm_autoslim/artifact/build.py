@@ -63,12 +63,16 @@ class SlimBuilder:
         num_classes, global_pool = args.pop("num_classes", None), args.pop("global_pool", None)
         refuse_forbidden(args)
         native = self._find_native_classes()
-        wanted = native if num_classes is None else num_classes
-        if not is_int(wanted) or wanted < 0:
-            raise ArtifactError.at("num_classes", got=reprlib.repr(wanted), needed="an integer, 0 for no head")
+        classes = native if num_classes is None else num_classes
+        if not is_int(classes) or classes < 0:
+            raise ArtifactError.at("num_classes", got=reprlib.repr(classes), needed="an integer, 0 for no head")
         # The spec holds the head's tensors if its base had a head: such a base is built, and the head changed after.
-        args = {**self.spec.copy_arguments(), **args, "num_classes": wanted if bool(wanted) == bool(native) else native}
-        model = self._build(args, wanted, native, global_pool, unfilled)
+        args = {
+            **self.spec.copy_arguments(),
+            **args,
+            "num_classes": classes if bool(classes) == bool(native) else native,
+        }
+        model = self._build(args, classes, native, global_pool, unfilled)
         settings: Any = getattr(model, "pretrained_cfg", None)
         size = args.get("img_size")
         if size is not None and isinstance(settings, Mapping):
@@ -77,19 +81,19 @@ class SlimBuilder:
         return model
 
     def _build(
-        self, args: dict[str, Any], wanted: int, native: int, global_pool: str | None, unfilled: bool
+        self, args: dict[str, Any], classes: int, native: int, global_pool: str | None, unfilled: bool
     ) -> nn.Module:
-        """Build a model of `wanted` classes, from a base of `native` ones."""
+        """Build a model of `classes` classes, from a base of `native` ones."""
         base, call = self.limit.base, self.limit.call_unfilled if unfilled else self.limit.call
         model = call(construct_base, base, **args)
         if self.spec.from_torchvision:
             apply_spec(model, self.spec)
             describe_features(model, self.taps)
-            self._fit_torchvision_head(model, native, wanted, global_pool)
+            self._fit_torchvision_head(model, native, classes, global_pool)
         elif hasattr(model, "reset_classifier"):
             apply_spec(model, self.spec)
-            if getattr(model, "num_classes", native) != wanted or global_pool not in (None, find_pool_type(model)):
-                head = (wanted,) if global_pool is None else (wanted, global_pool)
+            if getattr(model, "num_classes", native) != classes or global_pool not in (None, find_pool_type(model)):
+                head = (classes,) if global_pool is None else (classes, global_pool)
                 self.limit.call(call_base, base, model.reset_classifier, *head)
         elif global_pool in (None, find_pool_type(model)):
             apply_spec(model, self.spec)
@@ -133,16 +137,18 @@ class SlimBuilder:
             raise make_spec_error("base_args.num_classes", native, "an integer, 0 for no head")
         return native
 
-    def _fit_torchvision_head(self, model: nn.Module, native: int, wanted: int, global_pool: str | None) -> None:
-        if global_pool is not None or (wanted and not native):
-            what = f"global_pool={global_pool!r}" if global_pool is not None else f"num_classes={wanted} without a head"
+    def _fit_torchvision_head(self, model: nn.Module, native: int, classes: int, global_pool: str | None) -> None:
+        if global_pool is not None or (classes and not native):
+            what = (
+                f"global_pool={global_pool!r}" if global_pool is not None else f"num_classes={classes} without a head"
+            )
             raise ArtifactError.at(
                 f"base {self.limit.base!r}",
                 got=f"{what}, which it cannot take",
                 needed="the head of the exported model: torchvision models have fixed heads",
                 remedy="leave it out",
             )
-        if native and not wanted:
+        if native and not classes:
             remove_classifiers(model)
 
 

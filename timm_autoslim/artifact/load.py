@@ -53,10 +53,10 @@ def autoslim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     except Exception as error:  # timm and constructors may raise anything at all on what they do not expect
         if not source.place:
             raise
-        asked = reprlib.repr(sorted(k for k, v in kwargs.items() if v is not None and k not in _ADDED))
+        names = reprlib.repr(sorted(k for k, v in kwargs.items() if v is not None and k not in _ADDED))
         text = str(error) if len(str(error)) <= 500 else f"{str(error)[:500]}..."
         raise ArtifactError(
-            f"{source.place}: cannot be loaded with {asked}: {type(error).__name__}: {text}; "
+            f"{source.place}: cannot be loaded with {names}: {type(error).__name__}: {text}; "
             "leave these arguments out, or export the model again"
         ) from error
 
@@ -268,13 +268,13 @@ def _build_for_file(
 def _refuse_arguments_of_backbones(builder: SlimBuilder, args: Mapping[str, Any], error: ArgumentError) -> None:
     """Raise ArgumentError that says so, if the base takes these arguments in the class of its backbone alone."""
     spec, call = builder.spec, builder.limit.call
-    base, known = spec.require_base(), spec.copy_arguments()
+    base, arguments = spec.require_base(), spec.copy_arguments()
     try:
-        backbone = call(build_on_meta, timm.create_model, base, features_only=True, **{**known, **args})
-        model = type(call(build_on_meta, timm.create_model, base, **known)).__name__
+        backbone = call(build_on_meta, timm.create_model, base, features_only=True, **{**arguments, **args})
+        model = type(call(build_on_meta, timm.create_model, base, **arguments)).__name__
     except Exception:  # it does not take them there either
         return
-    names = ", ".join(sorted(args.keys() - known.keys() - {"num_classes", "in_chans"}))
+    names = ", ".join(sorted(args.keys() - arguments.keys() - {"num_classes", "in_chans"}))
     raise ArgumentError.at(
         f"base {base!r}",
         got=f"{names}, which {type(backbone).__name__} takes and {model} does not",
@@ -283,12 +283,12 @@ def _refuse_arguments_of_backbones(builder: SlimBuilder, args: Mapping[str, Any]
     ) from error
 
 
-def _choose_features(model: nn.Module, spec: Spec, asked: set[str]) -> dict[str, Any]:
+def _choose_features(model: nn.Module, spec: Spec, settings: set[str]) -> dict[str, Any]:
     """Return how to take features from a model, but for what a user has set."""
     features = choose_feature_cfg(model, spec)
-    if "feature_cls" in asked:  # the other settings belong to the base's own kind
+    if "feature_cls" in settings:  # the other settings belong to the base's own kind
         features = {"out_indices": features["out_indices"]}
-    return {key: value for key, value in features.items() if key not in asked}
+    return {key: value for key, value in features.items() if key not in settings}
 
 
 def _fit_state(state: Mapping[str, Tensor], model: nn.Module) -> OrderedDict[str, Tensor]:

@@ -298,9 +298,9 @@ def derive_spec(model: nn.Module, base: str | None = None, base_args: Mapping[st
 
 def _read_timm_arguments(model: nn.Module) -> dict[str, Any]:
     """Return the arguments that timm says it built a model with (since 1.0.31), as far as a spec may hold them."""
-    listed = getattr(model, "_model_args", None)
+    stored = getattr(model, "_model_args", None)
     arguments: dict[str, Any] = {}
-    for key, value in listed.items() if isinstance(listed, Mapping) else ():
+    for key, value in stored.items() if isinstance(stored, Mapping) else ():
         if value is None or key in FORBIDDEN_ARGS or key == "taps":  # "taps" is for the loader of slim models alone
             continue
         with contextlib.suppress(ArtifactError):  # a class or function: where it matters, export refuses the model

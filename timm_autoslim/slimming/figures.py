@@ -125,8 +125,8 @@ def draw_widths(results: Sequence[SearchResult]) -> Drawing:
     place = np.arange(len(sizes))
     for ax, (budget, of_budget) in zip(axes, networks.items(), strict=True):
         ax.barh(place, np.ones(len(sizes)), 0.8, color=QUIET, label=ORIGINAL)
-        found = {method: find_network(of_budget, method) for method in (SEARCHED, "uniform")}
-        bars = [(method, network) for method, network in found.items() if network is not None]
+        by_method = {method: find_network(of_budget, method) for method in (SEARCHED, "uniform")}
+        bars = [(method, network) for method, network in by_method.items() if network is not None]
         for index, (method, network) in enumerate(bars):
             shares = [network.widths[name] / size for name, size in sizes.items()]
             shift = 0.4 * index - 0.2 * (len(bars) - 1)  # one bar is in the middle

@@ -187,14 +187,14 @@ def _list_values(trial: _Trial, rule: str, value: Any) -> list[float]:
         return [divisor for divisor in _DIVISORS if divisor < now]
     if rule == "choices" and value is None:
         return []
-    given = list(value) if rule == "choices" else [DEFAULT_MIN if value is None else value]
-    if not given:  # an iterator, which convert() has used up
+    amounts = list(value) if rule == "choices" else [DEFAULT_MIN if value is None else value]
+    if not amounts:  # an iterator, which convert() has used up
         return []
-    numbers = [number for one in given if (number := as_integer(one)) is not None]
-    if len(numbers) == len(given):
+    numbers = [number for one in amounts if (number := as_integer(one)) is not None]
+    if len(numbers) == len(amounts):
         floor = max(trial.graph.floors)  # `convert` refuses a number of channels that a group cannot have
         return [*range(min(numbers) - 1, floor - 1, -1), _LEAST]
-    shares = [share for one in given if (share := read_share(one)) is not None]
+    shares = [share for one in amounts if (share := read_share(one)) is not None]
     return [share for share in _SHARES if share < min(shares)]
 
 

@@ -75,10 +75,10 @@ def _check(results: object) -> list[SearchResult]:
     Raises:
         ConfigError: they are not, or there is none.
     """
-    listed = list(results) if isinstance(results, tuple | list) else []
-    if not listed or not all(isinstance(result, SearchResult) for result in listed):
-        got = ", ".join(type(result).__name__ for result in listed) or "nothing"
+    members = list(results) if isinstance(results, tuple | list) else []
+    if not members or not all(isinstance(result, SearchResult) for result in members):
+        got = ", ".join(type(result).__name__ for result in members) or "nothing"
         raise ConfigError.at("results", got=got, needed="what search or baseline returned")
-    if any(result.groups != listed[0].groups for result in listed):
+    if any(result.groups != members[0].groups for result in members):
         raise ConfigError.at("results", got="those of different supernets", needed="results of one supernet")
-    return listed
+    return members

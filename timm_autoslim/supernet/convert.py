@@ -208,14 +208,14 @@ def order_supernet(
 
 
 def check_rules(
-    function: str, rules: Mapping[str, Any], own: Sequence[str] = (), *, left_out: Sequence[str] = ()
+    function: str, rules: Mapping[str, Any], settings: Sequence[str] = (), *, left_out: Sequence[str] = ()
 ) -> None:
     """Make sure that what a function has got as `**rules` are arguments of `convert` that it hands on.
 
     Args:
         function: its name.
         rules: what it has got.
-        own: keywords that it has besides.
+        settings: keywords that it has besides.
         left_out: arguments of `convert` that it gives itself; those of the model are never rules.
 
     Raises:
@@ -224,7 +224,7 @@ def check_rules(
     names = [name for name in inspect.signature(convert).parameters if name not in ("model", *left_out)]
     for name in rules:
         if name not in names:
-            near = difflib.get_close_matches(name, [*names, *own], n=1)
+            near = difflib.get_close_matches(name, [*names, *settings], n=1)
             hint = f": did you mean {near[0]!r}?" if near else f"; rules are {', '.join(names)}"
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{hint}")
 

@@ -31,12 +31,12 @@ class Leftovers:
 
     def explain(self, error: RuntimeError) -> ModelChangedError:
         """Return what to say of a subnet that raised an error because it met these."""
-        listed = ", ".join(
+        places = ", ".join(
             f"supernet.model.{name} of the shape {tuple(tensor.shape)}" for name, tensor in self.tensors.items()
         )
         return ModelChangedError.at(
             "the subnet",
-            got=f"what an earlier forward has kept at another width ({listed}): {quote_error(error)}",
+            got=f"what an earlier forward has kept at another width ({places}): {quote_error(error)}",
             needed="a model that holds nothing of another width",
             remedy="put it back to what the constructor sets, such as None, before another width runs",
         )

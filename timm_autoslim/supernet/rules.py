@@ -62,9 +62,10 @@ def build_space(
     Raises:
         WidthError: a value is out of range, or a glob matches no group.
     """
-    given = {"min": min, "divisor": divisor, "choices": choices}
+    arguments = {"min": min, "divisor": divisor, "choices": choices}
     rules: dict[str, ByGlob] = {
-        key: rule if isinstance(rule, Mapping) else {} if rule is None else {"*": rule} for key, rule in given.items()
+        key: rule if isinstance(rule, Mapping) else {} if rule is None else {"*": rule}
+        for key, rule in arguments.items()
     }
     matching_globs: dict[str, set[str]] = {key: set() for key in rules}
     groups = []
@@ -79,7 +80,7 @@ def build_space(
             if glob not in matching_globs[key]:
                 paths = dict.fromkeys((*graph.names, *(p for group in groups for p in group.producers)))
                 raise _make_glob_error(graph, key, str(glob), paths)
-    return SearchSpace(graph, groups, given)
+    return SearchSpace(graph, groups, arguments)
 
 
 def _make_glob_error(graph: ChannelGraph, rule: str, glob: str, paths: Iterable[str]) -> WidthError:

@@ -55,8 +55,8 @@ def take_rows(module: nn.Module, inputs: Tensor, positions: Tensor | None = None
         return rows if positions is None else rows.index_select(2, positions)
     windows = _view_windows(module, inputs)
     width = windows.shape[3]
-    chosen = windows.flatten(2, 3) if positions is None else windows[:, :, positions // width, positions % width]
-    rows = chosen.transpose(1, 2).flatten(2)  # (N, P, C kh kw)
+    windows = windows.flatten(2, 3) if positions is None else windows[:, :, positions // width, positions % width]
+    rows = windows.transpose(1, 2).flatten(2)  # (N, P, C kh kw)
     return torch.unflatten(rows, 2, (_count_groups(module), -1)).permute(2, 0, 1, 3)
 
 
@@ -142,15 +142,15 @@ def sum_moments(
         pool: adds up over processes.
     """
     module, device = layer.module, inputs[0].device
-    wanted = max(ROWS_PER_INPUT * layer.inputs, LEAST_ROWS)
+    limit = max(ROWS_PER_INPUT * layer.inputs, LEAST_ROWS)
     counts = [_count_rows(module, y) for y in outputs]
     (total,) = pool([torch.tensor(float(sum(map(math.prod, counts))), device=device)])
     parts: list[_Rows] = []
     first, generator = 0, torch.Generator().manual_seed(0)
     for x, y, (images, positions) in zip(inputs, outputs, counts, strict=True):
-        share = max(1, min(positions, round(positions * wanted / int(total))))
-        chosen = torch.randperm(positions, generator=generator)[:share].to(device) if share < positions else None
-        rows, targets = take_rows(module, x, chosen).float(), take_outputs(module, y, chosen, channels).float()
+        share = max(1, min(positions, round(positions * limit / int(total))))
+        sample = torch.randperm(positions, generator=generator)[:share].to(device) if share < positions else None
+        rows, targets = take_rows(module, x, sample).float(), take_outputs(module, y, sample, channels).float()
         numbers = range(first, first + images)
         first += images
         for part, tests in enumerate((False, True)):

@@ -56,10 +56,10 @@ def copy_deeply(model: T, memo: Mapping[int, Any] | None = None) -> T:
 def _find_obstacle(model: Any, memo: Mapping[int, Any]) -> Any:
     """Return what cannot be copied, but by hand; None if there is no such thing."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    known = {**memo, **{id(module): module for module in modules}}
+    objects = {**memo, **{id(module): module for module in modules}}
     for module in modules:
         for name, value in vars(module).items():
-            if name != "_modules" and (obstacle := _find_innermost(value, known, 0)) is not None:
+            if name != "_modules" and (obstacle := _find_innermost(value, objects, 0)) is not None:
                 return obstacle if isinstance(obstacle, _SHARED) or _is_copied_by_hand(type(obstacle)) else None
     return None
 
