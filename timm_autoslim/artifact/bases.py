@@ -63,7 +63,11 @@ def create_meta_base(name: str, /, **kwargs: Any) -> nn.Module:
 
 
 def construct_base(name: str, /, **kwargs: Any) -> nn.Module:
-    """As `create_base`, but leaves it to the caller to `describe_features` of a torchvision model."""
+    """Create a base as `create_base` does, but leave it to the caller to `describe_features` of a torchvision model.
+
+    Raises:
+        ArtifactError: as `create_base` does.
+    """
     check_type("base", name, str, ArtifactError, "a timm model name, or 'torchvision/NAME'")
     if name.startswith(TORCHVISION):
         model: nn.Module = call_base(name, construct_torchvision, name.removeprefix(TORCHVISION), **kwargs)

@@ -109,7 +109,11 @@ class SlimBuilder:
         return build_on_meta(self.build, {**args, "num_classes": num_classes, "global_pool": global_pool})
 
     def resize(self, state: Mapping[str, Tensor], model: nn.Module, img_size: Any) -> Mapping[str, Tensor]:
-        """Fit weights to a model for another image size by the base's own function, as timm does for the base."""
+        """Fit weights to a model for another image size by the base's own function, as timm does for the base.
+
+        Raises:
+            ArtifactError: that function loses or renames a tensor of these weights.
+        """
         args = {**self.spec.copy_arguments(), "img_size": img_size}
         weight_filter = self.limit.call(find_weight_filter, self.limit.base, **args)
         if weight_filter is None:

@@ -176,7 +176,14 @@ def measure_turns(
 ) -> list[list[float]]:
     """Return the milliseconds of every turn of each model, as `measure_in_turns` measures them: their spread shows.
 
-    Args and errors are those of `measure_in_turns`.
+    Args:
+        models, inputs, device, dtype, runtime, threads, rounds, repeats: as for `measure_in_turns`.
+
+    Returns:
+        For every model a list of `rounds` times, in the order of the turns.
+
+    Raises:
+        LatencyError: as `measure_in_turns` does.
 
     Example:
         >>> wide, narrow = nn.Linear(8, 400), nn.Linear(8, 4)

@@ -34,7 +34,7 @@ class Slices:
     attributes: Mapping[str, Value]
 
     def within(self, path: str) -> Slices:
-        """Return what these slices say of one module, by names in that module."""
+        """Return the slices of one module and of the modules in it, by names in that module."""
         return Slices(cut_prefix(self.tensors, f"{path}."), cut_prefix(self.attributes, f"{path}."))
 
     @cached_property

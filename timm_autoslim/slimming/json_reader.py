@@ -46,7 +46,11 @@ class JsonValue:
         raise ArtifactError.at(self.where, got=reprlib.repr(self.value), needed=needed)
 
     def object(self, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, JsonValue]:
-        """Return the members of an object that has all `required` names, and no others but `optional` ones."""
+        """Return the members of an object that has all `required` names, and no others but `optional` ones.
+
+        Raises:
+            ArtifactError: it is no such object.
+        """
         members = self.members()
         missing = [name for name in required if name not in members]
         unknown = [name for name in members if name not in required and name not in optional]

@@ -30,7 +30,7 @@ class Leftovers:
     places: Mapping[AttributeName, bool]
 
     def explain(self, error: RuntimeError) -> ModelChangedError:
-        """Return what to say of a subnet that raised an error because it met these."""
+        """Return the error to raise in place of one that a subnet raised because it met these."""
         places = ", ".join(
             f"supernet.model.{name} of the shape {tuple(tensor.shape)}" for name, tensor in self.tensors.items()
         )

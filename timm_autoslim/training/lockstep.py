@@ -85,7 +85,10 @@ class _Run:
             raise _Cancelled
 
     def advance(self) -> tuple[str, Tensor] | None:
-        """Run to the next stop; return the module's path and the tensor there, or None at the end."""
+        """Run to the next stop; return the module's path and the tensor there, or None at the end.
+
+        An exception of the run is raised here again.
+        """
         self._go.release()
         self._stopped.acquire()
         if self._error is not None:
