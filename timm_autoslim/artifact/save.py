@@ -30,7 +30,7 @@ from timm_autoslim.errors import ArtifactError
 from timm_autoslim.slicing.slices import Slices, shrink_model
 from timm_autoslim.utils.arguments import check_module, check_path
 
-KIND = "timm_autoslim.save"  # of folder, as config.json names it
+KIND = "timm_autoslim.save"  # the kind of folder, as config.json names it
 M = TypeVar("M", bound=nn.Module)
 
 

@@ -28,7 +28,7 @@ Evaluate = Callable[[Subnet], float]
 # How much worse than the narrowest the widest may score, as a share of the larger number. Held-out losses of untrained
 # supernets differ by a few per cent either way, and so a loss is never refused. Accuracies taken for losses differ by
 # several per cent after a good training, and by far more after a short one.
-WARNED, REFUSED = 0.05, 1 / 3
+WARN_FROM, REFUSE_FROM = 0.05, 1 / 3
 
 
 class HeldOut:
@@ -186,7 +186,7 @@ class Scorer:
         subnets = self.supernet.space.max(), self.supernet.space.min()
         widest, narrowest = self.many(subnets, 1)
         gap = (widest - narrowest) / max(abs(widest), abs(narrowest), 1e-12)
-        if gap <= WARNED:
+        if gap <= WARN_FROM:
             return
         (wide, of_wide), (narrow, of_narrow) = (self._scores[_key((widths, 0))] for widths in subnets)
         way, other, what, change = (
@@ -202,7 +202,7 @@ class Scorer:
             + ("; else the model is not trained for these inputs and targets" if trained else ""),
         )
         counts = _counts_images(wide, of_wide) and _counts_images(narrow, of_narrow)
-        if gap > REFUSED and (trained or counts):
+        if gap > REFUSE_FROM and (trained or counts):
             raise error
         if self.team.index == 0 and not trained:
             text = f"{error}; else the supernet is untrained, or training spoils its widest subnet"
