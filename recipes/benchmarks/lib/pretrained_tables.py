@@ -91,7 +91,7 @@ def draw(rows: list[Row], path: Path) -> None:
             for index, way in enumerate(ways):
                 of_way = [rows for key, rows in points.items() if key[:3] == (share, *way)]
                 line = sorted((_mean(rows, "compute") / 1000, _mean(rows, "top1")) for rows in of_way)
-                style = {"marker": "o", "markersize": 4, "color": f"C{index}"}
+                style = {"marker": "osD^"[index // 10 % 4], "markersize": 4, "color": f"C{index}"}  # C10 is C0 again
                 axis.plot([x for x, _ in line], [y for _, y in line], **style, label=", ".join(way))
             axis.set(title=f"{name}, {share:.0%} of the MACs", xlabel="compute, thousand forwards of the original")
             axis.grid(alpha=0.3)
