@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +45,26 @@ RECIPES = Path(__file__).resolve().parent
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all stages."""
     parser = Parser(description=__doc__)
-    parser.add_argument("-c", "--config", default="digits", help="flat YAML file, or the name of one of the recipes'")
+    parser.add_argument(
+        "-c", "--config", help="flat YAML file, or the name of one of the recipes'; digits if not given"
+    )
     parser.add_argument("--num-processes", type=int, default=1, help="processes of each stage (GPUs, or CPU processes)")
     args, rest = parser.parse_known_args(argv)
     if rest and not rest[0].startswith("-"):  # as in timm's scripts
         rest[:1] = ["--data-dir", rest[0]]
-    config = {"output": "runs", "experiment": Path(args.config).stem, **read_config(args.config), **read_flags(rest)}
+    flags, file = read_flags(rest), args.config or "digits"
+    config = {"output": "runs", "experiment": Path(file).stem, **read_file(file, flags), **flags}
     check_config(config, where="the flags")
     values = pick_values("train", config)
-    run = Path(values["output"], values["experiment"] or Path(args.config).stem)
+    run = Path(values["output"], values["experiment"] or Path(file).stem)
     with own_folder(run, lock=".run.lock"):  # the stages own the folder itself
-        run_stages(run, config, args.num_processes)
+        run_stages(run, take_left_out(run, config, config if args.config else flags), args.num_processes)
 
 
 def run_stages(run: Path, config: dict[str, Any], processes: int) -> None:
     """Run the stages that are not finished, then load and compare the networks."""
     path = run / "config.yaml"
-    begun = any((run / name).exists() for name in (SUPERNET, "checkpoints"))
-    if begun and (left_out := find_left_out(path, config)):
-        print(describe_left_out(left_out), flush=True)
-        config = {**left_out, **config}
-    check_same(path, config, begun)
+    check_same(path, config, has_begun(run))
     write_settings(path, config)
     begin = time.perf_counter()
 
@@ -84,6 +83,27 @@ def run_stages(run: Path, config: dict[str, Any], processes: int) -> None:
     table = make_table(results)
     files.write_text(run / "table.md", table)
     print(f"\n{table}\nAll stages took {time.perf_counter() - begin:.0f} s. Results: {run}")
+
+
+def has_begun(run: Path) -> bool:
+    """Whether work was done that other settings would not fit."""
+    return any((run / name).exists() for name in (SUPERNET, "checkpoints"))
+
+
+def read_file(path: str, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a configuration, without what a flag of the command line replaces: that of a single stage as well."""
+    stages = ("train", "search", "finetune")
+    replaced = {f"{stage}_{flag}" for stage in stages for flag in flags}
+    return {key: value for key, value in read_config(path).items() if key not in replaced}
+
+
+def take_left_out(run: Path, config: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run that goes on: what was left out is as before, and is told."""
+    left_out = find_left_out(run / "config.yaml", {"output", "experiment", *flags}) if has_begun(run) else {}
+    changes = {key: value for key, value in left_out.items() if config.get(key) != value}
+    if changes:
+        print(describe_left_out(changes), flush=True)
+    return {**config, **left_out}
 
 
 def read_flags(flags: Sequence[str]) -> dict[str, Any]:

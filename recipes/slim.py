@@ -40,7 +40,7 @@ from timm_autoslim import (
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.finetune import finetune, finish
 from timm_autoslim.recipes.lib.comparison import TURNS, Row, compare_networks, read_original, write_original
-from timm_autoslim.recipes.lib.configuration import list_given, parse_args
+from timm_autoslim.recipes.lib.configuration import list_flags, parse_args
 from timm_autoslim.recipes.lib.durations import Counts, Stages, estimate_stages, write_time
 from timm_autoslim.recipes.lib.guide import write_guide
 from timm_autoslim.recipes.lib.images import open_images
@@ -54,10 +54,9 @@ from timm_autoslim.recipes.lib.run_folder import SUPERNET, write_args, write_wei
 from timm_autoslim.recipes.lib.settings import (
     FLAGS,
     check_same,
-    describe_left_out,
     describe_settings,
-    find_left_out,
     list_remembered,
+    take_left_out,
     write_settings,
 )
 from timm_autoslim.recipes.lib.shell import run_command
@@ -79,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the recipe."""
     args = parse_args("slim", __doc__, argv)
     run = name_run(args)
-    left_out = take_left_out(args, list_given("slim", argv), run) if has_begun(run) else ""
+    left_out = take_left_out(args, list_flags("slim", argv), run / FLAGS) if has_begun(run) else ""
     flags = list_remembered(args)
     check_flags(args)
     args.run = str(run)
@@ -98,15 +97,6 @@ def name_run(args: argparse.Namespace) -> Path:
 def has_begun(run: Path) -> bool:
     """Whether work was done that other settings would not fit."""
     return any((run / name).exists() for name in ("search", "search-progress.json", "finetune"))
-
-
-def take_left_out(args: argparse.Namespace, names: set[str], run: Path) -> str:
-    """Let the flags that were left out be as before; return these in words."""
-    values = vars(args)
-    left_out = find_left_out(run / FLAGS, names).items()
-    changes = {name: value for name, value in left_out if name in values and values[name] != value}
-    values.update(changes)
-    return describe_left_out(changes)
 
 
 def check_flags(args: argparse.Namespace) -> None:

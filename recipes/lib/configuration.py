@@ -50,7 +50,7 @@ def parse_args(recipe: str, doc: str | None, argv: Sequence[str] | None = None) 
     return args
 
 
-def list_given(recipe: str, argv: Sequence[str] | None = None) -> set[str]:
+def list_flags(recipe: str, argv: Sequence[str] | None = None) -> set[str]:
     """Return the names of the flags that the command line or the YAML file of -c gives a value."""
     parser = _make_parser(recipe)
     left_out = object()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.checkpoints import Checkpoint, Checkpoints, Progress
+from timm_autoslim.recipes.lib.texts import write_flag
 
 # A resumed run may differ in these without a word: they do not change the weights.
 SILENT = ("config", "data_dir", "output", "experiment", "run", "resume", "workers", "device", "grad_checkpointing",
@@ -72,7 +73,7 @@ def find_start(
     checkpoints = Checkpoints(folder, args.checkpoint_hist)
     checkpoint = _find_checkpoint(accelerator, checkpoints) if args.resume else None
     if checkpoint:
-        check_identity(checkpoint.identity, complete)
+        check_identity(checkpoint.identity, complete, flags)
         _tell_changes(accelerator, checkpoint, flags)
     return Start(folder, checkpoints, checkpoint, complete, flags)
 
@@ -90,8 +91,13 @@ def _find_checkpoint(accelerator: Accelerator, checkpoints: Checkpoints) -> Chec
     return checkpoint
 
 
-def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def check_identity(before: Mapping[str, Any], now: Mapping[str, Any], flags: Container[str] = ()) -> None:
     """Make sure that a resumed run is the one that it was.
+
+    Args:
+        before: what it must have in common with now.
+        now: the same of now.
+        flags: names of those that are flags.
 
     Raises:
         ConfigError: something that cannot change in the middle of a training has changed.
@@ -104,7 +110,8 @@ def check_identity(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             names = [key for key in {**first, **second} if first.get(key) != second.get(key)]
             name = f"{name} of {names[0]}" + (f" (and of {len(names) - 1} more)" if names[1:] else "")
             first, second = first.get(names[0]), second.get(names[0])
-        advice = "give the same as before, or start another --experiment"
+        flag = f"leave out --{name.replace('_', '-')}" if first is None else f"give {write_flag(name, first)}"
+        advice = f"{flag if name in flags else 'give the same'} as before, or start another --experiment"
         if name == "images_per_update":
             advice = f"--batch-size x processes x --grad-accum-steps must stay {first}"
         raise ConfigError(f"--resume: this run was begun with {name} {first}, and now it is {second}: {advice}.")

@@ -6,7 +6,6 @@ A flag that is left out when a run goes on is as before. One that is given with 
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from timm_autoslim.recipes.lib.image_sources import hash_images
 from timm_autoslim.recipes.lib.images import Images, open_unlabelled
 from timm_autoslim.recipes.lib.run_folder import hash_file
 from timm_autoslim.recipes.lib.starting_points import find_weights
+from timm_autoslim.recipes.lib.texts import write_flag
 
 FLAGS = "flags.yaml"  # of a run folder: the flags of the last call
 
@@ -59,20 +59,24 @@ def find_left_out(path: Path, flags: Iterable[str]) -> dict[str, Any]:
     return {name: value for name, value in before.items() if name not in names}
 
 
+def take_left_out(args: argparse.Namespace, flags: Iterable[str], path: Path) -> str:
+    """Let the flags that were left out be as before; return these in words.
+
+    Args:
+        args: the flags; they are changed.
+        flags: names of those that the user gave.
+        path: of the flags of before; they need not be there.
+    """
+    remembered = list_remembered(args)
+    left_out = find_left_out(path, flags).items()
+    changes = {name: value for name, value in left_out if name in remembered and remembered[name] != value}
+    vars(args).update(changes)
+    return describe_left_out(changes)
+
+
 def describe_left_out(flags: Mapping[str, Any]) -> str:
     """Say which flags are as before; empty if there are none."""
-    return f"Left out, and as before: {' '.join(map(_write_flag, flags, flags.values()))}." if flags else ""
-
-
-def _write_flag(name: str, value: object) -> str:
-    """Return a flag as it is given on a command line."""
-    flag = f"--{name.replace('_', '-')}"
-    if isinstance(value, bool) or value is None:
-        return flag if value else f"--no-{flag[2:]}"
-    if isinstance(value, Mapping):
-        value = [f"{key}={item}" for key, item in value.items()]
-    values = value if isinstance(value, list | tuple) else [value]
-    return " ".join([flag, *(shlex.quote(str(item).removesuffix(".0")) for item in values)])
+    return f"Left out, and as before: {' '.join(map(write_flag, flags, flags.values()))}." if flags else ""
 
 
 def describe_settings(path: Path, args: argparse.Namespace, images: Images) -> dict[str, Any]:

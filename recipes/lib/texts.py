@@ -1,6 +1,9 @@
-"""Words for numbers."""
+"""Words for numbers, and flags as a command line has them."""
 
 from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
 
 
 def write_count(count: int, one: str, many: str = "") -> str:
@@ -16,3 +19,19 @@ def write_count(count: int, one: str, many: str = "") -> str:
         ('1 thread', '2 threads', '2 processes')
     """
     return f"{count} {one if count == 1 else many or f'{one}s'}"
+
+
+def write_flag(name: str, value: object) -> str:
+    """Return a flag as it is given on a command line.
+
+    Example:
+        >>> write_flag("mean", [0.5, 1.0]), write_flag("amp", False), write_flag("model_kwargs", {"drop_rate": 0.1})
+        ('--mean 0.5 1', '--no-amp', '--model-kwargs drop_rate=0.1')
+    """
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(value, bool) or value is None:
+        return flag if value else f"--no-{flag[2:]}"
+    if isinstance(value, Mapping):
+        value = [f"{key}={item}" for key, item in value.items()]
+    values = value if isinstance(value, list | tuple) else [value]
+    return " ".join([flag, *(shlex.quote(str(item).removesuffix(".0")) for item in values)])

@@ -8,7 +8,7 @@ from helpers.recipes import RECIPES, parse, write_config
 
 from timm_autoslim import cost, parse_budgets, uniform_at
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.recipes.lib.configuration import list_given, parse_args, pick_values
+from timm_autoslim.recipes.lib.configuration import list_flags, parse_args, pick_values
 from timm_autoslim.recipes.lib.flags import FLAGS
 from timm_autoslim.recipes.lib.models import make_supernet
 
@@ -94,5 +94,5 @@ def test_what_is_given_is_what_the_command_line_or_the_file_says(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("slim_epochs: 3\nlr: 0.1\ntrain_sandwich: 5\n")
     words = ["DATA", "--budgets", "macs=50%", "-c", str(config), "--no-pretrained"]
-    assert list_given("slim", words) == {"data", "budgets", "config", "pretrained", "epochs", "lr"}
-    assert list_given("slim", []) == set()
+    assert list_flags("slim", words) == {"data", "budgets", "config", "pretrained", "epochs", "lr"}
+    assert list_flags("slim", []) == set()

@@ -10,6 +10,7 @@ from timm_autoslim.recipes import run
 from timm_autoslim.recipes.lib.configuration import parse_args
 from timm_autoslim.recipes.lib.loaders import make_training_loader
 from timm_autoslim.recipes.lib.models import checkpoint_gradients, create_model
+from timm_autoslim.recipes.lib.settings import write_settings
 
 
 def test_data_is_positional_as_in_timm():
@@ -25,6 +26,34 @@ def test_data_is_positional_for_all_stages(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "run_stages", lambda folder, config, processes: configs.append(config))
     run.main(["DATA", "-c", "digits", "--output", str(tmp_path)])
     assert configs[0]["data_dir"] == "DATA"
+
+
+def test_a_flag_of_all_stages_replaces_what_the_file_has_for_one(tmp_path, monkeypatch):
+    configs = []
+    monkeypatch.setattr(run, "run_stages", lambda folder, config, processes: configs.append(config))
+    assert {"train_epochs", "finetune_epochs"} <= run.read_config("digits").keys()
+    run.main(["--epochs", "1", "--finetune-epochs", "3", "--output", str(tmp_path)])
+    assert {key: value for key, value in configs[0].items() if "epochs" in key and "warmup" not in key} == {
+        "epochs": 1, "finetune_epochs": 3
+    }  # fmt: skip
+
+
+def test_what_is_left_out_of_all_stages_is_as_before_unless_a_file_is_named(tmp_path, monkeypatch, capsys):
+    configs, folder = [], tmp_path / "digits"
+    monkeypatch.setattr(run, "run_stages", lambda folder, config, processes: configs.append(config))
+    before = run.read_config("digits") | {"budgets": ["macs=40%"], "lr": 0.3}
+    for begun in (False, True):
+        folder.mkdir(exist_ok=True)
+        write_settings(folder / "config.yaml", before)
+        if begun:
+            (folder / "checkpoints").mkdir()
+        run.main(["--seed", "3", "--output", str(tmp_path)])
+        assert configs[-1]["seed"] == 3
+        assert (configs[-1].get("lr") == 0.3) is (configs[-1]["budgets"] == ["macs=40%"]) is begun
+        assert ("as before: --budgets macs=40% --lr 0.3." in capsys.readouterr().out) is begun
+    run.main(["-c", "digits", "--output", str(tmp_path)])
+    assert configs[-1]["budgets"] == run.read_config("digits")["budgets"]
+    assert configs[-1]["lr"] == 0.3
 
 
 def test_dropout_size_and_teacher_have_timm_s_names():
