@@ -31,6 +31,8 @@ FOLLOWING = {
     "parts at places": lambda x: torch.cat(x.tensor_split([x.shape[1] // 4, 3 * (x.shape[1] // 4)], 1)[::-1], 1),
     "parts at a place from the end": lambda x: torch.cat(x.tensor_split([-(x.shape[1] // 4)], 1)[::-1], 1),
     "hsplit at a place": lambda x: torch.cat(x.hsplit([x.shape[1] // 4])[::-1], 1),
+    "rolled by a half": lambda x: torch.roll(x, x.shape[1] // 2, 1),
+    "rolled by a quarter": lambda x: torch.roll(x, (1, x.shape[1] // 4), (3, 1)),
     "groups of a norm": lambda x: nn.functional.group_norm(x, x.shape[1] // 8),
     "groups and the rest": lambda x: in_groups(x, x.shape[1] // 4, -1),
     "the rest and groups": lambda x: in_groups(x, -1, x.shape[1] // 4),
@@ -46,6 +48,7 @@ OTHER = {
     "square": lambda x: swap(x, x.shape[1] * x.shape[1] // 64),
     "root": lambda x: swap(x, math.isqrt(x.shape[1])),
     "difference from a constant": lambda x: swap(x, 40 - x.shape[1]),
+    "rolled by a remainder": lambda x: torch.roll(x, x.shape[1] % 5, 1),
     "unequal parts": lambda x: torch.cat(x.tensor_split(3, 1)[::-1], 1),
     "parts at a size": lambda x: torch.cat(x.tensor_split([x.shape[1] >> 1], 1)[::-1], 1),
 }
@@ -195,3 +198,37 @@ def test_a_convolution_loses_entire_groups_if_their_number_follows_the_channels(
     assert supernet.space.max().to_dict() == {"first": 8, "inner": 24}
     for share in (0.1, 0.4, 0.7):
         check_wiring(model, supernet, supernet.space.uniform(share), images)
+
+
+class Joined(nn.Module):
+    """Two branches side by side; the code compares their channels with a sum."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count, self.channels = [count], [16, 24]
+        self.a, self.b, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(3, 24, 1), nn.Conv2d(40, 4, 1)
+
+    def forward(self, x):
+        parts = self.a(x), self.b(x)
+        x = torch.cat(parts, 1)
+        assert self.count[0](self, parts) == x.shape[1]
+        return self.last(x).mean((2, 3))
+
+
+SUMS = {
+    "attributes": lambda model, parts: sum(model.channels),
+    "tensors": lambda model, parts: sum(part.shape[1] for part in parts),
+    "tensors in another order": lambda model, parts: parts[1].shape[1] + parts[0].shape[1],
+    "both": lambda model, parts: model.channels[0] + parts[1].shape[1],
+}
+
+
+@pytest.mark.parametrize("count", SUMS.values(), ids=SUMS)
+def test_a_sum_that_is_checked_leaves_each_part_its_own_width(count):
+    model, images = Joined(count).eval(), torch.randn(2, 3, 4, 4)
+    supernet = convert(model, images).eval()
+    assert supernet.space.max().to_dict() == {"a": 16, "b": 24}
+    widths = supernet.space.from_dict({"a": 8, "b": 18})
+    slim = supernet.extract(widths)
+    assert [slim.a.out_channels, slim.b.out_channels] == [8, 18]
+    assert torch.equal(slim(images), supernet(images, widths))

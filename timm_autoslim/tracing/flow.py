@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,9 @@ class Flow(Labelling):
             return
         if label is None and (size.is_guess or self._tie_quotient(size)):
             return
+        parts = None if label is None else _list_summands(size)
+        if label is not None and parts is not None and sum(map(int, parts)) == len(label):
+            return self._constrain_parts(label, parts)
         leaves = list(find_leaves(size))
         dims = [leaf.origin.vector for leaf in leaves if isinstance(leaf.origin, FromDimension)]
         if label is not None and dims:
@@ -102,6 +106,16 @@ class Flow(Labelling):
                 self._bind_attribute(leaf, label if leaf is factor else None)
             if label is not None:
                 self._tie_multiples([factor], label)
+
+    def _constrain_parts(self, label: Vector, sizes: Sequence[Number]) -> None:
+        """Tie parts of a dimension to the sizes whose sum the model's code passed as its length."""
+        dims = [size.origin.vector for size in sizes if isinstance(size.origin, FromDimension)]
+        if len(dims) == len(sizes):
+            ours, theirs = (np.sort(self.atoms.find(vector)) for vector in (label, np.concatenate(dims)))
+            if np.array_equal(ours, theirs):  # these very dimensions, one after the other
+                return
+        for part, size in zip(np.split(label, np.cumsum([int(size) for size in sizes])[:-1]), sizes, strict=True):
+            self.constrain(part, size)
 
     def _tie_multiples(self, leaves: Sequence[Number], label: Vector) -> None:
         """Let channels that are a multiple of attributes, such as 4 gates of `hidden` channels, go by that many."""
@@ -323,6 +337,26 @@ class Flow(Labelling):
 def _is_computed(size: Number) -> bool:
     """Whether a number was computed from sizes; not one that only may have been."""
     return isinstance(size.origin, FromExpression) and not getattr(size, "is_guess", False)
+
+
+def _list_summands(size: Number) -> list[Number] | None:
+    """Return the attributes and dimensions that a size is the sum of, in order; None if it is no sum of several."""
+    if not isinstance(size.origin, FromExpression):
+        return None
+    summands: list[Number] = []
+    waiting: list[Any] = [size]
+    while waiting:
+        number = waiting.pop(0)
+        if not isinstance(number, Number):
+            if number != 0:  # `sum` starts with 0
+                return None
+        elif not isinstance(number.origin, FromExpression):
+            summands.append(number)
+        elif number.origin.compute is operator.add:
+            waiting = [*number.origin.inputs, *waiting]
+        else:
+            return None
+    return summands if len(summands) > 1 else None
 
 
 def _is_difference(size: Number) -> bool:

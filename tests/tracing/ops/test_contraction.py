@@ -11,6 +11,10 @@ CASES = {
     "baddbmm": (aten.baddbmm.default, tensor(3, 2, 8), tensor(3, 2, 6), tensor(3, 6, 8)),
     "mv": (aten.mv.default, tensor(5, 6), tensor(6)),
     "dot": (aten.dot.default, tensor(6), tensor(6)),
+    "bilinear": (
+        aten._trilinear.default, tensor(2, 6), tensor(8, 6, 5), tensor(2, 5), [1, 3], [0], [1, 2], [2, 3],
+    ),
+    "distance": (aten._cdist_forward.default, tensor(2, 6), tensor(8, 6), 2.0, None),
     "convolution": (
         aten.convolution.default, tensor(2, 6, 5, 5), tensor(8, 6, 3, 3), tensor(8), [1, 1], [1, 1], [1, 1], False,
         [0, 0], 1,
@@ -51,6 +55,24 @@ def test_a_product_joins_what_it_runs_along(name):
     assert a[-1] == b[-2]
     assert out[-2:] == [a[-2], b[-1]]
     assert all(label[-1] == out[-1] for label in bias)
+
+
+def test_a_bilinear_product_joins_both_inputs_with_the_weight():
+    outcome = run_rule(*CASES["bilinear"])
+    x, weight, y = outcome["inputs"]
+    (out,) = outcome["outputs"]
+    assert (weight[1], weight[2]) == (x[1], y[1])
+    assert out[0] == x[0] == y[0]
+    assert out[1] == weight[0]
+    assert outcome["contractions"] == [(1, [x[0], weight[0], x[1], y[1]])]
+
+
+def test_a_distance_joins_what_it_sums_over():
+    outcome = run_rule(*CASES["distance"])
+    x, y = outcome["inputs"]
+    assert x[1] == y[1]
+    assert outcome["outputs"] == [[x[0], y[0]]]
+    assert outcome["contractions"] == [(1, [x[0], y[0], x[1]])]
 
 
 def test_a_convolution_joins_input_weight_and_bias():

@@ -37,6 +37,38 @@ def _matmul(flow: Flow, op: OperatorCall) -> None:
         flow.contracted_vectors.setdefault(flow.path, []).append(inner)
 
 
+@RULES.add("_trilinear")
+def _trilinear(flow: Flow, op: OperatorCall) -> None:
+    """Label the product of three tensors, of which some dimensions are summed, as in `nn.Bilinear`."""
+    shape: list[int] = []
+    labels: Labels = []
+    tensors = [(op[f"i{i}"], op[f"expand{i}"]) for i in (1, 2, 3)]
+    for dim in range(tensors[0][0].dim() + len(tensors[0][1])):
+        axes = [dim - sum(e < dim for e in expand) if dim not in expand else None for _, expand in tensors]
+        sides = [(t, axis) for (t, _), axis in zip(tensors, axes, strict=True) if axis is not None]
+        shape.append(max(t.shape[axis] for t, axis in sides))
+        wide = [flow.get_labels(t)[axis] for t, axis in sides if t.shape[axis] > 1]
+        label = wide[0] if wide else None
+        for other in wide[1:]:
+            if label is not None or other is not None:
+                label = flow.join(label, other, "a bilinear product")
+        labels.append(label)
+    flow.set_labels(op.out, [label for dim, label in enumerate(labels) if dim not in op["sumdim"]])
+    flow.add_contraction(1, list(zip(shape, labels, strict=True)))
+    flow.add_producer(next((v for d, v in enumerate(labels) if d not in op["sumdim"] and d), None))
+
+
+@RULES.add("_cdist_forward", "_euclidean_dist")
+def _distance(flow: Flow, op: OperatorCall) -> None:
+    a, b = op.tensors  # (..., N, C), (..., M, C)
+    la, lb = flow.get_labels(a), flow.get_labels(b)
+    if la[-1] is not None or lb[-1] is not None:
+        flow.join(la[-1], lb[-1], "a distance")
+    flow.freeze_labels([*la[:-2], *lb[:-2]], "a distance treats this dimension as a batch, not channels")
+    flow.set_labels(op.out, [*[None] * (op.out.dim() - 2), la[-2], lb[-2]])
+    flow.add_contraction(1, [*zip(op.out.shape, flow.get_labels(op.out), strict=True), (a.shape[-1], la[-1])])
+
+
 @RULES.add("convolution")
 def _convolution(flow: Flow, op: OperatorCall) -> None:
     x, weight, bias = op["input"], op["weight"], op["bias"]  # (N, C, H, W), (O, C / groups, kh, kw), (O,)

@@ -12,6 +12,7 @@ from timm_autoslim.tracing.labelling import Labels
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops.schema import OperatorCall
 from timm_autoslim.tracing.ops.table import RULES
+from timm_autoslim.tracing.sizes import Size
 
 # -- put together ---------------------------------------------------------------------------------------------------
 
@@ -102,8 +103,22 @@ def _flip(flow: Flow, op: OperatorCall) -> None:
 @RULES.add("roll")
 def _roll(flow: Flow, op: OperatorCall) -> None:
     labels = flow.get_labels(op["self"])
-    for d in op["dims"] or range(len(labels)):
-        flow.freeze_label(labels[d], "roll moves channels by a fixed distance")
+    for shift, d in zip(op["shifts"], op["dims"] or (), strict=False):
+        label, shift_in_code = labels[d], flow.call.find_size(shift)
+        if label is not None and isinstance(shift_in_code, Size) and 0 < shift < len(label):
+            flow.constrain(label[-shift:], shift_in_code)
+            labels[d] = np.roll(label, shift)
+        else:
+            flow.freeze_label(label, "roll moves channels by a fixed distance")
+    for label in labels if not op["dims"] else ():
+        flow.freeze_label(label, "roll moves channels by a fixed distance")
+    flow.set_labels(op.out, labels)
+
+
+@RULES.add("tril", "triu")
+def _triangle(flow: Flow, op: OperatorCall) -> None:
+    labels = flow.get_labels(op["self"])  # (..., rows, columns)
+    flow.freeze_labels(labels[-2:], f"{op.name} depends on the place of these channels")
     flow.set_labels(op.out, labels)
 
 
