@@ -7,7 +7,6 @@ from helpers.operators import read_outcome, reasons, tensor
 from torch import nn
 
 from timm_autoslim import convert
-from timm_autoslim.errors import NothingToSlimError
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.ops import recurrent, tensors_in_lists
 from timm_autoslim.tracing.record import Recorder
@@ -79,13 +78,15 @@ def test_weights_that_do_not_fit_are_told():
         recurrent.make_outputs(values, {})
 
 
-def test_projections_keep_all_channels():
+def test_projections_keep_all_channels_but_those_of_the_input():
     values = arguments("lstm", layers=1)
     values[1][0] = tensor(1, 3, 2)  # states of the projection
     values[2] = [tensor(16, 6), tensor(16, 2), tensor(16), tensor(16), tensor(2, 4)]
     outcome = run("lstm", values, values, {})
     assert outcome["outputs"][0][2] is None
-    assert "a recurrent layer with projections or packed input keeps all channels" in reasons(outcome)
+    assert outcome["inputs"][3][1] == outcome["inputs"][0][2]
+    assert all(vector != outcome["inputs"][0][2] for vector, _ in outcome["frozen_vectors"])
+    assert "a recurrent layer with projections or packed input keeps its states" in reasons(outcome)
 
 
 @pytest.mark.parametrize("name", recurrent.LAYERS)
@@ -96,7 +97,7 @@ def test_packed_input_has_its_own_order_of_arguments(name):
     assert recurrent.make_outputs(values, {})[0].shape == (15, 4)
     outcome = run(name, values, values, {})
     assert outcome["outputs"][0][1] is None
-    assert "a recurrent layer with projections or packed input keeps all channels" in reasons(outcome)
+    assert "a recurrent layer with projections or packed input keeps its states" in reasons(outcome)
     names = ("data", "batch_sizes", *NAMES[1:-1])
     assert outcome == run(name, values, (), dict(zip(names, values, strict=True)))
 
@@ -115,11 +116,28 @@ class Packed(nn.Module):
         return self.head(nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0].mean(1))
 
 
-def test_a_model_that_packs_its_input_is_told_what_is_in_the_way():
-    with pytest.raises(
-        NothingToSlimError, match=r"layer: a recurrent layer with projections or packed input keeps all channels"
-    ):
-        convert(randomise(Packed()).eval(), torch.zeros(2, 7, 6))
+class Projecting(nn.Module):
+    """Two recurrent layers with projections, in both directions."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(6, 5)
+        self.layer = nn.LSTM(8, 4, 2, batch_first=True, proj_size=3, bidirectional=True)
+
+    def forward(self, x):
+        return self.head(self.layer(self.stem(x))[0].mean(1))
+
+
+@pytest.mark.parametrize("kind", [Packed, Projecting])
+def test_the_input_of_packed_and_projecting_layers_can_shrink(kind):
+    model, x = randomise(kind()).eval(), torch.randn(2, 7, 6)
+    supernet = convert(model, x)
+    assert supernet.space.max().to_dict() == {"stem": 8}
+    assert any("keeps its states" in reason for reason in supernet.graph.fixed.values())
+    widths = supernet.space.from_dict({"stem": 3})
+    slim = supernet.extract(widths)
+    assert slim.layer.input_size == 3
+    assert torch.equal(slim(x), supernet(x, widths))
 
 
 def test_shapes_are_given_without_running_the_layer():

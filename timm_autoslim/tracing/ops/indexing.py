@@ -122,6 +122,15 @@ def _find_lengths(flow: Flow, op: OperatorCall, parts: list[Vector]) -> list[int
     return list(lengths_in_code or lengths)
 
 
+@RULES.add("_pack_padded_sequence")
+def _pack(flow: Flow, op: OperatorCall) -> None:
+    *outer, channels = flow.get_labels(op["input"])  # (N, T, ...) or (T, N, ...) to (steps, ...)
+    flow.freeze_labels(outer[:2], "a packed sequence treats this dimension as steps, not channels")
+    packed, sizes = op.out
+    flow.set_labels(packed, [None, *outer[2:], channels])
+    flow.set_labels(sizes, [None])
+
+
 @RULES.add("unbind")
 def _unbind(flow: Flow, op: OperatorCall) -> None:
     labels = flow.get_labels(op["self"])

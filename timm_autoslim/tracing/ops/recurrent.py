@@ -47,8 +47,13 @@ class RecurrentCall:
         """How often each layer runs: once, or twice (also from the end)."""
         return 2 if self.bidirectional else 1
 
+    def list_inputs(self) -> list[Tensor]:
+        """Return the weights (gates * H, I) that the input is multiplied by, one for each direction."""
+        each = len(self.params) // (self.num_layers * self.directions)
+        return [self.params[direction * each] for direction in range(self.directions)]
+
     def list_layers(self) -> list[list[list[Tensor]]]:
-        """Return the weights by layer and direction; none for projections and packed input, whose channels all stay."""
+        """Return the weights by layer and direction; none for projections and packed input, whose states all stay."""
         each = len(self.params) // (self.num_layers * self.directions)
         if each not in (2, 4) or self.batch_sizes is not None:
             return []
@@ -62,6 +67,9 @@ class RecurrentCall:
             RuntimeError: the shapes of the weights do not fit the input and the states.
         """
         hidden, width = self.states[0].shape[-1], self.input.shape[-1]
+        shapes = [tuple(w_in.shape) for w_in in self.list_inputs()]
+        if not self.list_layers() and any(shape[1] != width for shape in shapes):
+            raise RuntimeError(f"a recurrent layer gets {width} channels, and has weights of {shapes}")
         for layer in self.list_layers():
             for w_in, w_hidden, *biases in layer:
                 gates = w_hidden.shape[0] // hidden * hidden
@@ -108,10 +116,7 @@ def run(flow: Flow, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -
         channels = np.concatenate(vectors)
     out, *last_states = call.make_outputs()
     if not call.list_layers():
-        for tensor in (call.input, *call.states, *call.params):
-            flow.freeze_labels(
-                flow.get_labels(tensor), "a recurrent layer with projections or packed input keeps all channels"
-            )
+        _freeze_states(flow, call, channels)
         channels = None
     else:
         _tie_states(flow, hidden, [labels[-1] for labels in states])
@@ -122,6 +127,21 @@ def run(flow: Flow, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -
             flow.mark_rows(state, hidden)
     flow.add_producer(channels)
     return (out, *last_states)
+
+
+def _freeze_states(flow: Flow, call: RecurrentCall, channels: Label) -> None:
+    """Freeze all but the channels of the input."""
+    weights = call.list_inputs()
+    for w_in in weights:
+        columns = flow.get_labels(w_in)[1]
+        if channels is not None or columns is not None:
+            flow.join(channels, columns, "a recurrent layer")
+    labels = [label for tensor in (*call.states, *call.params) for label in flow.get_labels(tensor)]
+    inputs = {id(flow.get_labels(w_in)[1]) for w_in in weights}
+    flow.freeze_labels(
+        [label for label in labels if id(label) not in inputs],
+        "a recurrent layer with projections or packed input keeps its states",
+    )
 
 
 def _tie_states(flow: Flow, hidden: list[Vector], states: Labels) -> None:
