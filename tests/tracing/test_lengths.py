@@ -232,3 +232,11 @@ def test_a_sum_that_is_checked_leaves_each_part_its_own_width(count):
     slim = supernet.extract(widths)
     assert [slim.a.out_channels, slim.b.out_channels] == [8, 18]
     assert torch.equal(slim(images), supernet(images, widths))
+
+
+def test_a_roll_by_an_attribute_moves_channels_by_a_fixed_distance():
+    """As of the windows of a Swin: what is rolled keeps its place among what it is added to."""
+    model = Multiple(lambda m, x: torch.roll(x, m.each, 1) + x).eval()
+    supernet = convert(model, torch.randn(2, 3, 4, 4))
+    assert supernet.space.max().to_dict() == {"inner": 24}
+    assert "roll moves channels by a fixed distance" in supernet.graph.fixed["first.weight", 0]

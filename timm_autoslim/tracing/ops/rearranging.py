@@ -7,12 +7,11 @@ from math import prod
 
 import numpy as np
 
-from timm_autoslim.tracing.flow import Flow
+from timm_autoslim.tracing.flow import Flow, follows_dimensions
 from timm_autoslim.tracing.labelling import Labels
 from timm_autoslim.tracing.labels import Label
 from timm_autoslim.tracing.ops.schema import OperatorCall
 from timm_autoslim.tracing.ops.table import RULES
-from timm_autoslim.tracing.sizes import Size
 
 # -- put together ---------------------------------------------------------------------------------------------------
 
@@ -105,7 +104,7 @@ def _roll(flow: Flow, op: OperatorCall) -> None:
     labels = flow.get_labels(op["self"])
     for shift, d in zip(op["shifts"], op["dims"] or (), strict=False):
         label, shift_in_code = labels[d], flow.call.find_size(shift)
-        if label is not None and isinstance(shift_in_code, Size) and 0 < shift < len(label):
+        if label is not None and follows_dimensions(shift_in_code) and 0 < shift < len(label):
             flow.constrain(label[-shift:], shift_in_code)
             labels[d] = np.roll(label, shift)
         else:
