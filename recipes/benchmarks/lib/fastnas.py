@@ -7,13 +7,14 @@ import importlib
 import statistics
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from timm_autoslim.recipes.benchmarks.lib.slim_networks import Network, Task, score
+from timm_autoslim.recipes.benchmarks.lib.slim_networks import Network, Task, count_macs, score
 
 DIVISOR = 8  # of the widths; ModelOpt's default, 32, is a quarter of the narrowest width of the small ConvNeXt
 
@@ -24,20 +25,22 @@ def search_fastnas(task: Task) -> Iterator[Network]:
     Raises:
         Exception: ModelOpt's, where it finds no width to choose.
     """
-    prune = importlib.import_module("modelopt.torch.prune")
+    prune, image, unseen = importlib.import_module("modelopt.torch.prune"), task.batches[0][:1], 0
 
     def rate(model: nn.Module) -> float:
+        nonlocal unseen
+        unseen += count_macs(model, image) * sum(len(images) for images, _ in task.held_out)
         with torch.no_grad():
             return -statistics.fmean(score(model, batch) for batch in task.held_out)
 
-    with tempfile.TemporaryDirectory() as folder:
+    # A thread of its own, since ModelOpt counts by a trace, in which a counter around it would change the operators.
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
         options = {"score_func": rate, "checkpoint": Path(folder, "losses").as_posix()}  # read again for the next share
         for share in task.shares:
-            model, _ = prune.prune(
-                copy.deepcopy(task.model), [("fastnas", _make_config())], {"flops": f"{100 * share}%"},
-                task.batches[0][:1], options,
-            )  # fmt: skip
-            yield Network(model, None)
+            inputs = copy.deepcopy(task.model), [("fastnas", _make_config())], {"flops": f"{100 * share}%"}
+            model, _ = thread.submit(prune.prune, *inputs, image, options).result()
+            yield Network(model, None, unseen)
+            unseen = 0
 
 
 def _make_config() -> dict[str, Any]:
