@@ -37,8 +37,9 @@ def search_fastnas(task: Task) -> Iterator[Network]:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as thread:
         options = {"score_func": rate, "checkpoint": Path(folder, "losses").as_posix()}  # read again for the next share
         for share in task.shares:
-            inputs = copy.deepcopy(task.model), [("fastnas", _make_config())], {"flops": f"{100 * share}%"}
-            model, _ = thread.submit(prune.prune, *inputs, image, options).result()
+            budget: Any = {"flops": f"{100 * share}%"}
+            model = copy.deepcopy(task.model)
+            thread.submit(prune.prune, model, [("fastnas", _make_config())], budget, image, options).result()
             yield Network(model, None, unseen)
             unseen = 0
 
