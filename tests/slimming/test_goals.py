@@ -74,6 +74,15 @@ def test_budgets_come_in_the_order_of_a_descent(supernet):
     ]
 
 
+@pytest.mark.parametrize("budget", ["40%", "macs=40%", {"macs": "40%"}, ["40%"]])
+def test_an_amount_alone_is_a_budget_of_macs(supernet, budget):
+    (parsed,) = parse_budgets(supernet, budget)
+    assert dict(parsed.limits) == {"macs": 0.4 * cost(supernet).macs}
+    assert parse_budgets(supernet, parsed) == [parsed]
+    (number,) = parse_budgets(supernet, round(0.4 * cost(supernet).macs))
+    assert dict(number.limits) == {"macs": round(0.4 * cost(supernet).macs)}
+
+
 @pytest.mark.parametrize("text", ["macs<=40% and params<=50%", "macs<=60% and params<=30%"])
 def test_the_uniform_network_meets_all_limits(supernet, text):
     budget = make_budget(split_limits(text), cost(supernet))

@@ -59,12 +59,24 @@ def test_what_is_known_is_not_scored_again_and_the_result_is_the_same(method):
     supernet, scores, seen = make_supernet(), {}, []
     whole = METHODS[method](supernet, held_out(supernet), scores=scores)
     again = METHODS[method](supernet, held_out(supernet, seen=seen), scores=dict(scores))
-    assert not seen
+    assert len(seen) == 1  # one score, to make sure that all are of these weights
     assert again == whole
     assert again.to_dict() == whole.to_dict()
     half = dict(list(scores.items())[: len(scores) // 2])
     assert METHODS[method](supernet, held_out(supernet, seen=seen), scores=half) == whole
-    assert len(seen) == len(scores) - len(scores) // 2
+    assert len(seen) == 2 + len(scores) - len(scores) // 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_of_other_weights_images_or_another_metric_are_refused(method):
+    supernet, scores = make_supernet(), {}
+    METHODS[method](supernet, held_out(supernet), scores=scores)
+    evaluate, others = held_out(supernet), {"9,9,9,9:0": [7.0, 1], **scores}
+    doubled = HeldOut(evaluate.batches, lambda subnet, batch: 2 * evaluate.score(subnet, batch))
+    with pytest.raises(EvaluationError, match=r"scores\['[0-9,]+:0'\]: got .* where evaluate returns .*an empty dict"):
+        METHODS[method](supernet, doubled, scores=dict(others))
+    nearly = HeldOut(evaluate.batches, lambda subnet, batch: 1.001 * evaluate.score(subnet, batch))
+    METHODS[method](supernet, nearly, scores=others)
 
 
 def test_a_failure_in_one_process_reaches_all_and_keeps_what_was_scored():

@@ -223,3 +223,14 @@ def test_channels_are_reordered_in_the_same_memory_layout():
     assert reordered[0].weight.is_contiguous(memory_format=torch.channels_last)
     assert not reordered[0].weight.is_contiguous()
     assert not torch.equal(reordered[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("order", [name for name in CRITERIA if name not in ("taylor", "reconstruction")])
+def test_what_grouped_convolutions_read_and_put_out_can_be_ordered(order):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=4), nn.ReLU(), nn.Conv2d(16, 5, 1)
+    )
+    images = torch.randn(2, 3, 8, 8)
+    supernet = convert(model.double().eval(), images.double(), order=order)
+    torch.testing.assert_close(supernet(images.double()), model(images.double()))

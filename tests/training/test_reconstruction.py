@@ -311,6 +311,30 @@ def test_an_original_in_another_order_is_refused():
         reconstruct(slim, model, [images])
 
 
+class Gated(nn.Module):
+    """A gate that reads a mean over channels, as CBAM has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(1, 1, 7, padding=3)
+        self.last = nn.Conv2d(16, 3, 1)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last(x * self.gate(x.mean(1, keepdim=True)).sigmoid())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_layer_that_reads_a_mean_over_channels_is_no_sign_of_another_order(seed):
+    torch.manual_seed(seed)
+    model, images = Gated().eval(), torch.randn(60, 3, 12, 12)
+    supernet = convert(model, images[:2])
+    slim = supernet.extract(supernet.space.uniform(0.25)).eval()
+    before = (slim(images) - model(images)).square().mean()
+    reconstruct(slim, supernet, images.split(20), progress=False)
+    assert (slim(images) - model(images)).square().mean() < before
+
+
 def test_norms_behind_layers_that_are_not_solved_for_are_renewed():
     torch.manual_seed(0)
     model = nn.Sequential(

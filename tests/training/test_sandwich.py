@@ -1,6 +1,7 @@
 """The sandwich rule: gradients against those computed by hand, teachers, image sizes, dropout, and two processes."""
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -283,6 +284,19 @@ def test_fewer_than_two_subnets_are_refused(n):
 
 
 @pytest.mark.forks
+def test_losses_that_are_not_one_number_are_refused_by_the_argument():
+    supernet = small_supernet()
+    inputs, targets = make_batch()
+    step = functools.partial(sandwich_step, supernet, supernet.space, inputs, targets, generator=make_generator())
+    with pytest.raises(ConfigError, match=r"^loss_fn: got a tensor of the shape \(.*; needed: one number .*\.mean\(\)"):
+        step(functools.partial(F.cross_entropy, reduction="none"))
+    with pytest.raises(ConfigError, match=r"^loss_fn: got a float"):
+        step(lambda outputs, targets: 1.0)
+    with pytest.raises(ConfigError, match=r"^distill: got a tensor of the shape"):
+        step(F.cross_entropy, distill=lambda outputs, teacher: (outputs - teacher).square())
+    assert "outputs" not in repr(step(F.cross_entropy))
+
+
 def test_two_processes_have_the_gradient_of_the_joined_batch(tmp_path):
     def train(rank):
         supernet = small_supernet(norm=False)

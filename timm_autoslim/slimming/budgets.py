@@ -19,7 +19,7 @@ _SUFFIXES = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "Ki": 2.0**10, "Mi": 2.0**2
 _AMOUNT = re.compile(r"(.*?)(%|[kKMG]|[KMG]i)?", re.DOTALL)
 _LIMIT = re.compile(r"\s*(\w+)\s*<?=(.*)")
 _BARE = re.compile(r"\s*[+-]?[\d.][^=<>\s]*\s*")  # an amount without a metric: of MACs
-_FORMS = 'a dict such as {"macs": ["60%", "300M"]}, or a list such as ["50%", "macs<=300M and params<=2M"]'
+_FORMS = 'a dict such as {"macs": ["60%", "300M"]}, or one text or a list such as ["50%", "macs<=300M and params<=2M"]'
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Budget:
         return float(cost.pick(metric)) / limit
 
 
-Budgets = Mapping[str, Amount | Sequence[Amount]] | Sequence[str | Budget]
+Budgets = Amount | Budget | Mapping[str, Amount | Sequence[Amount]] | Sequence[str | Budget]
 
 
 def _is_limit(limit: object) -> bool:
@@ -190,13 +190,17 @@ def list_limits(budgets: Budgets) -> list[Budget | list[Limit]]:
     Raises:
         BudgetError: the budgets are of another form, or a metric is unknown or named twice.
     """
+    if isinstance(budgets, str | Budget):
+        budgets = [budgets]
+    elif isinstance(budgets, int | float) and not isinstance(budgets, bool):
+        budgets = {"macs": budgets}
     if isinstance(budgets, Mapping) and budgets:
         limits: list[Budget | list[Limit]] = []
         for metric, amounts in budgets.items():
             METRICS.pick(metric)
             several = [amounts] if isinstance(amounts, str) or not isinstance(amounts, Sequence) else amounts
             limits += [[(metric, amount)] for amount in several]
-    elif isinstance(budgets, Sequence) and budgets and not isinstance(budgets, str):
+    elif isinstance(budgets, Sequence) and budgets:
         limits = [budget if isinstance(budget, Budget) else split_limits(budget) for budget in budgets]
     else:
         raise BudgetError.at("budgets", got=repr(budgets), needed=f"{_FORMS}, metrics {list(METRICS)}")

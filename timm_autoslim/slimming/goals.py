@@ -52,8 +52,8 @@ def parse_budgets(supernet: Supernet, budgets: Budgets, *, conditions: Condition
     Args:
         supernet: per cent are of its widest subnet.
         budgets: by metric (a key of `METRICS`), a number, a text such as "300M" or "60%", or a list of them, each a
-            budget of its own; or a list of texts such as "macs<=300M and params<=2M", where all limits of one text must
-            hold, "macs=300M" or, for MACs, "300M". A `Budget` stands for itself, its text too.
+            budget of its own; or a text or a list of texts such as "macs<=300M and params<=2M", where all limits of one
+            text must hold, "macs=300M" or, for MACs, "300M". A `Budget` stands for itself, its text too.
         conditions: what `peak_bytes` and `latency_ms` are counted for; None is one image, in the model's type.
 
     Raises:

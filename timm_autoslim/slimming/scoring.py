@@ -29,6 +29,8 @@ Evaluate = Callable[[Subnet], float]
 # supernets differ by a few per cent either way, and so a loss is never refused. Accuracies taken for losses differ by
 # several per cent after a good training, and by far more after a short one.
 WARN_FROM, REFUSE_FROM = 0.05, 1 / 3
+# How far two scores of one subnet may differ, on another device or with other kernels, as a share of the larger one.
+SAME_SCORE = 0.01
 
 
 class HeldOut:
@@ -169,6 +171,35 @@ class Scorer:
                 self.images = max(self.images, sum(used.values()))
         sign = -1.0 if self.maximize else 1.0
         return [sign * math.fsum(self._scores[_key((w, part))][0] for part in numbers) / len(numbers) for w in subnets]
+
+    def check_scores(self) -> None:
+        """Score anew one of the subnets that have a score already, and make sure that it is the same.
+
+        Raises:
+            EvaluationError: the scores are of other weights, other images or another metric; or as `many` does.
+        """
+        jobs = (self._read_key(key) for key in self._scores)
+        job = next((job for job in jobs if job is not None), None)
+        if job is None:
+            return
+        before, now = self._scores[_key(job)], self._score(job)
+        if abs(before[0] - now[0]) > SAME_SCORE * max(abs(before[0]), abs(now[0])) or before[1] != now[1]:
+            raise EvaluationError.at(
+                f"scores[{_key(job)!r}]",
+                got=f"{before[0]:.6g} on {before[1]} images, where evaluate returns {now[0]:.6g} on {now[1]}",
+                needed="scores of the same weights, images and metric as in this search",
+                remedy="give an empty dict, or remove the file that they come from, and all is scored anew",
+            )
+
+    def _read_key(self, key: str) -> _Job | None:
+        """Return the subnet and the part that a key names; None if it is of another supernet, or of more parts."""
+        text, _, part = key.rpartition(":")
+        try:
+            values = dict(zip(self.supernet.space.names, map(int, text.split(",")), strict=True))
+            widths, number = self.supernet.space.from_dict(values), int(part)
+        except ValueError:  # a WidthError too
+            return None
+        return (widths, number) if 0 <= number < self.parts else None
 
     def check_direction(self, *, trained: bool = False) -> None:
         """Score the widest and the narrowest subnet on the first part, and make sure that `maximize` is the right way.

@@ -48,8 +48,9 @@ def search(
     Args:
         supernet: a trained supernet.
         budgets: by metric (a key of `METRICS`), a number, a text such as "500k", "300M" or "60%" (of the widest), or a
-            list of them, each a budget of its own; or a list of texts such as "macs<=300M and params<=2M", where all
-            limits of one text must hold for one network; a `Budget` stands for itself.
+            list of them, each a budget of its own; or a text or a list of texts such as "macs<=300M and params<=2M",
+            where all limits of one text must hold for one network; a `Budget` stands for itself, and an amount alone is
+            one of MACs.
         evaluate: called with a callable subnet (images (N, C, H, W) -> logits (N, K)); returns its loss on held-out
             images, lower is better. It must use the same images at every call. A `HeldOut` can be scored in parts,
             which the fast mode needs to save images; 8 to 16 parts are good.
@@ -77,7 +78,8 @@ def search(
             chosen at random by `seed`, and more of others; each is made if it lowers the loss.
         seed: decides between candidates that are exactly equal, and what is traded.
         scores: a dict that is read before a subnet is scored, and gets what was scored. Its values are JSON: with the
-            same dict from a file, an interrupted search scores only what is missing, and comes to the same result.
+            same dict from a file, an interrupted search scores only what is missing, and comes to the same result. It
+            belongs to one state of the weights, the images and the metric: one of its scores is computed again first.
         team: the processes that share the scoring, if there are several; the result does not depend on them. Budgets of
             latency then need a `SharedLatency` in the conditions.
         on_step: called after every step.
@@ -91,8 +93,8 @@ def search(
         ConfigError: another argument is unknown, of the wrong type or out of range.
         LatencyError: the team does not share its latency, or a prediction is no positive number.
         EvaluationError: evaluate raised or returned no finite number; the text names the widths. `scores` has what
-            was scored before. Or `scores` was given what is no score. Or evaluate returns accuracies, by which the
-            widest would be the worst: give `maximize=True`.
+            was scored before. Or `scores` has what is no score, or one that evaluate does not return any more. Or
+            evaluate returns accuracies, by which the widest would be the worst: give `maximize=True`.
         StaleStatisticsError: evaluate switched BatchNorm back to running statistics.
 
     Example:
@@ -122,6 +124,7 @@ def search(
     trail: list[Step] = []
     widest = count_cost(supernet, supernet.space.max(), _list_metrics(goals), conditions)
     with show_descent(score, widest, [goal.budget for goal in goals], progress) as bar:
+        score.check_scores()
         score.check_direction()
         descent = kind(supernet, score, rank, steps, dict(zip(supernet.space.names, ranks, strict=True)))
         widest_loss = descent.loss

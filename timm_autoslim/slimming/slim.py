@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from timm_autoslim.costs.conditions import Conditions
 from timm_autoslim.costs.cost import count_cost
 from timm_autoslim.errors import BudgetError, DataError, EvaluationError
-from timm_autoslim.slimming.budgets import Budget, Budgets
+from timm_autoslim.slimming.budgets import Budget
 from timm_autoslim.slimming.goals import parse_budgets
 from timm_autoslim.slimming.luck import describe_luck
 from timm_autoslim.slimming.scoring import HeldOut, Scorer
@@ -138,7 +138,7 @@ def _plan(supernet: Supernet, budget: Any, conditions: Conditions | None, *, fro
     Raises:
         BudgetError: the budget is malformed, out of reach, or several budgets.
     """
-    budgets = parse_budgets(supernet, _read_budget(budget), conditions=conditions)
+    budgets = parse_budgets(supernet, budget, conditions=conditions)
     if len(budgets) != 1:
         remedy = "call slim for each"
         if len({metric for one in budgets for metric in one.metrics}) > 1:
@@ -154,16 +154,6 @@ def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: b
     smaller = supernet.extract(widths).eval()
     reconstruct(smaller, supernet, (inputs for inputs, _ in pairs), progress=progress)
     return smaller
-
-
-def _read_budget(budget: Any) -> Budgets:
-    """Return a budget as `search` takes it; a number is one of MACs."""
-    if isinstance(budget, list | tuple):
-        return list(budget)
-    if isinstance(budget, str | Budget):
-        return [budget]
-    budgets: Budgets = budget if isinstance(budget, Mapping) else {"macs": budget}
-    return budgets
 
 
 def _try_first(model: nn.Module, pair: Pair, loss: Callable[[Any, Any], Tensor]) -> None:

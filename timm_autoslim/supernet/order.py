@@ -34,7 +34,7 @@ A unit's score is the mean over all layers that it runs through.
 
 - "l1", "l2": the magnitude of the weights.
 - "bn_scale": the magnitude of BatchNorm's scale.
-- "fpgm": the distance from the geometric median of the filters.
+- "fpgm": the distance from the geometric median of the filters; what grouped convolutions read does not count.
 - "lamp": the magnitude, relative to the larger ones of the layer.
 - "taylor": weight times gradient; it reads the gradients in the model.
 - "random": random numbers.
@@ -44,7 +44,23 @@ A unit's score is the mean over all layers that it runs through.
 CRITERIA.add("l1")(functools.partial(tp.importance.GroupMagnitudeImportance, p=1))
 CRITERIA.add("l2")(functools.partial(tp.importance.GroupMagnitudeImportance, p=2))
 CRITERIA.add("bn_scale")(tp.importance.BNScaleImportance)
-CRITERIA.add("fpgm")(tp.importance.FPGMImportance)
+
+
+class _FilterDistance(tp.importance.FPGMImportance):  # type: ignore[misc]
+    """FPGM, which torch-pruning 1.6 cannot compute of what a grouped convolution reads: such places are left out."""
+
+    def __call__(self, group: Any, **options: Any) -> Tensor | None:
+        """Return one score for each unit of a group; None if no other layer is left."""
+        ungrouped = tp.dependency.Group()
+        for dependency, channels, root_idxs in ((*item, item.root_idxs) for item in group):
+            if dependency.pruning_fn is tp.prune_conv_in_channels and dependency.layer.groups > 1:
+                continue
+            ungrouped.add_dep(dependency, channels)
+            ungrouped[len(ungrouped) - 1].root_idxs = root_idxs
+        return super().__call__(ungrouped, **options)  # type: ignore[no-any-return]
+
+
+CRITERIA.add("fpgm")(_FilterDistance)
 CRITERIA.add("lamp")(tp.importance.LAMPImportance)
 CRITERIA.add("taylor")(tp.importance.GroupTaylorImportance)
 CRITERIA.add("random")(tp.importance.RandomImportance)

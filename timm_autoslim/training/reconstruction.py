@@ -38,7 +38,8 @@ from timm_autoslim.utils.restoring import restoring_on_error
 RIDGES = (1e-5, 1e-3, 1e-2, 1e-1, 1.0)
 # Errors up to this one are of rounding.
 EXACT = 1e-6
-# Layers that have nothing to do with each other differ by 2, those of a model that was trained on by less.
+# Layers that have nothing to do with each other differ by 2 in weights and outputs, those of a model that was trained
+# further by less.
 _FOREIGN = 0.9
 
 
@@ -219,7 +220,7 @@ def _solve_in_turn(
             continue
         report = _solve(layers[name], inputs, targets, channels, pool)
         if not (changed or name in remaining.narrowed or _follows_narrowed(name, plan.stops, solved, remaining)):
-            _check_order(report)
+            _check_order(report, remaining)
         changed |= report.before is None or report.before > EXACT
         yield report
 
@@ -240,9 +241,12 @@ def _are_equal(inputs: Tensor, targets: Tensor, channels: Axis) -> bool:
     return bool(difference**2 <= max(EXACT, torch.finfo(inputs.dtype).eps ** 2) * size**2)
 
 
-def _check_order(report: LayerReconstruction) -> None:
-    """Raise ConfigError if a layer with the inputs of the original does something else altogether."""
-    if report.before is not None and report.before > _FOREIGN:
+def _check_order(report: LayerReconstruction, remaining: _Channels) -> None:
+    """Raise ConfigError if a layer has other weights than the original, and does something else altogether.
+
+    Outputs alone do not tell: a layer may read a sum over channels, of which the slim model has fewer.
+    """
+    if report.name in remaining.foreign and report.before is not None and report.before > _FOREIGN:
         raise ConfigError.at(
             "the original",
             got=f"a model whose layer {report.name} is another one than that of the slim model",
@@ -259,10 +263,17 @@ def _follows_narrowed(name: str, stops: Sequence[str], solved: Sequence[str], re
 
 @dataclass(frozen=True)
 class _Channels:
-    """What the slim model has of the original: by path, the output channels that are left; layers with fewer inputs."""
+    """What the slim model has of the original.
+
+    Attributes:
+        outputs: by path, the output channels that are left.
+        narrowed: layers with fewer inputs.
+        foreign: layers whose weights have little in common with the original's.
+    """
 
     outputs: Mapping[str, Axis]
     narrowed: frozenset[str]
+    foreign: frozenset[str]
 
 
 def _get_spec(slim: nn.Module) -> Spec:
@@ -293,6 +304,7 @@ def _compare_channels(slim: nn.Module, spec: Spec, supernet: Supernet) -> _Chann
     tensors = dict(slim.state_dict(keep_vars=True))
     outputs: dict[str, Axis] = {}
     narrowed: set[str] = set()
+    foreign: set[str] = set()
     for name, tensor in supernet.model.state_dict(keep_vars=True).items():
         axes = slices.tensors.get(name, (None,) * tensor.dim())
         shape = [
@@ -306,7 +318,14 @@ def _compare_channels(slim: nn.Module, spec: Spec, supernet: Supernet) -> _Chann
             outputs[path] = axes[0]
         if leaf == "weight" and any(runs is not None for runs in axes[1:]):
             narrowed.add(path)
-    return _Channels(outputs, frozenset(narrowed))
+        if leaf == "weight" and _are_foreign(tensors[name].detach(), take_slice(tensor.detach(), axes)):
+            foreign.add(path)
+    return _Channels(outputs, frozenset(narrowed), frozenset(foreign))
+
+
+def _are_foreign(weight: Tensor, slice_: Tensor) -> bool:
+    """Whether a weight has little in common with the slice of the original's."""
+    return bool((weight.float() - slice_.to(weight.device).float()).norm() ** 2 > _FOREIGN * slice_.float().norm() ** 2)
 
 
 def _solve(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class SandwichStep:
 
     widths: tuple[Widths, ...]
     losses: tuple[Tensor, ...]
-    outputs: Any
+    outputs: Any = field(repr=False)
 
     @property
     def loss(self) -> Tensor:
@@ -132,8 +132,8 @@ def sandwich_step(
 
     Raises:
         ConfigError: an argument is of the wrong type, `n` is below 2, `teach_widest` is out of range or has no teacher,
-            the teacher's logits are of another shape than the widest's, or `distill` compares logits and the outputs
-            are none.
+            the teacher's logits are of another shape than the widest's, `distill` compares logits and the outputs are
+            none, or a loss is not one number.
 
     Example:
         >>> import timm, torch
@@ -176,13 +176,13 @@ def sandwich_step(
             if not index:
                 outputs, widest = separate(outputs), detach(outputs)
                 _check_teacher(teaching, widest)
-                loss = loss_fn(outputs, targets)
+                loss = _check_loss("loss_fn", loss_fn(outputs, targets))
                 read = find_read(loss, outputs) if len(subnets) > 1 or teaching is not None else ()
                 if teach_widest and teaching is not None:
                     loss = (1 - teach_widest) * loss + teach_widest * compare(distill, outputs, teaching, read)
             else:
                 loss = compare(distill, outputs, widest if teaching is None else teaching, read)
-            backward(loss)
+            backward(_check_loss("distill", loss))
         losses.append(loss.detach())
     return SandwichStep(subnets, tuple(losses), widest)
 
@@ -244,6 +244,15 @@ def _check_numbers(n: int, teacher: object, teach_widest: float, sizes: Sequence
         raise ConfigError.at("sizes", got=quote(sizes), needed="a list of sides in pixels; () for none")
     for side in sizes:
         check_integer("sizes", side, ConfigError)
+
+
+def _check_loss(name: str, loss: Any) -> Tensor:
+    """Return what a loss function of this name returned, or raise ConfigError if it is not one number in a tensor."""
+    if isinstance(loss, Tensor) and loss.numel() == 1:
+        return loss
+    got = f"a tensor of the shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+    needed, remedy = "one number for all images, in a tensor", 'leave out reduction="none", or return its .mean()'
+    raise ConfigError.at(name, got=got, needed=needed, remedy=remedy)
 
 
 def _check_teacher(teaching: Any, outputs: Any) -> None:
