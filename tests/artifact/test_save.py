@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import timm_autoslim
-from timm_autoslim import calibrate, convert, load, save
+from timm_autoslim import calibrate, convert, export, load, save
 from timm_autoslim.errors import ArtifactError, OutputExistsError, StaleStatisticsError
 
 IMAGES = torch.randn(4, 3, 16, 16)
@@ -120,6 +121,129 @@ def test_an_original_of_another_shape_is_refused_and_stays(tmp_path):
         load(folder, nn.Linear(2, 2))
 
 
+def build_small():
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(16, 3, 1)
+    return nn.Sequential(*layers)
+
+
+def make_small():
+    supernet = convert(build_small().eval(), IMAGES)
+    slim = supernet.extract(supernet.space.uniform(0.5))
+    calibrate(slim, [IMAGES])
+    return slim.eval()
+
+
+# what changes a model by hand, and what the error names
+BY_HAND = {
+    "activation": (lambda m: m.__setitem__(2, nn.GELU()), "2 is: GELU, and was: ReLU"),
+    "eps": (lambda m: setattr(m[1], "eps", 0.5), "1.eps is 0.5, and was 1e-05"),
+    "stride": (lambda m: setattr(m[0], "stride", (2, 2)), "0.stride is (2, 2), and was (1, 1)"),
+    "hook": (lambda m: m[0].register_forward_hook(lambda *a: 2 * a[2]), "0 is: Conv2d with 1 forward hook"),
+    "layer more": (lambda m: m.append(nn.Conv2d(3, 3, 1)), "5 is new: Conv2d"),
+    "layer without weights": (lambda m: m.append(nn.Sigmoid()), "5 is new: Sigmoid"),
+}
+
+
+@pytest.mark.parametrize("change", [*BY_HAND, "head", "narrowed number"])
+def test_a_model_that_was_changed_by_hand_is_not_saved(change, tmp_path):
+    further = {
+        "head": (lambda m: m.__setitem__(4, nn.Conv2d(8, 5, 1)), "4.weight has the shape (5, 8, 1, 1), and had (3, 8"),
+        "narrowed number": (lambda m: setattr(m[0], "out_channels", 5), "0.out_channels: got 5; needed: 8"),
+    }
+    apply, message = {**BY_HAND, **further}[change]
+    slim = make_small()
+    apply(slim)
+    with pytest.raises(ArtifactError, match=rf"{re.escape(message)}.*undo changes by hand before save"):
+        save(slim, tmp_path / "slim")
+    assert not (tmp_path / "slim").exists()
+
+
+@pytest.mark.parametrize("change", BY_HAND)
+def test_an_original_that_was_built_otherwise_is_refused_and_stays(change, tmp_path):
+    apply, message = BY_HAND[change]
+    folder, original = save(make_small(), tmp_path / "slim"), build_small()
+    apply(original)
+    needed = r"nothing was loaded; give load\(\) the original, built as it was for convert\(\)"
+    with pytest.raises(ArtifactError, match=rf"({re.escape(message)}|5\.weight.*got no such|5\.weight).*{needed}"):
+        load(folder, original)
+    assert original[0].weight.shape[0] == 16
+
+
+def test_a_loaded_model_that_was_changed_by_hand_is_not_saved(tmp_path):
+    loaded = load(save(make_small(), tmp_path / "slim"), build_small())
+    loaded[2] = nn.GELU()
+    with pytest.raises(ArtifactError, match="2 is: GELU, and was: ReLU"):
+        save(loaded, tmp_path / "again")
+
+
+def test_what_training_changes_is_saved_and_loaded(tmp_path):
+    slim = nn.SyncBatchNorm.convert_sync_batchnorm(make_small())
+    slim[1].momentum, slim[3].p = 0.01, 0.5
+    slim[2].inplace = True
+    slim.double().train()
+    with torch.no_grad():
+        slim[0].weight.mul_(2)
+    original = build_small().double()
+    original[3] = nn.Identity()
+    loaded = load(save(slim, tmp_path / "slim"), original).eval()
+    images = IMAGES.double()
+    with torch.no_grad():
+        expected = slim[4](slim[2](nn.functional.batch_norm(
+            slim[0](images), slim[1].running_mean, slim[1].running_var, slim[1].weight, slim[1].bias, eps=slim[1].eps
+        )))  # fmt: skip
+    torch.testing.assert_close(loaded(images), expected)
+
+
+def test_a_folder_of_before_outlines_is_loaded(tmp_path):
+    slim = make_small()
+    folder = save(slim, tmp_path / "slim")
+    change_spec(folder, lambda content: content.pop("outline"))
+    assert torch.equal(load(folder, build_small()).eval()(IMAGES), slim(IMAGES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rates", "classes"), [({"drop_rate": 0.2, "drop_path_rate": 0.2}, 3), ({}, 4)])
+def test_an_exported_model_that_was_loaded_is_saved_as_it_was(rates, classes, tmp_path):
+    arguments = {"channels": (16, 24, 32, 40), "stem_width": 8, "num_classes": 3}
+    supernet = convert(timm.create_model("resnet10t", **arguments), torch.zeros(1, 3, 32, 32), base_args=arguments)
+    slim = supernet.extract(supernet.space.uniform(0.5))
+    calibrate(slim, [IMAGES])
+    exported = timm.create_model(f"local-dir:{export(slim, tmp_path / 'slim')}", pretrained=True).eval()
+    if classes != 3:
+        exported.reset_classifier(classes)
+        with pytest.raises(ArtifactError, match=r"fc\.weight has the shape \(4, \d+\), and had \(3, \d+\)"):
+            save(exported, tmp_path / "again")
+        return
+    loaded = load(save(exported, tmp_path / "again"), timm.create_model("resnet10t", **arguments, **rates)).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(IMAGES), exported(IMAGES))
+
+
+@pytest.mark.slow
+def test_a_part_that_was_changed_by_hand_is_not_saved(tmp_path):
+    def build():
+        body = timm.create_model("resnet10t", channels=(16, 24, 32, 40), stem_width=8, num_classes=0)
+        return nn.Sequential(body, nn.Linear(40, 3))
+
+    supernet = convert(build(), torch.zeros(1, 3, 32, 32))
+    slim = supernet.extract(supernet.space.uniform(0.5))
+    calibrate(slim, [IMAGES])
+    for number, model in enumerate((slim, load(save(slim, tmp_path / "slim"), build()))):
+        load(save(model[0], tmp_path / f"part{number}"), build()[0])
+        model[0].act1 = nn.GELU()
+        with pytest.raises(ArtifactError, match="act1 is: GELU, and was: ReLU"):
+            save(model[0], tmp_path / "again")
+
+
+def test_another_class_is_told_to_give_the_original(tmp_path):
+    folder = save(make_small(), tmp_path / "slim")
+    remedy = r"nothing was loaded; give load\(\) the original, built as it was for convert\(\)$"
+    for model in (nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Conv2d(3, 4, 1))):
+        with pytest.raises(ArtifactError, match=remedy):
+            load(folder, model)
+
+
 def change_spec(folder, change):
     content = json.loads((folder / "config.json").read_text())
     change(content)
@@ -136,6 +260,9 @@ def change_spec(folder, change):
         (lambda c: c.pop("spec"), "timm_autoslim.save"),
         (lambda c: c.update(kind="other"), "timm_autoslim.save"),
         (lambda c: c.update(model_args={}), "create_model"),
+        (lambda c: c["spec"].update(format=9), "format.*nothing was loaded; save the model again"),
+        (lambda c: c["outline"].pop("modules"), "outline 'keys'.*save the model again"),
+        (lambda c: c["outline"]["modules"].update({"stem": "x" * 999}), r"stem is: Conv2d, and was: x+\.\.\."),
     ],
 )
 def test_a_folder_that_says_something_else_is_refused(change, message, tmp_path):

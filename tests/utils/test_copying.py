@@ -84,3 +84,13 @@ class Refusing:
 def test_what_must_not_be_copied_is_refused(value, text):
     with pytest.raises(TypeError, match=text):
         copy_deeply(Net([value]))
+
+
+def test_results_of_autograd_in_a_dict_are_copied_without_their_history():
+    model = nn.Linear(2, 2)
+    model.cache = {"cpu": [model.weight * 2, model.bias + 1]}
+    copied = copy_deeply(model)
+    assert torch.equal(copied.cache["cpu"][0], model.cache["cpu"][0])
+    assert not any(tensor.requires_grad or tensor is other
+                   for tensor, other in zip(copied.cache["cpu"], model.cache["cpu"], strict=True))  # fmt: skip
+    assert copied.weight.requires_grad

@@ -21,6 +21,7 @@ from timm_autoslim.artifact.config import EXPORT_AGAIN, Config, parse_data_setti
 from timm_autoslim.artifact.features import choose_feature_cfg
 from timm_autoslim.artifact.folder import CONFIG, WEIGHTS, Header, check_weights, read_header, read_json
 from timm_autoslim.artifact.limits import MemoryLimit
+from timm_autoslim.artifact.outline import Outline
 from timm_autoslim.artifact.preparation import write_input_size
 from timm_autoslim.artifact.spec import ARCHITECTURE, Spec
 from timm_autoslim.errors import ArgumentError, ArtifactError, AutoSlimError
@@ -226,6 +227,9 @@ def _load(source: Source, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module
         **kwargs,
     )
     _write_settings(model, data, kwargs.get("img_size"))
+    if getattr(model, "autoslim", None) is spec:
+        outline = Outline.draw(model, spec.sizes, spec.attributes)
+        model.autoslim = spec.replace(outline=outline)
     return model
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torchvision
 from timm.models import FeatureInfo
 from torch import nn
 
+from timm_autoslim.artifact.outline import Outline
 from timm_autoslim.artifact.preparation import write_input_size
 from timm_autoslim.artifact.spec import Spec, derive_spec
 from timm_autoslim.slicing.slices import Slices, cut_prefix
@@ -24,7 +25,11 @@ def list_parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def describe_parts(
-    model: nn.Module, slices: Slices, widths: Mapping[str, int], shapes: Mapping[str, Sequence[int]] | None = None
+    model: nn.Module,
+    slices: Slices,
+    widths: Mapping[str, int],
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    written: Collection[str] = (),
 ) -> None:
     """Give every part a spec as `autoslim` attribute, so that `export(model.body, folder)` works.
 
@@ -33,10 +38,14 @@ def describe_parts(
         slices: what it keeps of its original.
         widths: the width of each channel group.
         shapes: by path, the shape (N, C, H, W) of a part's images, which its `pretrained_cfg` then says.
+        written: paths of attributes that the model's own forward changes.
     """
     for path, part in list_parts(model):
         saved, of_part = set(part.state_dict()), cut_prefix(widths, f"{path}.")
-        spec = derive_spec(part).narrow(slices.within(path), saved, of_part)
+        within = slices.within(path)
+        written_in_part = cut_prefix(dict.fromkeys(written), f"{path}.")
+        outline = Outline.draw(part, within.tensors, within.attributes, written_in_part)
+        spec = derive_spec(part).narrow(within, saved, of_part, outline)
         part.autoslim = spec  # type: ignore[assignment]
         shape = (shapes or {}).get(path, ())
         if len(shape) == 4 and isinstance(getattr(part, "pretrained_cfg", None), Mapping):

@@ -23,22 +23,32 @@ from timm_autoslim.artifact.folder import (
     read_json,
     write_files,
 )
+from timm_autoslim.artifact.outline import Outline, join_changes
 from timm_autoslim.artifact.parts import describe_parts
 from timm_autoslim.artifact.refusals import refuse_stale, refuse_without_numbers, require_spec
-from timm_autoslim.artifact.spec import Spec
+from timm_autoslim.artifact.spec import Spec, advising
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.slicing.slices import Slices, shrink_model
 from timm_autoslim.utils.arguments import check_module, check_path
+from timm_autoslim.utils.meta import copy_to_meta
 
 KIND = "timm_autoslim.save"  # the kind of folder, as config.json names it
+_UNDO = "undo changes by hand before save(), and make them on the loaded model"
+_AS_BUILT = "nothing was loaded; give load() the original, built as it was for convert()"
 M = TypeVar("M", bound=nn.Module)
 
 
 def save(model: nn.Module, out: str | Path, *, example_input: Any = None) -> Path:
     """Write a slim model of any class to a new folder, from which `load` makes it again.
 
-    The folder holds `config.json`, which says how the model differs from its original, and the weights as safetensors.
+    The folder holds `config.json`, which says how the model differs from its original and what its modules and their
+    settings are, and the weights as safetensors.
     It appears at once or not at all. `export` writes folders that need no original, of timm's and torchvision's models.
+
+    A model is refused whose modules or their settings are others than when it was extracted or loaded: another
+    activation, `eps`, stride, head or layer, or a forward hook. No original would become it. Weights, statistics, types
+    and devices may change, and what serves training alone: rates of dropout and drop path, `momentum`, gradient
+    checkpointing, SyncBatchNorm.
 
     Args:
         model: a slim model, as `supernet.extract` returns it, fine-tuned or calibrated.
@@ -78,7 +88,9 @@ def save(model: nn.Module, out: str | Path, *, example_input: Any = None) -> Pat
     else:
         refuse_stale(model, spec, lambda: find_unused_modules(model, [example_input]), "before save")
     tensors = copy_state(model)
-    content = {"kind": KIND, "class": type(model).__name__, "spec": spec.to_dict()}
+    outline = spec.outline or Outline.draw(model, spec.sizes, spec.attributes)
+    spec = spec.replace(outline=outline)
+    content = {"kind": KIND, "class": type(model).__name__, "spec": spec.to_dict(), "outline": outline.to_dict()}
     with create_folder(folder) as draft:
         write_files(draft, tensors, content)
         _prove_folder(draft, spec, tensors)
@@ -98,7 +110,8 @@ def load(folder: str | Path, model: M) -> M:
         The same model, with its spec as `autoslim` attribute.
 
     Raises:
-        ArtifactError: a file is missing or malformed, or does not fit the model, which is then unchanged.
+        ArtifactError: a file is missing or malformed, or does not fit the model, or the model has another module or
+            setting (an activation, a stride) than the one that was saved; it is then unchanged.
 
     Example:
         >>> import tempfile, torch
@@ -117,12 +130,14 @@ def load(folder: str | Path, model: M) -> M:
     spec, header = _read_config(place / CONFIG), read_header(place / WEIGHTS)
     if any(isinstance(t, Tensor) and t.is_meta for t in model.state_dict().values()):
         raise ArtifactError.at("model", got="one on the meta device", needed="a model with data")
-    slices = find_slices(model, spec.sizes, spec.attributes, SCALES)
+    with advising(_AS_BUILT):
+        slices = find_slices(model, spec.sizes, spec.attributes, SCALES)
     _check_header(header, model, slices)
+    _refuse_other_original(model, slices, spec)
     shrink_model(model, slices)
     model.load_state_dict(load_file(header.path))
     model.autoslim = spec  # type: ignore[assignment]
-    describe_parts(model, slices, spec.widths)
+    describe_parts(model, slices, spec.widths, written=spec.outline.written if spec.outline else ())
     return model
 
 
@@ -135,7 +150,9 @@ def _read_config(path: Path) -> Spec:
         raise ArtifactError.at(str(path), got=got, needed="that of timm_autoslim.save", remedy=remedy)
     if not isinstance(content, Mapping) or content.get("kind") != KIND or "spec" not in content:
         raise ArtifactError.at(str(path), got="other JSON", needed="that of timm_autoslim.save", remedy=remedy)
-    return Spec.parse(content["spec"])
+    with advising("nothing was loaded; save the model again"):
+        spec = Spec.parse(content["spec"])
+    return spec.replace(outline=Outline.parse(content["outline"])) if "outline" in content else spec
 
 
 def _check_header(header: Header, model: nn.Module, slices: Slices) -> None:
@@ -156,20 +173,41 @@ def _check_header(header: Header, model: nn.Module, slices: Slices) -> None:
             f"{header.path}: {name[:200]!r}",
             got=got,
             needed=f"{needed}, as config.json and the model say",
-            remedy="nothing was loaded; give load() the original, built as it was for convert()",
+            remedy=_AS_BUILT,
+        )
+
+
+def _refuse_other_original(model: nn.Module, slices: Slices, spec: Spec) -> None:
+    """Raise ArtifactError for an original that would become another model than the one that was saved."""
+    if spec.outline is None:  # a folder of before outlines were drawn
+        return
+    slim = copy_to_meta(model)
+    shrink_model(slim, slices)
+    differences = [*spec.outline.list_differences(slim)]
+    if differences:
+        raise ArtifactError.at(
+            "the model",
+            got=f"another than the one that was saved ({join_changes(differences)})",
+            needed="the same modules and settings",
+            remedy=_AS_BUILT,
         )
 
 
 def _refuse_changes(model: nn.Module, spec: Spec) -> None:
-    """Raise ArtifactError where a tensor no longer has the sizes that the spec says, or an attribute is gone."""
+    """Raise ArtifactError where a model is another than the one that got the spec."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    for path in spec.attributes:
-        if read_attribute(model, modules, path) is None:
+    written = spec.outline.written if spec.outline else ()
+    for path, number in spec.attributes.items():
+        if path in written:
+            continue
+        value = read_attribute(model, modules, path)
+        value = tuple(value) if isinstance(value, list) else value
+        if value is None or (isinstance(value, int | float | tuple) and value != number):
             raise ArtifactError.at(
                 path,
-                got="no number that load() could find",
-                needed="the attribute that the extracted model had",
-                remedy="undo changes by hand before save(), and make them on the loaded model",
+                got="no number that load() could find" if value is None else str(value),
+                needed=f"{number}, as in the model that was extracted",
+                remedy=_UNDO,
             )
     for name, tensor in model.state_dict().items():
         sizes = spec.sizes.get(name, (None,) * tensor.dim())
@@ -180,14 +218,23 @@ def _refuse_changes(model: nn.Module, spec: Spec) -> None:
                 name,
                 got=f"shape {tuple(tensor.shape)}",
                 needed=f"{lengths}, with any size for None, as in the model that was extracted",
-                remedy="undo changes by hand before save(), and make them on the loaded model",
+                remedy=_UNDO,
             )
+    changes = [*spec.outline.list_differences(model)] if spec.outline else []
+    if changes:
+        raise ArtifactError.at(
+            "the model",
+            got=f"changes since it was extracted or loaded ({join_changes(changes)})",
+            needed="modules and settings as they were: load() makes them again of the original",
+            remedy=_UNDO,
+        )
 
 
 def _prove_folder(draft: Path, spec: Spec, tensors: Mapping[str, Tensor]) -> None:
     """Read what was written, and compare it with what should have been."""
     read = load_file(draft / WEIGHTS)
     differing = [n for n, t in tensors.items() if not (n in read and torch.equal(read[n], t))]
-    if _read_config(draft / CONFIG) != spec or differing or len(read) != len(tensors):
+    read_spec = _read_config(draft / CONFIG)
+    if (read_spec, read_spec.outline) != (spec, spec.outline) or differing or len(read) != len(tensors):
         got = f"other content, in {differing[0] if differing else CONFIG}, when the folder was read again"
         raise ArtifactError.at(str(draft), got=got, needed="what was written", remedy="check the disk")

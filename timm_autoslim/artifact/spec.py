@@ -7,12 +7,13 @@ import dataclasses
 import itertools
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
+from timm_autoslim.artifact.outline import Outline
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.slicing.slices import Slices, compose_runs
 from timm_autoslim.utils.arguments import is_int
@@ -53,6 +54,8 @@ class Spec:
         attributes: by path (`layer1.0.conv1.groups`), the value of a module's attribute.
         widths: by name of a channel group, its width, for readers; loading does not need them.
         format: the version of this format.
+        outline: the model that has the spec, as it was when it got it, so that `save` notices changes; None if nobody
+            drew it. It is no part of the spec's value, nor of its JSON data.
 
     Example:
         >>> spec = Spec(base="resnet10t", sizes={"fc.weight": [None, 48]}, widths={"layer4.0.conv2": 48})
@@ -68,6 +71,7 @@ class Spec:
     attributes: Mapping[str, AttributeValue] = dataclasses.field(default_factory=dict)
     widths: Mapping[str, int] = dataclasses.field(default_factory=dict)
     format: int = FORMAT
+    outline: Outline | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Check every field and make it immutable.
@@ -125,7 +129,9 @@ class Spec:
         """
         return dataclasses.replace(self, **changes)
 
-    def narrow(self, slices: Slices, saved: set[str], widths: Mapping[str, int]) -> Spec:
+    def narrow(
+        self, slices: Slices, saved: set[str], widths: Mapping[str, int], outline: Outline | None = None
+    ) -> Spec:
         """Return the spec of a subnet of the model that this is the spec of.
 
         Args:
@@ -133,6 +139,7 @@ class Spec:
             saved: the names in the model's state dict. All other tensors come from the base again, so the spec must say
                 which of their channels stay, not only how many, and what their number is.
             widths: the width of each channel group.
+            outline: of the subnet.
         """
         sizes: dict[str, Any] = dict(self.sizes)
         for name, axes in slices.tensors.items():
@@ -145,7 +152,7 @@ class Spec:
         attributes: dict[str, Any] = {**self.attributes, **numbers}
         if self.from_torchvision:
             attributes = {p: value for p, value in attributes.items() if p.partition(".")[0] not in _TIMM_ONLY}
-        return self.replace(sizes=sizes, attributes=attributes, widths=widths)
+        return self.replace(sizes=sizes, attributes=attributes, widths=widths, outline=outline)
 
     @property
     def from_torchvision(self) -> bool:
@@ -177,21 +184,43 @@ class Spec:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:  # read-only mappings cannot be pickled
-        return Spec.parse, (self.to_dict(),)
+        return _rebuild, (self.to_dict(), self.outline)
+
+
+def _rebuild(data: Mapping[str, Any], outline: Outline | None) -> Spec:
+    return Spec(**data, outline=outline)
 
 
 _KEYS = ("format", "base", "base_args", "sizes", "attributes", "widths")
 
 
-def make_spec_error(where: str, got: object, needed: str) -> ArtifactError:
+class SpecError(ArtifactError):
+    """A part of a spec is none that a spec may have, or does not fit the model.
+
+    Attributes:
+        parts: where, what was got and what was needed, from which `advising` makes an error with another remedy.
+    """
+
+    parts: Mapping[str, str] = MappingProxyType({})
+
+
+def make_spec_error(where: str, got: object, needed: str) -> SpecError:
     """Return the error of a part of a spec; `where` is its path, such as `sizes.fc.weight`."""
     where = where if len(where) <= 200 else f"{where[:200]}..."
-    return ArtifactError.at(
-        f"spec {where!r}",
-        got=reprlib.repr(got),
-        needed=needed,
-        remedy="export the model again, with the base= and base_args= that it was created with",
-    )
+    parts = {"got": reprlib.repr(got), "needed": needed}
+    remedy = "export the model again, with the base= and base_args= that it was created with"
+    error = SpecError.at(f"spec {where!r}", **parts, remedy=remedy)
+    error.parts = {"where": f"spec {where!r}", **parts}
+    return error
+
+
+@contextlib.contextmanager
+def advising(remedy: str) -> Iterator[None]:
+    """Give the errors of specs in a block another remedy: that of a folder which `export` did not write."""
+    try:
+        yield
+    except SpecError as error:
+        raise ArtifactError.at(**error.parts, remedy=remedy) from error.__cause__
 
 
 # ------------------------------------------------------------------------------------------------ JSON data

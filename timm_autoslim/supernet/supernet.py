@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from timm_autoslim.artifact.outline import Outline
 from timm_autoslim.artifact.parts import describe_parts
 from timm_autoslim.artifact.preparation import find_image_size, write_input_size
 from timm_autoslim.artifact.spec import Spec
@@ -18,8 +19,8 @@ from timm_autoslim.errors import WidthError
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices, extract_model
 from timm_autoslim.supernet.blocks import Block, OpenBlocks
+from timm_autoslim.supernet.guard import Guard
 from timm_autoslim.supernet.leftovers import Leftovers, find_leftovers
-from timm_autoslim.supernet.outline import Outline
 from timm_autoslim.supernet.space import SearchSpace
 from timm_autoslim.supernet.timm_attributes import TIMM_ATTRIBUTES
 from timm_autoslim.supernet.widths import Widths
@@ -58,7 +59,7 @@ class Supernet(nn.Module):
         self.graph: ChannelGraph = trace.graph
         self._trace = trace
         self._spec = spec  # of the model as it stands
-        self._outline = Outline(model, trace.graph, trace.written)
+        self._guard = Guard(model, trace.graph, trace.written)
         self._cache: OrderedDict[tuple[int, ...], Slices] = OrderedDict()
         self._blocks = OpenBlocks()
         self._has_blocks = False  # whether any was ever opened
@@ -126,7 +127,7 @@ class Supernet(nn.Module):
         if widths is None:
             return self.model(*inputs, **named)
         if self.space.check(widths) == self.space.max():
-            self._outline.check(self.model, numbers=False)
+            self._guard.check(self.model, numbers=False)
             return self.model(*inputs, **named)
         subnet = self.subnet(widths)
         try:
@@ -162,7 +163,7 @@ class Supernet(nn.Module):
             (torch.Size([16, 16, 3, 3]), torch.Size([64, 64, 3, 3]))
         """
         widths = self.space.check(widths)
-        self._outline.check(self.model, numbers=False)
+        self._guard.check(self.model, numbers=False)
         return replicate(self.model, self._slices(widths))
 
     def check_model(self) -> None:
@@ -185,7 +186,7 @@ class Supernet(nn.Module):
             ...     print(str(error)[:80])
             the model: got changes since it was converted (fc.weight is gone; fc.bias is gon
         """
-        self._outline.check(self.model)
+        self._guard.check(self.model)
 
     def at(self, widths: Widths) -> Block[Supernet]:
         """Return a block in which `supernet(images)` is the subnet of these widths, in the thread that opens it.
@@ -208,7 +209,7 @@ class Supernet(nn.Module):
             True
         """
         widths = self.space.check(widths)
-        self._outline.check(self.model, numbers=False)
+        self._guard.check(self.model, numbers=False)
         self._has_blocks = True
         return Block(self, self._blocks, widths)
 
@@ -306,9 +307,11 @@ class Supernet(nn.Module):
                 tracked = getattr(module, "num_batches_tracked", None)
                 if isinstance(tracked, Tensor):
                     tracked.fill_(1 - _count_batches_to_renew(getattr(module, "momentum", None)))
-        spec = self._spec.narrow(slices, saved=set(self.model.state_dict()), widths=widths.to_dict())
+        written = self._trace.written
+        outline = Outline.draw(model, slices.tensors, slices.attributes, written)
+        spec = self._spec.narrow(slices, set(self.model.state_dict()), widths.to_dict(), outline)
         model.autoslim = spec  # type: ignore[assignment]
-        describe_parts(model, slices, widths.to_dict(), self._trace.input_shapes)
+        describe_parts(model, slices, widths.to_dict(), self._trace.input_shapes, written)
         size = find_image_size(self._trace.example)
         if size and (spec.base is not None or isinstance(getattr(model, "pretrained_cfg", None), Mapping)):
             write_input_size(model, size)

@@ -57,7 +57,7 @@ class Trace:
         positional: the number of inputs that the example passes by position.
         example: the example on the meta device.
         batch: whether its first dimension is a batch of any length; else the model takes this length alone.
-        written: paths of attributes that hold integers, and that the forward changes.
+        written: paths of attributes that hold numbers or texts, and that the forward changes.
         constants: the numbers that multiply attention scores over channels that can shrink, and that stay, in words.
         input_shapes: by module with a `pretrained_cfg`, the shape of its first input.
     """
@@ -87,7 +87,7 @@ class Tracer:
         describer: it collects the attributes that only describe modules.
         recorder: it runs the copy.
         records: the runs so far.
-        written: paths of attributes that hold integers, and that a run changed.
+        written: paths of attributes that hold numbers or texts, and that a run changed.
         outputs: the names of the outputs of all runs.
         caches: attributes of the model that hold what an earlier run has computed.
         holdings: the tensors and numbers that modules hold beside weights, before the first run and after each.
@@ -236,11 +236,11 @@ class Tracer:
                     yield f"{where} multiplies attention scores over {length} channels by {factor.value:.6g}"
 
     def _list_written(self) -> Iterator[str]:
-        """Yield the attributes that hold integers and that the forward has changed, such as counters."""
+        """Yield the attributes that hold numbers or texts and that the forward has changed, such as counters."""
         for path, module in self.model.named_modules():
             now = self.copy.get_submodule(path).__dict__
             for name, value in module.__dict__.items():
-                if _holds_integers(value) and not (_holds_integers(now.get(name)) and now[name] == value):
+                if _holds_numbers(value) and not (_holds_numbers(now.get(name)) and now[name] == value):
                     yield f"{path}.{name}" if path else name
 
     def _solve(self) -> ChannelGraph:
@@ -373,9 +373,9 @@ def _make_obstacle_error(graph: ChannelGraph) -> NothingToSlimError:
     )
 
 
-def _holds_integers(value: Any) -> bool:
+def _holds_numbers(value: Any) -> bool:
     members = value if isinstance(value, (tuple, list)) else [value]
-    return all(isinstance(member, int) for member in members)
+    return all(isinstance(member, (int, float, str)) for member in members)
 
 
 def trace_model(

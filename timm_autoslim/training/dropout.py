@@ -11,12 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from timm_autoslim.utils.dropouts import is_dropout
 from timm_autoslim.utils.restoring import restoring
 
-# By name, so that torchvision need not be imported, and copies of these classes in other libraries count too.
-_DROP_MODULES = frozenset(
-    ("DropPath", "DropBlock2d", "DropBlock3d", "PatchDropout", "PatchDropoutWithIndices", "StochasticDepth")
-)
 _DROP_FUNCTIONS = frozenset(
     (
         *(torch.dropout, torch.alpha_dropout, torch.feature_dropout, torch.feature_alpha_dropout),
@@ -32,7 +29,7 @@ def disable_dropout(model: nn.Module) -> Iterator[None]:
     This covers modules (torch's dropouts; timm's and torchvision's drop path, drop block and patch dropout), and the
     functions of `torch.nn.functional` that a forward calls directly, attention's dropout included.
     """
-    modules = [module for module in model.modules() if module.training and _is_dropout(module)]
+    modules = [module for module in model.modules() if module.training and is_dropout(module)]
     mode = _IgnoreDropout()
 
     def restore() -> None:
@@ -48,12 +45,6 @@ def disable_dropout(model: nn.Module) -> Iterator[None]:
             module.training = False  # not eval(), which would also reach the module's children
         mode.__enter__()  # type: ignore[no-untyped-call]
         yield
-
-
-def _is_dropout(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
-        return True
-    return any(kind.__name__ in _DROP_MODULES for kind in type(module).__mro__)
 
 
 class _IgnoreDropout(TorchFunctionMode):

@@ -23,7 +23,8 @@ _MOST_LEVELS = 8
 def copy_deeply(model: T, memo: Mapping[int, Any] | None = None) -> T:
     """Return a deep copy of a model.
 
-    Locks, files and Python's modules are shared by all copies. Objects that only look as if they said how they are
+    Locks, files and Python's modules are shared by all copies. Results of autograd that a module keeps, such as the
+    attention biases of a LeViT, are copied without their history. Objects that only look as if they said how they are
     copied, such as a dict whose `__getattr__` raises a KeyError, are copied attribute by attribute.
 
     Args:
@@ -60,7 +61,7 @@ def _find_obstacle(model: Any, memo: Mapping[int, Any]) -> Any:
     for module in modules:
         for name, value in vars(module).items():
             if name != "_modules" and (obstacle := _find_innermost(value, objects, 0)) is not None:
-                return obstacle if isinstance(obstacle, _SHARED) or _is_copied_by_hand(type(obstacle)) else None
+                return obstacle if _is_copied_by_hand(obstacle) else None
     return None
 
 
@@ -75,7 +76,10 @@ def _find_innermost(value: Any, memo: Mapping[int, Any], depth: int) -> Any:
     return None
 
 
-def _is_copied_by_hand(kind: type) -> bool:
+def _is_copied_by_hand(value: Any) -> bool:
+    kind = type(value)
+    if isinstance(value, _SHARED) or (isinstance(value, Tensor) and not value.is_leaf):
+        return True
     if issubclass(kind, (nn.Module, Tensor)) or kind.__module__ == "builtins":
         return False
     names = {name for base in kind.__mro__ if base not in (object, dict) for name in vars(base)}
@@ -114,6 +118,8 @@ def _copy_by_hand(value: Any, memo: dict[int, Any]) -> Any:
     """Return a copy of an object that has no way of its own to be copied."""
     if isinstance(value, _SHARED):
         return value
+    if isinstance(value, Tensor):
+        return value.detach().clone()
     kind: Any = type(value)
     copied = memo[id(value)] = kind.__new__(kind)
     if isinstance(value, dict):
