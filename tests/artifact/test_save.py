@@ -195,6 +195,33 @@ def test_what_training_changes_is_saved_and_loaded(tmp_path):
     torch.testing.assert_close(loaded(images), expected)
 
 
+class Counting(nn.Module):
+    """It counts its calls, and keeps what it has seen."""
+
+    def __init__(self, scale=0.5):
+        super().__init__()
+        self.body, self.scale = build_small(), scale
+        self.calls, self.ready, self.size, self.share = 0, False, (0, 0), 0.0
+
+    def forward(self, x):
+        self.calls, self.ready, self.size, self.share = self.calls + 1, True, tuple(x.shape[2:]), x.shape[2] / 7
+        return self.body(x) * self.scale
+
+
+def test_what_a_forward_has_kept_is_no_other_model(tmp_path):
+    model = Counting().eval()
+    model(IMAGES)
+    supernet = convert(model, IMAGES)
+    slim = supernet.extract(supernet.space.uniform(0.5))
+    calibrate(slim, [IMAGES])
+    slim.eval()(IMAGES[..., :8])
+    loaded = load(save(slim, tmp_path / "slim"), Counting()).eval()
+    assert torch.equal(loaded(IMAGES), slim(IMAGES))
+    save(loaded, tmp_path / "again")
+    with pytest.raises(ArtifactError, match=r"scale is 1\.0, and was 0\.5"):
+        load(tmp_path / "slim", Counting(scale=1.0))
+
+
 def test_a_folder_of_before_outlines_is_loaded(tmp_path):
     slim = make_small()
     folder = save(slim, tmp_path / "slim")

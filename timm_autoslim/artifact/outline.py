@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.utils.dropouts import is_dropout
+from timm_autoslim.utils.forwards import list_stored_names
 from timm_autoslim.utils.tensors import find_tied_names
 
 _MENTIONED = 3  # so many changes are named
@@ -70,9 +71,10 @@ class Outline:
             model: any model.
             tensors: names of the tensors that are sliced.
             attributes: paths of the attributes that change with the widths.
-            written: paths of attributes that the model's own forward changes.
+            written: paths of attributes that the model's own forward was seen to change; those that its code stores
+                are added.
         """
-        shapes = _read_shapes(model)
+        shapes, written = _read_shapes(model), {*written, *_list_stored(model)}
         values = {path: _find_attribute(model, path) for path in attributes}
         values = {path: value for path, value in values.items() if _is_number(value)}
         numbers = {path: value for path, value in _list_numbers(model) if path not in written}
@@ -236,6 +238,13 @@ def _find_attribute(model: nn.Module, path: str) -> Any:
     store, key = find_entry(model, path)
     value = store.get(key, _ABSENT)
     return tuple(value) if type(value) is list else value
+
+
+def _list_stored(model: nn.Module) -> Iterator[str]:
+    """Yield the paths of the attributes that forwards store."""
+    for path, module in model.named_modules():
+        for name in list_stored_names(type(module)) & module.__dict__.keys():
+            yield f"{path}.{name}" if path else name
 
 
 def _is_number(value: object) -> bool:
