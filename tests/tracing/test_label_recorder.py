@@ -33,7 +33,7 @@ def recorder():
     wrap_attributes(model)
     for parameter in model.parameters():
         flow.create_labels(parameter)
-    recorder = LabelRecorder(model, flow, frozenset(), Describer(flow, model))
+    recorder = LabelRecorder(model, flow, {}, Describer(flow, model))
     recorder.start()
     recorder.run(meta(2, 3, 8, 8))
     return recorder

@@ -29,7 +29,7 @@ from torch.nn.utils import prune
 from torchvision.models.quantization import mobilenet_v2
 
 from timm_autoslim import convert
-from timm_autoslim.errors import TraceError
+from timm_autoslim.errors import NothingToSlimError, TraceError
 
 # -- kinds of modules and weights -------------------------------------------------------------------------------------
 
@@ -270,16 +270,25 @@ def test_an_interrupt_is_not_turned_into_an_error():
     assert_untouched(before, model)
 
 
+GLOBAL = {}
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_a_forward_that_is_bound_to_the_model_itself_is_refused(training):
+def test_code_that_finds_the_model_by_a_global_name_is_refused_with_the_weight_and_the_line(training):
     """Run on the copy, it would move the statistics of the model."""
+    model = make_net(body=lambda s, x: s.logits(s.b(GLOBAL["net"].a(s.maps(x))))).train(training)
+    GLOBAL["net"] = model
+    check_refusal(
+        model, r"^the model: got code that.* still reads a\.weight of the model itself \(at .*test_refusals.py:"
+    )
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_a_forward_that_is_bound_to_the_model_itself_is_followed(training):
     model = make_net().train(training)
     inner = model.forward
     model.forward = lambda x: 2 * inner(x)
-    check_refusal(
-        model,
-        r"^the model: got a forward that.* reads the weights of the model itself.*needed: .*MethodType\(",
-    )
+    assert check_conversion(model).space.names == ("stem", "inner", "a", "b")
 
 
 def test_a_forward_that_was_replaced_by_a_method_is_followed():
@@ -320,3 +329,30 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_attribute(value, mess
 def test_an_example_that_is_no_batch_of_images_is_told_what_is_one(example, remedy):
     with pytest.raises(TraceError, match=remedy):
         convert(timm.create_model("resnet10t", num_classes=10), example)
+
+
+class Holder:
+    """Holds a layer outside of the module tree."""
+
+    def __init__(self, layer):
+        self.layer = layer
+
+    def run(self, x):
+        return self.layer(x)
+
+
+def test_a_layer_that_an_object_holds_is_named_with_the_object():
+    model = make_net(body=lambda s, x: s.logits(s.b(s.holder.run(s.maps(x)).relu())))
+    model.holder = Holder(model.a)
+    reason = r"in a subnet, a.weight has its full width: a is also held by an object of class Holder \(holder\)"
+    with pytest.raises(NothingToSlimError, match=reason):
+        convert(model, IMAGE)
+
+
+def test_a_weight_that_an_object_holds_is_fixed_with_the_object_as_the_reason():
+    model = make_net(body=lambda s, x: s.logits(s.b(F.conv2d(s.maps(x), s.holder.layer["w"]).relu())))
+    model.holder = Holder({"w": model.a.weight})
+    supernet = convert(model, IMAGE)
+    reason = "a.weight is also held by an object of class Holder (holder), outside of the module tree; the forward must"
+    assert reason in supernet.repairs[0]
+    assert "inner" in supernet.space.names

@@ -5,17 +5,17 @@ from __future__ import annotations
 import copy
 import inspect
 import types
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from timm_autoslim.utils.redirecting import PLAIN_DICTS
 from timm_autoslim.utils.tensors import list_slots
 
 Value = int | float | tuple[int, ...] | list[int]
 
-PLAIN_DICTS = frozenset((dict, OrderedDict, defaultdict))
 MODULE_NAMES = frozenset(nn.Module().__dict__)  # what every module has
 _MOST_ITEMS = 100_000  # a longer list is no part of a configuration
 _MOST_LEVELS = 16  # of lists, dicts and objects in each other

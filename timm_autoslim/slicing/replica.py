@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import copy
-import functools
-import types
 from collections import OrderedDict, deque
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from timm_autoslim.slicing.attributes import MODULE_NAMES, PLAIN_DICTS, set_attributes
+from timm_autoslim.slicing.attributes import MODULE_NAMES, set_attributes
 from timm_autoslim.slicing.slices import Slices, find_entries, is_cache, list_cached_properties
 from timm_autoslim.slicing.tensors import clone_tensors, slice_for_call
 from timm_autoslim.utils.collecting import pause_collection
+from timm_autoslim.utils.redirecting import CONSTANTS, PLAIN_DICTS, STORES, Redirector, rebuild
 
 M = TypeVar("M", bound=nn.Module)
 
-# Values of these types never change, and hold neither a module nor a tensor.
-_CONSTANTS = {int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size}
-_STORES = ("_parameters", "_buffers", "_modules")
 _MODULE = nn.Module().__dict__  # what every module has
-_HOOKS = tuple(name for name, value in _MODULE.items() if type(value) in PLAIN_DICTS and name not in _STORES)
-_CALLABLES = {types.MethodType, functools.partial, types.FunctionType}
+_HOOKS = tuple(name for name, value in _MODULE.items() if type(value) in PLAIN_DICTS and name not in STORES)
 
 
 def replicate(model: M, slices: Slices) -> M:
@@ -32,9 +26,9 @@ def replicate(model: M, slices: Slices) -> M:
     Nothing in the model changes, whatever the replica does. Its parameters are those of the model or slices of them, so
     that gradients reach the model's. What a forward may write is copied: buffers, tensor attributes, lists, deques,
     sets and dicts.
-    Where a module of the model is referred to (in lists, deques, tuples and dicts of modules, bound methods, partials
-    and closures, hooks among them), the replica refers to its own module. Caches of tensors start empty, since they are
-    of another width.
+    Where a module of the model is referred to (in lists, deques, tuples and dicts of modules, bound methods, partials,
+    weak references and closures, hooks among them), the replica refers to its own module. Caches of tensors start
+    empty, since they are of another width.
 
     A replica is as the model is now: make another one when weights, attributes or hooks have changed.
 
@@ -67,6 +61,7 @@ class _Replication:
         self.memo: dict[int, Any] = {id(module): object.__new__(type(module)) for module in modules}
         self.memo |= slice_for_call((entry.tensor, entry.axes) for entry in find_entries(model, slices))
         variables = [_list_variables(module) for module in modules]
+        self._redirector = Redirector(self.memo)
         self._copy_state(modules, variables)
         properties = {kind: names for kind in set(map(type, modules)) if (names := list_cached_properties(kind))}
         for module, values in zip(modules, variables, strict=True):
@@ -89,7 +84,7 @@ class _Replication:
     def _copy_namespace(self, kind: type, attributes: dict[str, Any], variables: dict[str, Any]) -> dict[str, Any]:
         """Return the `__dict__` of a module's replica."""
         namespace, memo = attributes.copy(), self.memo
-        for name in _STORES:  # most of the work, so without a call for each entry
+        for name in STORES:  # most of the work, so without a call for each entry
             store = attributes[name]
             namespace[name] = {key: memo.get(id(item), item) for key, item in store.items()} if store else {}
         for name in _HOOKS:
@@ -102,7 +97,7 @@ class _Replication:
     def _copy(self, value: Any) -> Any:
         """Return what stands for an attribute's value in the replica."""
         kind = type(value)
-        if kind in _CONSTANTS:
+        if kind in CONSTANTS:
             return value
         if id(value) in self.memo:
             return self.memo[id(value)]
@@ -119,71 +114,8 @@ class _Replication:
             members.extend(map(self._copy, value))
             return members
         if isinstance(value, tuple):
-            return _rebuild(value, list(map(self._copy, value)))
-        return self._redirect(value)
-
-    def _redirect(self, value: Any) -> Any:
-        """Return a callable, or what it holds, over the replica's modules where it is over the model's.
-
-        Unlike attributes, lists and dicts in it are copied only if they hold modules: a hook that appends to a list of
-        the user's goes on appending to it.
-        """
-        kind = type(value)
-        if kind in _CONSTANTS:
-            return value
-        if id(value) in self.memo:
-            return self.memo[id(value)]
-        if kind in _CALLABLES:
-            return self._redirect_callable(value)
-        if kind in PLAIN_DICTS:
-            redirected = {key: self._redirect(item) for key, item in value.items()}
-            if all(redirected[key] is item for key, item in value.items()):
-                return value
-            items = copy.copy(value)
-            items.update(redirected)
-            return items
-        if kind in (list, deque) or isinstance(value, tuple):
-            return _rebuild(value, [self._redirect(item) for item in value])
-        return value
-
-    def _redirect_callable(self, function: Any) -> Any:
-        if type(function) is types.MethodType:
-            owner = self._redirect(function.__self__)
-            return function if owner is function.__self__ else types.MethodType(function.__func__, owner)
-        if type(function) is functools.partial:
-            args, keywords = tuple(map(self._redirect, function.args)), self._redirect(function.keywords)
-            return functools.partial(self._redirect(function.func), *args, **keywords)
-        cells = [_contents(cell) for cell in function.__closure__ or ()]
-        self.memo[id(function)] = function  # a function that names itself stands in its own closure
-        contents = [self._redirect(content) for content in cells]
-        if all(a is b for a, b in zip(cells, contents, strict=True)):
-            return function
-        closure = tuple(
-            cell if a is b else types.CellType(b)
-            for cell, a, b in zip(function.__closure__, cells, contents, strict=True)
-        )
-        code, scope, name = function.__code__, function.__globals__, function.__name__
-        redirected = types.FunctionType(code, scope, name, function.__defaults__, closure)
-        redirected.__kwdefaults__ = function.__kwdefaults__
-        redirected.__dict__.update(function.__dict__)
-        self.memo[id(function)] = redirected
-        for cell, content in zip(closure, contents, strict=True):
-            if content is function:
-                cell.cell_contents = redirected
-        return redirected
-
-
-def _rebuild(value: Any, members: list[Any]) -> Any:
-    """Return a list, deque or tuple like this one, of these members; it itself if they are the members that it has.
-
-    A tuple of the user's own class, unless it is a named one, stays as it is: nobody knows how to make another.
-    """
-    kind = type(value)
-    if all(a is b for a, b in zip(members, value, strict=True)):
-        return value
-    if kind is deque:
-        return deque(members, value.maxlen)
-    return value._make(members) if hasattr(value, "_make") else kind(members) if kind in (list, tuple) else value
+            return rebuild(value, list(map(self._copy, value)))
+        return self._redirector.redirect(value)
 
 
 def _list_variables(module: nn.Module) -> dict[str, Any]:
@@ -191,15 +123,7 @@ def _list_variables(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in module.__dict__.items()
-        if (kind := type(value)) not in _CONSTANTS
+        if (kind := type(value)) not in CONSTANTS
         and name not in MODULE_NAMES
-        and not (kind is tuple and _CONSTANTS.issuperset(map(type, value)))
+        and not (kind is tuple and CONSTANTS.issuperset(map(type, value)))
     }
-
-
-def _contents(cell: types.CellType) -> Any:
-    """Return what a closure's cell holds; None if it is empty yet."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.utils.arguments import check_integer, quote
 from timm_autoslim.utils.meta import count_images, make_meta_example
+from timm_autoslim.utils.redirecting import redirect_functions
 from timm_autoslim.utils.tensors import collect_tensors
 
 _CACHED_SLICES = 64
@@ -69,6 +71,13 @@ class Supernet(nn.Module):
         if name in TIMM_ATTRIBUTES:
             return TIMM_ATTRIBUTES[name](self.model)
         return super().__getattr__(name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Supernet:
+        """Return a deep copy, in which closures and hooks of the model refer to the copy's modules."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        redirect_functions(copied, memo)
+        return copied
 
     @property
     def base(self) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -24,7 +25,7 @@ from timm_autoslim.tracing.origins import Number, strip_origin
 from timm_autoslim.tracing.passing import Calls, freeze_calls
 from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.tracing.scales import Factor, ScaleTracker, Scores
-from timm_autoslim.tracing.sites import Site
+from timm_autoslim.tracing.sites import Site, find_model_site, format_site
 from timm_autoslim.tracing.sizes import make_multiple
 from timm_autoslim.tracing.values import LIKE
 from timm_autoslim.tracing.watching import Check, watching_sizes
@@ -99,7 +100,7 @@ class LabelRecorder(Recorder):
         self,
         model: nn.Module,
         flow: Flow,
-        foreign_ids: frozenset[int],
+        foreign: Mapping[int, str],
         describer: Describer,
         numbers: Mapping[str, Factor] | None = None,
         data: Mapping[str, Tensor] | None = None,
@@ -109,13 +110,13 @@ class LabelRecorder(Recorder):
         Args:
             model: a meta copy whose integer attributes have origins (`wrap_attributes`).
             flow: the state of the trace.
-            foreign_ids: ids of the tensors of the user's model, which no operator may read.
+            foreign: by id, the names of the tensors of the user's model, which no operator may read.
             describer: it gets every module that starts and returns.
             numbers: the tensors of the model that stand for one number.
             data: by name, the tensors with data.
         """
         super().__init__(model, flow.stack, data)
-        self.flow, self.foreign_ids, self.describer = flow, foreign_ids, describer
+        self.flow, self.foreign, self.describer = flow, foreign, describer
         self.last_path, self.last_shapes = "", list[tuple[int, ...]]()
         self.input_shapes: dict[str, tuple[int, ...]] = {}
         self.used_ids: set[int] = set()
@@ -180,12 +181,14 @@ class LabelRecorder(Recorder):
         Raises:
             TraceError: it is one.
         """
-        if id(tensor) in self.foreign_ids:
+        if id(tensor) in self.foreign:
+            site = find_model_site(self.flow.path, sys._getframe(1))
             raise TraceError.at(
                 self.flow.path or "the model",
-                got="a forward that, in a copy of the model, still reads the weights of the model itself (a lambda or "
-                "closure over the model as its forward?)",
-                needed="a forward that finds its weights through self, such as types.MethodType(function, model)",
+                got=f"code that, in a copy of the model, still reads {self.foreign[id(tensor)]} of the model itself"
+                f"{f' (at {format_site(site)})' if site else ''}",
+                needed="a forward, and hooks, that find weights through self: by an attribute, a bound method or a "
+                "closure over self; not by a global name, or an object that is not copied with the model",
             )
 
     def has_read_data(self, error: BaseException | None) -> bool:

@@ -29,6 +29,7 @@ from timm_autoslim.tracing.passing import Calls, Expectation, Values, freeze_cal
 from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.tracing.scales import Factor, ScaleTracker
 from timm_autoslim.tracing.sites import Site, find_culprits, format_site
+from timm_autoslim.tracing.strays import explain_stray
 from timm_autoslim.utils.meta import make_meta_example, without_gradients
 from timm_autoslim.utils.tensors import collect_tensors, named_tensors
 
@@ -65,6 +66,7 @@ class _ComparingRecorder(Recorder):
         active: NDArray[np.bool_],
         scales: ScaleTracker | None = None,
         data: Mapping[str, Tensor] | None = None,
+        strays: Mapping[int, str] | None = None,
     ) -> None:
         """Compare the next run of `subnet` with a record.
 
@@ -74,8 +76,10 @@ class _ComparingRecorder(Recorder):
             active: true for the atoms that the subnet has.
             scales: it follows the numbers that multiply attention scores.
             data: by name, the model's tensors with data.
+            strays: the names by id of those tensors of which the subnet has a slice, and that it must not read.
         """
         super().__init__(subnet, data=data)
+        self.strays, self.stray = strays or {}, ""
         self.gradients = record.gradients
         self.exits, self.active, self.position = record.exits, active, 0
         self.record, self.scales = record, scales
@@ -96,6 +100,7 @@ class _ComparingRecorder(Recorder):
 
     def run_operator(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator; if it raises, the subnet disagrees."""
+        self.stray = next((n for t in collect_tensors([args, kwargs]) if (n := self.strays.get(id(t)))), self.stray)
         try:
             out = super().run_operator(func, args, kwargs)
         except Exception as error:
@@ -243,7 +248,8 @@ class Prover:
         with without_gradients(self.model) if record.gradients else contextlib.nullcontext():
             subnet = replicate(self.model.train(record.training), slices)
         scales = self._follow_scales(subnet, slices) if check_scales and record.scores else None
-        recorder = _ComparingRecorder(subnet, record, active, scales, self.data)
+        strays = {id(t): name for name, t in named_tensors(self.model).items() if name in slices.tensors}
+        recorder = _ComparingRecorder(subnet, record, active, scales, self.data, strays)
         try:
             recorder.run(make_meta_example(self.example, self.batches[record.training]))
             recorder.compare_scales()
@@ -252,7 +258,12 @@ class Prover:
                 self._check_widest(graph)
                 self._compare_calls(graph, widths, record)
                 self._harmless |= differing
-        except (Disagreement, TraceError):
+        except Disagreement as fault:
+            if recorder.stray:
+                message = explain_stray(self.model, recorder.stray)
+                raise Disagreement(message, fault.path, fault.operator, fault.labels) from fault
+            raise
+        except TraceError:
             raise
         except Exception as error:
             path = recorder.stack.interrupted or ""

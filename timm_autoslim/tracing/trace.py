@@ -122,8 +122,8 @@ class Tracer:
         self.atoms_of_weights = len(self.flow.atoms)
         self.describer = Describer(self.flow, self.copy)
         data = named_tensors(model)
-        foreign_ids = frozenset(map(id, data.values()))
-        self.recorder = LabelRecorder(self.copy, self.flow, foreign_ids, self.describer, self.numbers, data)
+        foreign = {id(tensor): name for name, tensor in data.items()}
+        self.recorder = LabelRecorder(self.copy, self.flow, foreign, self.describer, self.numbers, data)
         self.records: list[RunRecord] = []
         self.written: set[str] = set()
         self.holdings: list[Holdings] = []

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from timm_autoslim.utils.redirecting import redirect_functions
 from timm_autoslim.utils.tensors import list_slots
 
 T = TypeVar("T")
@@ -24,8 +25,9 @@ def copy_deeply(model: T, memo: Mapping[int, Any] | None = None) -> T:
     """Return a deep copy of a model.
 
     Locks, files and Python's modules are shared by all copies. Results of autograd that a module keeps, such as the
-    attention biases of a LeViT, are copied without their history. Objects that only look as if they said how they are
-    copied, such as a dict whose `__getattr__` raises a KeyError, are copied attribute by attribute.
+    attention biases of a LeViT, are copied without their history. Closures and hooks of the copy refer to its own
+    modules. Objects that only look as if they said how they are copied, such as a dict whose `__getattr__` raises a
+    KeyError, are copied attribute by attribute.
 
     Args:
         model: the model.
@@ -46,7 +48,11 @@ def copy_deeply(model: T, memo: Mapping[int, Any] | None = None) -> T:
     memo = dict(memo or {})
     while True:
         try:
-            return copy.deepcopy(model, dict(memo))
+            memo_of_copy = dict(memo)
+            copied = copy.deepcopy(model, memo_of_copy)
+            if isinstance(copied, nn.Module):
+                redirect_functions(copied, memo_of_copy)
+            return copied
         except Exception:
             obstacle = _find_obstacle(model, memo)
             if obstacle is None:

@@ -1,0 +1,133 @@
+"""Lambdas, closures and hooks over a model: subnets, extracted models and copies run them over their own modules."""
+
+import copy
+import functools
+import weakref
+
+import pytest
+import torch
+from helpers.models import randomise
+from torch import nn
+
+from timm_autoslim import convert, load, save
+from timm_autoslim.utils.copying import copy_deeply
+
+IMAGE = torch.zeros(1, 3, 8, 8)
+
+
+class Reaching(nn.Module):
+    """Runs its layer `b` by way of what a test gives, and scales by a parameter."""
+
+    def __init__(self, reach):
+        super().__init__()
+        self.a, self.b, self.o = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.scale = nn.Parameter(torch.rand(8))
+        self.run = reach(self)
+
+    def forward(self, x):
+        return self.o(self.run(self.a(x).relu()).relu())
+
+
+def close_over_the_layer(model):
+    b = model.b
+    return lambda x: b(x)
+
+
+def recurse(model):
+    def run(x, depth=2):
+        return run(x, depth - 1) if depth else model.b(x)
+
+    return run
+
+
+def hook(model):
+    model.a.register_forward_hook(lambda module, args, out: out * model.scale.view(1, -1, 1, 1))
+    return model.b
+
+
+def hook_before(model):
+    model.b.register_forward_pre_hook(lambda module, args: (args[0] * model.scale.view(1, -1, 1, 1),))
+    return nn.Sequential(model.b)
+
+
+def refer_weakly(model):
+    model.weak = weakref.ref(model.b)
+    return lambda x: model.weak()(x)
+
+
+WAYS = {
+    "lambda over self": lambda model: lambda x: model.b(x),
+    "lambda over the layer": close_over_the_layer,
+    "default argument": lambda model: lambda x, layer=model.b: layer(x),
+    "keyword default": lambda model: lambda x, *, layer=model.b: layer(x),
+    "partial of a lambda": lambda model: functools.partial(lambda layer, x: layer(x), model.b),
+    "partial over a lambda": lambda model: functools.partial(lambda x: model.b(x)),
+    "lambda of a lambda": lambda model: (lambda inner: lambda x: inner(x))(lambda x: model.b(x)),
+    "closure over a weight": lambda model: (lambda w: lambda x: model.b(x) * w.view(1, -1, 1, 1))(model.scale),
+    "itself": recurse,
+    "hook": hook,
+    "hook before": hook_before,
+    "weak reference": refer_weakly,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_copy_runs_its_own_modules(way, tmp_path):
+    model = randomise(Reaching(WAYS[way])).eval()
+    originals = {name: p.detach().clone() for name, p in model.named_parameters()}
+    supernet = convert(model, IMAGE)
+    assert supernet.space.names == ("a", "b")
+    assert not supernet.repairs
+    widths, images = supernet.space.uniform(0.5), torch.randn(2, 3, 8, 8)
+    slim = supernet.extract(widths)
+    with torch.no_grad():
+        assert torch.equal(supernet(images), model(images))
+        expected = slim(images)
+        assert torch.equal(supernet(images, widths), expected)
+        if way != "closure over a weight":  # a fresh original is narrowed in place, which reaches modules alone
+            save(slim, tmp_path / "slim")
+            again = load(tmp_path / "slim", Reaching(WAYS[way])).eval()
+            assert torch.equal(again(images), expected)
+        copied = copy.deepcopy(supernet)
+        for parameter in model.parameters():
+            parameter.zero_()
+        assert torch.equal(slim(images), expected)
+        assert torch.equal(copied(images, widths), expected)
+    assert all(torch.equal(copied.model.get_parameter(name), value) for name, value in originals.items())
+
+
+def test_members_of_lists_and_dicts_are_redirected_too():
+    model = Reaching(lambda model: model.b)
+    model.ways = [lambda: model.b, {"first": (lambda: model.b,)}]
+    model.same = model.ways
+    copied = copy_deeply(model)
+    assert copied.ways[0]() is copied.b
+    assert copied.ways[1]["first"][0]() is copied.b
+    assert copied.same is copied.ways
+    assert model.ways[0]() is model.b
+
+
+def test_a_function_in_its_own_closure_stays_that_of_the_original():
+    model = Reaching(recurse)
+    run = model.run
+    copied = copy_deeply(model)
+    cells = dict(zip(copied.run.__code__.co_freevars, copied.run.__closure__, strict=True))
+    assert cells["run"].cell_contents is copied.run
+    cells = dict(zip(run.__code__.co_freevars, run.__closure__, strict=True))
+    assert cells["run"].cell_contents is run
+
+
+def test_what_a_hook_collects_outside_of_the_model_stays_where_it_is():
+    outputs = []
+    model = nn.Sequential(nn.Linear(2, 3))
+    model[0].register_forward_hook(lambda module, args, out: outputs.append((module is model[0], out.shape)))
+    copy_deeply(model)(torch.ones(1, 2))
+    assert outputs == [(True, (1, 3))]
+
+
+def test_gradients_of_a_subnet_reach_the_weights_through_a_closure():
+    model = randomise(Reaching(hook))
+    supernet = convert(model, IMAGE)
+    supernet(torch.randn(2, 3, 8, 8), supernet.space.uniform(0.5)).sum().backward()
+    assert model.scale.grad[:4].all()
+    assert not model.scale.grad[4:].any()
