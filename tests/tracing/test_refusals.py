@@ -26,6 +26,7 @@ from torch.distributed.tensor import distribute_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
+from torchvision.models import detection
 from torchvision.models.quantization import mobilenet_v2
 
 from timm_autoslim import convert
@@ -356,3 +357,47 @@ def test_a_weight_that_an_object_holds_is_fixed_with_the_object_as_the_reason():
     reason = "a.weight is also held by an object of class Holder (holder), outside of the module tree; the forward must"
     assert reason in supernet.repairs[0]
     assert "inner" in supernet.space.names
+
+
+DETECTORS = (
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "fcos_resnet50_fpn",
+    "keypointrcnn_resnet50_fpn",
+    "maskrcnn_resnet50_fpn",
+    "retinanet_resnet50_fpn",
+    "ssd300_vgg16",
+    "ssdlite320_mobilenet_v3_large",
+)
+
+
+@pytest.fixture(scope="module")
+def detectors():
+    with torch.device("meta"):
+        return {
+            name: getattr(detection, name)(weights=None, weights_backbone=None, num_classes=3).eval()
+            for name in DETECTORS
+        }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detector_is_told_to_convert_its_backbone(name, detectors):
+    image = torch.zeros(3, 64, 64)
+    target = {"boxes": torch.tensor([[1.0, 1.0, 9.0, 9.0]]), "labels": torch.ones(1, dtype=torch.long)}
+    for example in ([image], image[None], ([image], [target])):
+        with pytest.raises(TraceError, match=r"convert its backbone alone, convert\(model\.backbone, "):
+            convert(detectors[name], example)
+
+
+@pytest.mark.slow
+def test_a_detector_inside_of_a_model_is_named_by_its_path(detectors):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict({"net": detectors["ssd300_vgg16"]})
+
+        def forward(self, x):
+            return self.inner["net"](x)
+
+    with pytest.raises(TraceError, match=r"convert\(model\.inner\.net\.backbone, "):
+        convert(Wrapper(), torch.zeros(1, 3, 64, 64))

@@ -128,11 +128,8 @@ def explain_failure(
         returned: paths of the modules that had returned by then.
         example: what the model ran on.
     """
-    paths = {id(module): path for path, module in model.named_modules()}
-    raised, frame = last, error.__traceback__
-    while frame is not None:
-        raised = paths.get(id(frame.tb_frame.f_locals.get("self")), raised)
-        frame = frame.tb_next
+    running = _list_running(error, model)
+    raised = running[-1] if running else last
     where = f"given inputs of the shapes {got}"
     if raised != last:
         where = f"in the code of {raised or 'the model'} after {last} had run"
@@ -148,12 +145,44 @@ def explain_failure(
                 f"; or convert a part that has run before it: model.{name} has {share:.0%} of the parameters, and what "
                 "extract() returns of it takes its place"
             )
+    remedy = _find_detector(model, running) or remedy
     return (
         f"{last or 'the model'}: its forward raised {type(error).__name__} in "
         f"{'train' if model.training else 'eval'}() mode on the meta device{_quote_line(error)} "
         f"({quote_error(error)}), {where}; needed: a forward that runs on example_input without reading data values; "
         f"{remedy}"
     )
+
+
+def _list_running(error: Exception, model: nn.Module) -> list[str]:
+    """Return the paths of the modules whose code ran when an exception was raised, the outermost first."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    running, frame = list[str](), error.__traceback__
+    while frame is not None:
+        path = paths.get(id(frame.tb_frame.f_locals.get("self")))
+        running += [] if path is None else [path]
+        frame = frame.tb_next
+    return running
+
+
+def _find_detector(model: nn.Module, running: Iterable[str]) -> str | None:
+    """Return what to do about a detector of torchvision that has raised, or None.
+
+    It takes lists of images of any sizes, and targets in train() mode, and picks boxes by their scores.
+    """
+    for path in running:
+        module = model.get_submodule(path)
+        of_torchvision = any(
+            kind.__module__.startswith("torchvision.models.detection.") for kind in type(module).__mro__
+        )
+        if of_torchvision and isinstance(getattr(module, "backbone", None), nn.Module):
+            part = ".".join(["model", *path.split("."), "backbone"] if path else ["model", "backbone"])
+            return (
+                "a detector takes lists of images and targets, and picks boxes by data, so no example_input lets it be "
+                f"traced as one model: convert its backbone alone, convert({part}, torch.zeros(1, 3, 320, 320)), and "
+                f"put what extract() returns in its place, {part} = ... (docs/howto/backbones.md)"
+            )
+    return None
 
 
 def _find_misfit(model: nn.Module, example: Any) -> str | None:
