@@ -62,6 +62,7 @@ from timm_autoslim.recipes.lib.teacher import check_unlabelled, choose_teacher, 
 from timm_autoslim.recipes.lib.trainer import Backward, Trainer
 from timm_autoslim.recipes.lib.training import make_loss, prepare
 from timm_autoslim.recipes.lib.validation import check_batch, evaluate
+from timm_autoslim.utils.amounts import write_amount
 
 AGAIN = "the same command with --resume goes on from the last checkpoint"  # after an interruption
 
@@ -107,7 +108,7 @@ def finetune(accelerator: Accelerator, args: argparse.Namespace, run: Path, netw
     if accelerator.is_main_process:
         write_args(folder, args)
     cost = network.cost
-    accelerator.print(f"{network.name}: {cost.macs / 1e6:.2f}M MACs, {cost.params / 1e6:.3f}M parameters, "
+    accelerator.print(f"{network.name}: {write_amount(cost.macs, 2)} MACs, {write_amount(cost.params, 3)} parameters, "
                       f"{len(training)} training images"
                       + (f", {len(unlabelled)} of them without labels" if unlabelled else ""))  # fmt: skip
 

@@ -38,6 +38,7 @@ from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args
 from timm_autoslim.recipes.lib.settings import check_same, describe_left_out, find_left_out, write_settings
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.validation import evaluate
+from timm_autoslim.utils.amounts import write_amount
 
 RECIPES = Path(__file__).resolve().parent
 
@@ -175,8 +176,8 @@ def make_table(results: dict[str, Accuracy]) -> str:
     rows = ["| budget | network | MACs | params | test top-1 |", "|---|---|---|---|---|"]
     for row in results.values():
         rows.append(
-            f"| {row.budget.replace('<=', ' ')} | {row.method} | {row.macs / 1e6:.2f}M | {row.params / 1e6:.3f}M | "
-            f"{row.top1:.2f} |"
+            f"| {row.budget.replace('<=', ' ')} | {row.method} | {write_amount(row.macs, 2)} | "
+            f"{write_amount(row.params, 3)} | {row.top1:.2f} |"
         )
     return "\n".join(rows) + "\n"
 

@@ -62,6 +62,7 @@ from timm_autoslim.recipes.lib.scores import SavedScores
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.splits import SPLIT, read_split
 from timm_autoslim.recipes.lib.starting_points import take_gradients
+from timm_autoslim.utils.amounts import write_amount
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,7 +105,7 @@ def search_networks(
     images = sum(len(targets) for _, targets in batches)
     widest = count_widest(supernet, budgets, conditions)
     accelerator.print(
-        f"{args.model}: {widest.macs / 1e6:.2f}M MACs, {widest.params / 1e6:.3f}M params; "
+        f"{args.model}: {write_amount(widest.macs, 2)} MACs, {write_amount(widest.params, 3)} params; "
         f"{images} held-out images in {len(batches)} batches"
     )
     scores = SavedScores(run / "search-progress.json", describe_settings(run, args, images), accelerator)
@@ -197,7 +198,7 @@ def print_results(results: dict[str, SearchResult]) -> None:
     """Print the networks, the groups that could not be narrowed further, and the work of each method."""
     for network in list_networks(results):
         spent = network.cost
-        texts = [f"{spent.macs / 1e6:10.2f}M MACs {spent.params / 1e6:8.3f}M params"]
+        texts = [f"{write_amount(spent.macs, 2):>11} MACs {write_amount(spent.params, 3):>9} params"]
         metrics = [metric for metric in network.limits if metric not in ("macs", "params")]
         texts += [METRICS[metric].format(spent.pick(metric)) for metric in metrics]
         print(f"{network.name:32s} {'  '.join(texts)}  loss {network.loss:.4f}")

@@ -72,6 +72,7 @@ from timm_autoslim.recipes.lib.teacher import check_unlabelled
 from timm_autoslim.recipes.lib.texts import write_count
 from timm_autoslim.recipes.lib.validation import describe_chance, evaluate
 from timm_autoslim.recipes.search import count_widest, make_conditions, search_networks
+from timm_autoslim.utils.amounts import write_amount
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,7 +163,7 @@ class Slimming:
             self._set_up(args, run, supernet)
             row = self._measure_original(supernet, plan)
         accelerator.print(
-            f"test top-1 {row.top1:.2f} %, {row.macs / 1e6:.2f}M MACs, {row.params / 1e6:.3f}M params, "
+            f"test top-1 {row.top1:.2f} %, {write_amount(row.macs, 2)} MACs, {write_amount(row.params, 3)} params, "
             f"{len(supernet.space)} groups of channels"
         )
         if warning := describe_chance(row.top1, args.num_classes):

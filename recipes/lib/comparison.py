@@ -24,6 +24,7 @@ from timm_autoslim.recipes.lib.models import load_supernet, make_images
 from timm_autoslim.recipes.lib.onnx_file import write_onnx
 from timm_autoslim.recipes.lib.run_folder import write_json
 from timm_autoslim.recipes.lib.validation import evaluate
+from timm_autoslim.utils.amounts import write_amount
 
 ORIGINAL = "original.json"  # of a run folder
 TURNS = 9  # in which each network is measured
@@ -157,13 +158,13 @@ def make_table(original: Row, networks: Sequence[Row]) -> str:
     lines = [
         "| network | test top-1 | lost | MACs | params | file | latency |",
         "|---|---|---|---|---|---|---|",
-        f"| {original.name} | {original.top1:.2f} | | {original.macs / 1e6:.2f}M | {original.params / 1e6:.3f}M | "
-        f"{original.file_bytes / 1e6:.2f} MB | {_write_latency(original)} |",
+        f"| {original.name} | {original.top1:.2f} | | {write_amount(original.macs, 2)} | "
+        f"{write_amount(original.params, 3)} | {original.file_bytes / 1e6:.2f} MB | {_write_latency(original)} |",
     ]
     for row in networks:
         cells = [
-            f"{row.macs / 1e6:.2f}M ({row.macs / original.macs:.0%})",
-            f"{row.params / 1e6:.3f}M ({row.params / original.params:.0%})",
+            f"{write_amount(row.macs, 2)} ({row.macs / original.macs:.0%})",
+            f"{write_amount(row.params, 3)} ({row.params / original.params:.0%})",
             f"{row.file_bytes / 1e6:.2f} MB ({row.file_bytes / original.file_bytes:.0%})",
             _write_latency(row) + _write_share(row, original),
         ]

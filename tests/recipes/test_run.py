@@ -121,7 +121,7 @@ def test_the_table_shows_networks_of_earlier_searches_too():
         "| macs 50% | uniform |",
         "| macs 50% | searched ",
     ]
-    assert lines[2].endswith("| 5.00M | 0.001M | 50.00 |")
+    assert lines[2].endswith("| 5.00M | 1.0K | 50.00 |")
 
 
 def test_of_two_commands_one_runs_the_stages(tmp_path, monkeypatch):

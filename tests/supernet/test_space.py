@@ -15,6 +15,7 @@ from torch import nn
 
 from timm_autoslim import convert, cost
 from timm_autoslim.errors import WidthError
+from timm_autoslim.utils.amounts import write_amount
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 
@@ -261,8 +262,8 @@ def test_the_table_shows_groups_and_cost(supernet):
     assert lines[3].split() == ["inner", "64", "16", "8", "7", "1"]
     for line, widths in zip(lines[-3:], (space.min(), space.uniform(0.5), space.max()), strict=True):
         spent = cost(supernet, widths)
-        assert f"{spent.macs / 1e6:.1f}M MACs" in line
-        assert f"{spent.params / 1e6:.2f}M params" in line
+        assert f"{write_amount(spent.macs, 1)} MACs" in line
+        assert f"{write_amount(spent.params, 2)} params" in line
     assert lines[-1].count("100.0%") == 2
 
 

@@ -11,6 +11,7 @@ import torch
 from timm_autoslim.errors import WidthError
 from timm_autoslim.supernet.widths import ChannelGroup, Widths, hash_groups, make_group_error
 from timm_autoslim.tracing.graph import ChannelGraph
+from timm_autoslim.utils.amounts import write_amount
 from timm_autoslim.utils.arguments import as_integer, check_flag, check_integer
 from timm_autoslim.utils.html import make_html_table
 
@@ -296,8 +297,8 @@ class SearchSpace:
         for name, widths in (("min", self.min()), ("half", self.uniform(0.5)), ("max", self.max())):
             macs, params = graph.macs(widths.values_), graph.params(widths.values_)
             lines.append(
-                f"{name:<5} {macs / 1e6:>10.1f}M MACs ({macs / graph.macs(widest):6.1%})  "
-                f"{params / 1e6:>8.2f}M params ({params / graph.params(widest):6.1%})"
+                f"{name:<5} {write_amount(macs, 1):>11} MACs ({macs / graph.macs(widest):6.1%})  "
+                f"{write_amount(params, 2):>9} params ({params / graph.params(widest):6.1%})"
             )
         reasons = self.list_floor_reasons()
         lines += ["", "least widths, and why:"] if reasons else []

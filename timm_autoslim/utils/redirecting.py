@@ -119,26 +119,30 @@ def redirect_functions(model: nn.Module, memo: dict[int, Any]) -> None:
         True
     """
     redirector, visited = Redirector(dict(memo)), set[int]()
-
-    def adapt(value: Any) -> Any:
-        kind = type(value)
-        if kind in CONSTANTS or id(value) in visited:
-            return value
-        if kind in PLAIN_DICTS or kind in (list, deque):  # of the copy alone
-            visited.add(id(value))
-            for key, item in list(value.items() if kind in PLAIN_DICTS else enumerate(value)):
-                if (adapted := adapt(item)) is not item:
-                    value[key] = adapted
-            return value
-        if isinstance(value, tuple):
-            return rebuild(value, list(map(adapt, value)))
-        return redirector.redirect(value) if kind in _CALLABLES else value
-
     for module in model.modules():
         namespace = module.__dict__
         for name, value in list(namespace.items()):
-            if name not in STORES and (adapted := adapt(value)) is not value:
+            if name not in STORES and (adapted := _adapt(value, redirector, visited)) is not value:
                 namespace[name] = adapted
+
+
+def _adapt(value: Any, redirector: Redirector, visited: set[int]) -> Any:
+    """Return an attribute's value with other functions in it; lists, deques and dicts, which are the copy's, change.
+
+    It is no function in `redirect_functions`: one that calls itself would keep the copy alive.
+    """
+    kind = type(value)
+    if kind in CONSTANTS or id(value) in visited:
+        return value
+    if kind in PLAIN_DICTS or kind in (list, deque):
+        visited.add(id(value))
+        for key, item in list(value.items() if kind in PLAIN_DICTS else enumerate(value)):
+            if (adapted := _adapt(item, redirector, visited)) is not item:
+                value[key] = adapted
+        return value
+    if isinstance(value, tuple):
+        return rebuild(value, [_adapt(item, redirector, visited) for item in value])
+    return redirector.redirect(value) if kind in _CALLABLES else value
 
 
 def rebuild(value: Any, members: list[Any]) -> Any:
