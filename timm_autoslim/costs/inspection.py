@@ -13,6 +13,7 @@ from torch import nn
 from timm_autoslim.costs.cost import cost_by_module
 from timm_autoslim.costs.reach import Reach, reach
 from timm_autoslim.supernet.convert import check_rules, convert
+from timm_autoslim.supernet.space import describe_dropped
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.supernet.widths import ChannelGroup
 from timm_autoslim.tracing.solve import OUTPUT, UNUSED
@@ -164,6 +165,8 @@ def _list_advice(supernet: Supernet, limits: Reach) -> Iterator[str]:
         paths = sorted({name.partition(".")[0] for name in unused} - {name.partition(".")[0] for name in used})
         names = f" ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})" if paths else ""
         yield f"no forward uses {count / total:.0%} of the parameters{names}: delete these modules before convert"
+    if dropped := describe_dropped(graph):
+        yield dropped
     outputs = sum(share for reason, share in limits.obstacles if reason == OUTPUT)
     half = limits.half.macs / limits.widest.macs
     if outputs > (_MUCH if half <= GOOD_SHARE else _SOME):

@@ -17,6 +17,7 @@ from timm_autoslim.artifact.spec import TORCHVISION, derive_spec
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
 from timm_autoslim.supernet.conflicts import list_conflicts
 from timm_autoslim.supernet.rules import FROZEN, build_space
+from timm_autoslim.supernet.space import describe_dropped
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.trace import Trace, trace_model
@@ -110,6 +111,9 @@ def convert(
 ) -> Supernet:
     """Return the slimmable supernet of any model.
 
+    There is a warning of modules that the forward runs though no output depends on them, such as a head whose output a
+    wrapper drops.
+
     The supernet wraps `model` and shares its weights, as `DistributedDataParallel` does. Converting changes nothing in
     the model. With an `order` the supernet wraps a reordered copy instead.
 
@@ -186,7 +190,7 @@ def convert(
     trace = _trace_examples(model, example_input, keep_output, whole_heads)
     trace = replace(trace, graph=_freeze_modules(trace.graph, freeze))
     space = build_space(trace.graph, min, divisor, choices)
-    for text in list_conflicts(space):
+    for text in (*list_conflicts(space), *filter(None, [describe_dropped(trace.graph)])):
         warnings.warn(text, stacklevel=4)  # beyond the two decorators
     supernet = Supernet(model, trace, space, spec)
     return supernet if order is None else order_supernet(supernet, order, batches, distributed=distributed)

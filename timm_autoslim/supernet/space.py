@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -39,6 +40,19 @@ def draw_numbers(n: int, generator: torch.Generator | None) -> list[float]:
         raise WidthError.at("generator", got=repr(generator), needed=needed)
     numbers: list[float] = torch.rand(n, generator=generator).tolist()
     return numbers
+
+
+def describe_dropped(graph: ChannelGraph) -> str:
+    """Return what the forward runs though no output depends on it, and what to do; empty if there is nothing."""
+    if not graph.dropped:
+        return ""
+    sizes = {name: prod(graph.shapes[name]) for name in graph.parameters}
+    share = sum(sizes[name] for name in graph.observations.dropped) / sum(sizes.values())
+    names = f"{', '.join(graph.dropped[:3])}{', ...' if len(graph.dropped) > 3 else ''}"
+    return (
+        f"no output depends on {share:.0%} of the parameters ({names}), though forward runs them: delete these modules "
+        "before convert, or budgets are met by narrowing them"
+    )
 
 
 class SearchSpace:
@@ -279,7 +293,8 @@ class SearchSpace:
     def table(self) -> str:
         """Return a table of the groups, with the MACs and parameters of the subnets at min, half and max.
 
-        Where the model's code asks about the width of a group, the least width and the line of the code follow.
+        Where the model's code asks about the width of a group, the least width and the line of the code follow, and so
+        do modules that no output depends on.
         """
         rows = [("group", "size", "min", "divisor", "choices", "modules")]
         for g in self.groups:
@@ -303,4 +318,5 @@ class SearchSpace:
         reasons = self.list_floor_reasons()
         lines += ["", "least widths, and why:"] if reasons else []
         lines += [f"  {name}: {self[name].floor}, {reason}" for name, reason in reasons.items()]
+        lines += ["", dropped] if (dropped := describe_dropped(graph)) else []
         return "\n".join(lines)

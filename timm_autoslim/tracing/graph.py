@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from timm_autoslim.slicing.attributes import Value
 from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.slicing.tensors import Axis
+from timm_autoslim.tracing.dependence import name_parts
 from timm_autoslim.tracing.formulas import (
     AttributeFormula,
     Count,
@@ -126,6 +127,11 @@ class ChannelGraph:
     def tied_names(self) -> Mapping[str, str]:
         """For every further name of a tied tensor, the name that it has in `shapes`."""
         return self.observations.tied_names
+
+    @cached_property
+    def dropped(self) -> tuple[str, ...]:
+        """The modules, or else weights, that the forward runs and that no output depends on."""
+        return tuple(name_parts(self.observations.dropped, self.parameters))
 
     @property
     def strands(self) -> tuple[Strand, ...]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from timm_autoslim.errors import TraceError
 from timm_autoslim.tracing import ops
 from timm_autoslim.tracing.calls import FunctionCall
+from timm_autoslim.tracing.dependence import Dependence
 from timm_autoslim.tracing.describe import Describer
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.labels import Label
@@ -93,6 +94,7 @@ class LabelRecorder(Recorder):
         last_path, last_shapes: the module that was entered last, and the shapes of its input tensors.
         input_shapes: by module with a `pretrained_cfg`, the shape of the first tensor that it got last.
         used_ids: ids of the tensors that an operator or function read.
+        dependence: what was computed from what.
         scales: it follows the numbers that multiply attention scores.
     """
 
@@ -120,6 +122,7 @@ class LabelRecorder(Recorder):
         self.last_path, self.last_shapes = "", list[tuple[int, ...]]()
         self.input_shapes: dict[str, tuple[int, ...]] = {}
         self.used_ids: set[int] = set()
+        self.dependence = Dependence()
         tensors = named_tensors(model)
         self.scales = ScaleTracker({id(tensors[name]): factor for name, factor in (numbers or {}).items()})
         self.scales.read_constant = self.values.read_constant
@@ -131,6 +134,7 @@ class LabelRecorder(Recorder):
         self._operators.clear()
         self._exits.clear()
         self.calls.clear()
+        self.dependence.start()
         self.flow.forget_ordinary()
         self.scales.start()
         self.describer.start()
@@ -158,6 +162,7 @@ class LabelRecorder(Recorder):
             self.flow.note_check(Check(strip_origin, (number,), reason, ""))
         for tensor in tensors:
             self.used_ids.add(id(tensor))
+            self.dependence.note_read(tensor)
             reason = f"its code reads numbers that are computed from {self.names[id(tensor)]}"
             self.flow.freeze_labels(self.flow.get_labels(tensor), reason)
 
@@ -235,8 +240,11 @@ class LabelRecorder(Recorder):
                 for label, size in zip(self.flow.get_labels(args[0])[-len(shape) :], shape, strict=True):
                     self.flow.constrain(label, size)
             if name in recurrent.LAYERS:
-                self.used_ids.update(id(t) for t in ops.tensors_in_lists([*args, *kwargs.values()]))
-                return recurrent.run(self.flow, name, args, kwargs)
+                tensors = ops.tensors_in_lists([*args, *kwargs.values()])
+                self.used_ids.update(map(id, tensors))
+                outputs = recurrent.run(self.flow, name, args, kwargs)
+                self.dependence.note(tensors, ops.tensors_in_lists(outputs))
+                return outputs
             out = func(*args, **kwargs)
             self._note_numbers(name, args, kwargs, out)
             return out
@@ -282,6 +290,7 @@ class LabelRecorder(Recorder):
         out = super().run_operator(func, args, kwargs)
         op = replace(op, out=out)
         self.used_ids.update(map(id, op.tensors))
+        self.dependence.note_operator(func, op.tensors, ops.tensors_in_lists(out))
         inputs = [label for t in op.tensors for label in self.flow.get_labels(t)]
         ops.run(self.flow, op)
         scores = self.scales.follow(op, self.flow.path, self.flow.call)

@@ -28,6 +28,7 @@ class Observations:
         shapes: shape by name of every parameter, buffer and tensor attribute.
         parameters: names of the parameters among them.
         tied_names: for every further name of a tied tensor, the name that it has in `shapes`.
+        dropped: names of the parameters that the forward computes with, and that no output depends on.
     """
 
     roots: Vector
@@ -43,6 +44,7 @@ class Observations:
     shapes: Mapping[str, tuple[int, ...]]
     parameters: tuple[str, ...]
     tied_names: Mapping[str, str]
+    dropped: tuple[str, ...] = ()
 
 
 def observe(

@@ -88,6 +88,7 @@ class Tracer:
         recorder: it runs the copy.
         records: the runs so far.
         written: paths of attributes that hold numbers or texts, and that a run changed.
+        live: ids of the weights that outputs depend on, or what the model keeps.
         outputs: the names of the outputs of all runs.
         caches: attributes of the model that hold what an earlier run has computed.
         holdings: the tensors and numbers that modules hold beside weights, before the first run and after each.
@@ -126,6 +127,7 @@ class Tracer:
         self.recorder = LabelRecorder(self.copy, self.flow, foreign, self.describer, self.numbers, data)
         self.records: list[RunRecord] = []
         self.written: set[str] = set()
+        self.live: set[int] = set()
         self.holdings: list[Holdings] = []
 
     def _label_tensor(self, name: str, tensor: Tensor) -> list[Label]:
@@ -249,6 +251,8 @@ class Tracer:
         parameters = [n for n, t in self.tensors.items() if isinstance(t, nn.Parameter)]
         uses = [use for use in self.describer.uses if not self._is_new(use.path)]
         observations = observe(self.flow, self.labels, shapes, parameters, uses, find_tied_names(self.copy))
+        used = self.recorder.used_ids - self.live
+        observations = replace(observations, dropped=tuple(n for n in parameters if id(self.tensors[n]) in used))
         return ChannelGraph.from_observations(observations)
 
     def _is_new(self, path: str) -> bool:
@@ -301,6 +305,7 @@ class Tracer:
             with without_gradients(self.copy), recorder.recording():
                 out = run_model(self.copy, example)
                 self.flow.count_macs = False
+                recorder.dependence.is_over = True
                 self.records.append(recorder.get_record())
                 if not training and not gradients:
                     with contextlib.suppress(Exception):  # a model without the methods of timm's is traced as well
@@ -316,6 +321,10 @@ class Tracer:
             raise TraceError(text) from error
         self._freeze_outputs(out, training)
         self.holdings.append(list_holdings(self.copy))
+        weights = [tensor for tensor in self.tensors.values() if isinstance(tensor, nn.Parameter)]
+        others = [*self.holdings[-1].values(), *self.tensors.values()]  # a recurrent layer holds its weights in a list
+        state = [value for value in others if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)]
+        self.live |= recorder.dependence.list_live(collect_tensors(out), state, weights)
         self.written.update(self._list_written())
 
     def _freeze_outputs(self, out: Any, training: bool) -> None:
