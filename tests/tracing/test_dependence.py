@@ -8,6 +8,7 @@ from helpers.models import randomise
 from torch import nn
 
 from timm_autoslim import convert, inspect
+from timm_autoslim.tracing.dependence import Dependence
 
 IMAGE = torch.zeros(1, 3, 8, 8)
 
@@ -97,3 +98,12 @@ def test_a_shared_layer_is_used():
     model = Heads(lambda model, out: out["cls"])
     model.aux = nn.Sequential(nn.ReLU(), model.cls)
     assert convert(model, IMAGE).graph.dropped == ()
+
+
+def test_a_tensor_without_memory_is_told_from_others():
+    dependence = Dependence()
+    weight, sparse, out = torch.ones(2), torch.eye(2).to_sparse(), torch.ones(3)
+    dependence.note([weight], [sparse])
+    dependence.note([sparse], [out])
+    assert dependence.list_live([out], [], [weight]) == {id(weight)}
+    assert dependence.list_live([], [], [weight]) == set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ class Dependence:
 
     def __init__(self) -> None:
         self._steps: list[tuple[set[int], set[int]]] = []  # (read, written)
-        self._storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no other gets its number
+        self._storages: dict[int, Any] = {}  # kept, so that no other gets its number
         self._reads: set[int] = set()  # what the model's code has read as numbers
         self.is_over = False
 
@@ -52,8 +53,11 @@ class Dependence:
         return {id(weight) for weight in weights if self._find(weight) in live}
 
     def _find(self, tensor: Tensor) -> int:
-        storage = tensor.untyped_storage()
-        number: int = storage._cdata
+        try:
+            storage: Any = tensor.untyped_storage()
+            number: int = storage._cdata
+        except (NotImplementedError, RuntimeError):  # a sparse tensor, for one, has none
+            storage, number = tensor, id(tensor)
         self._storages.setdefault(number, storage)
         return number
 
