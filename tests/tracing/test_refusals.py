@@ -30,7 +30,7 @@ from torchvision.models import detection
 from torchvision.models.quantization import mobilenet_v2
 
 from timm_autoslim import convert
-from timm_autoslim.errors import NothingToSlimError, TraceError
+from timm_autoslim.errors import TraceError
 
 # -- kinds of modules and weights -------------------------------------------------------------------------------------
 
@@ -330,33 +330,6 @@ def test_a_model_that_cannot_be_copied_is_refused_with_the_attribute(value, mess
 def test_an_example_that_is_no_batch_of_images_is_told_what_is_one(example, remedy):
     with pytest.raises(TraceError, match=remedy):
         convert(timm.create_model("resnet10t", num_classes=10), example)
-
-
-class Holder:
-    """Holds a layer outside of the module tree."""
-
-    def __init__(self, layer):
-        self.layer = layer
-
-    def run(self, x):
-        return self.layer(x)
-
-
-def test_a_layer_that_an_object_holds_is_named_with_the_object():
-    model = make_net(body=lambda s, x: s.logits(s.b(s.holder.run(s.maps(x)).relu())))
-    model.holder = Holder(model.a)
-    reason = r"in a subnet, a.weight has its full width: a is also held by an object of class Holder \(holder\)"
-    with pytest.raises(NothingToSlimError, match=reason):
-        convert(model, IMAGE)
-
-
-def test_a_weight_that_an_object_holds_is_fixed_with_the_object_as_the_reason():
-    model = make_net(body=lambda s, x: s.logits(s.b(F.conv2d(s.maps(x), s.holder.layer["w"]).relu())))
-    model.holder = Holder({"w": model.a.weight})
-    supernet = convert(model, IMAGE)
-    reason = "a.weight is also held by an object of class Holder (holder), outside of the module tree; the forward must"
-    assert reason in supernet.repairs[0]
-    assert "inner" in supernet.space.names
 
 
 DETECTORS = (
