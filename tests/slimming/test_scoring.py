@@ -7,7 +7,7 @@ from torch import nn
 
 from timm_autoslim import HeldOut, Team, baseline, convert, cost, search
 from timm_autoslim.errors import DataError, EvaluationError, StaleStatisticsError
-from timm_autoslim.slimming.scoring import Scorer
+from timm_autoslim.slimming.scoring import Scorer, _are_same
 
 
 def test_forward_work_is_images_times_macs():
@@ -59,12 +59,26 @@ def test_what_is_known_is_not_scored_again_and_the_result_is_the_same(method):
     supernet, scores, seen = make_supernet(), {}, []
     whole = METHODS[method](supernet, held_out(supernet), scores=scores)
     again = METHODS[method](supernet, held_out(supernet, seen=seen), scores=dict(scores))
-    assert len(seen) == 1  # one score, to make sure that all are of these weights
+    assert len(seen) == 2  # two scores, to make sure that all are of these weights
     assert again == whole
     assert again.to_dict() == whole.to_dict()
     half = dict(list(scores.items())[: len(scores) // 2])
     assert METHODS[method](supernet, held_out(supernet, seen=seen), scores=half) == whole
-    assert len(seen) == 2 + len(scores) - len(scores) // 2
+    assert len(seen) == 4 + len(scores) - len(scores) // 2
+
+
+def swap(supernet, batch):
+    """Return what another order of channels changes: nothing in the widest."""
+    return 1.0 if supernet.open_block == supernet.space.max() else 1.5
+
+
+@pytest.mark.parametrize(("before", "now", "same"), [
+    ([0.1, 50], [0.12, 50], True), ([0.1, 50], [0.2, 50], False), ([10.0, 50], [12.0, 50], True),
+    ([10, 50], [12, 50], True), ([10, 50], [13, 50], False), ([1e-9, 8], [2e-9, 8], True),
+    ([2.3456, 8], [2.3477, 8], True), ([2.3456, 8], [2.3987, 8], False), ([2.3456, 8], [2.3456, 9], False),
+])  # fmt: skip
+def test_scores_are_the_same_but_for_rounding_and_an_image_or_two(before, now, same):
+    assert _are_same(before, now) is same
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -75,6 +89,9 @@ def test_scores_of_other_weights_images_or_another_metric_are_refused(method):
     doubled = HeldOut(evaluate.batches, lambda subnet, batch: 2 * evaluate.score(subnet, batch))
     with pytest.raises(EvaluationError, match=r"scores\['[0-9,]+:0'\]: got .* where evaluate returns .*an empty dict"):
         METHODS[method](supernet, doubled, scores=dict(others))
+    narrow = HeldOut(evaluate.batches, lambda subnet, batch: evaluate.score(subnet, batch) * swap(supernet, batch))
+    with pytest.raises(EvaluationError, match=r"scores\['[0-9,]+:[0-9]+'\]: got .* channel order"):
+        METHODS[method](supernet, narrow, scores=dict(others))
     nearly = HeldOut(evaluate.batches, lambda subnet, batch: 1.001 * evaluate.score(subnet, batch))
     METHODS[method](supernet, nearly, scores=others)
 

@@ -207,3 +207,25 @@ def test_methods_that_take_the_place_of_a_forward_read_the_right_channels():
         expected = slim(images)
         slim[1].forward = slim[1].forward_split
         assert torch.equal(slim(images), expected)
+
+
+class Heads(nn.Module):
+    """Has a method that no other calls, and that puts channels into groups which the forward does not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.size = nn.Linear(8, 16), nn.Linear(16, 3), 16
+
+    def forward(self, x):
+        return self.last(torch.relu(self.first(x)))
+
+    def forward_heads(self, x):
+        return self.first(x).view(len(x), 4, self.size // 4)
+
+
+def test_attributes_that_only_another_method_reads_in_groups_stay():
+    supernet = convert(Heads().eval(), torch.zeros(2, 8))
+    for share in (0.75, 0.5, 0.25):
+        slim = supernet.extract(supernet.space.uniform(share))
+        assert slim.size == 16
+        assert slim.first.out_features == 16 * share

@@ -29,8 +29,9 @@ Evaluate = Callable[[Subnet], float]
 # supernets differ by a few per cent either way, and so a loss is never refused. Accuracies taken for losses differ by
 # several per cent after a good training, and by far more after a short one.
 WARN_FROM, REFUSE_FROM = 0.05, 1 / 3
-# How far two scores of one subnet may differ, on another device or with other kernels, as a share of the larger one.
-SAME_SCORE = 0.01
+# How far two scores of one subnet may differ, on another device or with other kernels, as a share of the larger one; of
+# counts, so many images.
+SAME_SCORE, SAME_IMAGES = 0.01, 2
 
 
 class HeldOut:
@@ -173,23 +174,25 @@ class Scorer:
         return [sign * math.fsum(self._scores[_key((w, part))][0] for part in numbers) / len(numbers) for w in subnets]
 
     def check_scores(self) -> None:
-        """Score anew one of the subnets that have a score already, and make sure that it is the same.
+        """Score anew two of the subnets that have a score already, and make sure that they are the same.
+
+        One is the narrowest: the widest has the same loss with its channels in another order.
 
         Raises:
             EvaluationError: the scores are of other weights, other images or another metric; or as `many` does.
         """
-        jobs = (self._read_key(key) for key in self._scores)
-        job = next((job for job in jobs if job is not None), None)
-        if job is None:
+        jobs = [job for key in self._scores if (job := self._read_key(key)) is not None]
+        if not jobs:
             return
-        before, now = self._scores[_key(job)], self._score(job)
-        if abs(before[0] - now[0]) > SAME_SCORE * max(abs(before[0]), abs(now[0])) or before[1] != now[1]:
-            raise EvaluationError.at(
-                f"scores[{_key(job)!r}]",
-                got=f"{before[0]:.6g} on {before[1]} images, where evaluate returns {now[0]:.6g} on {now[1]}",
-                needed="scores of the same weights, images and metric as in this search",
-                remedy="give an empty dict, or remove the file that they come from, and all is scored anew",
-            )
+        for job in dict.fromkeys((jobs[0], min(jobs, key=lambda job: sum(job[0].values_)))):
+            before, now = self._scores[_key(job)], self._score(job)
+            if not _are_same(before, now):
+                raise EvaluationError.at(
+                    f"scores[{_key(job)!r}]",
+                    got=f"{before[0]:.6g} on {before[1]} images, where evaluate returns {now[0]:.6g} on {now[1]}",
+                    needed="scores of the same weights, channel order, images and metric as in this search",
+                    remedy="give an empty dict, or remove the file that they come from, and all is scored anew",
+                )
 
     def _read_key(self, key: str) -> _Job | None:
         """Return the subnet and the part that a key names; None if it is of another supernet, or of more parts."""
@@ -308,6 +311,16 @@ def _read_number(value: Any) -> float:
             "evaluate", got=got, needed=needed, remedy='leave out reduction="none", or take .mean()'
         )
     return float(value)
+
+
+def _are_same(before: Sequence[float], now: Sequence[float]) -> bool:
+    """Whether two scores [loss, images] of one subnet differ by no more than rounding brings about."""
+    (loss, images), (loss_now, images_now) = before, now
+    slack = SAME_SCORE * max(abs(loss), abs(loss_now)) + 1e-6
+    if _counts_images(loss, images) and _counts_images(loss_now, images_now):
+        one = 1 / images if max(loss, loss_now) <= 1 else 1.0 if loss == round(loss) else 100 / images
+        slack = max(slack, SAME_IMAGES * one * (1 + 1e-9))
+    return images == images_now and abs(loss - loss_now) <= slack
 
 
 def _counts_images(value: float, images: float) -> bool:

@@ -79,7 +79,7 @@ def search(
         seed: decides between candidates that are exactly equal, and what is traded.
         scores: a dict that is read before a subnet is scored, and gets what was scored. Its values are JSON: with the
             same dict from a file, an interrupted search scores only what is missing, and comes to the same result. It
-            belongs to one state of the weights, the images and the metric: one of its scores is computed again first.
+            belongs to one state of the weights, the images and the metric: two of its scores are computed again first.
         team: the processes that share the scoring, if there are several; the result does not depend on them. Budgets of
             latency then need a `SharedLatency` in the conditions.
         on_step: called after every step.

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from timm_autoslim.errors import NothingToSlimError, TraceError, WidthError
@@ -201,16 +202,23 @@ class Tracer:
             outer.empty_caches(other.copy)
             with contextlib.suppress(TraceError):
                 other._record(training=False)
-                uses += [use for use in other.list_uses_of_weights() if use.path not in bound]
+                uses += [use for use in other.list_uses_of_weights(self.flow) if use.path not in bound]
         outer.empty_caches(self.copy)
         return uses
 
-    def list_uses_of_weights(self) -> Iterator[AttributeUse]:
-        """Yield the attributes that count channels of weights, by atoms that are the same in every trace."""
+    def list_uses_of_weights(self, flow: Flow) -> Iterator[AttributeUse]:
+        """Yield the attributes that count channels of weights, by atoms that are the same in every trace.
+
+        Left out are those whose channels only this trace joins, and not the other one, whose `flow` is given: there the
+        attribute would count a part of its channels.
+        """
+        atoms = np.arange(self.atoms_of_weights)
+        roots, roots_there = self.flow.atoms.find(atoms), flow.atoms.find(atoms)
         for use in self.flow.constraints.attributes:
             if use.vector is not None:
                 vector = self.flow.atoms.find(use.vector)  # the smallest atoms; those of weights are created first
-                if vector.max() < self.atoms_of_weights:
+                joined = np.isin(roots, vector)
+                if vector.max() < self.atoms_of_weights and np.isin(roots_there[joined], roots_there[vector]).all():
                     yield replace(use, vector=vector)
 
     def _check_outputs(self) -> None:
