@@ -131,3 +131,44 @@ def test_gradients_of_a_subnet_reach_the_weights_through_a_closure():
     supernet(torch.randn(2, 3, 8, 8), supernet.space.uniform(0.5)).sum().backward()
     assert model.scale.grad[:4].all()
     assert not model.scale.grad[4:].any()
+
+
+class Swapping(nn.Module):
+    """Two functions share the cell of a variable, and two a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        current, modules = self.second, [self.second]
+
+        def run(x):
+            return current(x) + modules[-1](x)
+
+        def swap(module):
+            nonlocal current
+            current = module
+
+        self.run, self.swap, self.append = run, swap, lambda module: modules.append(module)
+
+    def forward(self, x):
+        return self.last(self.run(self.first(x)))
+
+
+def test_what_functions_share_is_shared_in_copies():
+    model, rows = Swapping().eval(), torch.randn(2, 4)
+    extracted = convert(model, rows).extract()
+    for change in (extracted.swap, extracted.append):
+        before = extracted(rows)
+        change(nn.Linear(8, 8))
+        assert not torch.equal(extracted(rows), before)
+    assert model.run.__closure__[0].cell_contents is model.second
+
+
+def test_nested_data_in_a_closure_is_read_once():
+    data = [1]
+    for _ in range(60):
+        data = [data, data]  # 2 ** 60 leaves
+    model = Swapping().eval()
+    model.note = lambda: data
+    supernet = convert(model, torch.randn(2, 4))
+    assert supernet.subnet(supernet.space.min()).note() is data

@@ -31,6 +31,9 @@ class Redirector:
 
     def __init__(self, memo: dict[int, Any]) -> None:
         self.memo = memo
+        # by id, with what they stand for: what closures share is shared afterwards too, and large data is read once
+        self._containers: dict[int, tuple[Any, Any]] = {}
+        self._cells: dict[int, tuple[types.CellType, types.CellType]] = {}
 
     def redirect(self, value: Any) -> Any:
         """Return a callable, or what it holds, over the copy's modules where it is over the original's.
@@ -45,16 +48,26 @@ class Redirector:
             return self.memo[id(value)]
         if kind in _CALLABLES:
             return self._redirect_callable(value)
-        if kind in PLAIN_DICTS:
-            redirected = {key: self.redirect(item) for key, item in value.items()}
-            if all(redirected[key] is item for key, item in value.items()):
-                return value
-            items = copy.copy(value)
-            items.update(redirected)
-            return items
-        if kind in (list, deque) or isinstance(value, tuple):
-            return rebuild(value, [self.redirect(item) for item in value])
+        if kind in PLAIN_DICTS or kind in (list, deque) or isinstance(value, tuple):
+            if id(value) not in self._containers:
+                self._containers[id(value)] = value, value  # one that holds itself
+                self._containers[id(value)] = value, self._redirect_members(value)
+            return self._containers[id(value)][1]
         return value
+
+    def _redirect_members(self, value: Any) -> Any:
+        if type(value) not in PLAIN_DICTS:
+            return rebuild(value, [self.redirect(item) for item in value])
+        redirected = {key: self.redirect(item) for key, item in value.items()}
+        if all(redirected[key] is item for key, item in value.items()):
+            return value
+        items = copy.copy(value)
+        items.update(redirected)
+        return items
+
+    def _renew_cell(self, cell: types.CellType, content: Any) -> types.CellType:
+        """Return the cell that stands for another one, of which functions may share one."""
+        return self._cells.setdefault(id(cell), (cell, types.CellType(content)))[1]
 
     def _redirect_callable(self, function: Any) -> Any:
         if type(function) is types.MethodType:
@@ -81,7 +94,7 @@ class Redirector:
         if same and defaults is function.__defaults__ and keywords is function.__kwdefaults__:
             return function
         closure = tuple(
-            cell if a is b else types.CellType(b)
+            cell if a is b else self._renew_cell(cell, b)
             for cell, a, b in zip(function.__closure__ or (), cells, contents, strict=True)
         )
         # a cell of its own for a function that stands in its own closure: the original's stays
