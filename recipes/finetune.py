@@ -29,6 +29,7 @@ from timm_autoslim import (
     calibrate,
     export,
     reconstruct,
+    write_amount,
 )
 from timm_autoslim.errors import ConfigError, OutputExistsError
 from timm_autoslim.recipes.lib.checkpoints import Checkpoints
@@ -62,7 +63,6 @@ from timm_autoslim.recipes.lib.teacher import check_unlabelled, choose_teacher, 
 from timm_autoslim.recipes.lib.trainer import Backward, Trainer
 from timm_autoslim.recipes.lib.training import make_loss, prepare
 from timm_autoslim.recipes.lib.validation import check_batch, evaluate
-from timm_autoslim.utils.amounts import write_amount
 
 AGAIN = "the same command with --resume goes on from the last checkpoint"  # after an interruption
 

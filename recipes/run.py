@@ -24,7 +24,7 @@ import torch
 import yaml
 
 import timm_autoslim  # noqa: F401  (registers the exported models with timm)
-from timm_autoslim import Accuracy, files
+from timm_autoslim import Accuracy, files, write_amount
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.lib.comparison import check_accuracy
 from timm_autoslim.recipes.lib.configuration import check_config, parse_args, pick_values, read_config
@@ -38,7 +38,6 @@ from timm_autoslim.recipes.lib.run_folder import SUPERNET, read_args
 from timm_autoslim.recipes.lib.settings import check_same, describe_left_out, find_left_out, write_settings
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.validation import evaluate
-from timm_autoslim.utils.amounts import write_amount
 
 RECIPES = Path(__file__).resolve().parent
 

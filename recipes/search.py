@@ -47,6 +47,7 @@ from timm_autoslim import (
     files,
     parse_budgets,
     search,
+    write_amount,
 )
 from timm_autoslim.errors import DataError, OutputExistsError
 from timm_autoslim.recipes.lib.configuration import parse_args
@@ -62,7 +63,6 @@ from timm_autoslim.recipes.lib.scores import SavedScores
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.splits import SPLIT, read_split
 from timm_autoslim.recipes.lib.starting_points import take_gradients
-from timm_autoslim.utils.amounts import write_amount
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -36,6 +36,7 @@ from timm_autoslim import (
     files,
     parse_budgets,
     plan_stages,
+    write_amount,
 )
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.recipes.finetune import finetune, finish
@@ -72,7 +73,6 @@ from timm_autoslim.recipes.lib.teacher import check_unlabelled
 from timm_autoslim.recipes.lib.texts import write_count
 from timm_autoslim.recipes.lib.validation import describe_chance, evaluate
 from timm_autoslim.recipes.search import count_widest, make_conditions, search_networks
-from timm_autoslim.utils.amounts import write_amount
 
 
 def main(argv: list[str] | None = None) -> None:

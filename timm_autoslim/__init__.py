@@ -80,6 +80,7 @@ if TYPE_CHECKING:
     from timm_autoslim.training.samplers import SAMPLERS as SAMPLERS
     from timm_autoslim.training.sandwich import SandwichStep as SandwichStep
     from timm_autoslim.training.sandwich import sandwich_step as sandwich_step
+    from timm_autoslim.utils.amounts import write_amount as write_amount
 
 __version__ = "0.1.0"
 
@@ -150,6 +151,7 @@ _MODULES = {
     "soft_cross_entropy": "training.distillation",
     "uniform_at": "slimming.goals",
     "zero_last_norms": "training.residual",
+    "write_amount": "utils.amounts",
 }
 __all__ = ["AutoSlimError", *_MODULES]
 _PUBLIC_MODULES = ("errors", "files", "plot")

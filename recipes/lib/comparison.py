@@ -16,7 +16,7 @@ import timm
 import torch
 from accelerate import Accelerator
 
-from timm_autoslim import Accuracy, Found, files, measure_turns
+from timm_autoslim import Accuracy, Found, files, measure_turns, write_amount
 from timm_autoslim.errors import ArtifactError, ConfigError
 from timm_autoslim.recipes.lib.images import Images
 from timm_autoslim.recipes.lib.loaders import make_evaluation_loader
@@ -24,7 +24,6 @@ from timm_autoslim.recipes.lib.models import load_supernet, make_images
 from timm_autoslim.recipes.lib.onnx_file import write_onnx
 from timm_autoslim.recipes.lib.run_folder import write_json
 from timm_autoslim.recipes.lib.validation import evaluate
-from timm_autoslim.utils.amounts import write_amount
 
 ORIGINAL = "original.json"  # of a run folder
 TURNS = 9  # in which each network is measured

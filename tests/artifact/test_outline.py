@@ -26,7 +26,7 @@ class Net(nn.Module):
         self.head, self.tied = nn.Linear(8, 8), nn.Linear(8, 8)
         self.tied.weight = self.head.weight
         self.scale, self.heads, self.residual, self.mode = 0.5, 2, True, "mean"
-        self.function, self.steps, self.limit = F.gelu, 0, float("-inf")
+        self.function, self.counter, self.limit = F.gelu, 0, float("-inf")
         self.partial = functools.partial(F.leaky_relu, negative_slope=0.1)
         self.calls, self.drop_rate, self.file_name = 0, 0.1, "net.pt"
         self.grad_checkpointing = False
@@ -106,7 +106,7 @@ ALLOWED = {
     "in place": assign("act", "inplace", True),
     "a rate": assign("", "drop_rate", 0.5),
     "a note": assign("", "file_name", "other.pt"),
-    "a counter": assign("", "steps", 7),
+    "a counter": assign("", "counter", 7),
     "what the forward writes": lambda net: net(torch.ones(1)),
     "what is new": assign("", "epoch", 3),
     "gradient checkpointing": assign("", "grad_checkpointing", True),

@@ -26,8 +26,8 @@ _FEW = 64  # items of a list that is a setting
 # Attributes that are no part of what a model computes in evaluation, by their names: those of training, the choice of
 # a kernel, and notes.
 _ASIDE = re.compile(
-    r"training|drop|momentum|inplace|checkpoint|grad|fuse|merge|deploy|export|epoch|iter(ation)?s?$|loss|criterion|best"
-    r"|smoothing|survival|stochastic|seed|debug|verbose|track_running|(^|_)(steps?|counte?r?s?|calls|lr)$"
+    r"training|drop|momentum|inplace|checkpoint|ckpt|grad|fused?_attn|deploy|export|epoch|loss|criterion"
+    r"|smoothing|survival|stochastic|seed|debug|verbose|track_running|(^|_)(counte?r?s?|calls|lr)$"
 )
 _LABEL = re.compile(r"path|file|url|version|device|dtype|(^|_)(name|task|id)$")  # of texts that are no settings
 

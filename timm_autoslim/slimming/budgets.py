@@ -80,7 +80,7 @@ class Budget:
         return float(cost.pick(metric)) / limit
 
 
-Budgets = Amount | Budget | Mapping[str, Amount | Sequence[Amount]] | Sequence[str | Budget]
+Budgets = str | Budget | Mapping[str, Amount | Sequence[Amount]] | Sequence[str | Budget]
 
 
 def _is_limit(limit: object) -> bool:
@@ -192,8 +192,6 @@ def list_limits(budgets: Budgets) -> list[Budget | list[Limit]]:
     """
     if isinstance(budgets, str | Budget):
         budgets = [budgets]
-    elif isinstance(budgets, int | float) and not isinstance(budgets, bool):
-        budgets = {"macs": budgets}
     if isinstance(budgets, Mapping) and budgets:
         limits: list[Budget | list[Limit]] = []
         for metric, amounts in budgets.items():

@@ -49,8 +49,8 @@ def search(
         supernet: a trained supernet.
         budgets: by metric (a key of `METRICS`), a number, a text such as "500k", "300M" or "60%" (of the widest), or a
             list of them, each a budget of its own; or a text or a list of texts such as "macs<=300M and params<=2M",
-            where all limits of one text must hold for one network; a `Budget` stands for itself, and an amount alone is
-            one of MACs.
+            where all limits of one text must hold for one network; a `Budget` stands for itself, and a text without a
+            metric is one of MACs.
         evaluate: called with a callable subnet (images (N, C, H, W) -> logits (N, K)); returns its loss on held-out
             images, lower is better. It must use the same images at every call. A `HeldOut` can be scored in parts,
             which the fast mode needs to save images; 8 to 16 parts are good.

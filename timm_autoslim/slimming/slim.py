@@ -138,7 +138,8 @@ def _plan(supernet: Supernet, budget: Any, conditions: Conditions | None, *, fro
     Raises:
         BudgetError: the budget is malformed, out of reach, or several budgets.
     """
-    budgets = parse_budgets(supernet, budget, conditions=conditions)
+    amounts = {"macs": budget} if isinstance(budget, int | float) and not isinstance(budget, bool) else budget
+    budgets = parse_budgets(supernet, amounts, conditions=conditions)
     if len(budgets) != 1:
         remedy = "call slim for each"
         if len({metric for one in budgets for metric in one.metrics}) > 1:
