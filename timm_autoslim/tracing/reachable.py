@@ -134,9 +134,9 @@ def _follows_sizes(entry: tuple[Any, ...]) -> bool:
     return any(_holds(value, (Tensor, int) if len(entry) == 2 else Tensor) for value in entry)
 
 
-def _holds(value: Any, kinds: Any, levels: int = 4) -> bool:
-    if type(value) in (tuple, list):  # which may hold itself
-        return levels > 0 and any(_holds(member, kinds, levels - 1) for member in value)
+def _holds(value: Any, kinds: Any) -> bool:
+    if type(value) in (tuple, list):
+        return any(_holds(member, kinds) for member in value)
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
