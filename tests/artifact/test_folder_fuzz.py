@@ -304,6 +304,7 @@ def test_changed_weights(exported, data):
     judged(folder, full, weights=data.draw(files_of_weights(folder)))
 
 
+@pytest.mark.slow
 def test_what_the_run_took(capsys):
     if EXAMPLES > 60:
         with capsys.disabled():
