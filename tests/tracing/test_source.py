@@ -4,7 +4,7 @@ import sys
 import types
 from pathlib import Path
 
-from timm_autoslim.tracing.source import find_tables, format_line, list_names, reach_names
+from timm_autoslim.tracing.source import find_tables, format_line
 
 TABLE = {1: 2}
 OWNER = types.SimpleNamespace(table={3: 4}, other=types.SimpleNamespace(keys={5, 6}))
@@ -35,15 +35,3 @@ def test_lines_are_named_from_the_working_directory():
     assert format_line(str(Path.cwd() / "tests" / "x.py"), 3) == f"{Path('tests/x.py')}:3"
     assert format_line("/nowhere/x.py", 3) == "/nowhere/x.py:3"
     assert format_line(sys.modules["torch"].__file__, 1) == f"{Path('torch/__init__.py')}:1"
-
-
-def test_names_are_those_of_inner_functions_too():
-    def outer():
-        return [len(str(member)) for member in sorted(())]
-
-    assert {"len", "str", "sorted"} <= set(list_names(outer.__code__))
-
-
-def test_functions_are_reached_by_the_names_that_others_mention():
-    functions = {"forward": ["a", "unknown"], "a": ["b", "forward"], "b": [], "other": ["a"]}
-    assert reach_names(["forward"], functions, functions.__getitem__) == ["forward", "a", "b"]

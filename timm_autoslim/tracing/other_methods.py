@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from timm_autoslim.tracing.labels import AttributeUse, Label
-from timm_autoslim.tracing.source import list_names, reach_names
+from timm_autoslim.utils.codes import list_names, reach_names
 
 # Words of names of attributes that count channels (`in_chs`, `dim_out`, `hidden_size`, `c1`), and of some that do not.
 _CHANNELS = {"c", "cin", "cout", "ch", "chan", "chans", "channel", "channels", "chn", "chs", "cmid", "dim", "dims"}

@@ -1,4 +1,4 @@
-"""What the model's code says: where a line is, the tables that it looks something up in, and the names in it."""
+"""What the model's code says: where a line is, and the tables that it looks something up in."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import contextlib
 import inspect
 import linecache
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
-from functools import cache, lru_cache
+from collections.abc import Collection, Iterator
+from functools import cache
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 _METHODS = frozenset({"get", "pop", "setdefault", "__getitem__", "__contains__"})
@@ -82,28 +81,3 @@ def _read(node: ast.expr, frame: Any) -> Any:
         return ast.literal_eval(node)
     except ValueError:
         return None
-
-
-@lru_cache(4096)
-def list_names(code: CodeType) -> tuple[str, ...]:
-    """Return the names of globals and attributes in the code of a function, and of the functions inside it."""
-    inside = [name for part in code.co_consts if isinstance(part, CodeType) for name in list_names(part)]
-    return *code.co_names, *inside
-
-
-def reach_names(start: Iterable[str], functions: Collection[str], mention: Callable[[str], Iterable[str]]) -> list[str]:
-    """Return which functions these names reach: themselves, those that they mention, which those mention, and so on.
-
-    Args:
-        start: names.
-        functions: the names of functions; others are passed over.
-        mention: returns the names in a function.
-    """
-    reached: dict[str, None] = {}
-    waiting = list(start)
-    while waiting:
-        name = waiting.pop()
-        if name in functions and name not in reached:
-            reached[name] = None
-            waiting += mention(name)
-    return [*reached]

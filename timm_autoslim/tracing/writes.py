@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from timm_autoslim.tracing.holdings import Attribute
-from timm_autoslim.tracing.source import list_names, reach_names
+from timm_autoslim.utils.codes import list_names, reach_names
 
 _FILLS = frozenset({"setdefault", "update", "append", "appendleft", "extend", "insert", "add", "__setitem__"})
 # They name what they set by a text.

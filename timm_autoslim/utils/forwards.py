@@ -5,9 +5,11 @@ from __future__ import annotations
 import dis
 import inspect
 from collections import defaultdict
-from collections.abc import Iterator
+from itertools import chain
 from types import CodeType, FunctionType
 from weakref import WeakKeyDictionary
+
+from timm_autoslim.utils.codes import list_codes, list_names, reach_names
 
 _NAMES: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()  # the code of a class is looked at once
 
@@ -35,21 +37,8 @@ def list_stored_names(kind: type) -> frozenset[str]:
                     function = inspect.unwrap(member) if callable(member) else None
                     if isinstance(function, FunctionType):
                         codes[name].append(function.__code__)
-        stored, waiting, visited = set[str](), ["forward"], set[str]()
-        while waiting:
-            name = waiting.pop()
-            if name not in visited and name != "__init__":
-                visited.add(name)
-                for code in [inner for outer in codes.get(name, ()) for inner in _list_codes(outer)]:
-                    stored.update(str(i.argval) for i in dis.get_instructions(code) if i.opname == "STORE_ATTR")
-                    waiting += code.co_names
+        names = reach_names(["forward"], codes.keys() - {"__init__"}, lambda name: chain(*map(list_names, codes[name])))
+        reached = [code for name in names for outer in codes[name] for code in list_codes(outer)]
+        stored = (step.argval for code in reached for step in dis.get_instructions(code) if step.opname == "STORE_ATTR")
         _NAMES[kind] = frozenset(stored)
     return _NAMES[kind]
-
-
-def _list_codes(code: CodeType) -> Iterator[CodeType]:
-    """Yield the code of a function, and of the functions in it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _list_codes(constant)
