@@ -119,7 +119,7 @@ def baseline(
     options = Options(score, candidates, population, criterion, int(seed))
     networks = []
     with show_scores(score, f"baseline {method}", progress):
-        score.check_scores()
+        score.compare_scores()
         for goal in goals:
             widths = choose(goal, options)
             networks.append(Found.of(method, goal, widths, score(widths)))

@@ -173,7 +173,7 @@ class Scorer:
         sign = -1.0 if self.maximize else 1.0
         return [sign * math.fsum(self._scores[_key((w, part))][0] for part in numbers) / len(numbers) for w in subnets]
 
-    def check_scores(self) -> None:
+    def compare_scores(self) -> None:
         """Score anew two of the subnets that have a score already, and make sure that they are the same.
 
         One is the narrowest: the widest has the same loss with its channels in another order.

@@ -124,7 +124,7 @@ def search(
     trail: list[Step] = []
     widest = count_cost(supernet, supernet.space.max(), _list_metrics(goals), conditions)
     with show_descent(score, widest, [goal.budget for goal in goals], progress) as bar:
-        score.check_scores()
+        score.compare_scores()
         score.check_direction()
         descent = kind(supernet, score, rank, steps, dict(zip(supernet.space.names, ranks, strict=True)))
         widest_loss = descent.loss
