@@ -27,6 +27,8 @@ def write_flag(name: str, value: object) -> str:
     Example:
         >>> write_flag("mean", [0.5, 1.0]), write_flag("amp", False), write_flag("model_kwargs", {"drop_rate": 0.1})
         ('--mean 0.5 1', '--no-amp', '--model-kwargs drop_rate=0.1')
+        >>> write_flag("data_dir", "images v1.0")
+        "--data-dir 'images v1.0'"
     """
     flag = f"--{name.replace('_', '-')}"
     if isinstance(value, bool) or value is None:
@@ -34,4 +36,5 @@ def write_flag(name: str, value: object) -> str:
     if isinstance(value, Mapping):
         value = [f"{key}={item}" for key, item in value.items()]
     values = value if isinstance(value, list | tuple) else [value]
-    return " ".join([flag, *(shlex.quote(str(item).removesuffix(".0")) for item in values)])
+    texts = (str(item).removesuffix(".0") if isinstance(item, float) else str(item) for item in values)
+    return " ".join([flag, *map(shlex.quote, texts)])
