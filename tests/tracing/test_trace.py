@@ -253,3 +253,32 @@ def test_channels_are_followed_through(name):
 def test_a_running_sum_over_channels_keeps_their_order():
     supernet = convert_around(lambda s, x: s.a(x).cumsum(1), 8, a=conv(8, 8))
     assert "depends on the order of these channels" in supernet.graph.fixed["a.weight", 0]
+
+
+class Skipping(nn.Module):
+    """Group norms of four groups over 16 channels, over 8, and over both side by side, of which 6 are in a group."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.last = conv(3, 16), conv(16, 8), conv(24, 4)
+        self.norm_a, self.norm_b, self.norm = nn.GroupNorm(4, 16), nn.GroupNorm(4, 8), nn.GroupNorm(4, 24)
+
+    def forward(self, x):
+        a = self.norm_a(self.a(x)).relu()
+        b = self.norm_b(self.b(a)).relu()
+        return self.last(self.norm(torch.cat([a, b], 1)).relu())
+
+
+def test_group_norms_lose_an_equal_share_of_each_group_where_entire_groups_would_hold_all():
+    torch.manual_seed(0)
+    supernet = convert(randomise(Skipping()).eval(), IMAGE).eval()
+    widths = supernet.space.uniform(0.5)
+    assert widths.to_dict() == {"a": 1}
+    slim, images = supernet.extract(widths), torch.randn(2, 3, 8, 8)
+    assert [slim.norm.num_groups, slim.norm.num_channels] == [4, 12]
+    assert torch.equal(slim(images), supernet(images, widths))
+    for norm in ("norm_a", "norm_b", "norm"):  # as many of each group, so that a group of the subnet is a part of one
+        channels = supernet.graph.shapes[f"{norm}.weight"][0]
+        runs = supernet.graph.slices(widths.values_).tensors[f"{norm}.weight"][0]
+        kept = [i for start, length in runs for i in range(start, start + length)]
+        assert [i * 4 // channels for i in kept] == [i * 4 // len(kept) for i in range(len(kept))]

@@ -27,14 +27,14 @@ class FunctionCall:
 
     def _list_sizes(self) -> list[list[int]]:
         """Return every list of integers among the arguments, and last all arguments that are integers themselves."""
-        lists: list[list[int]] = []
-        integers: list[int] = []
-        for value in (*self.args, *self.kwargs.values()):
-            if isinstance(value, (tuple, list)) and value and all(isinstance(v, int) for v in value):
-                lists.append(list(value))
-            elif isinstance(value, int) and not isinstance(value, bool):
-                integers.append(value)
-        return [*lists, integers]
+        values = [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, (tuple, list)) and value]
+        lists = [list(value) for value in values if all(isinstance(v, int) for v in value)]
+        return [*lists, self.list_integers()]
+
+    def list_integers(self) -> list[int]:
+        """Return the arguments that are integers themselves."""
+        values = (*self.args, *self.kwargs.values())
+        return [value for value in values if isinstance(value, int) and not isinstance(value, bool)]
 
     def find_sizes(self, sizes: Sequence[int]) -> Sequence[int] | None:
         """Return the argument that holds these sizes, with their origins (-1 matches any size), or None."""

@@ -47,7 +47,9 @@ class Flow(Labelling):
 
     Attributes:
         whole_heads: globs of the modules that lose whole heads.
+        equal_shares: whether a group norm always loses an equal share of each group, never entire groups.
         matching_globs: those globs that matched a module which splits channels into heads.
+        has_lost_groups: whether one loses entire groups.
         matrix_columns: the last axis of every matrix among the weights, by its first atom.
         kernels: those of them that are laid out as kernels, by their first atom.
         checks: what the model's code has asked about sizes.
@@ -55,10 +57,11 @@ class Flow(Labelling):
         asks_gradients: whether it has asked if gradients are enabled.
     """
 
-    def __init__(self, whole_heads: Sequence[str] = ()) -> None:
+    def __init__(self, whole_heads: Sequence[str] = (), equal_shares: bool = False) -> None:
         super().__init__()
-        self.whole_heads = tuple(whole_heads)
+        self.whole_heads, self.equal_shares = tuple(whole_heads), equal_shares
         self.matching_globs: set[str] = set()
+        self.has_lost_groups = False
         self.matrix_columns: dict[int, Vector] = {}
         self.kernels: dict[int, Kernel] = {}
         self.lengths: list[Length] = []
@@ -91,10 +94,10 @@ class Flow(Labelling):
             return self._constrain_parts(label, parts)
         leaves = list(find_leaves(size))
         dims = [leaf.origin.vector for leaf in leaves if isinstance(leaf.origin, FromDimension)]
-        if label is not None and dims:
-            self.constraints.tie_counts([label, *dims])
-        elif not dims and self._bind_difference(size, label):
+        if self._bind_difference(size, label):
             pass
+        elif label is not None and dims:
+            self.constraints.tie_counts([label, *dims])
         elif not dims and is_proportional(size):
             for leaf in leaves:
                 self._bind_attribute(leaf, label)
@@ -200,14 +203,16 @@ class Flow(Labelling):
         """Bind a of `a - b` to the channels of b and `label`, as in a split into b and the rest; return whether."""
         if not _is_difference(size) or label is None:
             return False
-        total, part = (s.origin for s in size.origin.operands)
-        if not isinstance(total, FromAttribute) or not isinstance(part, FromAttribute):
+        total, part = size.origin.operands
+        if not isinstance(total.origin, FromAttribute):
             return False
-        for use in self.constraints.attributes:
-            if use.path == part.path and use.vector is not None:
-                self._bind_attribute(size.origin.operands[0], np.concatenate([use.vector, label]))
-                return True
-        return False
+        vectors = [part.origin.vector] if isinstance(part.origin, FromDimension) else []
+        if isinstance(part.origin, FromAttribute):
+            uses = self.constraints.attributes
+            vectors = [use.vector for use in uses if use.path == part.origin.path and use.vector is not None]
+        if vectors:
+            self._bind_attribute(total, np.concatenate([vectors[0], label]))
+        return bool(vectors)
 
     def _bind_attribute(self, leaf: Number, label: Label) -> None:
         assert isinstance(leaf.origin, FromAttribute)

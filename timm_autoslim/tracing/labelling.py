@@ -92,6 +92,10 @@ class Labelling:
         """Whether these are channels of a tensor of equal numbers, that the code made and nothing else has joined."""
         return int(label[0]) in self._new and np.array_equal(self.atoms.find(label), label)
 
+    def forget_new(self, label: Vector) -> None:
+        """Note that the tensor that the code made of these channels is not one of equal numbers."""
+        self._new.discard(int(label[0]))
+
     # -- steps --------------------------------------------------------------------------------------------------
 
     def freeze_label(self, label: Label, reason: str) -> None:

@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from timm_autoslim.tracing.labels import AttributeUse, Kernel, Vector
 from timm_autoslim.tracing.observe import Observations
 
-UNUSED, OUTPUT = "not used in forward", "an output of the model"  # reasons why channels are fixed
+# reasons why channels are fixed
+UNUSED, OUTPUT = "not used in forward", "an output of the model"
+OUT_OF_STEP = "their number cannot shrink in step with the channels that they are tied to"
 
 
 @dataclass(frozen=True)
@@ -119,9 +121,7 @@ class _Solver:
             partition = self._partition(ties, in_tensors)
             if not len(partition.rigid):
                 return self._build_solution(partition)
-            self._freeze_units(
-                partition.rigid, "their number cannot shrink in step with the channels that they are tied to"
-            )
+            self._freeze_units(partition.rigid, OUT_OF_STEP)
 
     def _freeze_units(self, units: Vector, reason: str) -> None:
         for unit in units[~self.frozen[units]]:

@@ -39,7 +39,7 @@ from timm_autoslim.tracing.record import Recorder
 from timm_autoslim.tracing.refusals import check_example, check_model, explain_failure
 from timm_autoslim.tracing.repair import repair
 from timm_autoslim.tracing.scales import find_number_tensors, wrap_floats
-from timm_autoslim.tracing.solve import OUTPUT, UNUSED
+from timm_autoslim.tracing.solve import OUT_OF_STEP, OUTPUT, UNUSED
 from timm_autoslim.utils.globs import describe_near, matches
 from timm_autoslim.utils.meta import copy_to_meta, count_images, make_meta_example, run_model, without_gradients
 from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, name_tensors, named_tensors
@@ -103,13 +103,14 @@ class Tracer:
         keep_output: bool | Sequence[str] = True,
         whole_heads: Sequence[str] = (),
         doubles: bool = True,
+        equal_shares: bool = False,
     ) -> None:
         self.model, self.example, self.keep_output = model, example, keep_output
         self.outputs: dict[str, None] = {}
         self.doubles = doubles
         self.batches = {False: count_images(example), True: count_images(example) * (2 if doubles else 1)}
         self.whole_heads = tuple(whole_heads)
-        self.flow = Flow(whole_heads)
+        self.flow = Flow(whole_heads, equal_shares)
         self.flow.images = self.batches[False] if doubles else 1
         self.copy = copy_to_meta(model)
         self.caches = find_caches(model, make_meta_example(example, self.batches[False]))
@@ -142,14 +143,13 @@ class Tracer:
         return labels
 
     def run(self, outer: OuterState) -> Trace:
-        """Trace in both modes, solve, prove, repair.
+        """Trace in both modes, solve, prove, repair; the graph has no groups if no channel can be removed.
 
         Args:
             outer: what the model's code keeps outside of the model.
 
         Raises:
             TraceError: the forward raises, or no subnet can run.
-            NothingToSlimError: no channel can be removed.
             WidthError: a glob of `whole_heads` matches no module that splits channels into heads.
         """
         outer.empty_caches(self.copy)  # of another trace, or of an earlier run
@@ -175,11 +175,6 @@ class Tracer:
         graph, repairs = repair(
             keep_answers(graph, [*self.flow.checks, *list_size_checks(graph)]), self._make_prover(outer)
         )
-        if not graph.group_sizes and "*" not in self.flow.whole_heads:
-            with contextlib.suppress(NothingToSlimError, WidthError):
-                return Tracer(self.model, self.example, self.keep_output, ["*"], self.doubles).run(outer)
-        if not graph.group_sizes:
-            raise _make_obstacle_error(graph)
         names = {o.name for record in self.records for o in record.operators}
         unruled = frozenset(name.rpartition(".")[0] for name in names if not ops.has_rule(name))
         example = self.example
@@ -195,7 +190,8 @@ class Tracer:
         bound = {use.path for use in (*self.flow.constraints.attributes, *self.describer.uses)}
         uses: list[AttributeUse] = []
         for name, paths in list_other_forwards(self.copy, bound).items():
-            other = Tracer(self.model, self.example, self.keep_output, self.whole_heads, self.doubles)
+            settings = self.whole_heads, self.doubles, self.flow.equal_shares
+            other = Tracer(self.model, self.example, self.keep_output, *settings)
             for path in paths:
                 module = other.copy.get_submodule(path)
                 module.__dict__["forward"] = getattr(module, name)
@@ -437,13 +433,22 @@ def _find_best(
     doubles: bool,
     outer: OuterState,
 ) -> Trace:
-    """Return a trace; where much is fixed, that of whole heads if it removes more."""
-    best = Tracer(model, example, keep_output, whole_heads, doubles).run(outer)
+    """Return a trace; where much is fixed, one of equal shares of groups, or of whole heads, if it removes more."""
+    tracer = Tracer(model, example, keep_output, whole_heads, doubles)
+    best = tracer.run(outer)
+    settings: dict[str, Any] = {"whole_heads": whole_heads}
     modules = sorted({path.rpartition(".")[0] for path in best.graph.conflicting_attributes})
-    for globs in (modules, ["*"]):
+    changes: list[dict[str, Any]] = [{"whole_heads": [*whole_heads, *more]} for more in (modules, ["*"]) if more]
+    if tracer.flow.has_lost_groups and OUT_OF_STEP in best.graph.fixed.values():
+        changes.insert(0, {"equal_shares": True})
+    for change in changes:
         share = best.graph.compute_share_at_half()
-        if globs and share > GOOD_SHARE:
+        if share > GOOD_SHARE:
             with contextlib.suppress(TraceError, WidthError):
-                other = Tracer(model, example, keep_output, [*whole_heads, *globs], doubles).run(outer)
-                best = other if other.graph.compute_share_at_half() < share - 0.01 else best
+                other = Tracer(model, example, keep_output, doubles=doubles, **{**settings, **change}).run(outer)
+                is_first = bool(other.graph.group_sizes) and not best.graph.group_sizes
+                if is_first or other.graph.compute_share_at_half() < share - 0.01:
+                    best, settings = other, {**settings, **change}
+    if not best.graph.group_sizes:
+        raise _make_obstacle_error(best.graph)
     return best

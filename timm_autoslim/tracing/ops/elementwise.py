@@ -82,8 +82,25 @@ def _factory(flow: Flow, op: OperatorCall) -> None:
     flow.set_labels(out, [flow.label_new_dimension(n, size) for n, size in zip(out.shape, sizes_in_code, strict=True)])
 
 
+@RULES.add("eye")
+def _identity(flow: Flow, op: OperatorCall) -> None:
+    """Label an identity matrix: what keeps the same rows and columns of it is one too."""
+    sizes = flow.call.list_integers() if flow.call.name == "eye" else []  # rows, or rows and columns
+    labels = [flow.label_new_dimension(int(size), size) for size in sizes]
+    for label in labels:
+        if label is not None:
+            flow.forget_new(label)  # not all numbers are equal
+    rows, columns = labels * 2 if len(labels) == 1 else labels or [None, None]
+    if rows is not None or columns is not None:
+        if op.out.shape[0] == op.out.shape[1]:
+            rows = columns = flow.join(rows, columns, "eye")
+        else:
+            flow.freeze_labels([rows, columns], "eye makes as many rows and columns as it is told")
+    flow.set_labels(op.out, [rows, columns])
+
+
 @RULES.add(
-    "arange", "scalar_tensor", "linspace", "eye", "tril_indices", "triu_indices", "randperm", "_local_scalar_dense",
+    "arange", "scalar_tensor", "linspace", "tril_indices", "triu_indices", "randperm", "_local_scalar_dense",
     "_assert_async", "empty_strided", "new_empty_strided",
 )  # fmt: skip
 def _constant(flow: Flow, op: OperatorCall) -> None:

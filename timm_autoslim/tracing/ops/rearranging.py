@@ -9,9 +9,10 @@ import numpy as np
 
 from timm_autoslim.tracing.flow import Flow, follows_dimensions
 from timm_autoslim.tracing.labelling import Labels
-from timm_autoslim.tracing.labels import Label
+from timm_autoslim.tracing.labels import Label, Vector
 from timm_autoslim.tracing.ops.schema import OperatorCall
 from timm_autoslim.tracing.ops.table import RULES
+from timm_autoslim.tracing.sizes import Size
 
 # -- put together ---------------------------------------------------------------------------------------------------
 
@@ -57,6 +58,7 @@ def _stack(flow: Flow, op: OperatorCall) -> None:
            "replication_pad2d", "replication_pad3d")  # fmt: skip
 def _pad(flow: Flow, op: OperatorCall) -> None:
     pads = op.get("pad", op.get("padding"))  # before and after the last dimension, then the one before that, ...
+    pads_in_code = flow.call.find_sizes(pads) or pads
     labels = flow.get_labels(op["self"])
     for i in range(0, len(pads), 2):
         d = op.out.dim() - 1 - i // 2
@@ -67,10 +69,19 @@ def _pad(flow: Flow, op: OperatorCall) -> None:
             flow.freeze_label(label, "pad crops these channels")
             labels[d] = None
             continue
-        edges = [flow.atoms.create(pads[i]), flow.atoms.create(pads[i + 1])]
-        flow.freeze_labels(edges, "pad adds these channels")
-        labels[d] = np.concatenate([edges[0], label, edges[1]])
+        before, after = (_label_edge(flow, op, pads_in_code[j]) for j in (i, i + 1))
+        labels[d] = np.concatenate([before, label, after])
     flow.set_labels(op.out, labels)
+
+
+def _label_edge(flow: Flow, op: OperatorCall, size: int) -> Vector:
+    """Label the channels of a constant that pad adds; `size` is their number as the model's code passed it."""
+    edge = flow.atoms.create(int(size))
+    if isinstance(size, Size) and op.name == "constant_pad_nd":
+        flow.constrain(edge, size)
+    else:
+        flow.freeze_label(edge, "pad adds these channels")
+    return edge
 
 
 @RULES.add("repeat", "tile")

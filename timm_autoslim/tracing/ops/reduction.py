@@ -49,7 +49,8 @@ def _group_norm(flow: Flow, op: OperatorCall) -> None:
     if vector is not None and groups > 1:
         grid = vector.reshape(groups, -1)
         groups_in_code = flow.call.find_size(groups)
-        by_groups = isinstance(groups_in_code, Size) and groups >= grid.shape[1]
+        by_groups = isinstance(groups_in_code, Size) and groups >= grid.shape[1] and not flow.equal_shares
+        flow.has_lost_groups |= by_groups
         if by_groups or follows_dimensions(groups_in_code):
             flow.tie_rows(grid)
             flow.constrain(grid[:, 0], groups_in_code)
