@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -63,6 +64,7 @@ from timm_autoslim.recipes.lib.scores import SavedScores
 from timm_autoslim.recipes.lib.shell import run_command
 from timm_autoslim.recipes.lib.splits import SPLIT, read_split
 from timm_autoslim.recipes.lib.starting_points import take_gradients
+from timm_autoslim.recipes.lib.teacher import create_teacher
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -82,7 +84,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def search_networks(
-    accelerator: Accelerator, args: argparse.Namespace, run: Path, requests: Sequence[str | Budget]
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    run: Path,
+    requests: Sequence[str | Budget],
+    original: Path | None = None,
 ) -> None:
     """Search the networks of all budgets, and choose those of the baselines.
 
@@ -91,6 +97,7 @@ def search_networks(
         args: the flags.
         run: the run folder.
         requests: the budgets, as the user wrote them or parsed.
+        original: the run folder of a trained model, whose outputs score candidates in place of the labels.
     """
     supernet = load_supernet(run, args)
     team = Team(accelerator.process_index, accelerator.num_processes, gather_object)
@@ -108,7 +115,11 @@ def search_networks(
         f"{args.model}: {write_amount(widest.macs, 2)} MACs, {write_amount(widest.params, 3)} params; "
         f"{images} held-out images in {len(batches)} batches"
     )
-    scores = SavedScores(run / "search-progress.json", describe_settings(run, args, images), accelerator)
+    settings = describe_settings(run, args, images)
+    if original:
+        batches = take_outputs(accelerator, args, original, batches)
+        settings["original"] = hash_file(original / SUPERNET)
+    scores = SavedScores(run / "search-progress.json", settings, accelerator)
     with scores:
         shared = {"conditions": conditions, "scores": scores, "team": team, "seed": args.seed}
         evaluate = HeldOut(batches, functools.partial(score, accelerator))
@@ -133,10 +144,19 @@ def search_networks(
 
 def score(accelerator: Accelerator, subnet: Callable[[Tensor], Tensor], batch: tuple[Tensor, Tensor]) -> float:
     """Return the cross-entropy of a subnet on a batch of held-out images, in the precision of the run."""
-    inputs, targets = batch  # (N, C, H, W), (N,)
+    inputs, targets = batch  # (N, C, H, W), and (N,) or probabilities (N, classes)
     with accelerator.autocast():
         outputs = subnet(inputs)  # (N, classes)
     return F.cross_entropy(outputs.float(), targets).item()
+
+
+def take_outputs(
+    accelerator: Accelerator, args: argparse.Namespace, original: Path, batches: Sequence[tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the batches with the probabilities (N, classes) of a trained model, of a run folder, as their targets."""
+    teacher = create_teacher(argparse.Namespace(**vars(args) | {"teacher": str(original)})).to(accelerator.device)
+    with torch.no_grad(), accelerator.autocast():
+        return [(inputs, teacher(inputs).float().softmax(1)) for inputs, _ in batches]
 
 
 def make_conditions(args: argparse.Namespace, budgets: Sequence[str | Budget], team: Team) -> Conditions:

@@ -263,7 +263,8 @@ class Slimming:
             if args.divisor and args.refine == "units":  # else the last channels would be no multiples
                 flags["refine"] = "choices"
             of_search = argparse.Namespace(**vars(args) | flags)
-            search_networks(self.accelerator, of_search, folder, [budget])
+            original = self.run if args.score_by == "outputs" else None
+            search_networks(self.accelerator, of_search, folder, [budget], original)
             self.accelerator.wait_for_everyone()
         (network,) = read_networks(folder).values()
         exported = self.run / ("exported" if stage.asked else "between") / network.name

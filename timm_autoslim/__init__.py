@@ -46,13 +46,13 @@ if TYPE_CHECKING:
     from timm_autoslim.slimming.descent import MODES as MODES
     from timm_autoslim.slimming.goals import parse_budgets as parse_budgets
     from timm_autoslim.slimming.goals import uniform_at as uniform_at
+    from timm_autoslim.slimming.held_out import HeldOut as HeldOut
     from timm_autoslim.slimming.luck import describe_luck as describe_luck
     from timm_autoslim.slimming.luck import estimate_subnets as estimate_subnets
     from timm_autoslim.slimming.network import Found as Found
     from timm_autoslim.slimming.network import Step as Step
     from timm_autoslim.slimming.refinement import REFINEMENTS as REFINEMENTS
     from timm_autoslim.slimming.result import SearchResult as SearchResult
-    from timm_autoslim.slimming.scoring import HeldOut as HeldOut
     from timm_autoslim.slimming.scoring import check_scores as check_scores
     from timm_autoslim.slimming.search import search as search
     from timm_autoslim.slimming.slim import slim as slim
@@ -96,7 +96,7 @@ _MODULES = {
     "DISTILLATION_LOSSES": "training.distillation",
     "Fixed": "costs.inspection",
     "Found": "slimming.network",
-    "HeldOut": "slimming.scoring",
+    "HeldOut": "slimming.held_out",
     "Inspection": "costs.inspection",
     "LayerReconstruction": "training.reconstruction",
     "LatencyReport": "costs.fit",

@@ -131,6 +131,12 @@ def add_reconstruction_flag(group: argparse._ArgumentGroup, default: int) -> Non
 def add_slim_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of slim.py alone."""
     group = parser.add_argument_group("slim")
+    group.add_argument(
+        "--score-by",
+        choices=["outputs", "labels"],
+        default="outputs",
+        help="what the search compares a candidate with, by cross-entropy: the outputs of the original, or the labels",
+    )
     add_reconstruction_flag(group, default=5000)
     group.add_argument(
         "--onnx", action=ON_OFF, default=False, help="also write RUN/onnx/NETWORK.onnx, checked in ONNX Runtime"

@@ -9,16 +9,20 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
 from helpers.recipes import TINY, launch_two
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
 
-from timm_autoslim import Accuracy, SearchResult
+from timm_autoslim import Accuracy, HeldOut, SearchResult, batch_statistics
 from timm_autoslim.errors import ArtifactError, BudgetError, ConfigError, DataError, WidthError
 from timm_autoslim.recipes import finetune as finetune_recipe
 from timm_autoslim.recipes import search, slim, train
 from timm_autoslim.recipes.lib import comparison, teacher
 from timm_autoslim.recipes.lib.comparison import Row, describe_turns, make_table
+from timm_autoslim.recipes.lib.models import load_supernet
+from timm_autoslim.recipes.lib.run_folder import read_args
 from timm_autoslim.slimming.report import write_report
 
 BASE = {"channels": [8, 8, 16, 16], "stem_width": 8}
@@ -103,6 +107,24 @@ def test_the_original_is_the_teacher_and_the_second_network_is_cut_from_the_firs
     args = (finished / "to-macs-40pct" / "finetune" / SECOND / "args.yaml").read_text()
     assert f"teacher: {finished}\n" in args
     assert f"model: local-dir:{finished / 'exported' / FIRST}\n" in args
+
+
+@pytest.mark.slow
+def test_candidates_are_scored_by_the_outputs_of_the_original_or_by_labels(finished, weights, tmp_path):
+    slim.main(make_command(tmp_path, weights, "--epochs", "0", "--score-by", "labels", "--budgets", "macs=60%"))
+    args = read_args(finished, SimpleNamespace(data_dir=None))
+    vars(args).update(images=0, batch_size=32)
+    batches = search.load_held_out(args, finished, Accelerator(cpu=True))
+    soft = search.take_outputs(Accelerator(cpu=True), args, finished, batches)
+    model = load_supernet(finished, args).model.eval()
+    with torch.no_grad():
+        assert all(torch.allclose(model(images).softmax(1), targets, atol=1e-6) for images, targets in soft)
+    for run, pairs in ((finished, soft), (tmp_path / "mine", batches)):
+        (network,) = SearchResult.load(run / "search" / "searched.json").networks
+        supernet = load_supernet(run, args).eval()
+        evaluate = HeldOut(pairs, lambda subnet, pair: cross_entropy(subnet(pair[0]), pair[1]).item())
+        with torch.no_grad(), supernet.at(network.widths), batch_statistics(supernet.model):
+            assert evaluate(supernet) == pytest.approx(network.loss, rel=1e-4)
 
 
 STOPS = {

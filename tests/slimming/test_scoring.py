@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.searches import IMAGE, PRICES, held_out, make_supernet, width_of
+from helpers.searches import IMAGE, PRICES, held_out, make_supernet
 from torch import nn
 
 from timm_autoslim import HeldOut, Team, baseline, convert, cost, search
@@ -33,15 +33,6 @@ def test_more_parts_are_scored_only_when_they_are_needed():
     assert score(wide) == pytest.approx(first[0] * 1.15)
     assert [part for _, part in seen] == [0, 1, 2, 3]
     assert (score.evaluations, score.images) == (1, 10)
-
-
-def test_held_out_is_an_ordinary_evaluate_too():
-    supernet = make_supernet()
-    evaluate = held_out(supernet)
-    whole = sum(PRICES[n] * 1.15 / w for n, w in width_of(supernet).items())
-    assert evaluate(supernet) == pytest.approx(whole)
-    with pytest.raises(DataError, match=r"HeldOut\(\): got no batches"):
-        HeldOut([], lambda subnet, batch: 0.0)
 
 
 METHODS = {

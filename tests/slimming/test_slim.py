@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from timm_autoslim import Budget, convert, cost, export, slim
-from timm_autoslim.errors import BudgetError, DataError, EvaluationError
+from timm_autoslim.errors import BudgetError, ConfigError, DataError, EvaluationError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*held-out images are few")
 
@@ -72,12 +72,55 @@ def test_frozen_weights_and_rules_are_respected():
     assert not any(parameter.requires_grad for m in (model, smaller) for parameter in m.parameters())
 
 
+@pytest.mark.slow
+def test_without_a_loss_no_targets_are_read():
+    model, batches = make_model(), make_batches()
+    images = [inputs for inputs, _ in batches]
+    bare, paired, named = (
+        slim(model, "50%", given, progress=False).eval()
+        for given in (images, [(inputs, None) for inputs in images], [{"x": inputs} for inputs in images])
+    )
+    with torch.no_grad():
+        assert torch.equal(bare(images[0]), paired(images[0]))
+        assert torch.allclose(bare(images[0]), named(images[0]), atol=1e-4)  # whose statistics are summed otherwise
+
+
+@pytest.mark.slow
+def test_without_a_loss_subnets_are_ranked_by_the_outputs_of_the_model(monkeypatch):
+    model, batches = make_model().eval(), make_batches()
+    with torch.no_grad():
+        soft = [(images, model(images).softmax(1)) for images, _ in batches]
+    expected = slim(model, "30%", soft, cross_entropy, progress=False).state_dict()
+    smaller = slim(model, "30%", batches, progress=False).state_dict()  # in two stages
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in smaller.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"maximize": True}, "loss: got none, with maximize=True"),
+        ({"order": "taylor"}, 'loss: got none, with order="taylor"'),
+    ],
+)
+def test_what_needs_a_loss_is_refused_without_one(settings, text):
+    with pytest.raises(ConfigError, match=text):
+        slim(make_model(), "50%", make_batches(), **settings)
+
+
+def test_outputs_that_are_no_logits_need_a_loss():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=1, channels=[8, 8, 16, 16], stem_width=8)
+    with pytest.raises(ConfigError, match=r"loss: got none, and outputs .* \(20, 1\).*; give a function of your own"):
+        slim(model, "50%", make_batches())
+
+
 @pytest.mark.parametrize(
     ("batches", "text"),
     [
         ([], "batches: got none"),
         (torch.zeros(2, 3, 32, 32), "batches: got a Tensor"),
-        ([torch.zeros(2, 3, 32, 32)], "batch 0: got a Tensor; needed: an iterable of pairs"),
+        ([torch.zeros(2, 3, 32, 32)], "batch 0: got a Tensor; needed: an iterable of pairs.*give a loss only where"),
+        ({"x": torch.zeros(2, 3, 32, 32)}, "batches: got a dict"),
         (None, "batches: got a NoneType"),
     ],
 )

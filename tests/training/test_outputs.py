@@ -298,7 +298,7 @@ def test_features_whose_width_shrinks_ask_for_a_loss():
     def loss(features, labels):
         return features.square().mean()
 
-    with pytest.raises(ConfigError, match=r"distill: .*of the shape \(4, \d\) that learn from \(4, 16\).*keep_out"):
+    with pytest.raises(ConfigError, match=r"distill: .*of the shape \(4, \d\) for \(4, 16\).*keep_output"):
         sandwich_step(supernet, supernet.space, A, LABELS, loss, generator=seed())
 
     def similarity(features, teacher):

@@ -13,10 +13,11 @@ from timm_autoslim.costs.conditions import Conditions
 from timm_autoslim.errors import ConfigError
 from timm_autoslim.slimming.budgets import Budgets
 from timm_autoslim.slimming.goals import Goal, fill, find_subnet, find_uniform, parse_budgets
+from timm_autoslim.slimming.held_out import Evaluate
 from timm_autoslim.slimming.network import Found
 from timm_autoslim.slimming.progress import show_scores
 from timm_autoslim.slimming.result import SearchResult
-from timm_autoslim.slimming.scoring import Evaluate, Scorer, Scores
+from timm_autoslim.slimming.scoring import Scorer, Scores
 from timm_autoslim.slimming.team import Team, check_team_conditions
 from timm_autoslim.supernet.space import draw_numbers
 from timm_autoslim.supernet.supernet import Supernet

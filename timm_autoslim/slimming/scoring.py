@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from timm_autoslim.costs.cost import check_supernet
-from timm_autoslim.errors import AutoSlimError, ConfigError, DataError, EvaluationError
+from timm_autoslim.errors import AutoSlimError, ConfigError, EvaluationError
+from timm_autoslim.slimming.held_out import Evaluate, HeldOut
 from timm_autoslim.slimming.team import Team
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.supernet.widths import Widths
@@ -22,9 +23,6 @@ from timm_autoslim.utils.arguments import check_callable, check_flag, quote
 from timm_autoslim.utils.restoring import restoring
 from timm_autoslim.utils.tensors import collect_tensors
 
-Subnet = Callable[[Tensor], Tensor]
-Evaluate = Callable[[Subnet], float]
-
 # How much worse than the narrowest the widest may score, as a share of the larger number. Held-out losses of untrained
 # supernets differ by a few per cent either way, and so a loss is never refused. Accuracies taken for losses differ by
 # several per cent after a good training, and by far more after a short one.
@@ -32,47 +30,6 @@ WARN_FROM, REFUSE_FROM = 0.05, 1 / 3
 # How far two scores of one subnet may differ, on another device or with other kernels, as a share of the larger one; of
 # counts, so many images.
 SAME_SCORE, SAME_IMAGES = 0.01, 2
-
-
-class HeldOut:
-    """An `evaluate` in parts, so that a search can score a candidate on some of the held-out images first.
-
-    Called like any other `evaluate`, it returns the mean over all parts, each counting the same.
-
-    Args:
-        batches: the parts; each should hold several hundred images, for it is normalised by its own statistics.
-        score: `score(subnet, batch)`, the loss of a callable subnet on one of them, a float. With `maximize=True`
-            in the search it is what is higher for better subnets, such as an accuracy.
-
-    Raises:
-        DataError: there are no batches, or they cannot be counted and taken by index.
-
-    Example:
-        >>> from torch.nn import functional as F
-        >>> batches = [(torch.randn(8, 3, 32, 32), torch.randint(10, (8,))) for _ in range(4)]
-        >>> evaluate = HeldOut(batches, lambda subnet, batch: F.cross_entropy(subnet(batch[0]), batch[1]).item())
-        >>> len(evaluate)
-        4
-    """
-
-    def __init__(self, batches: Sequence[Any], score: Callable[[Subnet, Any], float]) -> None:
-        if not (hasattr(batches, "__len__") and hasattr(batches, "__getitem__")) or isinstance(
-            batches, (Mapping, str, bytes)
-        ):
-            got = f"a {type(batches).__name__} of batches"
-            needed = "a sequence, which gives the same batches again and again, such as list(loader)"
-            raise DataError.at("HeldOut()", got=got, needed=needed)
-        check_callable("HeldOut(score=)", score, DataError, "a callable score(subnet, batch)")
-        if not len(batches):
-            raise DataError.at("HeldOut()", got="no batches", needed="at least one batch of held-out images")
-        self.batches, self.score = batches, score
-
-    def __call__(self, subnet: Subnet) -> float:
-        """Return the mean over all parts."""
-        return math.fsum(float(self.score(subnet, batch)) for batch in self.batches) / len(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 # What `evaluate` returned for a subnet on one part, and how many images it ran on, by widths and part; for JSON.

@@ -13,11 +13,12 @@ from timm_autoslim.slimming.budgets import Budgets
 from timm_autoslim.slimming.candidates import RANKINGS
 from timm_autoslim.slimming.descent import MODES, Descent
 from timm_autoslim.slimming.goals import Goal, parse_budgets
+from timm_autoslim.slimming.held_out import Evaluate
 from timm_autoslim.slimming.network import Found, Step
 from timm_autoslim.slimming.progress import show_descent
 from timm_autoslim.slimming.refinement import REFINEMENTS
 from timm_autoslim.slimming.result import SearchResult
-from timm_autoslim.slimming.scoring import Evaluate, Scorer, Scores
+from timm_autoslim.slimming.scoring import Scorer, Scores
 from timm_autoslim.slimming.team import Team, check_team_conditions
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.utils.arguments import check_callable, check_flag, check_integer, make_generator

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from timm_autoslim.costs.conditions import Conditions
 from timm_autoslim.costs.cost import count_cost
-from timm_autoslim.errors import BudgetError, DataError, EvaluationError
+from timm_autoslim.errors import BudgetError, ConfigError, DataError, EvaluationError
 from timm_autoslim.slimming.budgets import Budget
 from timm_autoslim.slimming.goals import parse_budgets
+from timm_autoslim.slimming.held_out import HeldOut
 from timm_autoslim.slimming.luck import describe_luck
-from timm_autoslim.slimming.scoring import HeldOut, Scorer
+from timm_autoslim.slimming.scoring import Scorer
 from timm_autoslim.slimming.search import search
 from timm_autoslim.slimming.stages import Stage, plan_stages
 from timm_autoslim.supernet.convert import check_rules, convert_by, order_supernet
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.training.calibration import lacks_variance
+from timm_autoslim.training.outputs import compare_logits
 from timm_autoslim.training.reconstruction import reconstruct
 from timm_autoslim.utils.arguments import check_callable, check_flag, check_module
 from timm_autoslim.utils.bars import show_bar
@@ -30,14 +32,15 @@ from timm_autoslim.utils.meta import count_images, run_model
 from timm_autoslim.utils.processors import describe_slow_type, find_layout, set_layout
 
 M = TypeVar("M", bound=nn.Module)
-Pair = tuple[Any, Any]
+Pair = tuple[Any, Any]  # inputs and targets; None stands for targets that nobody reads
+Loss = Callable[[Any, Any], Tensor]
 
 
 def slim(
     model: M,
     budget: str | float | Mapping[str, Any] | Budget,
-    batches: Iterable[Pair],
-    loss: Callable[[Any, Any], Tensor],
+    batches: Iterable[Any],
+    loss: Loss | None = None,
     *,
     order: str | None = "reconstruction",
     maximize: bool = False,
@@ -59,13 +62,16 @@ def slim(
         model: a trained model.
         budget: a share of the MACs ("50%"), their number ("300M", 3e8), one or several limits
             ("macs=50%", "macs<=300M and latency_ms<=4"), {metric: amount} of one metric, or a `Budget`.
-        batches: pairs of inputs (N, C, H, W) and targets on the model's device, not augmented. They order the channels,
-            rank the subnets and reconstruct the layers. 500 to 5,000 images are good, in 8 batches or more. Several
-            inputs are a tuple or, by name, a dict, as `convert` takes them: `((image, mask), targets)`. A batch of one
-            image is joined to its neighbour where a BatchNorm needs two.
-        loss: called with the model's outputs and the targets of a batch; returns a scalar, lower is better.
+        batches: inputs (N, C, H, W) on the model's device, not augmented, or pairs of them and targets. They order the
+            channels, rank the subnets and reconstruct the layers. 500 to 5,000 images are good, in 8 batches or more.
+            Several inputs are a dict by name or, in a pair, a tuple: `((image, mask), targets)`. A batch of one image
+            is joined to its neighbour where a BatchNorm needs two.
+        loss: called with the model's outputs and the targets of a pair; returns a scalar, lower is better. None ranks
+            subnets by the distance of their logits (N, classes) or (N, classes, H, W) to the model's
+            (`HeldOut.by_outputs`), and reads no targets. That found better networks for the models that were measured
+            (docs/benchmarks.md).
         maximize: whether higher is better in what `loss` returns, such as an accuracy.
-        order: a criterion of `CRITERIA`; None leaves the channels in their order.
+        order: a criterion of `CRITERIA`; None leaves the channels in their order. "taylor" needs a loss.
         conditions: what `peak_bytes` and `latency_ms` are counted for.
         progress: whether to show progress bars.
         seed: of the search.
@@ -77,29 +83,29 @@ def slim(
 
     Raises:
         BudgetError: the budget is malformed, out of reach, not below the original, or several budgets.
-        DataError: the batches are no pairs, there are none, the model does not take what is first in one, or there is
-            one image in all and a BatchNorm needs two.
+        DataError: there are no batches, they are no pairs though there is a loss, the model does not take their inputs,
+            or there is one image in all and a BatchNorm needs two.
         EvaluationError: the loss raises, or returns more than one number; or it is far worse for the model than for
             its narrowest subnet, so that `maximize` must be the wrong way.
         TypeError: a rule that `convert` does not have.
-        ConfigError, NothingToSlimError, TraceError, WidthError: as `convert`, `search` and
-            `reconstruct` do.
+        ConfigError: there is no loss, and the model returns no logits of two classes or more, or `maximize` or
+            `order="taylor"` is given; or as `convert`, `search` and `reconstruct` do.
+        NothingToSlimError, TraceError, WidthError: as `convert`, `search` and `reconstruct` do.
 
     Example:
         >>> import timm, torch
-        >>> from torch.nn.functional import cross_entropy
         >>> model = timm.create_model("resnet10t", num_classes=10, channels=[8, 8, 16, 16], stem_width=8)
-        >>> batches = [(torch.randn(20, 3, 32, 32), torch.randint(10, (20,))) for _ in range(2)]
-        >>> smaller = slim(model, "50%", batches, cross_entropy, progress=False)
+        >>> images = [torch.randn(20, 3, 32, 32) for _ in range(2)]
+        >>> smaller = slim(model, "50%", images, progress=False)
         >>> type(smaller) is type(model)
         True
     """
     check_module("model", model)
-    check_callable("loss", loss, DataError, "a callable loss(outputs, targets) that returns a scalar")
+    _check_loss(loss, maximize, order)
     check_flag("progress", progress)
     settings = ("order", "maximize", "conditions", "progress", "seed")
     check_rules("slim", rules, settings, left_out=("example_input", "order", "batches", "distributed"))
-    pairs = _check_pairs(model, batches)
+    pairs = _check_pairs(model, batches, labelled=loss is not None)
     smaller: nn.Module = copy_deeply(model).eval()  # whose gradients are ours, and whose modes
     layout = find_layout(smaller)
     if all(parameter.device.type == "cpu" for parameter in smaller.parameters()):  # where it is faster
@@ -114,7 +120,7 @@ def slim(
         warnings.warn(luck, stacklevel=2)
     if slow := describe_slow_type(smaller):
         warnings.warn(slow, stacklevel=2)
-    held_out = HeldOut(pairs, lambda subnet, batch: float(loss(run_model(subnet, batch[0]), batch[1])))
+    held_out = _make_held_out(smaller, pairs, loss)
     Scorer(supernet.eval(), held_out, maximize=maximize).check_direction(trained=True)
     for stage in show_bar(stages, desc="stages", shown=progress and len(stages) > 1):
         if stage is not stages[0]:
@@ -150,6 +156,13 @@ def _plan(supernet: Supernet, budget: Any, conditions: Conditions | None, *, fro
     return plan_stages(budgets, widest, from_widest=from_widest)
 
 
+def _make_held_out(model: nn.Module, pairs: Sequence[Pair], loss: Loss | None) -> HeldOut:
+    """Return what scores subnets: the loss, or else their distance to the model."""
+    if loss is None:
+        return HeldOut.by_outputs(model, [inputs for inputs, _ in pairs])
+    return HeldOut(pairs, lambda subnet, pair: float(loss(run_model(subnet, pair[0]), pair[1])))
+
+
 def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: bool) -> nn.Module:
     """Extract a subnet and reconstruct its layers."""
     smaller = supernet.extract(widths).eval()
@@ -157,10 +170,26 @@ def _extract(supernet: Supernet, widths: Any, pairs: Sequence[Pair], progress: b
     return smaller
 
 
-def _try_first(model: nn.Module, pair: Pair, loss: Callable[[Any, Any], Tensor]) -> None:
+def _check_loss(loss: Loss | None, maximize: bool, order: str | None) -> None:
+    """Refuse what is no loss, and what needs one where there is none.
+
+    Raises:
+        ConfigError: `maximize` or `order` need a loss.
+        DataError: it is none.
+    """
+    if loss is not None:
+        check_callable("loss", loss, DataError, "a callable loss(outputs, targets) that returns a scalar, or None")
+    elif maximize or order == "taylor":
+        got = "none, with " + ("maximize=True" if maximize else 'order="taylor"')
+        needed = "a callable loss(outputs, targets) that returns a scalar"
+        raise ConfigError.at("loss", got=got, needed=needed, remedy="give one, or leave out the other argument")
+
+
+def _try_first(model: nn.Module, pair: Pair, loss: Loss | None) -> None:
     """Run the model and the loss once, on the first batch.
 
     Raises:
+        ConfigError: there is no loss, and the model returns no logits.
         DataError: the model does not take the images.
         EvaluationError: the loss raises, or returns more than one number.
     """
@@ -170,6 +199,9 @@ def _try_first(model: nn.Module, pair: Pair, loss: Callable[[Any, Any], Tensor])
             outputs = run_model(model, inputs)
         except Exception as error:  # a forward may raise anything
             raise make_input_error("batch 0", inputs, error) from error
+        if loss is None:
+            compare_logits(outputs, outputs)
+            return
         try:
             value = loss(outputs, targets)
         except Exception as error:  # so may a loss
@@ -180,19 +212,27 @@ def _try_first(model: nn.Module, pair: Pair, loss: Callable[[Any, Any], Tensor])
         raise EvaluationError.at("loss", got=got, needed="one number for all images", remedy=remedy)
 
 
-def _check_pairs(model: nn.Module, batches: Iterable[Any]) -> list[Pair]:
-    """Return the batches as a list.
+def _check_pairs(model: nn.Module, batches: Iterable[Any], *, labelled: bool) -> list[Pair]:
+    """Return the batches as a list of pairs.
+
+    Args:
+        model: takes their inputs.
+        batches: of inputs, or pairs.
+        labelled: whether all must be pairs.
 
     Raises:
         DataError: there is none, or one is no pair of the model's inputs and targets.
     """
     needed = "an iterable of pairs (inputs, targets), such as a DataLoader"
-    if isinstance(batches, Tensor) or not isinstance(batches, Iterable):
+    if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
         raise DataError.at("batches", got=f"a {type(batches).__name__}", needed=needed)
-    pairs = [tuple(batch) if isinstance(batch, list | tuple) else batch for batch in batches]
-    for index, pair in enumerate(pairs):
-        if not isinstance(pair, tuple) or len(pair) != 2:
-            raise DataError.at(f"batch {index}", got=f"a {type(pair).__name__}", needed=needed)
+    pairs: list[Pair] = []
+    for index, batch in enumerate(batches):
+        pair = (batch, None) if isinstance(batch, Tensor | Mapping) and not labelled else batch
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            remedy = "give a loss only where there are targets" if isinstance(batch, Tensor | Mapping) else ""
+            raise DataError.at(f"batch {index}", got=f"a {type(batch).__name__}", needed=needed, remedy=remedy)
+        pairs.append((pair[0], pair[1]))
     if not pairs:
         raise DataError.at("batches", got="none", needed=needed)
     remedy = "each batch of slim is a pair: (images, targets), or ((image, mask), targets) for several inputs"
@@ -201,10 +241,10 @@ def _check_pairs(model: nn.Module, batches: Iterable[Any]) -> list[Pair]:
     return pairs
 
 
-def _order(supernet: Supernet, order: str, pairs: Sequence[Pair], loss: Callable[[Any, Any], Tensor]) -> Supernet:
+def _order(supernet: Supernet, order: str, pairs: Sequence[Pair], loss: Loss | None) -> Supernet:
     """Return the supernet of a copy of the model with its channels sorted; no gradient is left."""
     model = supernet.model
-    if order == "taylor":
+    if order == "taylor" and loss is not None:
         _take_gradients(model, pairs, loss)
     ordered = order_supernet(supernet, order, [inputs for inputs, _ in pairs])
     model.zero_grad()
@@ -212,7 +252,7 @@ def _order(supernet: Supernet, order: str, pairs: Sequence[Pair], loss: Callable
     return ordered
 
 
-def _take_gradients(model: nn.Module, pairs: Sequence[Pair], loss: Callable[[Any, Any], Tensor]) -> None:
+def _take_gradients(model: nn.Module, pairs: Sequence[Pair], loss: Loss) -> None:
     """Add the gradients of the loss over all batches to the weights of a model, those of frozen weights too."""
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     model.requires_grad_(True)

@@ -4,16 +4,38 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from timm_autoslim.errors import ConfigError
-from timm_autoslim.training.distillation import DISTILLATION_LOSSES, DistillFn
+from timm_autoslim.training.distillation import DISTILLATION_LOSSES, DistillFn, soft_cross_entropy
 from timm_autoslim.utils.tensors import collect_tensors, map_tensors
 
-ASK = "give distill= a function of your own, distill(outputs, teacher), of what the model returns"
+
+@dataclass(frozen=True)
+class Asked:
+    """The argument that compares outputs, in errors.
+
+    Attributes:
+        name: of the argument.
+        got: what was given.
+        remedy: what to give in its place.
+    """
+
+    name: str
+    got: str
+    remedy: str
+
+
+DISTILL = Asked(
+    "distill",
+    "a loss of logits",
+    "give distill= a function of your own, distill(outputs, teacher), of what the model returns",
+)
+_LOSS = Asked("loss", "none", "give a function of your own, loss(outputs, targets)")
 
 
 def detach(outputs: Any) -> Any:
@@ -38,7 +60,20 @@ def find_read(loss: Tensor, outputs: Any) -> tuple[int, ...]:
     return tuple(i for i, gradient in zip(places, gradients, strict=True) if gradient is not None)
 
 
-def compare(distill: DistillFn, outputs: Any, teacher: Any, read: Sequence[int]) -> Tensor:
+def compare_logits(outputs: Any, targets: Any) -> Tensor:
+    """Return the cross-entropy of a model's logits with another's probabilities, a scalar.
+
+    Args:
+        outputs: logits (N, classes), or maps of logits (N, classes, H, W); of several tensors the mean is taken.
+        targets: the other model's logits, of the same structure.
+
+    Raises:
+        ConfigError: they are no logits, or do not fit each other.
+    """
+    return compare(soft_cross_entropy, outputs, targets, range(len(collect_tensors(outputs))), _LOSS)
+
+
+def compare(distill: DistillFn, outputs: Any, teacher: Any, read: Sequence[int], asked: Asked = DISTILL) -> Tensor:
     """Return the distillation loss of outputs, a scalar.
 
     A function of the user's gets outputs and teacher as they are. One of `DISTILLATION_LOSSES` compares logits: the
@@ -49,22 +84,23 @@ def compare(distill: DistillFn, outputs: Any, teacher: Any, read: Sequence[int])
         outputs: of a subnet.
         teacher: what it learns from, of the same structure or one tensor for all; detached.
         read: which tensors of the outputs the loss of the widest reads.
+        asked: the argument that errors name.
 
     Raises:
         ConfigError: the tensors do not fit a loss of logits, or each other.
     """
     if not compares_logits(distill) or (isinstance(outputs, Tensor) and isinstance(teacher, Tensor)):
         if compares_logits(distill):
-            _check_shapes([(outputs, teacher)])
+            _check_shapes([(outputs, teacher)], asked)
         return distill(outputs, teacher)
     pairs = _pair(outputs, teacher, read)
-    _check_shapes(pairs)
+    _check_shapes(pairs, asked)
     kinds = {(t.dim(), t.shape[1]) for t, _ in pairs}
     if not pairs or (len(pairs) > 1 and (len(kinds) > 1 or min(kinds)[0] not in (2, 4))):
         shapes = [tuple(tensor.shape) for tensor, _ in pairs] or "no tensor"
-        got = f"the default, and outputs that loss_fn reads of {shapes}"
+        got = f"{asked.got}, and outputs of the shapes {shapes}"
         needed = "logits (N, classes), or maps of logits (N, classes, H, W) of the same classes"
-        raise ConfigError.at("distill", got=got, needed=needed, remedy=ASK)
+        raise ConfigError.at(asked.name, got=got, needed=needed, remedy=asked.remedy)
     return torch.stack([distill(tensor, target) for tensor, target in pairs]).mean()
 
 
@@ -90,21 +126,20 @@ def _pair(outputs: Any, teacher: Any, read: Sequence[int]) -> list[tuple[Tensor,
     )
 
 
-def _check_shapes(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _check_shapes(pairs: Sequence[tuple[Tensor, Tensor]], asked: Asked) -> None:
     for tensor, target in pairs:
         if tensor.shape != target.shape:
             raise ConfigError.at(
-                "distill",
-                got=f"a loss of logits, and outputs of the shape {tuple(tensor.shape)} that learn from "
-                f"{tuple(target.shape)}",
+                asked.name,
+                got=f"{asked.got}, and outputs of the shape {tuple(tensor.shape)} for {tuple(target.shape)}",
                 needed="a loss of features, whose width shrinks with the subnet",
-                remedy=f"{ASK}, or keep the width by convert(..., keep_output=True)",
+                remedy=f"{asked.remedy}, or keep the width by convert(..., keep_output=True)",
             )
         if tensor.dim() == 3:
-            got = f"a loss of logits, and outputs of the shape {tuple(tensor.shape)}"
+            got = f"{asked.got}, and outputs of the shape {tuple(tensor.shape)}"
             needed = "logits (N, classes) or (N, classes, H, W): of three dimensions any may be the classes"
-            raise ConfigError.at("distill", got=got, needed=needed, remedy=ASK)
+            raise ConfigError.at(asked.name, got=got, needed=needed, remedy=asked.remedy)
         if tensor.dim() < 2 or tensor.shape[1] < 2:
-            got = f"a loss of logits, and outputs of the shape {tuple(tensor.shape)}"
+            got = f"{asked.got}, and outputs of the shape {tuple(tensor.shape)}"
             needed = "logits (N, classes) of at least two classes: the softmax of one is always 1"
-            raise ConfigError.at("distill", got=got, needed=needed, remedy=ASK)
+            raise ConfigError.at(asked.name, got=got, needed=needed, remedy=asked.remedy)
