@@ -282,3 +282,13 @@ def test_group_norms_lose_an_equal_share_of_each_group_where_entire_groups_would
         runs = supernet.graph.slices(widths.values_).tensors[f"{norm}.weight"][0]
         kept = [i for start, length in runs for i in range(start, start + length)]
         assert [i * 4 // channels for i in kept] == [i * 4 // len(kept) for i in range(len(kept))]
+
+
+def add_waves(self, x):
+    frequencies = 100 ** (torch.arange(x.shape[1] // 2) / (x.shape[1] // 2 - 1))
+    return x + torch.cat([frequencies.sin(), frequencies.cos()])[:, None, None]
+
+
+def test_a_table_that_the_code_makes_for_the_width_that_it_finds_holds_the_channels():
+    supernet = convert_around(lambda s, x: add_waves(s, s.a(x)), 6, a=conv(8, 6))
+    assert "its code makes a table for the width that it finds (by arange)" in supernet.graph.fixed["a.weight", 0]

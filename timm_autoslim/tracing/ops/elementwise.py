@@ -8,6 +8,7 @@ import torch
 from timm_autoslim.tracing.flow import Flow
 from timm_autoslim.tracing.ops.schema import OperatorCall, tensors_in_lists
 from timm_autoslim.tracing.ops.table import RULES
+from timm_autoslim.tracing.sizes import Size
 
 _POINTWISE = """
     add sub rsub mul div pow maximum minimum eq ne lt le gt ge where logical_and logical_or logical_not bitwise_not
@@ -99,8 +100,21 @@ def _identity(flow: Flow, op: OperatorCall) -> None:
     flow.set_labels(op.out, [rows, columns])
 
 
+@RULES.add("arange", "linspace")
+def _number(flow: Flow, op: OperatorCall) -> None:
+    """Freeze what is joined with a table of numbers that the code makes for the channels that it finds."""
+    label = None
+    if isinstance(flow.call.find_size(len(op.out)), Size):
+        label = flow.atoms.create(len(op.out))
+        reason = (
+            f"its code makes a table for the width that it finds (by {op.name}), and a narrower one is no part of it"
+        )
+        flow.freeze_label(label, reason)
+    flow.set_labels(op.out, [label])
+
+
 @RULES.add(
-    "arange", "scalar_tensor", "linspace", "tril_indices", "triu_indices", "randperm", "_local_scalar_dense",
+    "scalar_tensor", "tril_indices", "triu_indices", "randperm", "_local_scalar_dense",
     "_assert_async", "empty_strided", "new_empty_strided",
 )  # fmt: skip
 def _constant(flow: Flow, op: OperatorCall) -> None:
