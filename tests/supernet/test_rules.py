@@ -127,3 +127,25 @@ def test_a_glob_of_frozen_modules_says_so():
     text = r"'layer1'\) that matches modules whose channels are all fixed \(frozen by the user \(layer1\)\)"
     with pytest.raises(WidthError, match=text + ".*leave it out: min says nothing of fixed channels"):
         convert(timm.create_model("resnet10t", num_classes=10), IMAGE, freeze="layer1", min={"layer1": 8})
+
+
+class Counting(nn.Module):
+    """Six convolutions of as many channels as an attribute says, so that they are one group of several parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.channels = 8
+        self.layers = nn.ModuleList(nn.Conv2d(3 if i % 2 == 0 else 8, 8, 1) for i in range(6))
+        self.last = nn.Conv2d(24, 4, 1)
+
+    def count(self, x):
+        return x.view(len(x), self.channels, 8, 8)
+
+    def forward(self, x):
+        parts = [self.count(self.layers[i + 1](self.count(self.layers[i](x)))) for i in (4, 0, 2)]
+        return self.last(torch.cat(parts, 1))
+
+
+def test_producers_of_a_group_are_in_the_order_of_execution():
+    (group,) = convert(Counting(), IMAGE).space.groups
+    assert group.producers == tuple(f"layers.{i}" for i in (4, 5, 0, 1, 2, 3))

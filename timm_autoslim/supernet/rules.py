@@ -68,9 +68,10 @@ def build_space(
         for key, rule in arguments.items()
     }
     matching_globs: dict[str, set[str]] = {key: set() for key in rules}
-    groups = []
+    groups, order = [], {path: position for position, path in enumerate(graph.producers)}
     for index, (name, size) in enumerate(zip(graph.names, graph.group_sizes, strict=True)):
-        producers = tuple(dict.fromkeys(p for s in graph.strands if s.group == index for p in s.producers))
+        paths = {path for strand in graph.strands if strand.group == index for path in strand.producers}
+        producers = tuple(sorted(paths, key=order.__getitem__))
         count = graph.producers.get(name)
         channels = next((f for g, f in count.terms if g == index), 1) if count else 1
         values = {key: _find_value(rules[key], name, producers, matching_globs[key]) for key in rules}
@@ -78,8 +79,8 @@ def build_space(
     for key, rule in rules.items():
         for glob in rule:
             if glob not in matching_globs[key]:
-                paths = dict.fromkeys((*graph.names, *(p for group in groups for p in group.producers)))
-                raise _make_glob_error(graph, key, str(glob), paths)
+                names = dict.fromkeys((*graph.names, *(p for group in groups for p in group.producers)))
+                raise _make_glob_error(graph, key, str(glob), names)
     return SearchSpace(graph, groups, arguments)
 
 

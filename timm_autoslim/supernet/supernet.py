@@ -157,7 +157,9 @@ class Supernet(nn.Module):
     def subnet(self, widths: Widths) -> nn.Module:
         """Return the subnet of these widths as a model that shares the weights, as they are now.
 
-        It is for a few calls: after an optimizer step, or a change of the model, ask for another one.
+        It is for a few calls: after an optimizer step, or a change of the model, ask for another one. It is a model of
+        its own: where it meets what a forward of another width has kept, such as a video's last frame, it raises an
+        error about shapes, while `supernet(images, widths)` names what it is.
 
         Raises:
             WidthError: the widths are of another model.

@@ -25,7 +25,7 @@ class ChannelGroup:
         choices: the widths that are sampled and searched, ascending; the last is `size`.
         floor: the narrowest width that the model can run with; 1 for nearly every model.
         channels: channels that one unit has in the module that names the group.
-        producers: paths of all modules that produce channels of this group.
+        producers: paths of all modules that produce channels of this group, in the order of execution.
 
     Example:
         >>> import timm, torch
