@@ -183,6 +183,15 @@ def test_a_value_that_data_were_written_to_is_unknown():
     check_refusal(randomise(Net(body)), r"raised RuntimeError in train\(\) mode on the meta device")
 
 
+def test_values_that_one_operator_writes_together_are_unknown():
+    def body(self, x):
+        tables = [torch.zeros(4, device=x.device), torch.zeros(4, device=x.device)]
+        torch._foreach_add_(tables, 1)
+        return self.logits(self.maps(x) * float(tables[1][0]))
+
+    check_refusal(randomise(Net(body)), r"raised RuntimeError in train\(\) mode on the meta device")
+
+
 def test_a_value_that_is_written_elsewhere_stays_known():
     def body(self, x):
         scale = torch.full((1, 8, 1, 1), 2.0, device=x.device)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from timm_autoslim.tracing.ops.schema import OperatorCall, list_written, tensors_in_lists
+
 
 class Dependence:
     """What the operators of one run have read and written, by the memory of tensors, which views share."""
@@ -30,9 +32,13 @@ class Dependence:
         if not (self.is_over or is_view):
             self._steps.append((set(map(self._find, inputs)), set(map(self._find, outputs))))
 
-    def note_operator(self, func: torch._ops.OpOverload, inputs: Iterable[Tensor], outputs: Iterable[Tensor]) -> None:
-        """Note one operator. Running statistics, which it writes but does not return, are no results."""
-        self.note(inputs, outputs, func.is_view)
+    def note_operator(self, func: torch._ops.OpOverload, op: OperatorCall) -> None:
+        """Note one operator. Running statistics, which it writes but does not return, are no results.
+
+        The results of one that returns nothing, such as `_foreach_add_`, are what it writes.
+        """
+        results = op.out if func._schema.returns else [op[name] for name in list_written(func)]
+        self.note(op.tensors, tensors_in_lists(results), func.is_view)
 
     def note_read(self, tensor: Tensor) -> None:
         """Note that the model's code reads the numbers of a tensor, and so may do anything with them."""

@@ -290,7 +290,7 @@ class LabelRecorder(Recorder):
         out = super().run_operator(func, args, kwargs)
         op = replace(op, out=out)
         self.used_ids.update(map(id, op.tensors))
-        self.dependence.note_operator(func, op.tensors, ops.tensors_in_lists(out))
+        self.dependence.note_operator(func, op)
         inputs = [label for t in op.tensors for label in self.flow.get_labels(t)]
         ops.run(self.flow, op)
         scores = self.scales.follow(op, self.flow.path, self.flow.call)

@@ -259,7 +259,7 @@ class KnownValues:
         is_view, writes = _describe(func)
         known = None not in values
         if writes:
-            in_place = func._schema.name.endswith("_")  # else it writes to one of several tensors
+            in_place = func._schema.name.endswith("_") and isinstance(args[0], Tensor)  # else to any of several tensors
             call = self._make_call(func, args, kwargs) if known and in_place else None
             for tensor, value in zip(tensors[: 1 if in_place else None], values, strict=False):
                 if value is not None:

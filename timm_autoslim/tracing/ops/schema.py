@@ -88,6 +88,12 @@ def _schema(operator: OpOverload) -> _Schema:
     return _Schema(operator._schema.name.replace("::", "."), defaults, tensors)
 
 
+@cache
+def list_written(operator: OpOverload) -> tuple[str, ...]:
+    """Return the names of the arguments that an operator writes to."""
+    return tuple(a.name for a in operator._schema.arguments if a.alias_info is not None and a.alias_info.is_write)
+
+
 def tensors_in_lists(values: Any) -> list[Tensor]:
     """Return every tensor in nested tuples and lists: an operator takes and returns no others."""
     if isinstance(values, Tensor):
