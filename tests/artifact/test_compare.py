@@ -94,3 +94,20 @@ def test_weights_at_zero_hide_nothing():
         nn.init.zeros_(model[0].bias)
     assert find_difference(one, other, (3, 64, 64)).endswith("first 1: ReLU() in place of GELU(approximate='none')")
     assert one[0].weight.abs().max() == 0
+
+
+class Table(Fixed):
+    """It multiplies by a table that its constructor computes, and that is in no checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.linspace(0, 1, 7)[:4], persistent=False)
+
+    def forward(self, x):
+        return super().forward(x) * self.table
+
+
+def test_a_table_that_was_rounded_is_named():
+    size = (3, 200, 200)
+    assert find_difference(Table(), Table(), size) == find_difference(Table().half(), Table(), size) == ""
+    assert "first table has other numbers, and no checkpoint" in find_difference(Table().half().float(), Table(), size)

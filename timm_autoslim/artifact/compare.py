@@ -46,7 +46,8 @@ def find_difference(model: nn.Module, other: nn.Module, size: Sequence[int]) -> 
             outputs = _run_model(copied, image)
             if not isinstance(outputs, Exception):
                 gap = _describe_gap(outputs, _run_model(other, image))
-                parts = (f"{gap} for an image of {tuple(image.shape[2:])} pixels", _find_first_module(copied, other))
+                cause = _find_first_module(copied, other) or _find_first_buffer(copied, other)
+                parts = (f"{gap} for an image of {tuple(image.shape[2:])} pixels", cause)
                 return gap and "; ".join(filter(None, parts))
     return _find_first_module(copied, other, attributes=False)
 
@@ -155,3 +156,13 @@ def _find_first_module(model: nn.Module, other: nn.Module, attributes: bool = Tr
                 return f"first {name} of {place}: {value!r} in place of {vars(other_module).get(name)!r}"
     hooked = [path for path, module in model.named_modules() if module._forward_hooks or module._forward_pre_hooks]
     return f"{hooked[0] or 'the model'} has a forward hook" if hooked else ""
+
+
+def _find_first_buffer(model: nn.Module, other: nn.Module) -> str:
+    """Name the first buffer with other numbers. All of the state dict has the same, so it is one that is not in it."""
+    others = dict(other.named_buffers())
+    for name, buffer in model.named_buffers():
+        same = name not in others or (buffer.shape == others[name].shape and torch.equal(buffer, others[name]))
+        if not same:
+            return f"first {name} has other numbers, and no checkpoint holds it (half() and float() round it; `save` keeps it)"
+    return ""
