@@ -57,6 +57,16 @@ def refer_weakly(model):
     return lambda x: model.weak()(x)
 
 
+def key_by_layers(model):
+    model.by_layer = {model.b: 2.0, model.a: model.b, (model.a, model.b): 0.5}
+    return lambda x: model.by_layer[model.a](x) * model.by_layer[model.b] * model.by_layer[model.a, model.b]
+
+
+def close_over_keys(model):
+    scales = {model.b: 2.0, model.a: 0.5}
+    return lambda x: next(layer(x) * scale for layer, scale in scales.items() if layer is model.b)
+
+
 WAYS = {
     "lambda over self": lambda model: lambda x: model.b(x),
     "lambda over the layer": close_over_the_layer,
@@ -70,6 +80,8 @@ WAYS = {
     "hook": hook,
     "hook before": hook_before,
     "weak reference": refer_weakly,
+    "dict keyed by layers": key_by_layers,
+    "closure over a dict keyed by layers": close_over_keys,
 }
 
 

@@ -103,7 +103,10 @@ class _Replication:
             return self.memo[id(value)]
         if kind in PLAIN_DICTS:
             items = self.memo[id(value)] = copy.copy(value)
-            for key, item in value.items():
+            keys = [self._copy(key) for key in value]  # a module may be one
+            if any(a is not b for a, b in zip(keys, value, strict=True)):
+                items.clear()
+            for key, item in zip(keys, value.values(), strict=True):
                 items[key] = self._copy(item)
             return items
         if kind is set:

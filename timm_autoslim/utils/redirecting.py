@@ -58,10 +58,11 @@ class Redirector:
     def _redirect_members(self, value: Any) -> Any:
         if type(value) not in PLAIN_DICTS:
             return rebuild(value, [self.redirect(item) for item in value])
-        redirected = {key: self.redirect(item) for key, item in value.items()}
-        if all(redirected[key] is item for key, item in value.items()):
+        redirected = [(self.redirect(key), self.redirect(item)) for key, item in value.items()]
+        if all(a is c and b is d for (a, b), (c, d) in zip(redirected, value.items(), strict=True)):
             return value
         items = copy.copy(value)
+        items.clear()
         items.update(redirected)
         return items
 
