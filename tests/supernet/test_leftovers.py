@@ -1,5 +1,7 @@
 """What a forward keeps for its next call, as a video model its last frame's features: another width cannot take it."""
 
+from collections import deque
+
 import pytest
 import torch
 from torch import nn
@@ -34,6 +36,50 @@ class Inside(nn.Module):
 
     def forward(self, x):
         return self.head(self.video(x))
+
+
+class Memory(nn.Module):
+    """Adds the features of the last frames, and keeps a log of its outputs."""
+
+    def __init__(self, frames):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 4, 1)
+        self.frames, self.log = frames, []
+
+    def forward(self, x):
+        self.frames.append(self.first(x).detach())
+        if len(self.frames) > 3:
+            self.frames.pop(0)
+        out = self.last(self.first(x) + sum(self.frames)).mean((2, 3))
+        self.log.append(out.detach())
+        return out
+
+
+@pytest.mark.parametrize("ran", [False, True])
+@pytest.mark.parametrize("frames", [list, lambda: deque(maxlen=2)], ids=["list", "deque"])
+def test_a_memory_in_a_list_is_state_and_no_cache(frames, ran):
+    model, images = Memory(frames()).eval(), torch.randn(1, 3, 8, 8)
+    if ran:
+        model(images)
+    supernet = convert(model, images)
+    assert supernet.space.max().to_dict() == {"first": 32}
+    supernet(images)
+    widths = supernet.space.uniform(0.5)
+    with pytest.raises(ModelChangedError, match=r"model\.frames\[0\] of the shape \(1, 32, 8, 8\)"):
+        supernet(images, widths)
+    slim = supernet.extract(widths)
+    assert not slim.frames
+    model.frames.clear()
+    assert torch.equal(supernet(images, widths), slim(images))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_state_of_a_batch_does_not_reach_one_of_another_length(batch):
+    images = torch.randn(batch, 3, 8, 8)
+    supernet = convert(Video().eval(), images)
+    assert supernet.space.max().to_dict() == {"first": 32}
+    assert supernet.repairs == ()
+    assert not supernet.takes_any_batch_size
 
 
 @pytest.mark.parametrize(("kind", "path"), [(Video, "before"), (Inside, "video.before")])

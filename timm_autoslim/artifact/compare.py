@@ -164,5 +164,6 @@ def _find_first_buffer(model: nn.Module, other: nn.Module) -> str:
     for name, buffer in model.named_buffers():
         same = name not in others or (buffer.shape == others[name].shape and torch.equal(buffer, others[name]))
         if not same:
-            return f"first {name} has other numbers, and no checkpoint holds it (half() and float() round it; `save` keeps it)"
+            why = "no checkpoint holds it (half() and float() round it; `save` keeps it)"
+            return f"first {name} has other numbers, and {why}"
     return ""

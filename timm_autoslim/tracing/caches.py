@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 from collections import deque
-from collections.abc import Iterator, Mapping, MutableMapping, MutableSet, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSet, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,32 @@ def find_filled(before: Holdings, *later: Holdings) -> Holdings:
             if value is first and (isinstance(value, Tensor) or not _grows(place, later)):
                 filled[place] = value
     return filled
+
+
+def drop_memories(filled: Holdings, make_copy: Callable[[], nn.Module], example: Any) -> Holdings:
+    """Return what runs have kept, without lists that each run changes, such as a memory of frames or a log: state.
+
+    Args:
+        filled: what runs have kept.
+        make_copy: returns a meta copy of the model that has not run.
+        example: inputs on the meta device.
+    """
+    if not any("[" in name for (_, name), value in filled.items() if isinstance(value, Tensor)):
+        return filled
+    model, lists = make_copy(), []
+    for _ in range(3):
+        Recorder(model).run(example)
+        values = [(a.path, a.name, a.read()) for a in list_attributes(model)]
+        lists.append({(path, name): [*value] for path, name, value in values if isinstance(value, (list, deque))})
+    *_, before, after = lists
+    memories = {place for place, members in after.items() if not _are_same(members, before.get(place, ()))}
+    return {(path, name): v for (path, name), v in filled.items() if (path, name.partition("[")[0]) not in memories}
+
+
+def _are_same(members: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Whether two lists hold the same tensors; numbers may differ."""
+    one, other = ([id(v) for _, v in list_values(values) if isinstance(v, Tensor)] for values in (members, others))
+    return one == other
 
 
 def _grows(place: AttributeName, later: Sequence[Holdings]) -> bool:

@@ -18,6 +18,7 @@ from timm_autoslim.tracing.buffers import constrain_unsaved, freeze_refilled, fr
 from timm_autoslim.tracing.caches import (
     Holdings,
     KeptNumbers,
+    drop_memories,
     empty_attributes,
     find_caches,
     find_filled,
@@ -93,6 +94,7 @@ class Tracer:
         outputs: the names of the outputs of all runs.
         caches: attributes of the model that hold what an earlier run has computed.
         holdings: the tensors and numbers that modules hold beside weights, before the first run and after each.
+        filled: what of these the runs have kept.
         attributes: paths of the attributes that the modules had before any run.
     """
 
@@ -131,6 +133,7 @@ class Tracer:
         self.written: set[str] = set()
         self.live: set[int] = set()
         self.holdings: list[Holdings] = []
+        self.filled: Holdings = {}
 
     def _label_tensor(self, name: str, tensor: Tensor) -> list[Label]:
         """Label every axis of a weight with new atoms, except height and width of a convolution's kernel."""
@@ -157,13 +160,16 @@ class Tracer:
         self.holdings = [list_holdings(self.copy)]
         self.describer.watch_features()
         notes = self._record_both_modes()
+        self._check_batches()
         self._check_globs()
         self._check_outputs()
         self.flow.bind_equal_attributes(self.describer.uses)
         read = self.recorder.scales.read
         HeadBinder(self.copy, self.flow, self.records, self.numbers, self.attributes, read).bind(self.describer)
         self._freeze_unused_tensors()
-        for (path, name), value in find_filled(*self.holdings).items():
+        meta_example = make_meta_example(self.example, self.batches[False])
+        self.filled = drop_memories(find_filled(*self.holdings), self._copy_without_caches, meta_example)
+        for (path, name), value in self.filled.items():
             self.recorder.freeze_kept(path, name, value)
         unsaved = self.labels.keys() - set(self.copy.state_dict())
         constrain_unsaved(self.copy, self.labels, unsaved, self.flow.constraints)
@@ -184,6 +190,31 @@ class Tracer:
         shapes = self.recorder.input_shapes
         repairs = [*notes, *repairs]
         return Trace(graph, unruled, tuple(repairs), positional, example, self.doubles, written, constants, shapes)
+
+    def _copy_without_caches(self) -> nn.Module:
+        """Return a meta copy of the model that has not run."""
+        meta_copy = copy_to_meta(self.model).eval()
+        empty_attributes(meta_copy, self.caches)
+        return meta_copy
+
+    def _check_batches(self) -> None:
+        """Make sure that the run in eval() mode does not compute with what that in train() mode, of two batches, keeps.
+
+        Raises:
+            TraceError: it does.
+        """
+        before, after = self.holdings[:2]
+        if not self.doubles or all(v is before.get(p) for p, v in after.items() if isinstance(v, Tensor)):
+            return
+        try:
+            example = make_meta_example(self.example, self.batches[False])
+            alone = Recorder(self._copy_without_caches(), data=named_tensors(self.model)).run(example)
+        except Exception:  # whatever the model raises that cannot run in eval() mode first
+            return
+        record = next(record for record in self.records if not record.training)
+        if record.exits[-1].shapes != tuple(tuple(t.shape) for t in collect_tensors(alone)):
+            got = "another batch in its outputs after a call with a longer one, of which it keeps something"
+            raise TraceError.at("the model", got=got, needed="a forward that takes batches of any length in turn")
 
     def _find_uses_elsewhere(self, outer: OuterState) -> list[AttributeUse]:
         """Return the uses of attributes in methods that may take the place of a forward, from traces with these."""
@@ -356,7 +387,7 @@ class Tracer:
     def _make_prover(self, outer: OuterState) -> Prover:
         """Return what compares subnets with the records; they get what the widest has kept."""
         meta_copy, data = copy_to_meta(self.model), named_tensors(self.model)  # a copy without labels and hooks
-        filled, kept = find_filled(*self.holdings), None
+        filled, kept = self.filled, None
         modes = [record.training for record in self.records if not record.gradients]
         examples = [(training, make_meta_example(self.example, self.batches[training])) for training in modes]
         empty_attributes(meta_copy, self.caches)
