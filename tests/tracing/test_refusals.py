@@ -275,9 +275,9 @@ GLOBAL = {}
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_code_that_finds_the_model_by_a_global_name_is_refused_with_the_weight_and_the_line(training):
+def test_code_that_finds_the_model_by_an_unknown_way_is_refused_with_the_weight_and_the_line(training):
     """Run on the copy, it would move the statistics of the model."""
-    model = make_net(body=lambda s, x: s.logits(s.b(GLOBAL["net"].a(s.maps(x))))).train(training)
+    model = make_net(body=lambda s, x: s.logits(s.b(globals()["GLOB" + "AL"]["net"].a(s.maps(x))))).train(training)
     GLOBAL["net"] = model
     check_refusal(
         model, r"^the model: got code that.* still reads a\.weight of the model itself \(at .*test_refusals.py:"

@@ -185,3 +185,50 @@ def test_nested_data_in_a_closure_is_read_once():
     model = Swapping().eval()
     model.note = lambda: data
     assert replicate(model, Slices({}, {})).note() is data
+
+
+class Referring(nn.Module):
+    """Refers to its layer in every way that a closure or an attribute may."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(2, 2)
+        features, stack, cycle = {}, [], []
+        self.a.register_forward_hook(lambda module, args, out: features.update(out=out))
+        self.features, self.stack, self.push = features, stack, stack.append
+        modules, frozen, keys = {self.a}, frozenset([self.a]), {self.a: 1}
+        self.list_groups = lambda: (modules, frozen, keys)
+        cycle.append((cycle, self.a))
+        self.find_cycle = lambda: cycle
+
+        def first(n):
+            return second(n - 1) if n else self.a
+
+        def second(n):
+            return first(n - 1) if n else self.a
+
+        def wrapped():
+            return wrapped.inner()
+
+        wrapped.inner = lambda: self.a
+        self.first, self.second, self.wrapped = first, second, wrapped
+
+    def forward(self, x):
+        self.push(1)
+        self.a(x)
+        return self.features["out"]
+
+
+@pytest.mark.parametrize("make", [copy_deeply, lambda model: replicate(model, Slices({}, {}))], ids=["copy", "replica"])
+def test_what_a_copy_refers_to_is_its_own(make):
+    model = Referring()
+    copied = make(model)
+    assert copied(torch.ones(1, 2)) is copied.features["out"]
+    assert copied.stack == [1]
+    assert not model.features
+    assert not model.stack
+    assert all(set(group) == {copied.a} for group in copied.list_groups())
+    assert copied.find_cycle()[0][0] is copied.find_cycle()
+    assert copied.find_cycle()[0][1] is copied.a
+    assert {copied.first(n) for n in range(4)} | {copied.second(3), copied.wrapped()} == {copied.a}
+    assert {model.first(n) for n in range(4)} | {model.wrapped()} == {model.a}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict, deque
+from itertools import chain
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from timm_autoslim.slicing.attributes import MODULE_NAMES, set_attributes
 from timm_autoslim.slicing.slices import Slices, find_entries, is_cache, list_cached_properties
 from timm_autoslim.slicing.tensors import clone_tensors, slice_for_call
 from timm_autoslim.utils.collecting import pause_collection
-from timm_autoslim.utils.redirecting import CONSTANTS, PLAIN_DICTS, STORES, Redirector, rebuild
+from timm_autoslim.utils.redirecting import CONSTANTS, PLAIN_DICTS, STORES, Redirector, fill, rebuild
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -20,7 +20,7 @@ _MODULE = nn.Module().__dict__  # what every module has
 _HOOKS = tuple(name for name, value in _MODULE.items() if type(value) in PLAIN_DICTS and name not in STORES)
 
 
-def replicate(model: M, slices: Slices) -> M:
+def replicate(model: M, slices: Slices, others: list[Any] | None = None) -> M:
     """Return a subnet of `model` for one call: new modules, with slices where the subnet is narrower.
 
     Nothing in the model changes, whatever the replica does. Its parameters are those of the model or slices of them, so
@@ -31,6 +31,12 @@ def replicate(model: M, slices: Slices) -> M:
     empty, since they are of another width.
 
     A replica is as the model is now: make another one when weights, attributes or hooks have changed.
+
+    Args:
+        model: the model.
+        slices: what is narrower in the subnet.
+        others: it gets the functions, and the objects of other classes, that the replica shares with the model or that
+            were made over its modules: what else they lead to is the model's own.
 
     Raises:
         KeyError, IndexError: the model has no tensor or attribute of a name in `slices`.
@@ -46,7 +52,10 @@ def replicate(model: M, slices: Slices) -> M:
         (torch.Size([8, 4]), tensor(0.))
     """
     with pause_collection():
-        return _Replication(model, slices).replica  # type: ignore[no-any-return]
+        replication = _Replication(model, slices)
+    if others is not None:
+        others += replication.others
+    return replication.replica  # type: ignore[no-any-return]
 
 
 class _Replication:
@@ -62,6 +71,8 @@ class _Replication:
         self.memo |= slice_for_call((entry.tensor, entry.axes) for entry in find_entries(model, slices))
         variables = [_list_variables(module) for module in modules]
         self._redirector = Redirector(self.memo)
+        self._containers: list[Any] = []  # of the model, whose copies have the same members yet
+        self._tuples = set[int]()
         self._copy_state(modules, variables)
         properties = {kind: names for kind in set(map(type, modules)) if (names := list_cached_properties(kind))}
         for module, values in zip(modules, variables, strict=True):
@@ -69,7 +80,13 @@ class _Replication:
             for name in properties.get(type(module), ()) if properties else ():
                 namespace.pop(name, None)
             object.__setattr__(self.memo[id(module)], "__dict__", namespace)
-        self.replica = self.memo[id(model)]
+        for value in self._containers:  # functions in them may refer to any of the copies
+            fill(self.memo[id(value)], value, self._find)
+        for module, values in zip(modules, variables, strict=True):
+            if values:
+                namespace = self.memo[id(module)].__dict__
+                namespace.update({name: self._find(value) for name, value in values.items() if name in namespace})
+        self.replica, self.others = self.memo[id(model)], self._redirector.others
         set_attributes(self.replica, slices.attributes, has_own_dicts=True)
 
     def _copy_state(self, modules: list[nn.Module], variables: list[dict[str, Any]]) -> None:
@@ -89,35 +106,42 @@ class _Replication:
             namespace[name] = {key: memo.get(id(item), item) for key, item in store.items()} if store else {}
         for name in _HOOKS:
             hooks = attributes.get(name)
-            namespace[name] = self._copy(hooks) if hooks else OrderedDict()
+            namespace[name] = OrderedDict()
+            if hooks:
+                namespace[name] = self.memo[id(hooks)] = hooks.copy()
+                self._containers.append(hooks)
         for name, value in variables.items():
-            namespace[name] = {} if is_cache(kind, name, value) else self._copy(value)
+            if is_cache(kind, name, value):
+                self.memo[id(value)] = {}
+            else:
+                self._register(value)
         return namespace
 
-    def _copy(self, value: Any) -> Any:
-        """Return what stands for an attribute's value in the replica."""
+    def _register(self, value: Any) -> None:
+        """Let copies stand for the dicts, lists and sets in an attribute's value; they are filled once all have one."""
         kind = type(value)
-        if kind in CONSTANTS:
+        if kind in CONSTANTS or id(value) in self.memo:
+            return
+        if kind in PLAIN_DICTS or kind in (list, deque, set):
+            self.memo[id(value)] = value.copy()
+            if CONSTANTS.issuperset(map(type, chain(value, value.values()) if kind in PLAIN_DICTS else value)):
+                return
+            self._containers.append(value)
+        elif not isinstance(value, tuple) or id(value) in self._tuples:
+            return
+        self._tuples.add(id(value))
+        for member in value.values() if kind in PLAIN_DICTS else value:
+            self._register(member)
+
+    def _find(self, value: Any) -> Any:
+        """Return what stands for a value in the replica."""
+        if type(value) in CONSTANTS:
             return value
         if id(value) in self.memo:
             return self.memo[id(value)]
-        if kind in PLAIN_DICTS:
-            items = self.memo[id(value)] = copy.copy(value)
-            keys = [self._copy(key) for key in value]  # a module may be one
-            if any(a is not b for a, b in zip(keys, value, strict=True)):
-                items.clear()
-            for key, item in zip(keys, value.values(), strict=True):
-                items[key] = self._copy(item)
-            return items
-        if kind is set:
-            copied = self.memo[id(value)] = set(map(self._copy, value))
-            return copied
-        if kind is list or kind is deque:
-            members = self.memo[id(value)] = [] if kind is list else deque(maxlen=value.maxlen)
-            members.extend(map(self._copy, value))
-            return members
         if isinstance(value, tuple):
-            return rebuild(value, list(map(self._copy, value)))
+            self.memo[id(value)] = rebuild(value, list(map(self._find, value)))
+            return self.memo[id(value)]
         return self._redirector.redirect(value)
 
 

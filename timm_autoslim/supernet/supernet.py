@@ -26,6 +26,7 @@ from timm_autoslim.supernet.space import SearchSpace
 from timm_autoslim.supernet.timm_attributes import TIMM_ATTRIBUTES
 from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.tracing.graph import ChannelGraph
+from timm_autoslim.tracing.strays import check_subnet
 from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.utils.arguments import check_integer, quote
 from timm_autoslim.utils.meta import count_images, make_meta_example
@@ -163,7 +164,7 @@ class Supernet(nn.Module):
 
         Raises:
             WidthError: the widths are of another model.
-            ModelChangedError: the model has changed since it was converted.
+            ModelChangedError: the model has changed since it was converted, or got a hook that reads the original.
 
         Example:
             >>> import timm, torch
@@ -175,7 +176,11 @@ class Supernet(nn.Module):
         """
         widths = self.space.check(widths)
         self._guard.check(self.model, numbers=False)
-        return replicate(self.model, self._slices(widths))
+        slices, others = self._slices(widths), list[Any]()
+        subnet = replicate(self.model, slices, others)
+        if others:
+            check_subnet(subnet, self.model, slices)
+        return subnet
 
     def check_model(self) -> None:
         """Make sure that the model is still the one that was converted, as everything that takes widths does.
@@ -311,6 +316,7 @@ class Supernet(nn.Module):
         slices = self.graph.slices(widths.values_)
         leftovers = self._find_leftovers(slices)
         model = extract_model(self.model, slices)
+        check_subnet(model, self.model, None)
         if leftovers is not None:
             leftovers.empty(model)
         if widths != self.space.max():

@@ -79,7 +79,7 @@ class _ComparingRecorder(Recorder):
             strays: the names by id of those tensors of which the subnet has a slice, and that it must not read.
         """
         super().__init__(subnet, data=data)
-        self.strays, self.stray = strays or {}, ""
+        self.strays, self.stray, self.stray_path = strays or {}, "", ""
         self.gradients = record.gradients
         self.exits, self.active, self.position = record.exits, active, 0
         self.record, self.scales = record, scales
@@ -100,7 +100,9 @@ class _ComparingRecorder(Recorder):
 
     def run_operator(self, func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator; if it raises, the subnet disagrees."""
-        self.stray = next((n for t in collect_tensors([args, kwargs]) if (n := self.strays.get(id(t)))), self.stray)
+        for tensor in collect_tensors([args, kwargs]) if self.strays else ():
+            if id(tensor) in self.strays:
+                self.stray, self.stray_path = self.strays[id(tensor)], self.stack.path
         try:
             out = super().run_operator(func, args, kwargs)
         except Exception as error:
@@ -252,6 +254,10 @@ class Prover:
         recorder = _ComparingRecorder(subnet, record, active, scales, self.data, strays)
         try:
             recorder.run(make_meta_example(self.example, self.batches[record.training]))
+            if recorder.stray:
+                vectors = graph.observations.vectors
+                labels = [vector for (name, _), vector in vectors.items() if name == recorder.stray]
+                raise Disagreement("it reads a weight of the model itself", recorder.stray_path, None, labels)
             recorder.compare_scales()
             differing = self._expect(slices, active).find_differing(record.calls, recorder.calls)
             if not differing <= self._harmless:

@@ -41,6 +41,7 @@ from timm_autoslim.tracing.refusals import check_example, check_model, explain_f
 from timm_autoslim.tracing.repair import repair
 from timm_autoslim.tracing.scales import find_number_tensors, wrap_floats
 from timm_autoslim.tracing.solve import OUT_OF_STEP, OUTPUT, UNUSED
+from timm_autoslim.tracing.strays import check_classes, check_copy, freeze_strays
 from timm_autoslim.utils.globs import describe_near, matches
 from timm_autoslim.utils.meta import copy_to_meta, count_images, make_meta_example, run_model, without_gradients
 from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, name_tensors, named_tensors
@@ -115,6 +116,7 @@ class Tracer:
         self.flow = Flow(whole_heads, equal_shares)
         self.flow.images = self.batches[False] if doubles else 1
         self.copy = copy_to_meta(model)
+        check_copy(self.copy, model)
         self.caches = find_caches(model, make_meta_example(example, self.batches[False]))
         empty_attributes(self.copy, self.caches)
         clear_caches(self.copy.modules())  # what an earlier run left there is of sizes without origins
@@ -178,6 +180,7 @@ class Tracer:
         uses = [*self.flow.constraints.attributes, *described.uses]
         described.uses += Surroundings(self.copy, uses, described.inputs, described.outputs, self.labels).find_uses()
         graph = freeze_refilled(freeze_tables(self._solve(), self.labels), self.model, self.labels, unsaved)
+        graph, strays = freeze_strays(graph, self.model)
         graph, repairs = repair(
             keep_answers(graph, [*self.flow.checks, *list_size_checks(graph)]), self._make_prover(outer)
         )
@@ -188,7 +191,7 @@ class Tracer:
         example, written = make_meta_example(example, self.batches[False]), frozenset(self.written)
         constants = tuple(dict.fromkeys(self._list_constants(graph)))
         shapes = self.recorder.input_shapes
-        repairs = [*notes, *repairs]
+        repairs = [*notes, *strays, *repairs]
         return Trace(graph, unruled, tuple(repairs), positional, example, self.doubles, written, constants, shapes)
 
     def _copy_without_caches(self) -> nn.Module:
@@ -442,6 +445,7 @@ def trace_model(
             no output.
     """
     check_model(model)
+    check_classes(model)
     check_example(example)
     try:
         find = functools.partial(_find_best, model, example, keep_output, whole_heads, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import lru_cache
 from types import CodeType
@@ -19,6 +20,13 @@ def list_codes(code: CodeType) -> Iterator[CodeType]:
 def list_names(code: CodeType) -> tuple[str, ...]:
     """Return the names of globals and attributes in the code of a function, and of the functions inside it."""
     return tuple(name for part in list_codes(code) for name in part.co_names)
+
+
+@lru_cache(4096)
+def list_globals(code: CodeType) -> tuple[str, ...]:
+    """Return the names that the code of a function, or of a function inside it, reads as globals or imports."""
+    steps = (step for part in list_codes(code) for step in dis.get_instructions(part))
+    return tuple({step.argval: None for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME")})
 
 
 def reach_names(start: Iterable[str], functions: Collection[str], mention: Callable[[str], Iterable[str]]) -> list[str]:

@@ -10,6 +10,10 @@ import functools
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable
+from enum import Enum
+from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -18,7 +22,10 @@ from torch import nn
 PLAIN_DICTS = frozenset((dict, OrderedDict, defaultdict))
 # Values of these types never change, and hold neither a module nor a tensor.
 CONSTANTS = {int, float, bool, str, bytes, complex, type(None), type, torch.dtype, torch.device, torch.Size}
-_CALLABLES = {types.MethodType, functools.partial, types.FunctionType, weakref.ReferenceType}
+_CALLABLES = {
+    types.MethodType, types.BuiltinMethodType, functools.partial, types.FunctionType, weakref.ReferenceType
+}  # fmt: skip
+_GROUPS = (list, deque, set, frozenset)
 STORES = ("_parameters", "_buffers", "_modules")
 
 
@@ -27,92 +34,129 @@ class Redirector:
 
     Attributes:
         memo: by id of a module, tensor, list or dict of the original, what stands for it in the copy.
+        others: functions that it has met, and objects that it does not look into: they may lead to the original.
     """
 
     def __init__(self, memo: dict[int, Any]) -> None:
         self.memo = memo
-        # by id, with what they stand for: what closures share is shared afterwards too, and large data is read once
-        self._containers: dict[int, tuple[Any, Any]] = {}
-        self._cells: dict[int, tuple[types.CellType, types.CellType]] = {}
+        self.others: list[Any] = []
+        # by id, with the value itself: whether it leads to something in `memo`; large data is read once
+        self._leads: dict[int, tuple[Any, bool]] = {}
+        self._cells: dict[int, tuple[types.CellType, types.CellType]] = {}  # what functions share is shared afterwards
 
     def redirect(self, value: Any) -> Any:
         """Return a callable, or what it holds, over the copy's modules where it is over the original's.
 
-        Lists and dicts in it are copied only if they hold modules: a hook that appends to a list of the user's goes on
-        appending to it.
+        Lists, sets and dicts in it are copied only if they lead to modules: a hook that appends to a list of the user's
+        goes on appending to it.
         """
-        kind = type(value)
-        if kind in CONSTANTS:
+        if type(value) in CONSTANTS:
             return value
         if id(value) in self.memo:
             return self.memo[id(value)]
-        if kind in _CALLABLES:
-            return self._redirect_callable(value)
-        if kind in PLAIN_DICTS or kind in (list, deque) or isinstance(value, tuple):
-            if id(value) not in self._containers:
-                self._containers[id(value)] = value, value  # one that holds itself
-                self._containers[id(value)] = value, self._redirect_members(value)
-            return self._containers[id(value)][1]
-        return value
+        return self._rebuild(value) if self._is_leading(value) else value
 
-    def _redirect_members(self, value: Any) -> Any:
-        if type(value) not in PLAIN_DICTS:
+    def _is_leading(self, start: Any) -> bool:
+        """Whether a value leads to something that has another object in its place in the copy."""
+        if id(start) in self._leads:
+            return self._leads[id(start)][1]
+        memo, known = self.memo, self._leads
+        met, parents = dict[int, Any](), defaultdict[int, list[int]](list)
+        waiting, ends = [start], list[int]()  # the ends of ways: what is in the copy
+        while waiting:
+            value = waiting.pop()
+            if id(value) in met:
+                continue
+            met[id(value)] = value
+            members = _list_members(value)
+            if (members is None and not isinstance(value, Enum)) or type(value) is types.FunctionType:
+                self.others.append(value)
+            for member in members or ():
+                key = id(member)
+                if type(member) in CONSTANTS:
+                    continue
+                parents[key].append(id(value))
+                if key in memo or key in known:
+                    ends += [key] if (memo[key] is not member if key in memo else known[key][1]) else []
+                else:
+                    waiting.append(member)
+        leading = set[int]()
+        while ends:
+            above = set(parents[ends.pop()]) - leading
+            leading |= above
+            ends += above
+        known |= {key: (value, key in leading) for key, value in met.items()}
+        return id(start) in leading
+
+    def _rebuild(self, value: Any) -> Any:
+        """Return another object in place of one that leads to modules."""
+        kind = type(value)
+        if kind is types.FunctionType:
+            return self._rebuild_function(value)
+        if kind in PLAIN_DICTS or kind in (list, deque, set):
+            copied = self.memo[id(value)] = copy.copy(value)
+            fill(copied, value, self.redirect)
+            return copied
+        return self.memo.setdefault(id(value), self._rebuild_constant(value))  # a list in a tuple may hold that tuple
+
+    def _rebuild_constant(self, value: Any) -> Any:
+        """Return another object in place of one that cannot be made before what it holds."""
+        if isinstance(value, (tuple, frozenset)):
             return rebuild(value, [self.redirect(item) for item in value])
-        redirected = [(self.redirect(key), self.redirect(item)) for key, item in value.items()]
-        if all(a is c and b is d for (a, b), (c, d) in zip(redirected, value.items(), strict=True)):
-            return value
-        items = copy.copy(value)
-        items.clear()
-        items.update(redirected)
-        return items
+        if type(value) is weakref.ReferenceType:
+            return weakref.ref(self.memo[id(value())])
+        if type(value) is functools.partial:
+            function, arguments = self.redirect(value.func), self.redirect(value.args)
+            partial = functools.partial(function, *arguments, **self.redirect(value.keywords))
+            partial.__dict__.update(self.redirect(value.__dict__))
+            return partial
+        owner = self.redirect(value.__self__)
+        if type(value) is types.MethodType:
+            return types.MethodType(self.redirect(value.__func__), owner)
+        return getattr(owner, value.__name__)
 
-    def _renew_cell(self, cell: types.CellType, content: Any) -> types.CellType:
-        """Return the cell that stands for another one, of which functions may share one."""
-        return self._cells.setdefault(id(cell), (cell, types.CellType(content)))[1]
-
-    def _redirect_callable(self, function: Any) -> Any:
-        if type(function) is types.MethodType:
-            owner = self.redirect(function.__self__)
-            return function if owner is function.__self__ else types.MethodType(function.__func__, owner)
-        if type(function) is weakref.ReferenceType:
-            owner = self.memo.get(id(function()))
-            return weakref.ref(owner) if isinstance(owner, nn.Module) else function
-        if type(function) is functools.partial:
-            parts = function.func, function.args, function.keywords
-            redirected = [self.redirect(part) for part in parts]
-            if all(a is b for a, b in zip(parts, redirected, strict=True)):
-                return function
-            return functools.partial(redirected[0], *redirected[1], **redirected[2])
-        return self._redirect_function(function)
-
-    def _redirect_function(self, function: types.FunctionType) -> types.FunctionType:
-        """Return a function whose closure and default arguments are over the copy's modules."""
-        cells = [_contents(cell) for cell in function.__closure__ or ()]
-        self.memo[id(function)] = function  # a function that names itself stands in its own closure
-        contents = [self.redirect(content) for content in cells]
-        defaults, keywords = self.redirect(function.__defaults__), self.redirect(function.__kwdefaults__)
-        same = all(a is b for a, b in zip(cells, contents, strict=True))
-        if same and defaults is function.__defaults__ and keywords is function.__kwdefaults__:
-            return function
-        closure = tuple(
-            cell if a is b else self._renew_cell(cell, b)
-            for cell, a, b in zip(function.__closure__ or (), cells, contents, strict=True)
-        )
-        # a cell of its own for a function that stands in its own closure: the original's stays
-        closure = tuple(
-            types.CellType(content) if content is function else cell
-            for cell, content in zip(closure, contents, strict=True)
-        )
+    def _rebuild_function(self, function: types.FunctionType) -> types.FunctionType:
+        """Return a function whose closure, default arguments and attributes are over the copy's modules."""
+        cells = {id(cell): cell for cell in function.__closure__ or () if self._holds_originals(cell)}
+        renewed = [cell for key, cell in cells.items() if key not in self._cells]
+        self._cells |= {id(cell): (cell, types.CellType()) for cell in renewed}
+        closure = tuple(self._cells[id(cell)][1] if id(cell) in cells else cell for cell in function.__closure__ or ())
         code, scope, name = function.__code__, function.__globals__, function.__name__
-        redirected = types.FunctionType(code, scope, name, defaults, closure if function.__closure__ else None)
-        redirected.__kwdefaults__ = keywords
+        redirected = types.FunctionType(code, scope, name, None, closure)
+        self.memo[id(function)] = redirected  # before its cells are filled: it may stand in its own closure
         redirected.__qualname__, redirected.__module__ = function.__qualname__, function.__module__
-        redirected.__dict__.update(function.__dict__)
-        self.memo[id(function)] = redirected
-        for cell, content in zip(closure, contents, strict=True):
-            if content is function:
-                cell.cell_contents = redirected
+        redirected.__defaults__ = self.redirect(function.__defaults__)
+        redirected.__kwdefaults__ = self.redirect(function.__kwdefaults__)
+        redirected.__dict__.update(self.redirect(function.__dict__))
+        for cell in renewed:
+            self._cells[id(cell)][1].cell_contents = self.redirect(cell.cell_contents)
         return redirected
+
+    def _holds_originals(self, cell: types.CellType) -> bool:
+        """Whether another object is to stand in a closure's cell."""
+        content = read_cell(cell)
+        if type(content) in CONSTANTS:
+            return False
+        return self.memo[id(content)] is not content if id(content) in self.memo else self._is_leading(content)
+
+
+def _list_members(value: Any) -> Iterable[Any] | None:
+    """Return what a value holds, if the `Redirector` makes others of its kind; else None."""
+    kind = type(value)
+    if kind in PLAIN_DICTS:
+        return [*value, *value.values()]
+    if kind in _GROUPS or isinstance(value, tuple):
+        return value  # type: ignore[no-any-return]
+    if kind is types.FunctionType:
+        contents = map(read_cell, value.__closure__ or ())
+        return [*contents, value.__defaults__, value.__kwdefaults__, value.__dict__]
+    if kind is functools.partial:
+        return value.func, value.args, value.keywords, value.__dict__
+    if kind is types.MethodType:
+        return value.__self__, value.__func__
+    if kind is types.BuiltinMethodType:
+        return () if isinstance(value.__self__, types.ModuleType) else (value.__self__,)
+    return [value()] if kind is weakref.ReferenceType and isinstance(value(), nn.Module) else None
 
 
 def redirect_functions(model: nn.Module, memo: dict[int, Any]) -> None:
@@ -135,47 +179,65 @@ def redirect_functions(model: nn.Module, memo: dict[int, Any]) -> None:
         >>> copied.find() is copied
         True
     """
-    redirector, visited = Redirector(dict(memo)), set[int]()
+    redirector, adapted = Redirector(dict(memo)), dict[int, tuple[Any, Any]]()
     for module in model.modules():
         namespace = module.__dict__
         for name, value in list(namespace.items()):
-            if name not in STORES and (adapted := _adapt(value, redirector, visited)) is not value:
-                namespace[name] = adapted
+            if type(value) not in CONSTANTS and name not in STORES:
+                namespace[name] = _adapt(value, redirector, adapted)
 
 
-def _adapt(value: Any, redirector: Redirector, visited: set[int]) -> Any:
-    """Return an attribute's value with other functions in it; lists, deques and dicts, which are the copy's, change.
+def _adapt(value: Any, redirector: Redirector, adapted: dict[int, tuple[Any, Any]]) -> Any:
+    """Return an attribute's value with other functions in it; lists, deques, sets and dicts, the copy's own, change.
 
     It is no function in `redirect_functions`: one that calls itself would keep the copy alive.
+
+    Args:
+        value: the value.
+        redirector: it makes the functions.
+        adapted: by id, what was adapted, with what takes its place.
     """
     kind = type(value)
-    if kind in CONSTANTS or id(value) in visited:
+    if kind in _CALLABLES:
+        return redirector.redirect(value)
+    is_constant = isinstance(value, (tuple, frozenset))
+    if not (is_constant or kind in PLAIN_DICTS or kind in _GROUPS) or not value:
         return value
-    if kind in PLAIN_DICTS or kind in (list, deque):
-        visited.add(id(value))
-        for key, item in list(value.items() if kind in PLAIN_DICTS else enumerate(value)):
-            if (adapted := _adapt(item, redirector, visited)) is not item:
-                value[key] = adapted
+    if id(value) in adapted:
+        return adapted[id(value)][1]
+    adapted[id(value)] = value, value
+    if not is_constant:
+        fill(value, copy.copy(value), lambda item: _adapt(item, redirector, adapted))
         return value
-    if isinstance(value, tuple):
-        return rebuild(value, [_adapt(item, redirector, visited) for item in value])
-    return redirector.redirect(value) if kind in _CALLABLES else value
+    adapted[id(value)] = value, rebuild(value, [_adapt(item, redirector, adapted) for item in value])
+    return adapted[id(value)][1]
+
+
+def fill(copied: Any, value: Any, change: Callable[[Any], Any]) -> None:
+    """Let a copy of a dict, list, deque or set hold what stands for its members, where that is something else."""
+    members = [*chain.from_iterable(value.items())] if isinstance(value, dict) else list(value)
+    changed = [change(member) for member in members]
+    if all(map(is_, members, changed)):
+        return
+    copied.clear()
+    if isinstance(value, dict):
+        copied.update(zip(changed[::2], changed[1::2], strict=True))
+    else:
+        (copied.update if isinstance(value, set) else copied.extend)(changed)
 
 
 def rebuild(value: Any, members: list[Any]) -> Any:
-    """Return a list, deque or tuple like this one, of these members; it itself if they are the members that it has.
+    """Return a tuple or frozenset like this one, of these members; it itself if they are the members that it has.
 
     A tuple of the user's own class, unless it is a named one, stays as it is: nobody knows how to make another.
     """
     kind = type(value)
     if all(a is b for a, b in zip(members, value, strict=True)):
         return value
-    if kind is deque:
-        return deque(members, value.maxlen)
-    return value._make(members) if hasattr(value, "_make") else kind(members) if kind in (list, tuple) else value
+    return value._make(members) if hasattr(value, "_make") else kind(members) if kind in (tuple, frozenset) else value
 
 
-def _contents(cell: types.CellType) -> Any:
+def read_cell(cell: types.CellType) -> Any:
     """Return what a closure's cell holds; None if it is empty yet."""
     try:
         return cell.cell_contents

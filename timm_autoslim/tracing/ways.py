@@ -1,0 +1,189 @@
+"""The ways from code to objects: what a function can read, by the names in its code and in the code that it names."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import re
+import sys
+import types
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from timm_autoslim.slicing.attributes import MODULE_NAMES
+from timm_autoslim.utils.codes import list_globals, list_names
+from timm_autoslim.utils.redirecting import CONSTANTS, STORES, read_cell
+from timm_autoslim.utils.tensors import list_slots
+
+# Packages whose code is not read: it knows no attribute of a user's objects.
+_SKIPPED = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "timm_autoslim"}
+# Where the code of installed packages is: their globals do not hold a user's model.
+_INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
+# Kinds of objects from these modules of Python hold others without a name.
+_NAMELESS = frozenset({"builtins", "functools", "itertools", "collections", "weakref", "operator"})
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+# With one of these names, code may read all attributes of an object, or all that a module holds.
+EVERY_ATTRIBUTE = {"getattr", "vars", "__dict__", "__getattribute__", "__getattr__", "attrgetter", "eval", "exec"}
+_EVERY_PART = EVERY_ATTRIBUTE | {
+    "modules", "children", "named_modules", "named_children", "parameters", "named_parameters", "buffers",
+    "named_buffers", "state_dict", "get_submodule", "get_parameter", "get_buffer", "apply", *STORES,
+}  # fmt: skip
+_CONSTRUCTORS = {"__init__", "__new__", "__init_subclass__"}
+
+Way = tuple[Any, str]  # an object, and how it is found, such as "trainer.model"
+
+
+class Walk:
+    """Follows code to what it can read: by names through objects and modules, and by every way through containers.
+
+    Attributes:
+        ends: by id of an object at which a walk ends, what it is.
+        own: ids of modules whose weights are no end; only what their code and attributes lead to may be.
+        root: the module that is not called, since the code is a part of it.
+    """
+
+    def __init__(self, ends: dict[int, str], own: set[int], root: nn.Module) -> None:
+        self.ends, self.own, self.root = ends, own, root
+
+    def find(self, starts: Iterable[Way], names: Iterable[str] = ()) -> dict[str, str]:
+        """Return which ends the code reaches, each with the way to it.
+
+        Args:
+            starts: functions, or objects that code uses which mentions `names`.
+            names: of attributes.
+        """
+        starts, mentioned, before = list(starts), set(names), -1
+        found: dict[str, str] = {}
+        while len(mentioned) > before:  # code that is found late may mention an attribute of what was met early
+            before, waiting, met = len(mentioned), list(starts), dict[int, Any]()
+            while waiting:
+                value, way = waiting.pop()
+                if (type(value) in CONSTANTS and type(value) is not type) or id(value) in met:
+                    continue
+                met[id(value)] = value
+                if id(value) in self.ends:
+                    found.setdefault(self.ends[id(value)], way)
+                else:
+                    waiting += self._list_next(value, way, mentioned)
+        return found
+
+    def _list_next(self, value: Any, way: str, names: set[str]) -> Iterator[Way]:
+        """Yield what a value leads to; the names in code are added to `names`."""
+        if type(value) in weakref.ProxyTypes:  # it says that it is what it stands for
+            yield _read_proxy(value), way
+        elif isinstance(value, types.FunctionType):
+            yield from _list_of_function(value, way, names)
+        elif isinstance(value, types.ModuleType):
+            if not is_skipped(value.__name__):
+                yield from _pick(vars(value), value.__name__, names)
+        elif isinstance(value, type):
+            yield from _list_of_class(value, way or value.__name__, names)
+        elif isinstance(value, nn.Module):
+            yield from self._list_of_module(value, way or type(value).__name__, names)
+        elif isinstance(value, weakref.ref):
+            yield value(), way
+        elif isinstance(value, Tensor):
+            return
+        elif isinstance(value, types.MethodType):
+            yield value.__func__, type(value.__self__).__name__
+            yield value.__self__, type(value.__self__).__name__
+        elif type(value).__module__ in _NAMELESS:
+            yield from _list_members(value, way)
+        else:
+            way = way or type(value).__name__
+            yield from _list_members(value, way) if isinstance(value, _CONTAINERS) else ()
+            yield from _pick(_read_attributes(value), way, names, EVERY_ATTRIBUTE)
+            yield from _list_of_class(type(value), way, names)
+
+    def _list_of_module(self, module: nn.Module, way: str, names: set[str]) -> Iterator[Way]:
+        namespace, kind, is_own = module.__dict__, type(module), id(module) in self.own
+        attributes = {name: value for name, value in namespace.items() if name not in MODULE_NAMES}
+        yield from _pick(attributes, way, names, EVERY_ATTRIBUTE)
+        every = is_skipped(kind.__module__) or "__getattr__" in vars(kind)  # a Sequential is indexed
+        for store in STORES if not is_own else ("_modules",):
+            yield from _pick(namespace[store], way, set(namespace[store]) if every else names, _EVERY_PART)
+        yield from _list_of_class(kind, way, names if is_own or module is self.root else names | {"forward"})
+
+
+def is_skipped(module: str | None) -> bool:
+    """Whether code of a Python module is not read."""
+    return module is None or module.partition(".")[0] in _SKIPPED
+
+
+def _pick(namespace: dict[str, Any], way: str, names: set[str], every: Iterable[str] = ()) -> Iterator[Way]:
+    """Yield what stands under names that code mentions; all of it if the code mentions one of `every`."""
+    picked = namespace.keys() if not names.isdisjoint(every) else namespace.keys() & names
+    for name in picked:
+        yield namespace[name], f"{way}.{name}"
+
+
+def _list_of_function(function: types.FunctionType, way: str, names: set[str]) -> Iterator[Way]:
+    code = function.__code__
+    if not is_skipped(function.__module__):
+        names.update(list_names(code))
+        if not _INSTALLED.search(code.co_filename):
+            yield from _list_global_ways(code, function.__globals__, set(list_names(code)))
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        content = read_cell(cell)
+        yield content, way if name == "self" and way else name
+    for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        yield value, ""
+    yield from _pick(function.__dict__, function.__name__, set(function.__dict__))
+
+
+def _list_global_ways(code: types.CodeType, scope: dict[str, Any], names: set[str]) -> Iterator[Way]:
+    """Yield what a function finds by global names, and in Python's modules by the other names in its code."""
+    waiting = [(scope[name] if name in scope else sys.modules.get(name), name) for name in list_globals(code)]
+    met = set[int]()
+    while waiting:
+        value, way = waiting.pop()
+        if not isinstance(value, types.ModuleType):
+            yield value, way
+        elif id(value) not in met and not is_skipped(value.__name__):
+            met.add(id(value))
+            waiting += _pick(vars(value), way, names)
+
+
+def _list_of_class(kind: type, way: str, names: set[str]) -> Iterator[Way]:
+    """Yield what a class defines under the names that code mentions, and the methods that Python calls itself."""
+    for base in kind.__mro__:
+        if not is_skipped(base.__module__):
+            for name, value in vars(base).items():
+                implied = name.startswith("__") and isinstance(value, types.FunctionType)
+                if name in names or (implied and name not in _CONSTRUCTORS):
+                    yield inspect.unwrap(value) if callable(value) else value, f"{way}.{name}"
+
+
+def _list_members(value: Any, way: str) -> Iterator[Way]:
+    """Yield what an object of one of Python's own kinds holds."""
+    if isinstance(value, dict):
+        for key, member in dict.items(value):
+            yield key, way
+            yield member, f"{way}[{key!r}]" if type(key) in CONSTANTS else way
+        return
+    for member in gc.get_referents(value):
+        if not isinstance(member, (type, types.ModuleType)):
+            yield member, way
+
+
+def _read_attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, whatever its `__getattr__` does."""
+    attributes: dict[str, Any] = {}
+    for name in ("__dict__", *list_slots(type(value))):
+        try:
+            attribute = object.__getattribute__(value, name)
+        except AttributeError:
+            continue
+        attributes |= attribute if name == "__dict__" else {name: attribute}
+    return attributes
+
+
+def _read_proxy(proxy: Any) -> Any:
+    """Return what a weak proxy stands for; None if that is gone."""
+    try:
+        return proxy.__repr__.__self__
+    except ReferenceError:
+        return None
