@@ -17,7 +17,7 @@ from operator import is_
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 PLAIN_DICTS = frozenset((dict, OrderedDict, defaultdict))
 # Values of these types never change, and hold neither a module nor a tensor.
@@ -156,7 +156,7 @@ def _list_members(value: Any) -> Iterable[Any] | None:
         return value.__self__, value.__func__
     if kind is types.BuiltinMethodType:
         return () if isinstance(value.__self__, types.ModuleType) else (value.__self__,)
-    return [value()] if kind is weakref.ReferenceType and isinstance(value(), nn.Module) else None
+    return [value()] if kind is weakref.ReferenceType and isinstance(value(), (nn.Module, Tensor)) else None
 
 
 def redirect_functions(model: nn.Module, memo: dict[int, Any]) -> None:
