@@ -51,7 +51,16 @@ from timm_autoslim.recipes.benchmarks.lib.pretrained_tables import (
     make_tables,
 )
 from timm_autoslim.recipes.benchmarks.lib.results import Results, make_parser, put_table
-from timm_autoslim.recipes.benchmarks.lib.slim_networks import METHODS, Network, Task, adopt, count_forwards, count_macs
+from timm_autoslim.recipes.benchmarks.lib.slim_networks import (
+    METHODS,
+    RECONSTRUCTED,
+    Network,
+    Task,
+    adopt,
+    count_forwards,
+    count_macs,
+    take_share,
+)
 
 TRAINED, HELD_OUT, PARTS, RANKED = 10_000, 500, 4, 2_000
 RATE, BATCH, SMOOTHING, TEMPERATURE = 1e-3, 64, 0.1, 2.0
@@ -170,13 +179,17 @@ class Job:
     def reconstruct(self, network: Network) -> Effort:
         """Reconstruct a network in place."""
         assert network.supernet is not None
-        inputs = network.model, network.supernet, self.data.batches
+        batches = self.data.batches
+        if self.method.startswith("slim by default"):
+            batches = take_share(batches, RECONSTRUCTED / TRAINED)
+        inputs = network.model, network.supernet, batches
         act = functools.partial(reconstruct, *inputs, memory_mib=4096, progress=False)
-        unseen = count_forwards(network.model, network.supernet, self.data.batches)
+        unseen = count_forwards(*inputs)
         return count_effort(act, self.original_macs)[1] + Effort(compute=unseen / self.original_macs)
 
     def train(self, model: nn.Module, teacher: str, epochs: float) -> Effort:
-        """Train a network in place."""
+        """Train a network in place, in the layout that is the same for all."""
+        model.to(memory_format=torch.contiguous_format)
         share, start = count_macs(model, self.image) / self.original_macs, time.process_time()
         train(model, self.data, self.original if teacher == "original" else None, epochs, self.seed)
         count = round(epochs * (len(self.data.pictures.targets) // BATCH)) * BATCH
@@ -333,9 +346,8 @@ KEYS = ("method", "seed", "share", "start", "teacher", "epochs")
 def main() -> None:
     """Measure what has no result yet, and write the table."""
     parser = make_parser(__doc__, "docs/results/pretrained.jsonl")
-    stages = [
-        name + suffix for suffix in STAGES for name in ("searched", "searched by outputs", "torch-pruning, taylor")
-    ]
+    staged = ("searched", "searched by outputs", "slim by default", "torch-pruning, taylor")
+    stages = [name + suffix for suffix in STAGES for name in staged]
     parser.add_argument("--figure", type=Path, help="draw accuracy against compute into this file")
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *stages], choices=[*WAYS, *stages])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -23,6 +23,8 @@ History = list[tuple[str, bool, list[int]]]  # of torch-pruning: layer, whether 
 # Of torch-pruning: the steps to 95 % of all channels, after how many of them the gradients are collected again, and on
 # how many images. Its authors' reproduce/main.py does that in every step for the criterion that reads images.
 STEPS, EVERY, RENEWED = 300, 3, 200
+# Images that the command `slim` orders channels and reconstructs with by default.
+ORDERED, RECONSTRUCTED = 500, 5_000
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,23 @@ def search_by_outputs(task: Task) -> Iterator[Network]:
     with torch.no_grad():
         held_out = [(images, task.original(images).softmax(1)) for images, _ in task.held_out]
     yield from search_widths(replace(task, held_out=held_out))
+
+
+def slim_by_default(task: Task) -> Iterator[Network]:
+    """The same as `python -m timm_autoslim slim` does it: with fewer images, and channels last."""
+    images, batches = sum(len(images) for images, _ in task.gradients), sum(map(len, task.batches))
+    few = replace(
+        task,
+        model=copy.deepcopy(task.model).to(memory_format=torch.channels_last),
+        gradients=take_share(task.gradients, ORDERED / images),
+        batches=take_share(task.batches, RECONSTRUCTED / batches),
+    )
+    yield from search_by_outputs(few)
+
+
+def take_share(batches: list[Any], share: float) -> list[Any]:
+    """Return the first batches, a share of all, and one at least."""
+    return batches[: max(1, round(share * len(batches)))]
 
 
 def search_at_once(task: Task) -> Iterator[Network]:
@@ -276,6 +295,7 @@ def adopt(original: nn.Module, network: Network, image: Tensor) -> Network:
 METHODS: dict[str, Callable[[Task], Iterator[Network]]] = {
     "searched": search_widths,
     "searched by outputs": search_by_outputs,
+    "slim by default": slim_by_default,
     "searched, few parameters": search_few_parameters,
     "searched at once": search_at_once,
     "supernet, searched": search_supernet,
