@@ -3,9 +3,9 @@
     python recipes/search.py runs/digits --budgets macs=50% macs=25%
     accelerate launch --multi_gpu --num_processes 8 recipes/search.py runs/imagenet --budgets macs=300M
 
-Candidates are scored by their cross-entropy on the run's held-out training images, the same ones for all, in batches
-that are normalised by their own statistics. RUN/search/searched.json then holds the networks and every step of the
-descent, RUN/search/uniform.json the uniformly narrowed networks within the same budgets, RUN/search.csv the steps as
+Candidates are scored by their cross-entropy with the labels of the run's held-out training images, the same ones for
+all, in batches that are normalised by their own statistics. RUN/search/searched.json then holds the networks and every
+step of the descent, RUN/search/uniform.json the uniformly narrowed networks within the same budgets, RUN/search.csv the steps as
 a table. --baselines adds further methods to compare with; `python -m timm_autoslim report RUN` shows them all.
 
 Several processes share the scoring and come to the result that one would come to. While a search runs,
@@ -113,7 +113,8 @@ def search_networks(
     widest = count_widest(supernet, budgets, conditions)
     accelerator.print(
         f"{args.model}: {write_amount(widest.macs, 2)} MACs, {write_amount(widest.params, 3)} params; "
-        f"{images} held-out images in {len(batches)} batches"
+        f"{images} held-out images in {len(batches)} batches, scored by "
+        + ("the outputs of the original" if original else "their labels")
     )
     settings = describe_settings(run, args, images)
     if original:
