@@ -5,8 +5,9 @@
 
 Candidates are scored by their cross-entropy with the labels of the run's held-out training images, the same ones for
 all, in batches that are normalised by their own statistics. RUN/search/searched.json then holds the networks and every
-step of the descent, RUN/search/uniform.json the uniformly narrowed networks within the same budgets, RUN/search.csv the steps as
-a table. --baselines adds further methods to compare with; `python -m timm_autoslim report RUN` shows them all.
+step of the descent, RUN/search/uniform.json the uniformly narrowed networks within the same budgets, and RUN/search.csv
+the steps as a table. --baselines adds further methods to compare with; `python -m timm_autoslim report RUN` shows them
+all.
 
 Several processes share the scoring and come to the result that one would come to. While a search runs,
 RUN/search-progress.json holds the scores: the same command goes on from there after an interruption, and comes to the
