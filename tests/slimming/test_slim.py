@@ -107,6 +107,15 @@ def test_what_needs_a_loss_is_refused_without_one(settings, text):
         slim(make_model(), "50%", make_batches(), **settings)
 
 
+@pytest.mark.parametrize(
+    "targets", [torch.zeros(20, 10), torch.zeros(20, 10).long(), torch.zeros(20), {"boxes": torch.zeros(3, 4)}]
+)
+def test_targets_that_are_no_classes_need_a_loss(targets):
+    batches = [(images, targets) for images, _ in make_batches()]
+    with pytest.raises(ConfigError, match=r"loss: got none, and targets .*or, if the model tells classes"):
+        slim(make_model(), "50%", batches)
+
+
 def test_outputs_that_are_no_logits_need_a_loss():
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=1, channels=[8, 8, 16, 16], stem_width=8)

@@ -30,6 +30,7 @@ from timm_autoslim.utils.batches import check_inputs, join_singles, make_input_e
 from timm_autoslim.utils.copying import copy_deeply
 from timm_autoslim.utils.meta import count_images, run_model
 from timm_autoslim.utils.processors import describe_slow_type, find_layout, set_layout
+from timm_autoslim.utils.tensors import collect_tensors
 
 M = TypeVar("M", bound=nn.Module)
 Pair = tuple[Any, Any]  # inputs and targets; None stands for targets that nobody reads
@@ -88,8 +89,8 @@ def slim(
         EvaluationError: the loss raises, or returns more than one number; or it is far worse for the model than for
             its narrowest subnet, so that `maximize` must be the wrong way.
         TypeError: a rule that `convert` does not have.
-        ConfigError: there is no loss, and the model returns no logits of two classes or more, or `maximize` or
-            `order="taylor"` is given; or as `convert`, `search` and `reconstruct` do.
+        ConfigError: there is no loss, and the model returns no logits of two classes or more, the targets are no
+            classes, or `maximize` or `order="taylor"` is given; or as `convert`, `search` and `reconstruct` do.
         NothingToSlimError, TraceError, WidthError: as `convert`, `search` and `reconstruct` do.
 
     Example:
@@ -189,7 +190,7 @@ def _try_first(model: nn.Module, pair: Pair, loss: Loss | None) -> None:
     """Run the model and the loss once, on the first batch.
 
     Raises:
-        ConfigError: there is no loss, and the model returns no logits.
+        ConfigError: there is no loss, and the model returns no logits, or the targets are no classes.
         DataError: the model does not take the images.
         EvaluationError: the loss raises, or returns more than one number.
     """
@@ -201,6 +202,7 @@ def _try_first(model: nn.Module, pair: Pair, loss: Loss | None) -> None:
             raise make_input_error("batch 0", inputs, error) from error
         if loss is None:
             compare_logits(outputs, outputs)
+            _check_classes(outputs, targets)
             return
         try:
             value = loss(outputs, targets)
@@ -210,6 +212,20 @@ def _try_first(model: nn.Module, pair: Pair, loss: Loss | None) -> None:
     if isinstance(value, Tensor) and value.numel() != 1:
         got, remedy = f"a tensor of the shape {tuple(value.shape)}", 'leave out reduction="none", or take .mean()'
         raise EvaluationError.at("loss", got=got, needed="one number for all images", remedy=remedy)
+
+
+def _check_classes(outputs: Any, targets: Any) -> None:
+    """Make sure that targets, if there are any, are one class for each place of the logits.
+
+    Raises:
+        ConfigError: they are not, so that outputs are no logits, or classes do not exclude each other.
+    """
+    places = collect_tensors(outputs)[0].dim() - 1
+    if any(tensor.is_floating_point() or tensor.dim() != places for tensor in collect_tensors(targets)):
+        shapes = " and ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in collect_tensors(targets))
+        needed = "a callable loss(outputs, targets) where targets are no classes (N,) or (N, H, W)"
+        remedy = "give one; or, if the model tells classes that exclude each other, give its inputs alone"
+        raise ConfigError.at("loss", got=f"none, and targets {shapes}", needed=needed, remedy=remedy)
 
 
 def _check_pairs(model: nn.Module, batches: Iterable[Any], *, labelled: bool) -> list[Pair]:
