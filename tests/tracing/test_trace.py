@@ -1,9 +1,11 @@
 """Traces of small networks: what an operator ties together, what it holds with its reason, and what stays free."""
 
+import sys
+
 import pytest
 import torch
 from helpers.bodies import IMAGE, Around, conv, convert_around
-from helpers.models import randomise
+from helpers.models import TwoGroups, randomise
 from torch import nn
 from torch.nn import functional as F
 
@@ -292,3 +294,76 @@ def add_waves(self, x):
 def test_a_table_that_the_code_makes_for_the_width_that_it_finds_holds_the_channels():
     supernet = convert_around(lambda s, x: add_waves(s, s.a(x)), 6, a=conv(8, 6))
     assert "its code makes a table for the width that it finds (by arange)" in supernet.graph.fixed["a.weight", 0]
+
+
+def count_calls(model):
+    """Return how many Python functions a conversion calls."""
+    count = 0
+
+    def note(frame, event, argument):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(note)
+    try:
+        convert(model, IMAGE)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def nest(kind, twice):
+    """Return nested data of 14 levels; each of which holds the next one, or holds it twice."""
+    data = [1]
+    for _ in range(14):
+        members = [data, data] if twice else [data]
+        data = dict(enumerate(members)) if kind is dict else kind(members)
+    return data
+
+
+def keep_in_an_attribute(model, data):
+    model.data = data
+
+
+class Holder:
+    """Holds data."""
+
+
+def keep_in_an_object(model, data):
+    model.holder = Holder()
+    model.holder.data = data
+
+
+def keep_in_a_closure(model, data):
+    model.read = lambda: data
+
+
+def keep_in_a_hook(model, data):
+    model.stem.register_forward_hook(lambda *_: data and None)
+
+
+KEEP = (keep_in_an_attribute, keep_in_an_object, keep_in_a_closure, keep_in_a_hook)
+
+
+@pytest.mark.parametrize(
+    ("kind", "keep"), [*zip((dict, list, tuple, list), KEEP, strict=True), (tuple, keep_in_an_attribute)]
+)
+def test_data_that_is_held_in_many_places_is_read_once(kind, keep):
+    counts = []
+    for twice in (False, True):
+        model = TwoGroups()
+        keep(model, nest(kind, twice))
+        counts.append(count_calls(model))
+    assert counts[1] < 1.1 * counts[0]
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("kind", [list, dict])
+def test_data_that_hold_themselves_are_no_obstacle(kind, keep):
+    data = kind()
+    data.append(data) if kind is list else data.update(own=data)
+    model = TwoGroups()
+    keep(model, data)
+    supernet = convert(model, IMAGE)
+    assert supernet.space.names == ("stem", "inner")
+    supernet(IMAGE, supernet.space.min())

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from timm_autoslim.utils.tensors import collect_tensors, find_tied_names, get_attributes, map_tensors, named_tensors
+from timm_autoslim.utils.tensors import (
+    collect_tensors,
+    find_tied_names,
+    get_attributes,
+    list_leaves,
+    map_tensors,
+    named_tensors,
+)
 
 A, B, C = torch.zeros(1), torch.zeros(2), torch.zeros(3)
 Pair = collections.namedtuple("Pair", "first second")
@@ -124,3 +131,10 @@ def test_tied_names_lead_to_the_first_name():
         "again.bias": "first.bias",
     }
     assert find_tied_names(nn.Linear(2, 2)) == {}
+
+
+def test_leaves_of_what_holds_itself_are_listed_once():
+    pair = [1, Pair(2, 3)]
+    pair.append(pair)
+    assert sorted(list_leaves([pair, (pair, 4)])) == [1, 2, 3, 4]
+    assert list(list_leaves({1: 2})) == [{1: 2}]

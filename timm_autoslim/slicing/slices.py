@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from timm_autoslim.slicing.attributes import Value, set_attributes
 from timm_autoslim.slicing.tensors import Axis, copy_slice
 from timm_autoslim.utils.copying import copy_deeply
+from timm_autoslim.utils.tensors import list_leaves
 
 M = TypeVar("M", bound=nn.Module)
 V = TypeVar("V")
@@ -119,7 +120,11 @@ def is_cache(kind: type, name: str, value: Any) -> bool:
             dict that the constructor fills is state.
         name, value: the attribute.
     """
-    holds = type(value) is dict and name[0] != "_" and any(map(_holds_tensor, value.values()))
+    holds = (
+        type(value) is dict
+        and name[0] != "_"
+        and any(isinstance(leaf, Tensor) for v in value.values() for leaf in list_leaves(v))
+    )
     return holds and _stores_into(kind, name)
 
 
@@ -177,10 +182,6 @@ def _looks_up(code: CodeType, name: str) -> bool:
             if not item and following[0].argval not in _READERS:
                 return False
     return True
-
-
-def _holds_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor) or (type(value) in (tuple, list) and any(map(_holds_tensor, value)))
 
 
 _PROPERTIES: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()  # a class is looked at once

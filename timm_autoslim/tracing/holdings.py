@@ -131,22 +131,27 @@ def _list_of_object(path: str, name: str, value: Any) -> Iterator[Attribute]:
 
 
 def list_values(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the tensors and numbers in nested containers, each with its place there.
+    """Yield the tensors and numbers in nested containers, each with its place there; those in each container once.
 
     What stands under a size in a dict is no number that is kept: it is looked up by that size.
     """
+    return _list_values(value, place, set())
+
+
+def _list_values(value: Any, place: str, ids: set[int]) -> Iterator[tuple[str, Any]]:
     if isinstance(value, (Tensor, int, float)):
         if type(value) is not bool:
             yield place, value
-    elif isinstance(value, (list, tuple, deque)):
-        for index, member in enumerate(value if len(value) <= _LARGE else ()):
-            yield from list_values(member, f"{place}[{index}]")
-    elif isinstance(value, Mapping):
-        for key, member in value.items() if len(value) <= _LARGE else ():
-            is_table = _holds_number(key)
-            for inner, leaf in list_values(member, f"{place}[{key!r}]"):
-                if isinstance(leaf, Tensor) or not is_table:
-                    yield inner, leaf
+        return
+    is_mapping = isinstance(value, Mapping)
+    if not (is_mapping or isinstance(value, (list, tuple, deque))) or len(value) > _LARGE or id(value) in ids:
+        return
+    ids.add(id(value))
+    for key, member in value.items() if is_mapping else enumerate(value):
+        is_table = is_mapping and _holds_number(key)
+        for inner, leaf in _list_values(member, f"{place}[{key!r}]", ids):
+            if isinstance(leaf, Tensor) or not is_table:
+                yield inner, leaf
 
 
 def _holds_number(key: Any) -> bool:

@@ -23,6 +23,7 @@ from timm_autoslim.tracing.holdings import list_attributes
 from timm_autoslim.tracing.reachable import CONTAINERS, LRU_CACHED, MISSING, Binding, Container, Walk
 from timm_autoslim.tracing.sizes import Size
 from timm_autoslim.utils.meta import sharing_generators
+from timm_autoslim.utils.tensors import list_leaves
 
 T = TypeVar("T")
 _TRACING = threading.RLock()
@@ -208,11 +209,9 @@ def _bypass_function(function: Any, results: dict[Any, Any]) -> Callable[..., An
 
 
 def _belongs_to_run(values: Iterable[Any]) -> bool:
-    for value in values:
+    for value in list_leaves([*values]):
         if isinstance(value, (Size, nn.Module)) or (isinstance(value, Tensor) and value.is_meta):
             return True
         if isinstance(value, torch.device) and value.type == "meta":
-            return True
-        if isinstance(value, (tuple, list)) and _belongs_to_run(value):
             return True
     return False

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_autoslim.utils.meta import is_generator
+from timm_autoslim.utils.tensors import list_leaves
 
 # Packages whose code keeps nothing that depends on one model.
 _SKIPPED = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "timm_autoslim"}
@@ -135,9 +136,7 @@ def _follows_sizes(entry: tuple[Any, ...]) -> bool:
 
 
 def _holds(value: Any, kinds: Any) -> bool:
-    if type(value) in (tuple, list):
-        return any(_holds(member, kinds) for member in value)
-    return isinstance(value, kinds) and not isinstance(value, bool)
+    return any(isinstance(leaf, kinds) and not isinstance(leaf, bool) for leaf in list_leaves(value))
 
 
 def _read_cell(cell: types.CellType) -> Any:

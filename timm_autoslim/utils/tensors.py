@@ -44,6 +44,24 @@ def _walk_tensors(value: Any, path: tuple[Any, ...], ids: set[int]) -> Iterator[
         yield from _walk_tensors(member, (*path, name), ids)
 
 
+def list_leaves(value: Any) -> Iterator[Any]:
+    """Yield what nested tuples and lists hold, or the value itself if it is none; the members of each of them once.
+
+    Example:
+        >>> pair = [1, 2]
+        >>> sorted(list_leaves([pair, (pair, 3)]))
+        [1, 2, 3]
+    """
+    waiting, ids = [value], set[int]()
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, (tuple, list)):
+            yield value
+        elif id(value) not in ids:
+            ids.add(id(value))
+            waiting += value
+
+
 def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """Return a copy of a nested value with `function(tensor)` at the place of each tensor; all else stays.
 
