@@ -1,7 +1,10 @@
 """Deep copies of models that hold what copy.deepcopy cannot copy."""
 
+import copy
+import functools
 import math
 import threading
+from collections import OrderedDict, deque
 
 import pytest
 import torch
@@ -94,3 +97,45 @@ def test_results_of_autograd_in_a_dict_are_copied_without_their_history():
     assert not any(tensor.requires_grad or tensor is other
                    for tensor, other in zip(copied.cache["cpu"], model.cache["cpu"], strict=True))  # fmt: skip
     assert copied.weight.requires_grad
+
+
+class Trainer:
+    """Holds a lock, as an object that several threads use does, and has a hook."""
+
+    def __init__(self):
+        self.lock, self.count = threading.Lock(), 0
+
+    def hook(self, module, args, out):
+        with self.lock:
+            self.count += 1
+
+
+def keep_in_a_method(model):
+    model.a.register_forward_hook(Trainer().hook)
+
+
+def keep_in_a_partial(model):
+    model.a.register_forward_hook(functools.partial(Trainer.hook, Trainer()))
+
+
+def keep_in_an_attribute(model):
+    model.a.lock = threading.Lock()
+
+
+def keep_in_a_deque(model):
+    model.a.locks = deque([{"lock": threading.RLock()}])
+
+
+@pytest.mark.parametrize("keep", [keep_in_a_method, keep_in_a_partial, keep_in_an_attribute, keep_in_a_deque])
+def test_a_model_that_holds_a_lock_is_converted_and_its_supernet_copied(keep):
+    model = nn.Sequential(OrderedDict(a=nn.Linear(4, 8), b=nn.Linear(8, 2)))
+    keep(model)
+    supernet, rows = convert(model, torch.zeros(1, 4)), torch.randn(2, 4)
+    widths = supernet.space.min()
+    pair = {"supernet": supernet, "weight": model.a.weight, "layers": [model.a]}
+    copied = copy.deepcopy(pair)
+    assert copied["weight"] is copied["supernet"].model.a.weight
+    assert copied["layers"][0] is copied["supernet"].model.a
+    assert copied["weight"] is not model.a.weight
+    assert torch.equal(copied["supernet"](rows, widths), supernet(rows, widths))
+    assert torch.equal(supernet.extract(widths)(rows), supernet(rows, widths))

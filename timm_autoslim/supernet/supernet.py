@@ -29,6 +29,7 @@ from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.strays import check_subnet
 from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.utils.arguments import check_integer, quote
+from timm_autoslim.utils.copying import copy_within
 from timm_autoslim.utils.meta import count_images, make_meta_example
 from timm_autoslim.utils.redirecting import redirect_functions
 from timm_autoslim.utils.tensors import collect_tensors
@@ -76,6 +77,7 @@ class Supernet(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Supernet:
         """Return a deep copy, in which closures and hooks of the model refer to the copy's modules."""
         copied = memo[id(self)] = type(self).__new__(type(self))
+        copy_within(self.model, memo)
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
         redirect_functions(copied, memo)
         return copied

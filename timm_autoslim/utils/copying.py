@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import threading
 import types
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -45,19 +47,35 @@ def copy_deeply(model: T, memo: Mapping[int, Any] | None = None) -> T:
         >>> copy_deeply(model).config
         {'width': 4}
     """
-    memo = dict(memo or {})
+    return copy_within(model, dict(memo or {}))
+
+
+def copy_within(model: T, memo: dict[int, Any]) -> T:
+    """Return a deep copy of a model, as a part of a larger deep copy.
+
+    Args:
+        model: the model.
+        memo: that of `copy.deepcopy`; it gets what was copied.
+
+    Raises:
+        Exception: as `copy_deeply`.
+    """
     while True:
+        memo_of_copy = dict(memo)
         try:
-            memo_of_copy = dict(memo)
             copied = copy.deepcopy(model, memo_of_copy)
-            if isinstance(copied, nn.Module):
-                redirect_functions(copied, memo_of_copy)
-            return copied
         except Exception:
             obstacle = _find_obstacle(model, memo)
             if obstacle is None:
                 raise
             memo[id(obstacle)] = _copy_by_hand(obstacle, memo)
+            continue
+        if isinstance(copied, nn.Module):
+            redirect_functions(copied, memo_of_copy)
+        kept = memo_of_copy.pop(id(memo_of_copy), [])  # what has to live as long as its id is in use
+        memo.update(memo_of_copy)
+        memo.setdefault(id(memo), []).extend(kept)
+        return copied
 
 
 def _find_obstacle(model: Any, memo: Mapping[int, Any]) -> Any:
@@ -113,8 +131,12 @@ def _read_slots(value: Any) -> dict[str, Any]:
 def _list_members(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
         yield from dict.values(value)
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
         yield from value
+    elif isinstance(value, types.MethodType):
+        yield value.__self__
+    elif isinstance(value, functools.partial):
+        yield from (value.func, value.args, value.keywords)
     if not isinstance(value, type):
         yield from _read_namespace(value).values()
         yield from _read_slots(value).values()
