@@ -28,13 +28,29 @@ class Net(nn.Module):
         self.scale, self.heads, self.residual, self.mode = 0.5, 2, True, "mean"
         self.function, self.counter, self.limit = F.gelu, 0, float("-inf")
         self.partial = functools.partial(F.leaky_relu, negative_slope=0.1)
+        self.of_closure, self.of_closures = scale_by(2), functools.partial(scale_by(scale_by(2)), 1.0)
+        self._power, self._seen = 2.0, 0
+        self.weight_init_mode, self.learning_rate, self.created, self.sizes = "normal", 0.1, "Monday", [3, 4]
         self.calls, self.drop_rate, self.file_name = 0, 0.1, "net.pt"
         self.grad_checkpointing = False
         self.register_buffer("table", torch.ones(8))
 
     def forward(self, x):
         self.calls += 1
-        return x
+        self._seen = len(x)
+        x = self.of_closure(x * self.scale / self.heads) ** self._power
+        return self.read(x) if self.residual and self.mode == "mean" else x.clamp(self.limit)
+
+    def read(self, x):
+        return self.partial(self.function(x)) if self.of_closures else x
+
+    def reset(self):
+        """No forward calls it."""
+        nn.init.constant_(self.head.weight, self.learning_rate)
+
+
+def scale_by(factor):
+    return lambda x, bias=0.0: factor * x + bias
 
 
 def draw(model):
@@ -62,9 +78,23 @@ CHANGES = {
     "text": (assign("", "mode", "sum"), "mode is sum, and was mean"),
     "infinity": (assign("", "limit", -1.0), "limit is -1.0, and was -inf"),
     "function": (assign("", "function", F.relu), "function is relu(), and was gelu()"),
-    "partial": (assign("", "partial", F.relu), "partial is relu(), and was leaky_relu()"),
+    "partial": (assign("", "partial", F.relu), "partial is relu(), and was leaky_relu(negative_slope=0.1)"),
+    "keyword of a partial": (
+        assign("", "partial", functools.partial(F.leaky_relu, negative_slope=0.2)),
+        "partial is leaky_relu(negative_slope=0.2), and was leaky_relu(negative_slope=0.1)",
+    ),
+    "constant in a closure": (
+        assign("", "of_closure", scale_by(3)),
+        "of_closure is <lambda>(bias=0.0, factor=3), and was <lambda>(bias=0.0, factor=2)",
+    ),
+    "constant in a closure in a closure": (
+        assign("", "of_closures", functools.partial(scale_by(scale_by(3)), 1.0)),
+        "of_closures is <lambda>(0=1.0, bias=0.0, factor=<lambda>(bias=0.0, factor=3)), and was <lambda>(0=1.0, ",
+    ),
+    "private": (assign("", "_power", 3.0), "_power is 3.0, and was 2.0"),
     "hook": (
-        lambda net: net.conv.register_forward_hook(lambda *_: None), "conv is: Conv2d with 1 forward hook, and was"
+        lambda net: net.conv.register_forward_hook(scale_by(2)),
+        "conv is: Conv2d with 1 forward hook (<lambda>(bias=0.0, factor=2)), and was: Conv2d",
     ),
     "hook before": (
         lambda net: net.path.register_forward_pre_hook(lambda *_: None), "path is new: Identity with 1 forward hook"
@@ -109,6 +139,11 @@ ALLOWED = {
     "a counter": assign("", "counter", 7),
     "what the forward writes": lambda net: net(torch.ones(1)),
     "what is new": assign("", "epoch", 3),
+    "a text that no code mentions": assign("", "weight_init_mode", "uniform"),
+    "a date": assign("", "created", "Tuesday"),
+    "a number that only other methods read": assign("", "learning_rate", 0.2),
+    "a list that no code mentions": assign("", "sizes", [5, 6]),
+    "what the forward writes to a private attribute": assign("", "_seen", 9),
     "gradient checkpointing": assign("", "grad_checkpointing", True),
     "several processes": nn.SyncBatchNorm.convert_sync_batchnorm,
     "a wrapped forward": wrap_forward,
@@ -156,3 +191,68 @@ def test_only_the_first_changes_are_named_and_long_ones_are_cut():
     assert join_changes([]) == ""
     assert join_changes(["a", "b", "c", "d", "e"]) == "a; b; c and 2 more"
     assert re.fullmatch(r"x{200}\.\.\.", join_changes(["x" * 999]))
+
+
+class Reading(Net):
+    """Reads an attribute in a way that a test gives."""
+
+    def forward(self, x):
+        return read(self, x)
+
+
+def read(net, x):
+    return net.helper(net, x)
+
+
+class Helper:
+    def __call__(self, net, x):
+        return x * net.learning_rate
+
+
+WAYS = {
+    "a function that the forward calls": lambda net: setattr(net, "helper", lambda net, x: x * net.learning_rate),
+    "an object": lambda net: setattr(net, "helper", Helper()),
+    "a hook": lambda net: net.act.register_forward_hook(lambda module, args, out: out * net.learning_rate),
+    "a name that is made": lambda net: setattr(net, "helper", lambda net, x: x * getattr(net, "learning" + "_rate")),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_attribute_that_code_may_read_in_any_way_is_a_setting(way):
+    net = Reading()
+    WAYS[way](net)
+    outline = draw(net)
+    net.learning_rate = 0.2
+    assert [*outline.list_differences(net)] == ["learning_rate is 0.2, and was 0.1"]
+
+
+class Same(nn.Conv2d):
+    """A convolution of one's own, whose code mentions nothing of torch's."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_what_the_code_of_torch_reads_of_a_class_is_a_setting():
+    net = nn.Sequential(Same(3, 8, 3))
+    outline = Outline.draw(net, [], [])
+    net[0].padding_mode = "circular"
+    assert [*outline.list_differences(net)] == ["0.padding_mode is circular, and was zeros"]
+
+
+def test_what_a_function_changes_in_its_closure_is_no_constant_of_it():
+    def count():
+        calls = 0
+
+        def run(x):
+            nonlocal calls
+            calls += 1
+            return x
+
+        return run
+
+    net = Net()
+    net.function = count()
+    outline = draw(net)
+    net.function(1)
+    assert not [*outline.list_differences(net)]

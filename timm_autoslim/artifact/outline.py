@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-import math
 import re
 import reprlib
-import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from timm_autoslim.artifact.settings import ForwardNames, Setting, is_compared, is_torchs, read_setting
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.utils.dropouts import is_dropout
 from timm_autoslim.utils.forwards import list_stored_names
@@ -22,16 +20,7 @@ from timm_autoslim.utils.tensors import find_tied_names
 _MENTIONED = 3  # so many changes are named
 _LONGEST = 200  # letters of a change that is named
 _ABSENT = object()
-_FEW = 64  # items of a list that is a setting
-# Attributes that are no part of what a model computes in evaluation, by their names: those of training, the choice of
-# a kernel, and notes.
-_ASIDE = re.compile(
-    r"training|drop|momentum|inplace|checkpoint|ckpt|grad|fused?_attn|deploy|export|epoch|loss|criterion"
-    r"|smoothing|survival|stochastic|seed|debug|verbose|track_running|(^|_)(counte?r?s?|calls|lr)$"
-)
-_LABEL = re.compile(r"path|file|url|version|device|dtype|(^|_)(name|task|id)$")  # of texts that are no settings
-
-Setting = bool | int | float | str | tuple[bool | int | float | None, ...]
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -43,12 +32,13 @@ class Outline:
         tensors: the shapes of the buffers and tensor attributes that are sliced.
         ties: for each further name of a tied parameter, its first name.
         attributes: the attributes that change with the widths, by path.
-        numbers: hyperparameters of torch's modules that are integers, such as a stride; and attributes that are lists
-            of integers, such as the size of the images.
+        numbers: hyperparameters of torch's modules that are integers, such as a stride; and public attributes that are
+            lists of integers, such as the size of the images.
         modules: by path, the class of every module, with its forward hooks, and whether it has a forward of its own.
             Those that pass everything on in evaluation, such as a dropout, are left out.
         settings: further attributes that are numbers, flags, texts or functions, such as the eps of a norm; but none
-            that serves training alone, by its name.
+            that serves training alone, by its name. A function is its name, with the constants that it was made with:
+            the arguments of a partial, and of one that a function has made, defaults and variables of its closure.
         written: paths of attributes that the model's own forward changes, which are in none of these.
     """
 
@@ -99,16 +89,25 @@ class Outline:
                 yield f"{path} is {'gone' if number is _ABSENT else number}, and was {value}"
 
     def list_differences(self, model: nn.Module) -> Iterator[str]:
-        """Yield, in words, all that is different in a model; but no attribute that it lacks, which a run may leave."""
+        """Yield, in words, all that is different in a model.
+
+        But no attribute that it lacks, which a run may leave, and no number or setting whose name is nowhere in the
+        code of its forward, such as the date of its creation.
+        """
         modules = dict(_list_modules(model))
         for path in {**self.modules, **modules}:
             now, before = modules.get(path), self.modules.get(path)
             if now != before:
                 yield f"{path or 'the model'} {_describe_module(_get_module(model, path), now, before)}"
         yield from self._compare_tensors(model)
+        names = ForwardNames(model)
         for path, value in {**self.attributes, **self.numbers, **self.settings}.items():
-            setting = _read_setting(_find_attribute(model, path))
-            if setting is not None and setting != value:
+            setting = read_setting(_find_attribute(model, path))
+            if setting is None or setting == value:
+                continue
+            above, _, leaf = path.rpartition(".")
+            module = _get_module(model, above)
+            if path in self.attributes or module is None or names.may_read(module, leaf):
                 yield f"{path} is {setting}, and was {value}"
 
     def _compare_tensors(self, model: nn.Module) -> Iterator[str]:
@@ -267,30 +266,13 @@ def _list_settings(model: nn.Module) -> Iterator[tuple[str, Setting]]:
     for path, module in model.named_modules():
         if _passes_on(module):
             continue
+        hides_state = is_torchs(type(module))  # in private attributes, which follow from the others
         for name, value in module.__dict__.items():
-            if name.startswith("_") or name == "forward" or _ASIDE.search(name):
+            if name in _OF_EVERY_MODULE or name == "forward" or (hides_state and name.startswith("_")):
                 continue
-            setting = _read_setting(value)
-            if setting is not None and not (isinstance(value, str) and _LABEL.search(name)):
+            setting = read_setting(value)
+            if setting is not None and is_compared(name, value):
                 yield f"{path}.{name}" if path else name, setting
-
-
-def _read_setting(value: Any) -> Setting | None:
-    """Return an attribute as JSON can say it: a number, a flag, a text, a short list, the name of a function."""
-    if type(value) in (bool, int, str):
-        return value  # type: ignore[no-any-return]
-    if type(value) is float:
-        return value if math.isfinite(value) else str(value)
-    if type(value) in (tuple, list):
-        plain = value and len(value) <= _FEW and all(item is None or type(item) in (bool, int, float) for item in value)
-        integers = all(type(item) is int for item in value)
-        finite = all(not isinstance(item, float) or math.isfinite(item) for item in value)
-        return tuple(value) if (plain and finite) or (value and integers) else None
-    while isinstance(value, functools.partial):
-        value = value.func
-    if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType | type):
-        return f"{value.__name__}()"
-    return None
 
 
 # ------------------------------------------------------------------------------------------------ modules
@@ -321,9 +303,10 @@ def _name_module(module: nn.Module) -> str:
 
 def _list_marks(module: nn.Module) -> list[str]:
     """Return what makes a call of a module other than its class says, in words."""
-    hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     forward = module.__dict__.get("forward")
-    marks = [f"{hooks} forward hook{'s' if hooks > 1 else ''}"] if hooks else []
+    names = ", ".join(str(read_setting(hook) or type(hook).__name__) for hook in hooks)
+    marks = [f"{len(hooks)} forward hook{'s' if hooks[1:] else ''} ({names})"] if hooks else []
     if forward is not None:
         forward = inspect.unwrap(forward)  # mixed precision and compilation wrap the forward of the class
         forward = getattr(forward, "__func__", forward)

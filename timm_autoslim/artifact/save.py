@@ -47,8 +47,8 @@ def save(model: nn.Module, out: str | Path, *, example_input: Any = None) -> Pat
 
     A model is refused whose modules or their settings are others than when it was extracted or loaded: another
     activation, `eps`, stride, head or layer, or a forward hook. No original would become it. Weights, statistics, types
-    and devices may change, and what serves training alone: rates of dropout and drop path, `momentum`, gradient
-    checkpointing, SyncBatchNorm.
+    and devices may change, attributes that no code of the forward mentions, and what serves training alone: rates of
+    dropout and drop path, `momentum`, gradient checkpointing, SyncBatchNorm.
 
     Args:
         model: a slim model, as `supernet.extract` returns it, fine-tuned or calibrated.

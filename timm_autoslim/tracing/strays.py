@@ -16,10 +16,10 @@ from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.labels import Label
-from timm_autoslim.tracing.ways import EVERY_ATTRIBUTE, Walk, Way, is_skipped
 from timm_autoslim.utils.forwards import list_mentioned_names
 from timm_autoslim.utils.redirecting import CONSTANTS
 from timm_autoslim.utils.tensors import list_slots, named_tensors
+from timm_autoslim.utils.ways import EVERY_ATTRIBUTE, Walk, Way, is_skipped
 
 _MOST_LEVELS = 4  # of objects in each other
 _MOST_OBJECTS = 10_000

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from timm_autoslim.tracing.ways import Walk
+from timm_autoslim.utils.ways import Walk
 
 
 class Trainer:

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from timm_autoslim.slicing.attributes import MODULE_NAMES
 from timm_autoslim.utils.codes import list_globals, list_names
 from timm_autoslim.utils.redirecting import CONSTANTS, STORES, read_cell
 from timm_autoslim.utils.tensors import list_slots
@@ -31,6 +30,8 @@ _EVERY_PART = EVERY_ATTRIBUTE | {
     "modules", "children", "named_modules", "named_children", "parameters", "named_parameters", "buffers",
     "named_buffers", "state_dict", "get_submodule", "get_parameter", "get_buffer", "apply", *STORES,
 }  # fmt: skip
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_MOST_OBJECTS = 20_000  # more code than any model has
 _CONSTRUCTORS = {"__init__", "__new__", "__init_subclass__"}
 
 Way = tuple[Any, str]  # an object, and how it is found, such as "trainer.model"
@@ -43,10 +44,22 @@ class Walk:
         ends: by id of an object at which a walk ends, what it is.
         own: ids of modules whose weights are no end; only what their code and attributes lead to may be.
         root: the module that is not called, since the code is a part of it.
+        names: those of attributes and globals in the code that the last walk has met.
+        is_whole: whether the last walk has met all that there was.
     """
 
-    def __init__(self, ends: dict[int, str], own: set[int], root: nn.Module) -> None:
-        self.ends, self.own, self.root = ends, own, root
+    def __init__(
+        self, ends: dict[int, str], own: set[int], root: nn.Module, *, installed: bool = False, most: int = sys.maxsize
+    ) -> None:
+        """Prepare walks.
+
+        Args:
+            ends, own, root: see above.
+            installed: look into the globals of installed packages too.
+            most: so many objects are met.
+        """
+        self.ends, self.own, self.root, self.installed, self.most = ends, own, root, installed, most
+        self.names, self.is_whole = set[str](), True
 
     def find(self, starts: Iterable[Way], names: Iterable[str] = ()) -> dict[str, str]:
         """Return which ends the code reaches, each with the way to it.
@@ -55,11 +68,12 @@ class Walk:
             starts: functions, or objects that code uses which mentions `names`.
             names: of attributes.
         """
-        starts, mentioned, before = list(starts), set(names), -1
+        starts, before = list(starts), -1
+        self.names = mentioned = set(names)
         found: dict[str, str] = {}
         while len(mentioned) > before:  # code that is found late may mention an attribute of what was met early
             before, waiting, met = len(mentioned), list(starts), dict[int, Any]()
-            while waiting:
+            while waiting and len(met) < self.most:
                 value, way = waiting.pop()
                 if (type(value) in CONSTANTS and type(value) is not type) or id(value) in met:
                     continue
@@ -68,6 +82,9 @@ class Walk:
                     found.setdefault(self.ends[id(value)], way)
                 else:
                     waiting += self._list_next(value, way, mentioned)
+            self.is_whole = not waiting
+            if waiting:
+                break
         return found
 
     def _list_next(self, value: Any, way: str, names: set[str]) -> Iterator[Way]:
@@ -75,7 +92,7 @@ class Walk:
         if type(value) in weakref.ProxyTypes:  # it says that it is what it stands for
             yield _read_proxy(value), way
         elif isinstance(value, types.FunctionType):
-            yield from _list_of_function(value, way, names)
+            yield from _list_of_function(value, way, names, self.installed)
         elif isinstance(value, types.ModuleType):
             if not is_skipped(value.__name__):
                 yield from _pick(vars(value), value.__name__, names)
@@ -100,7 +117,7 @@ class Walk:
 
     def _list_of_module(self, module: nn.Module, way: str, names: set[str]) -> Iterator[Way]:
         namespace, kind, is_own = module.__dict__, type(module), id(module) in self.own
-        attributes = {name: value for name, value in namespace.items() if name not in MODULE_NAMES}
+        attributes = {name: value for name, value in namespace.items() if name not in _OF_EVERY_MODULE}
         yield from _pick(attributes, way, names, EVERY_ATTRIBUTE)
         every = is_skipped(kind.__module__) or "__getattr__" in vars(kind)  # a Sequential is indexed
         for store in STORES if not is_own else ("_modules",):
@@ -120,11 +137,11 @@ def _pick(namespace: dict[str, Any], way: str, names: set[str], every: Iterable[
         yield namespace[name], f"{way}.{name}"
 
 
-def _list_of_function(function: types.FunctionType, way: str, names: set[str]) -> Iterator[Way]:
+def _list_of_function(function: types.FunctionType, way: str, names: set[str], installed: bool) -> Iterator[Way]:
     code = function.__code__
     if not is_skipped(function.__module__):
         names.update(list_names(code))
-        if not _INSTALLED.search(code.co_filename):
+        if installed or not _INSTALLED.search(code.co_filename):
             yield from _list_global_ways(code, function.__globals__, set(list_names(code)))
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         content = read_cell(cell)
@@ -187,3 +204,22 @@ def _read_proxy(proxy: Any) -> Any:
         return proxy.__repr__.__self__
     except ReferenceError:
         return None
+
+
+def list_mentioned(model: nn.Module) -> set[str] | None:
+    """Return the names in all code that may run in a model's forward; None if that code may read any attribute.
+
+    It is the code of classes, hooks and of what modules hold, and what these lead to, but none of torch.
+
+    Example:
+        >>> class Net(nn.Module):
+        ...     def forward(self, x):
+        ...         return x * self.scale
+        >>> sorted(list_mentioned(nn.Sequential(Net())))
+        ['forward', 'scale']
+    """
+    modules = list(model.modules())
+    walk = Walk({}, {id(module) for module in modules}, model, installed=True, most=_MOST_OBJECTS)
+    hooks = (h for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks) for h in hooks.values())
+    walk.find([(value, "") for value in (*modules, *hooks)], {"forward"})
+    return walk.names if walk.is_whole and walk.names.isdisjoint(EVERY_ATTRIBUTE) else None
