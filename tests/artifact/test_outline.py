@@ -238,21 +238,3 @@ def test_what_the_code_of_torch_reads_of_a_class_is_a_setting():
     outline = Outline.draw(net, [], [])
     net[0].padding_mode = "circular"
     assert [*outline.list_differences(net)] == ["0.padding_mode is circular, and was zeros"]
-
-
-def test_what_a_function_changes_in_its_closure_is_no_constant_of_it():
-    def count():
-        calls = 0
-
-        def run(x):
-            nonlocal calls
-            calls += 1
-            return x
-
-        return run
-
-    net = Net()
-    net.function = count()
-    outline = draw(net)
-    net.function(1)
-    assert not [*outline.list_differences(net)]
