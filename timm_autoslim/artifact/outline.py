@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import reprlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ _MENTIONED = 3  # so many changes are named
 _LONGEST = 200  # letters of a change that is named
 _ABSENT = object()
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+Paths = Sequence[tuple[str, nn.Module]]  # modules by path
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,12 @@ class Outline:
             written: paths of attributes that the model's own forward was seen to change; those that its code stores
                 are added.
         """
-        shapes, written = _read_shapes(model), {*written, *_list_stored(model)}
+        modules = list(model.named_modules())
+        shapes, written = _read_shapes(model), {*written, *_list_stored(modules)}
         values = {path: _find_attribute(model, path) for path in attributes}
         values = {path: value for path, value in values.items() if _is_number(value)}
-        numbers = {path: value for path, value in _list_numbers(model) if path not in written}
-        settings = dict(_list_settings(model))
+        numbers = {path: value for path, value in _list_numbers(modules) if path not in written}
+        settings = dict(_list_settings(modules))
         return cls(
             shapes=shapes,
             tensors=_read_tensor_shapes(model, [name for name in tensors if name not in shapes]),
@@ -211,8 +214,9 @@ def _read_tensor_shapes(model: nn.Module, names: Iterable[str]) -> dict[str, tup
 
 def _find_ties(model: nn.Module) -> dict[str, str]:
     """Return, for each further name of a tied parameter, its first name."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name: first for name, first in find_tied_names(model).items() if name in parameters}
+    ties = find_tied_names(model)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)} if ties else set()
+    return {name: first for name, first in ties.items() if name in parameters}
 
 
 # ------------------------------------------------------------------------------------------------ attributes
@@ -239,9 +243,9 @@ def _find_attribute(model: nn.Module, path: str) -> Any:
     return tuple(value) if type(value) is list else value
 
 
-def _list_stored(model: nn.Module) -> Iterator[str]:
+def _list_stored(modules: Paths) -> Iterator[str]:
     """Yield the paths of the attributes that forwards store."""
-    for path, module in model.named_modules():
+    for path, module in modules:
         for name in list_stored_names(type(module)) & module.__dict__.keys():
             yield f"{path}.{name}" if path else name
 
@@ -251,9 +255,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float | tuple)
 
 
-def _list_numbers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _list_numbers(modules: Paths) -> Iterator[tuple[str, Any]]:
     """Yield the hyperparameters of modules that are integers, and all attributes that are lists of integers."""
-    for path, module in model.named_modules():
+    for path, module in modules:
         constants = getattr(type(module), "__constants__", ())  # torch's modules name theirs so
         for name, value in module.__dict__.items():
             is_list = type(value) in (tuple, list) and value and all(type(item) is int for item in value)
@@ -261,9 +265,9 @@ def _list_numbers(model: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield f"{path}.{name}" if path else name, tuple(value) if is_list else value
 
 
-def _list_settings(model: nn.Module) -> Iterator[tuple[str, Setting]]:
+def _list_settings(modules: Paths) -> Iterator[tuple[str, Setting]]:
     """Yield the attributes of modules that are settings."""
-    for path, module in model.named_modules():
+    for path, module in modules:
         if _passes_on(module):
             continue
         hides_state = is_torchs(type(module))  # in private attributes, which follow from the others

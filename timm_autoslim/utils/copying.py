@@ -7,7 +7,7 @@ import functools
 import io
 import threading
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -60,6 +60,10 @@ def copy_within(model: T, memo: dict[int, Any]) -> T:
     Raises:
         Exception: as `copy_deeply`.
     """
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        for value in module.__dict__.values():  # most are places for hooks, which take `copy.deepcopy` half of its time
+            if type(value) is OrderedDict and not value:
+                memo.setdefault(id(value), OrderedDict())
     while True:
         memo_of_copy = dict(memo)
         try:

@@ -122,11 +122,11 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def find_tied_names(model: nn.Module) -> dict[str, str]:
     """Return, for each further name of a tied tensor, the name that it has in `named_tensors`."""
-    first = {id(tensor): name for name, tensor in named_tensors(model).items()}
-    ties = {}
+    first: dict[int, str] = {}
+    ties: dict[str, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in _module_tensors(path, module):
-            if first.get(id(tensor), name) != name:
+            if first.setdefault(id(tensor), name) != name:
                 ties[name] = first[id(tensor)]
     return ties
 
