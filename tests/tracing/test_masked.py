@@ -97,3 +97,33 @@ def test_an_identity_matrix_of_another_size_fixes_channels(name):
     make, reason = FIXED_EYES[name]
     with pytest.raises(NothingToSlimError, match=reason):
         convert(Identity(make).eval(), torch.randn(2, 3, 5, 5))
+
+
+class Mixing(nn.Module):
+    """Mixes channels by a matrix that it makes of smaller ones."""
+
+    def __init__(self, make, channels):
+        super().__init__()
+        self.make = [make]
+        self.first, self.second = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(8, 10))
+        self.stem, self.last = nn.Conv2d(3, channels[1], 1), nn.Conv2d(channels[0], 5, 1)
+
+    def forward(self, x):
+        return self.last(torch.einsum("nihw,oi->nohw", self.stem(x), self.make[0](self))).mean((2, 3))
+
+
+MATRICES = {
+    "block_diag": (torch.block_diag, (12, 16), {"stem": 6, "stem:2": 10, "first": 4, "second": 8}),
+    "kron": (torch.kron, (32, 60), {"stem": 10, "second": 8}),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_a_matrix_that_is_made_of_others_shrinks_as_they_do(name):
+    torch.manual_seed(0)
+    function, channels, widths = MATRICES[name]
+    model = randomise(Mixing(lambda m: function(m.first, m.second), channels)).eval()
+    images = torch.randn(2, 3, 5, 5)
+    supernet = convert(model, images).eval()
+    assert supernet.space.max().to_dict() == widths
+    check_masked(supernet, images)

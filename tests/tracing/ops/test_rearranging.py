@@ -6,6 +6,7 @@ from helpers.operators import aten, by_name, reasons, run_rule, tensor
 CASES = {
     "cat": (aten.cat.default, [tensor(2, 6), tensor(2, 3)], 1),
     "cat with a part of one": (aten.cat.default, [tensor(2, 6), tensor(2, 1)], -1),
+    "block_diag": (aten.block_diag.default, [tensor(2, 6), tensor(3)]),
     "stack": (aten.stack.default, [tensor(2, 6), tensor(2, 6)], -1),
     "constant_pad_nd": (aten.constant_pad_nd.default, tensor(2, 6), [1, 2], 0.0),
     "constant_pad_nd that crops": (aten.constant_pad_nd.default, tensor(2, 6), [-1, 2]),

@@ -35,14 +35,23 @@ def _cat(flow: Flow, op: OperatorCall) -> None:
     flow.set_labels(op.out, labels)
 
 
-def _concatenate(flow: Flow, parts: Labels, lengths: Sequence[int]) -> Label:
+@RULES.add("block_diag")
+def _block_diagonal(flow: Flow, op: OperatorCall) -> None:
+    """Label the rows and columns of a matrix with others on its diagonal; one without two dimensions is a row."""
+    parts = [([None] * 2 + flow.get_labels(t))[-2:] for t in op["tensors"]]
+    shapes = [([1] * 2 + list(t.shape))[-2:] for t in op["tensors"]]
+    sides = zip(zip(*parts, strict=True), zip(*shapes, strict=True), strict=True)
+    flow.set_labels(op.out, [_concatenate(flow, v, n, "block_diag") for v, n in sides])
+
+
+def _concatenate(flow: Flow, parts: Sequence[Label], lengths: Sequence[int], what: str = "cat") -> Label:
     if all(part is None for part in parts):
         return None
     vectors = []
     for part, length in zip(parts, lengths, strict=True):
         if part is None:
             part = flow.atoms.create(length)
-            flow.freeze_label(part, "cat includes a part that cannot shrink")
+            flow.freeze_label(part, f"{what} includes a part that cannot shrink")
         vectors.append(part)
     return np.concatenate(vectors)
 
