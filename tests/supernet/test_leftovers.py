@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from timm_autoslim import convert
-from timm_autoslim.errors import ModelChangedError
+from timm_autoslim.errors import ModelChangedError, NothingToSlimError
 
 
 class Video(nn.Module):
@@ -71,6 +71,16 @@ def test_a_memory_in_a_list_is_state_and_no_cache(frames, ran):
     assert not slim.frames
     model.frames.clear()
     assert torch.equal(supernet(images, widths), slim(images))
+
+
+def test_what_a_growing_list_keeps_of_weights_is_a_cache():
+    class Logging(Memory):
+        def forward(self, x):
+            self.log.append(self.first.weight.norm().detach())
+            return self.last(self.first(x) * self.log[0]).mean((2, 3))
+
+    with pytest.raises(NothingToSlimError, match=r"its forward keeps log\[0\], which it computes from first.weight"):
+        convert(Logging([]).eval(), torch.randn(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("batch", [1, 2])

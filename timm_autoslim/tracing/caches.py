@@ -50,15 +50,19 @@ def find_filled(before: Holdings, *later: Holdings) -> Holdings:
     return filled
 
 
-def drop_memories(filled: Holdings, make_copy: Callable[[], nn.Module], example: Any) -> Holdings:
-    """Return what runs have kept, without lists that each run changes, such as a memory of frames or a log: state.
+def drop_memories(
+    filled: Holdings, is_known: Callable[[Tensor], bool], make_copy: Callable[[], nn.Module], example: Any
+) -> Holdings:
+    """Return what runs have kept, without state: tensors of inputs in lists that each run changes, as last frames.
 
     Args:
         filled: what runs have kept.
+        is_known: whether a tensor follows from weights and constants alone.
         make_copy: returns a meta copy of the model that has not run.
         example: inputs on the meta device.
     """
-    if not any("[" in name for (_, name), value in filled.items() if isinstance(value, Tensor)):
+    of_inputs = {p for p, value in filled.items() if "[" in p[1] and isinstance(value, Tensor) and not is_known(value)}
+    if not of_inputs:
         return filled
     model, lists = make_copy(), []
     for _ in range(3):
@@ -66,8 +70,9 @@ def drop_memories(filled: Holdings, make_copy: Callable[[], nn.Module], example:
         values = [(a.path, a.name, a.read()) for a in list_attributes(model)]
         lists.append({(path, name): [*value] for path, name, value in values if isinstance(value, (list, deque))})
     *_, before, after = lists
-    memories = {place for place, members in after.items() if not _are_same(members, before.get(place, ()))}
-    return {(path, name): v for (path, name), v in filled.items() if (path, name.partition("[")[0]) not in memories}
+    changing = {place for place, members in after.items() if not _are_same(members, before.get(place, ()))}
+    state = {(path, name) for path, name in of_inputs if (path, name.partition("[")[0]) in changing}
+    return {place: value for place, value in filled.items() if place not in state}
 
 
 def _are_same(members: Sequence[Any], others: Sequence[Any]) -> bool:

@@ -170,7 +170,8 @@ class Tracer:
         HeadBinder(self.copy, self.flow, self.records, self.numbers, self.attributes, read).bind(self.describer)
         self._freeze_unused_tensors()
         meta_example = make_meta_example(self.example, self.batches[False])
-        self.filled = drop_memories(find_filled(*self.holdings), self._copy_without_caches, meta_example)
+        known = self.recorder.values.is_known
+        self.filled = drop_memories(find_filled(*self.holdings), known, self._copy_without_caches, meta_example)
         for (path, name), value in self.filled.items():
             self.recorder.freeze_kept(path, name, value)
         unsaved = self.labels.keys() - set(self.copy.state_dict())
