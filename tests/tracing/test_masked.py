@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from timm_autoslim import convert
 from timm_autoslim.errors import NothingToSlimError
+from timm_autoslim.supernet.order import reorder_channels
 
 
 class Padded(nn.Module):
@@ -127,3 +128,36 @@ def test_a_matrix_that_is_made_of_others_shrinks_as_they_do(name):
     supernet = convert(model, images).eval()
     assert supernet.space.max().to_dict() == widths
     check_masked(supernet, images)
+
+
+TRIANGLES = {
+    "tril": lambda x: x.tril(),
+    "tril below the diagonal": lambda x: torch.tril(x, -1),
+    "triu": lambda x: torch.triu(x),
+    "triu above the diagonal": lambda x: x.triu(1),
+    "of ones": lambda x: x * torch.ones_like(x).tril(),
+    "both": lambda x: x.tril(-1) + torch.eye(x.shape[0], dtype=x.dtype) @ x.triu(),
+}
+
+
+class Triangle(Mixing):
+    def __init__(self, function):
+        super().__init__(lambda m: function(m.square), (12, 12))
+        self.square = nn.Parameter(torch.randn(12, 12))
+
+
+@pytest.mark.parametrize("name", TRIANGLES)
+def test_a_part_of_a_triangle_is_a_triangle(name):
+    torch.manual_seed(0)
+    model, images = randomise(Triangle(TRIANGLES[name])).eval().double(), torch.randn(2, 3, 5, 5).double()
+    supernet = convert(model, images).eval()
+    assert supernet.space.max().to_dict() == {"stem": 12}
+    check_masked(supernet, images)
+    reordered = reorder_channels(model, supernet.graph, "random")
+    torch.testing.assert_close(reordered(images), model(images))
+
+
+@pytest.mark.parametrize("function", [lambda x: x.tril(1), lambda x: x.triu(-1)], ids=["tril", "triu"])
+def test_a_triangle_beside_the_diagonal_fixes_channels(function):
+    with pytest.raises(NothingToSlimError, match="depends on the place of these channels"):
+        convert(Triangle(function).eval(), torch.randn(2, 3, 5, 5))

@@ -137,7 +137,13 @@ def _roll(flow: Flow, op: OperatorCall) -> None:
 @RULES.add("tril", "triu")
 def _triangle(flow: Flow, op: OperatorCall) -> None:
     labels = flow.get_labels(op["self"])  # (..., rows, columns)
-    flow.freeze_labels(labels[-2:], f"{op.name} depends on the place of these channels")
+    *_, rows, columns = labels
+    is_at_diagonal = op["diagonal"] in ((0, -1) if op.name == "tril" else (0, 1))
+    if rows is not None and columns is not None and len(rows) == len(columns) and is_at_diagonal:
+        flow.atoms.join(rows, columns)  # with the same rows and columns, in their order, a part is a triangle too
+        flow.constraints.ordered_vectors += [rows, columns]
+    else:
+        flow.freeze_labels([rows, columns], f"{op.name} depends on the place of these channels")
     flow.set_labels(op.out, labels)
 
 
