@@ -11,6 +11,7 @@ import timm
 import torch
 from helpers.models import randomise
 from safetensors.torch import load_file, save_file
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import timm_autoslim
@@ -472,3 +473,41 @@ def test_a_configuration_that_lost_a_number_is_not_saved(tmp_path):
     del slim.config.width
     with pytest.raises(ArtifactError, match=r"config\.width.*undo changes by hand"):
         save(slim, tmp_path / "slim")
+
+
+def close_over_a_layer(net):
+    layer = net[0]
+    net[1].register_forward_hook(lambda module, args, out: out + layer.bias.sum())
+
+
+def close_over_the_model(net):
+    net[1].register_forward_hook(lambda module, args, out: out + net[0].bias.sum())
+
+
+def close_over_a_weight(net):
+    bias = net[0].bias
+    net[1].register_forward_hook(lambda module, args, out: out + bias.sum())
+
+
+def close_over_another_kind(net):
+    other = nn.Conv2d(1, 1, 1)
+    net[1].register_forward_hook(lambda module, args, out: out + other.bias.sum())
+
+
+@pytest.mark.parametrize("close", [close_over_a_layer, close_over_the_model, close_over_a_weight])
+def test_a_deep_copy_whose_closures_run_another_model_is_not_saved(close, tmp_path):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    close(net)
+    slim = convert(net, torch.zeros(1, 4)).extract()
+    save(slim, tmp_path / "slim")
+    for copied in (copy.deepcopy(slim), ModelEmaV3(slim).module):
+        with pytest.raises(
+            ArtifactError, match=r"^the model: got code that can read a \w+ of another model as .*, beside"
+        ):
+            save(copied, tmp_path / "copied")
+
+
+def test_a_layer_of_another_kind_outside_of_a_model_is_no_obstacle_to_save(tmp_path):
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    close_over_another_kind(net)
+    save(convert(net, torch.zeros(1, 4)).extract(), tmp_path / "slim")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from timm_autoslim.utils.ways import Walk
+from timm_autoslim.utils.ways import Walk, find_strangers
 
 
 class Trainer:
@@ -164,3 +164,9 @@ def test_code_of_torch_and_python_is_not_read():
     model = Net()
     holder = SimpleNamespace(model=model)
     assert find(model, functools.partial(nn.functional.relu, holder)) == {}
+
+
+def test_strangers_are_parts_of_other_models():
+    model, other = Net(), Net()
+    model.a.register_forward_hook(lambda module, args, out: (out, model.b, other.b.weight))
+    assert {way for _, way in find_strangers(model)} == {"other", "other.b", "other.b.weight", "other.b.bias"}

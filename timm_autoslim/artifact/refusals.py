@@ -1,14 +1,15 @@
-"""What is refused before a slim model is written: a model without a spec, without numbers, or with old statistics."""
+"""What is refused before a slim model is written: one without a spec or numbers, or that runs layers of another one."""
 
 from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
 from timm_autoslim.artifact.spec import Spec
 from timm_autoslim.errors import ArtifactError, StaleStatisticsError
+from timm_autoslim.utils.ways import find_strangers
 
 
 def require_spec(model: nn.Module, function: str) -> Spec:
@@ -76,3 +77,29 @@ def refuse_stale(
                 needed="statistics of this model",
                 remedy=f"call timm_autoslim.calibrate(model, batches), or fine-tune it for longer, {advice}",
             )
+
+
+def refuse_strangers(model: nn.Module) -> None:
+    """Raise ArtifactError where a model's code leads to layers like its own in another model, as in a deep copy of one.
+
+    Raises:
+        ArtifactError: it does; the weights there are not those that would be saved.
+    """
+    parts: list[nn.Module | nn.Parameter] = [*model.modules(), *model.parameters()]
+    own = set(map(_describe, parts))
+    for part, way in find_strangers(model):
+        if _describe(part) in own:
+            raise ArtifactError.at(
+                "the model",
+                got=f"code that can read a {type(part).__name__} of another model as {way}, beside one of its own",
+                needed="code that finds the layers of the model itself; copy.deepcopy leaves closures over those of the "
+                "model that was copied",
+                remedy="save the model that was copied, or extract another one",
+            )
+
+
+def _describe(part: nn.Module | nn.Parameter) -> tuple[type, tuple[object, ...]]:
+    """Return the class of a module or parameter, and the shapes of its weights; two that differ are of each other."""
+    tensors = part.state_dict() if isinstance(part, nn.Module) else {"": part}
+    shapes = tuple((name, tuple(t.shape)) for name, t in tensors.items() if isinstance(t, Tensor))
+    return (type(part), shapes) if shapes else (type(part), (id(part),))

@@ -25,7 +25,7 @@ from timm_autoslim.artifact.folder import (
 )
 from timm_autoslim.artifact.outline import Outline, join_changes
 from timm_autoslim.artifact.parts import describe_parts
-from timm_autoslim.artifact.refusals import refuse_stale, refuse_without_numbers, require_spec
+from timm_autoslim.artifact.refusals import refuse_stale, refuse_strangers, refuse_without_numbers, require_spec
 from timm_autoslim.artifact.spec import Spec, advising
 from timm_autoslim.errors import ArtifactError
 from timm_autoslim.slicing.slices import Slices, shrink_model
@@ -63,7 +63,7 @@ def save(model: nn.Module, out: str | Path, *, example_input: Any = None) -> Pat
         OutputExistsError: `out` exists.
         StaleStatisticsError: BatchNorm statistics of a narrowed model are not its own.
         ArtifactError: the model has no spec or was changed since it got it, has weights that are NaN or on the meta
-            device, or a state that safetensors cannot hold.
+            device, or a state that safetensors cannot hold; or it is a deep copy whose closures run layers of another.
 
     Example:
         >>> import tempfile, timm, torch
@@ -83,6 +83,7 @@ def save(model: nn.Module, out: str | Path, *, example_input: Any = None) -> Pat
     spec = require_spec(model, "save")
     refuse_without_numbers(model)
     _refuse_changes(model, spec)
+    refuse_strangers(model)
     if example_input is None:
         refuse_stale(model, spec, set, "before save; give example_input= if the layer does not run in evaluation")
     else:

@@ -45,7 +45,8 @@ class Walk:
         own: ids of modules whose weights are no end; only what their code and attributes lead to may be.
         root: the module that is not called, since the code is a part of it.
         names: those of attributes and globals in the code that the last walk has met.
-        is_whole: whether the last walk has met all that there was.
+        met: by id, what the last walk has met.
+        is_whole: whether that is all that there was.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Walk:
             most: so many objects are met.
         """
         self.ends, self.own, self.root, self.installed, self.most = ends, own, root, installed, most
-        self.names, self.is_whole = set[str](), True
+        self.names, self.met, self.is_whole = set[str](), dict[int, Way](), True
 
     def find(self, starts: Iterable[Way], names: Iterable[str] = ()) -> dict[str, str]:
         """Return which ends the code reaches, each with the way to it.
@@ -72,17 +73,17 @@ class Walk:
         self.names = mentioned = set(names)
         found: dict[str, str] = {}
         while len(mentioned) > before:  # code that is found late may mention an attribute of what was met early
-            before, waiting, met = len(mentioned), list(starts), dict[int, Any]()
+            before, waiting, met = len(mentioned), list(starts), dict[int, Way]()
             while waiting and len(met) < self.most:
                 value, way = waiting.pop()
                 if (type(value) in CONSTANTS and type(value) is not type) or id(value) in met:
                     continue
-                met[id(value)] = value
+                met[id(value)] = value, way
                 if id(value) in self.ends:
                     found.setdefault(self.ends[id(value)], way)
                 else:
                     waiting += self._list_next(value, way, mentioned)
-            self.is_whole = not waiting
+            self.met, self.is_whole = met, not waiting
             if waiting:
                 break
         return found
@@ -218,8 +219,30 @@ def list_mentioned(model: nn.Module) -> set[str] | None:
         >>> sorted(list_mentioned(nn.Sequential(Net())))
         ['forward', 'scale']
     """
+    walk = _walk_forward(model, installed=True)
+    return walk.names if walk.is_whole and walk.names.isdisjoint(EVERY_ATTRIBUTE) else None
+
+
+def find_strangers(model: nn.Module) -> list[Way]:
+    """Return the modules and parameters of other models that the forward of a model may read, with the ways to them.
+
+    Example:
+        >>> import copy
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> _ = model.register_forward_hook(lambda module, args, out: out + model[0].bias)
+        >>> [way for _, way in find_strangers(copy.deepcopy(model))]  # a closure is not copied
+        ['model', 'model.0']
+    """
+    walk = _walk_forward(model)
+    own = {id(part) for part in (*model.modules(), *model.parameters())}
+    parts = [(v, way) for v, way in walk.met.values() if isinstance(v, (nn.Module, nn.Parameter)) and id(v) not in own]
+    return [(part, way) for part, way in parts if type(part) not in weakref.ProxyTypes]
+
+
+def _walk_forward(model: nn.Module, installed: bool = False) -> Walk:
+    """Return a walk from all code that may run in a model's forward."""
     modules = list(model.modules())
-    walk = Walk({}, {id(module) for module in modules}, model, installed=True, most=_MOST_OBJECTS)
+    walk = Walk({}, {id(module) for module in modules}, model, installed=installed, most=_MOST_OBJECTS)
     hooks = (h for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks) for h in hooks.values())
     walk.find([(value, "") for value in (*modules, *hooks)], {"forward"})
-    return walk.names if walk.is_whole and walk.names.isdisjoint(EVERY_ATTRIBUTE) else None
+    return walk
