@@ -92,8 +92,8 @@ def refuse_strangers(model: nn.Module) -> None:
             raise ArtifactError.at(
                 "the model",
                 got=f"code that can read a {type(part).__name__} of another model as {way}, beside one of its own",
-                needed="code that finds the layers of the model itself; copy.deepcopy leaves closures over those of the "
-                "model that was copied",
+                needed="code that finds the layers of the model itself; copy.deepcopy leaves closures over those of "
+                "the model that was copied",
                 remedy="save the model that was copied, or extract another one",
             )
 
