@@ -86,7 +86,7 @@ def _pad(flow: Flow, op: OperatorCall) -> None:
 def _label_edge(flow: Flow, op: OperatorCall, size: int) -> Vector:
     """Label the channels of a constant that pad adds; `size` is their number as the model's code passed it."""
     edge = flow.atoms.create(int(size))
-    if isinstance(size, Size) and op.name == "constant_pad_nd":
+    if isinstance(size, Size) and len(edge) and op.name == "constant_pad_nd":
         flow.constrain(edge, size)
     else:
         flow.freeze_label(edge, "pad adds these channels")
