@@ -286,12 +286,26 @@ def test_group_norms_lose_an_equal_share_of_each_group_where_entire_groups_would
         assert [i * 4 // channels for i in kept] == [i * 4 // len(kept) for i in range(len(kept))]
 
 
+def make_waves(channels):
+    frequencies = 100 ** (torch.arange(channels // 2) / (channels // 2 - 1))
+    return torch.cat([frequencies.sin(), frequencies.cos()])[:, None, None]
+
+
 def add_waves(self, x):
-    frequencies = 100 ** (torch.arange(x.shape[1] // 2) / (x.shape[1] // 2 - 1))
-    return x + torch.cat([frequencies.sin(), frequencies.cos()])[:, None, None]
+    return x + make_waves(x.shape[1])
+
+
+class Waves(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("table", make_waves(channels))
+
+    def forward(self, x):
+        return x + self.table
 
 
 def test_a_table_that_the_code_makes_for_the_width_that_it_finds_holds_the_channels():
+    assert "a" in convert_around(lambda s, x: s.table(s.a(x)), 6, a=conv(8, 6), table=Waves(6)).space.names
     supernet = convert_around(lambda s, x: add_waves(s, s.a(x)), 6, a=conv(8, 6))
     assert "its code makes a table for the width that it finds (by arange)" in supernet.graph.fixed["a.weight", 0]
 

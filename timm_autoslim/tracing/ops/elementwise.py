@@ -106,10 +106,8 @@ def _number(flow: Flow, op: OperatorCall) -> None:
     label = None
     if isinstance(flow.call.find_size(len(op.out)), Size):
         label = flow.atoms.create(len(op.out))
-        reason = (
-            f"its code makes a table for the width that it finds (by {op.name}), and a narrower one is no part of it"
-        )
-        flow.freeze_label(label, reason)
+        what = f"its code makes a table for the width that it finds (by {op.name})"
+        flow.freeze_label(label, f"{what}, and a narrower one is no part of it")
     flow.set_labels(op.out, [label])
 
 
