@@ -177,6 +177,8 @@ def _list_starts(module: nn.Module) -> Iterator[tuple[str, list[Way], Iterable[s
     namespace = module.__dict__
     for name, text in _HOOKS.items():
         for hook in namespace[name].values() if namespace.get(name) else ():
+            if str(getattr(hook, "__module__", "")).partition(".")[0] == "timm_autoslim":  # counts the images of scores
+                continue
             yield f"{text} ({_name_code(hook)})", [(hook, ""), (module, "its module")], ()
     names = list_mentioned_names(type(module))
     mentioned = namespace.keys() if not names.isdisjoint(EVERY_ATTRIBUTE) else namespace.keys() & names
