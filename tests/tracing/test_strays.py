@@ -245,3 +245,20 @@ def test_a_class_that_holds_the_model_is_refused():
     Kept.kept = Kept()
     with pytest.raises(TraceError, match=r"^the model: got the forward that can read a as "):
         convert(Kept.kept, IMAGE)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_hook_of_all_modules_that_reads_the_model_is_refused(late):
+    model = Net()
+    supernet = convert(model, IMAGE)
+
+    def hook(module, args, out):
+        return out * model.a.weight.mean() if module.__class__ is nn.Conv2d else None
+
+    handle = nn.modules.module.register_module_forward_hook(hook)
+    try:
+        error = ModelChangedError if late else TraceError
+        with pytest.raises(error, match=r"^the model: got a hook of all modules \(.*hook\) that can read a "):
+            supernet(IMAGE, supernet.space.min()) if late else convert(model, IMAGE)
+    finally:
+        handle.remove()

@@ -1,10 +1,15 @@
 """What code can read is told by the names in it: through objects by their names, through containers by every way."""
 
+import contextlib
+import contextvars
 import functools
 import itertools
+import queue
+import threading
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from torch import nn
 
@@ -115,6 +120,30 @@ class Dict(dict):
     pass
 
 
+def thread_local(model):
+    place = threading.local()
+    place.net = model
+    return lambda: place.net
+
+
+def context_variable(model):
+    place = contextvars.ContextVar("net")
+    place.set(model)
+    return lambda: place.get()
+
+
+def array(model):
+    models = np.empty(1, object)
+    models[0] = model
+    return lambda: models[0]
+
+
+def in_a_queue(model):
+    models = queue.Queue()
+    models.put(model)
+    return lambda: models.get()
+
+
 WAYS = {
     "closure": lambda model: lambda: model,
     "default": lambda model: lambda net=model: net,
@@ -138,6 +167,11 @@ WAYS = {
     "late code": late_code,
     "outer module": outer_module,
     "class": a_class,
+    "thread": thread_local,
+    "context variable": context_variable,
+    "array of objects": array,
+    "queue": in_a_queue,
+    "context": lambda model: (lambda context: lambda: context.__enter__())(contextlib.nullcontext(model)),
 }
 
 

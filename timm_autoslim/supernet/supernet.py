@@ -26,7 +26,7 @@ from timm_autoslim.supernet.space import SearchSpace
 from timm_autoslim.supernet.timm_attributes import TIMM_ATTRIBUTES
 from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.tracing.strays import check_subnet
+from timm_autoslim.tracing.strays import check_subnet, list_global_hooks
 from timm_autoslim.tracing.trace import Trace
 from timm_autoslim.utils.arguments import check_integer, quote
 from timm_autoslim.utils.copying import copy_within
@@ -180,7 +180,7 @@ class Supernet(nn.Module):
         self._guard.check(self.model, numbers=False)
         slices, others = self._slices(widths), list[Any]()
         subnet = replicate(self.model, slices, others)
-        if others:
+        if others or list_global_hooks():
             check_subnet(subnet, self.model, slices)
         return subnet
 

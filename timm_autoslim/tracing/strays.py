@@ -33,6 +33,9 @@ _FOLLOWED = "code that finds layers through modules, or through methods, closure
 _REMEDY = "let it take the layer from the module that it gets or close over the model itself, or remove it"
 
 
+_GLOBAL: Any = nn.modules.module
+
+
 @dataclass(frozen=True)
 class Stray:
     """A way from the code of a copy of a model, or of a subnet, to a part of the model itself.
@@ -75,12 +78,18 @@ def find_strays(copied: nn.Module, model: nn.Module, slices: Slices | None = Non
     """
     modules = list(copied.named_modules())
     starts = [(path, *start) for path, module in modules for start in _list_starts(module)]
+    starts += [("", f"a hook of all modules ({_name_code(hook)})", [(hook, "")], ()) for hook in list_global_hooks()]
     if not starts:
         return []
     walk, strays = Walk(_list_ends(model, slices), {id(module) for _, module in modules}, model), list[Stray]()
     for path, code, ways, names in starts:
         strays += [Stray(path, code, part, way) for part, way in sorted(walk.find(ways, names).items())]
     return strays
+
+
+def list_global_hooks() -> list[Any]:
+    """Return the hooks that run in every module there is."""
+    return [*_GLOBAL._global_forward_hooks.values(), *_GLOBAL._global_forward_pre_hooks.values()]
 
 
 def check_copy(copied: nn.Module, model: nn.Module) -> None:

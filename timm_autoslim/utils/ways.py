@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import inspect
 import re
 import sys
+import threading
 import types
 import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from timm_autoslim.utils.codes import list_globals, list_names
@@ -23,6 +26,8 @@ _SKIPPED = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "timm_autosli
 _INSTALLED = re.compile(r"[/\\](site|dist)-packages[/\\]")
 # Kinds of objects from these modules of Python hold others without a name.
 _NAMELESS = frozenset({"builtins", "functools", "itertools", "collections", "weakref", "operator"})
+# Packages of Python with classes that only hold attributes, or of which no method returns a model.
+_WITHOUT_METHODS = frozenset({"types", "argparse", "_thread", "logging"})
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 # With one of these names, code may read all attributes of an object, or all that a module holds.
 EVERY_ATTRIBUTE = {"getattr", "vars", "__dict__", "__getattribute__", "__getattr__", "attrgetter", "eval", "exec"}
@@ -103,6 +108,8 @@ class Walk:
             yield from self._list_of_module(value, way or type(value).__name__, names)
         elif isinstance(value, weakref.ref):
             yield value(), way
+        elif isinstance(value, np.ndarray):
+            yield from ((member, way) for member in (value.flat if value.dtype == object else ()))
         elif isinstance(value, Tensor):
             return
         elif isinstance(value, types.MethodType):
@@ -111,9 +118,9 @@ class Walk:
         elif type(value).__module__ in _NAMELESS:
             yield from _list_members(value, way)
         else:
-            way = way or type(value).__name__
+            way, attributes = way or type(value).__name__, _read_attributes(value)
             yield from _list_members(value, way) if isinstance(value, _CONTAINERS) else ()
-            yield from _pick(_read_attributes(value), way, names, EVERY_ATTRIBUTE)
+            yield from _pick(attributes, way, set(attributes) if _has_methods(type(value)) else names, EVERY_ATTRIBUTE)
             yield from _list_of_class(type(value), way, names)
 
     def _list_of_module(self, module: nn.Module, way: str, names: set[str]) -> Iterator[Way]:
@@ -187,8 +194,18 @@ def _list_members(value: Any, way: str) -> Iterator[Way]:
             yield member, way
 
 
+def _has_methods(kind: type) -> bool:
+    """Whether a class is one of Python's whose methods, which are not read, return what its attributes hold."""
+    package = kind.__module__.partition(".")[0]
+    return package in sys.stdlib_module_names and package not in _WITHOUT_METHODS
+
+
 def _read_attributes(value: Any) -> dict[str, Any]:
-    """Return the attributes of an object, whatever its `__getattr__` does."""
+    """Return the attributes of an object, whatever its `__getattr__` does, or what else it holds."""
+    if isinstance(value, threading.local):
+        return dict(value.__dict__)
+    if isinstance(value, contextvars.ContextVar):
+        return {"get": value.get(None)}
     attributes: dict[str, Any] = {}
     for name in ("__dict__", *list_slots(type(value))):
         try:
