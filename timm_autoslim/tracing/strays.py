@@ -168,14 +168,22 @@ def check_subnet(subnet: nn.Module, model: nn.Module, slices: Slices | None) -> 
 
 def _list_ends(model: nn.Module, slices: Slices | None) -> dict[int, str]:
     """Return the parts of a model that a copy must not read, by id: all but the model itself, or what slices change."""
-    modules = {path: module for path, module in model.named_modules() if path}
-    tensors = named_tensors(model)
-    if slices is not None:
-        names = [*slices.tensors, *slices.attributes]
-        touched = {name[:end] for name in names for end, letter in enumerate(name) if letter == "."}
-        modules = {path: module for path, module in modules.items() if path in touched}
-        tensors = {name: tensor for name, tensor in tensors.items() if name in slices.tensors}
-    return {**{id(t): name for name, t in tensors.items()}, **{id(m): path for path, m in modules.items()}}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if slices is None:
+        tensors = named_tensors(model)
+        return {**{id(t): name for name, t in tensors.items()}, **{id(m): path for path, m in modules.items() if path}}
+    ends: dict[int, str] = {}
+    touched = set[str]()
+    for name in slices.tensors:
+        path, _, leaf = name.rpartition(".")
+        namespace = modules[path].__dict__
+        stores = (namespace["_parameters"], namespace["_buffers"], namespace)
+        ends.setdefault(id(next(store[leaf] for store in stores if leaf in store)), name)
+    for path in {name.rpartition(".")[0] for name in (*slices.tensors, *slices.attributes)}:
+        while path and path not in touched:
+            touched.add(path)
+            path = path.rpartition(".")[0]
+    return {**ends, **{id(module): path for path, module in modules.items() if path in touched}}
 
 
 def _list_starts(module: nn.Module) -> Iterator[tuple[str, list[Way], Iterable[str]]]:

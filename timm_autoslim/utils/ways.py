@@ -66,6 +66,7 @@ class Walk:
         """
         self.ends, self.own, self.root, self.installed, self.most = ends, own, root, installed, most
         self.names, self.met, self.is_whole = set[str](), dict[int, Way](), True
+        self._members: dict[type, tuple[dict[str, list[Any]], set[str]]] = {}
 
     def find(self, starts: Iterable[Way], names: Iterable[str] = ()) -> dict[str, str]:
         """Return which ends the code reaches, each with the way to it.
@@ -103,7 +104,7 @@ class Walk:
             if not is_skipped(value.__name__):
                 yield from _pick(vars(value), value.__name__, names)
         elif isinstance(value, type):
-            yield from _list_of_class(value, way or value.__name__, names)
+            yield from self._list_of_class(value, way or value.__name__, names)
         elif isinstance(value, nn.Module):
             yield from self._list_of_module(value, way or type(value).__name__, names)
         elif isinstance(value, weakref.ref):
@@ -121,16 +122,37 @@ class Walk:
             way, attributes = way or type(value).__name__, _read_attributes(value)
             yield from _list_members(value, way) if isinstance(value, _CONTAINERS) else ()
             yield from _pick(attributes, way, set(attributes) if _has_methods(type(value)) else names, EVERY_ATTRIBUTE)
-            yield from _list_of_class(type(value), way, names)
+            yield from self._list_of_class(type(value), way, names)
 
     def _list_of_module(self, module: nn.Module, way: str, names: set[str]) -> Iterator[Way]:
         namespace, kind, is_own = module.__dict__, type(module), id(module) in self.own
-        attributes = {name: value for name, value in namespace.items() if name not in _OF_EVERY_MODULE}
-        yield from _pick(attributes, way, names, EVERY_ATTRIBUTE)
+        mentioned = namespace.keys() if not names.isdisjoint(EVERY_ATTRIBUTE) else namespace.keys() & names
+        yield from _pick(namespace, way, mentioned - _OF_EVERY_MODULE)
         every = is_skipped(kind.__module__) or "__getattr__" in vars(kind)  # a Sequential is indexed
         for store in STORES if not is_own else ("_modules",):
             yield from _pick(namespace[store], way, set(namespace[store]) if every else names, _EVERY_PART)
-        yield from _list_of_class(kind, way, names if is_own or module is self.root else names | {"forward"})
+        yield from self._list_of_class(kind, way, names if is_own or module is self.root else names | {"forward"})
+
+    def _list_of_class(self, kind: type, way: str, names: set[str]) -> Iterator[Way]:
+        """Yield what a class defines under the names that code mentions, and the methods that Python calls itself."""
+        if kind not in self._members:
+            self._members[kind] = _collect_members(kind)
+        members, implied = self._members[kind]
+        for name in members.keys() & names | implied:
+            for value in members[name]:
+                yield inspect.unwrap(value) if callable(value) else value, f"{way}.{name}"
+
+
+def _collect_members(kind: type) -> tuple[dict[str, list[Any]], set[str]]:
+    """Return what a class and its bases define, by name, and the names of the methods that Python calls itself."""
+    members: dict[str, list[Any]] = {}
+    implied: set[str] = set()
+    for base in kind.__mro__:
+        for name, value in vars(base).items() if not is_skipped(base.__module__) else ():
+            members.setdefault(name, []).append(value)
+            if name.startswith("__") and name not in _CONSTRUCTORS and isinstance(value, types.FunctionType):
+                implied.add(name)
+    return members, implied
 
 
 def is_skipped(module: str | None) -> bool:
@@ -170,16 +192,6 @@ def _list_global_ways(code: types.CodeType, scope: dict[str, Any], names: set[st
         elif id(value) not in met and not is_skipped(value.__name__):
             met.add(id(value))
             waiting += _pick(vars(value), way, names)
-
-
-def _list_of_class(kind: type, way: str, names: set[str]) -> Iterator[Way]:
-    """Yield what a class defines under the names that code mentions, and the methods that Python calls itself."""
-    for base in kind.__mro__:
-        if not is_skipped(base.__module__):
-            for name, value in vars(base).items():
-                implied = name.startswith("__") and isinstance(value, types.FunctionType)
-                if name in names or (implied and name not in _CONSTRUCTORS):
-                    yield inspect.unwrap(value) if callable(value) else value, f"{way}.{name}"
 
 
 def _list_members(value: Any, way: str) -> Iterator[Way]:
