@@ -116,6 +116,22 @@ def a_class(model):
     return lambda: Place.net
 
 
+def decorated(model):
+    """The wrapper, which mentions the model, is one method; what it wraps is another function."""
+    net = model
+
+    def decorate(function):
+        return functools.wraps(function)(lambda self: net)
+
+    class Place:
+        @decorate
+        def get(self):
+            return None
+
+    place = Place()
+    return lambda: place.get()
+
+
 class Dict(dict):
     pass
 
@@ -167,6 +183,7 @@ WAYS = {
     "late code": late_code,
     "outer module": outer_module,
     "class": a_class,
+    "decorated method": decorated,
     "thread": thread_local,
     "context variable": context_variable,
     "array of objects": array,

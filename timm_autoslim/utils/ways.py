@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import gc
-import inspect
 import re
 import sys
 import threading
@@ -140,7 +139,7 @@ class Walk:
         members, implied = self._members[kind]
         for name in members.keys() & names | implied:
             for value in members[name]:
-                yield inspect.unwrap(value) if callable(value) else value, f"{way}.{name}"
+                yield value, f"{way}.{name}"
 
 
 def _collect_members(kind: type) -> tuple[dict[str, list[Any]], set[str]]:
@@ -169,7 +168,7 @@ def _pick(namespace: dict[str, Any], way: str, names: set[str], every: Iterable[
 
 def _list_of_function(function: types.FunctionType, way: str, names: set[str], installed: bool) -> Iterator[Way]:
     code = function.__code__
-    if not is_skipped(function.__module__):
+    if not is_skipped(function.__globals__.get("__name__")):  # a decorator takes the name of what it wraps
         names.update(list_names(code))
         if installed or not _INSTALLED.search(code.co_filename):
             yield from _list_global_ways(code, function.__globals__, set(list_names(code)))
