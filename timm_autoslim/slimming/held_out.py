@@ -58,8 +58,8 @@ class HeldOut:
     def by_outputs(cls, original: nn.Module, inputs: Iterable[Any]) -> HeldOut:
         """Return an `evaluate` that reads no labels: subnets are scored by their distance to a trained model.
 
-        Its score is `soft_cross_entropy` of a subnet's logits and the model's, which are computed once and kept. For
-        the models that were measured it finds better networks than the loss on labels does (docs/benchmarks.md).
+        Its score is `soft_cross_entropy` of a subnet's logits and the model's, which are computed once and kept. On the
+        models that were measured it found networks as good as the loss on labels did (docs/benchmarks.md).
 
         Args:
             original: the trained model; it is run in evaluation mode, and not changed.

@@ -69,8 +69,8 @@ def slim(
             is joined to its neighbour where a BatchNorm needs two.
         loss: called with the model's outputs and the targets of a pair; returns a scalar, lower is better. None ranks
             subnets by the distance of their logits (N, classes) or (N, classes, H, W) to the model's
-            (`HeldOut.by_outputs`), and reads no targets. That found better networks for the models that were measured
-            (docs/benchmarks.md).
+            (`HeldOut.by_outputs`), and reads no targets. On the models that were measured it found networks as good
+            as the loss on labels did (docs/benchmarks.md).
         maximize: whether higher is better in what `loss` returns, such as an accuracy.
         order: a criterion of `CRITERIA`; None leaves the channels in their order. "taylor" needs a loss.
         conditions: what `peak_bytes` and `latency_ms` are counted for.
