@@ -20,7 +20,8 @@ from timm_autoslim.supernet.rules import FROZEN, build_space
 from timm_autoslim.supernet.space import describe_dropped
 from timm_autoslim.supernet.supernet import Supernet
 from timm_autoslim.tracing.graph import ChannelGraph
-from timm_autoslim.tracing.trace import Trace, trace_model
+from timm_autoslim.tracing.trace import trace_model
+from timm_autoslim.tracing.tracer import Trace
 from timm_autoslim.utils.arguments import check_flag, check_texts, check_type
 from timm_autoslim.utils.batches import divide_batch
 from timm_autoslim.utils.collecting import pause_collection

@@ -27,7 +27,7 @@ from timm_autoslim.supernet.timm_attributes import TIMM_ATTRIBUTES
 from timm_autoslim.supernet.widths import Widths
 from timm_autoslim.tracing.graph import ChannelGraph
 from timm_autoslim.tracing.strays import check_subnet, list_global_hooks
-from timm_autoslim.tracing.trace import Trace
+from timm_autoslim.tracing.tracer import Trace
 from timm_autoslim.utils.arguments import check_integer, quote
 from timm_autoslim.utils.copying import copy_within
 from timm_autoslim.utils.meta import count_images, make_meta_example
