@@ -77,7 +77,7 @@ def test_inputs_that_the_model_does_not_take_are_refused(inputs, error, text):
 
 def test_what_is_no_logits_is_refused():
     tokens = nn.Sequential(make_model(num_classes=0, global_pool=""), nn.Flatten(2))
-    with pytest.raises(ConfigError, match=r"loss: got none, and outputs of the shape .* of three dimensions any"):
+    with pytest.raises(ConfigError, match=r"outputs: got no logits, and outputs .* of three dimensions any"):
         HeldOut.by_outputs(tokens, [torch.zeros(2, 3, 32, 32)])
-    with pytest.raises(ConfigError, match="at least two classes: the softmax of one is always 1; give a function"):
+    with pytest.raises(ConfigError, match="at least two classes: the softmax of one is always 1; give a loss"):
         HeldOut.by_outputs(make_model(num_classes=1), [torch.zeros(2, 3, 32, 32)])

@@ -107,6 +107,45 @@ def test_what_needs_a_loss_is_refused_without_one(settings, text):
         slim(make_model(), "50%", make_batches(), **settings)
 
 
+def test_what_holds_no_inputs_is_refused_without_a_loss_too():
+    images = torch.zeros(2, 3, 32, 32)
+    with pytest.raises(DataError, match=r"batch 0: got a list; needed: an iterable of inputs .*, or of pairs"):
+        slim(make_model(), "50%", [[images]])
+    with pytest.raises(DataError, match=r"batches: got none.*a generator that was read before is empty"):
+        slim(make_model(), "50%", iter([]))
+
+    class Two(nn.Module):
+        def forward(self, before, after):
+            return before + after
+
+    with pytest.raises(DataError, match=r"batch 0: got inputs with .*'after'; .*slim reads a tuple of two as"):
+        slim(Two(), "50%", [(images, images)])
+
+
+@pytest.mark.slow
+def test_batches_that_do_not_fit_the_statistics_of_the_model_are_refused_by_what_they_lack():
+    model = make_model().eval()
+    images = torch.randn(40, 3, 32, 32)
+    model.train()(images)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None  # a mean over all batches
+            norm.reset_running_stats()
+    for _ in range(5):
+        model(images)
+    model.fc.weight.data.mul_(100)  # sure of its classes
+    shifted = [images[:20] * 0.01 + 3, images[20:] * 0.01 - 3]
+    with pytest.raises(EvaluationError, match=r"batches: got .* the original and of the widest.*of most classes"):
+        slim(model, "50%", shifted, progress=False)
+
+
+@pytest.mark.slow
+def test_it_works_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        smaller = slim(make_model(), "60%", [images for images, _ in make_batches()], progress=False)
+    assert all(parameter.dtype == torch.float32 for parameter in smaller.parameters())
+
+
 @pytest.mark.parametrize(
     "targets", [torch.zeros(20, 10), torch.zeros(20, 10).long(), torch.zeros(20), {"boxes": torch.zeros(3, 4)}]
 )
@@ -119,7 +158,7 @@ def test_targets_that_are_no_classes_need_a_loss(targets):
 def test_outputs_that_are_no_logits_need_a_loss():
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=1, channels=[8, 8, 16, 16], stem_width=8)
-    with pytest.raises(ConfigError, match=r"loss: got none, and outputs .* \(20, 1\).*; give a function of your own"):
+    with pytest.raises(ConfigError, match=r"outputs: got no logits, .* \(20, 1\).*; give a loss of your own: slim"):
         slim(model, "50%", make_batches())
 
 
@@ -128,7 +167,7 @@ def test_outputs_that_are_no_logits_need_a_loss():
     [
         ([], "batches: got none"),
         (torch.zeros(2, 3, 32, 32), "batches: got a Tensor"),
-        ([torch.zeros(2, 3, 32, 32)], "batch 0: got a Tensor; needed: an iterable of pairs.*give a loss only where"),
+        ([torch.zeros(2, 3, 32, 32)], "batch 0: got a Tensor; needed: an iterable of pairs.*leave out the loss"),
         ({"x": torch.zeros(2, 3, 32, 32)}, "batches: got a dict"),
         (None, "batches: got a NoneType"),
     ],
@@ -207,8 +246,8 @@ def test_a_budget_object_stands_for_itself():
     ("inputs", "text"),
     [
         (np.zeros((20, 3, 32, 32), np.float32), r"batches\[0\]: got an array of numpy; .*from_numpy"),
-        ([1, 2], r"batches\[0\]: got a list; .*; each batch of slim is a pair: \(images, targets\), or"),
-        ((torch.zeros(20, 3, 32, 32),) * 4, r"batches\[0\]: got a tuple; .*; each batch of slim is a pair"),
+        ([1, 2], r"batches\[0\]: got a list; .*; a dict holds inputs .* is a pair"),
+        ((torch.zeros(20, 3, 32, 32),) * 4, r"batches\[0\]: got a tuple; .*; a dict holds inputs .* is a pair"),
     ],
 )
 def test_inputs_that_are_none_are_told_what_slim_takes(inputs, text):

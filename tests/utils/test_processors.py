@@ -25,3 +25,12 @@ def test_the_layout_of_convolutions_is_found_and_set():
     set_layout(model, torch.contiguous_format)
     assert find_layout(model) is torch.contiguous_format
     assert find_layout(nn.Linear(4, 2)) is torch.contiguous_format
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 3, 3), (1, 4, 3, 3)])
+def test_the_layout_is_set_where_the_strides_of_both_fit(shape):
+    fresh = nn.Conv2d(shape[1], shape[0], 3).weight.stride()
+    model = nn.Conv2d(shape[1], shape[0], 3)
+    set_layout(model, torch.channels_last)
+    set_layout(model, torch.contiguous_format)
+    assert model.weight.stride() == fresh

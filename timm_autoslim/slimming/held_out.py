@@ -13,7 +13,7 @@ from timm_autoslim.errors import DataError
 from timm_autoslim.slicing.replica import replicate
 from timm_autoslim.slicing.slices import Slices
 from timm_autoslim.training.outputs import compare_logits, detach
-from timm_autoslim.utils.arguments import check_callable
+from timm_autoslim.utils.arguments import check_callable, check_module
 from timm_autoslim.utils.batches import check_inputs, run_batch
 from timm_autoslim.utils.meta import run_model
 
@@ -52,7 +52,7 @@ class HeldOut:
         check_callable("HeldOut(score=)", score, DataError, "a callable score(subnet, batch)")
         if not len(batches):
             raise DataError.at("HeldOut()", got="no batches", needed="at least one batch of held-out images")
-        self.batches, self.score = batches, score
+        self.batches, self.score, self.compares_outputs = batches, score, False
 
     @classmethod
     def by_outputs(cls, original: nn.Module, inputs: Iterable[Any]) -> HeldOut:
@@ -63,11 +63,14 @@ class HeldOut:
 
         Args:
             original: the trained model; it is run in evaluation mode, and not changed.
-            inputs: the parts (N, C, H, W), on the model's device; several inputs are a tuple or a dict.
+            inputs: the parts (N, C, H, W), on the model's device; several inputs are a tuple or a dict. Each part is
+                normalised by its own statistics, and so should have images of most classes, as a shuffled loader gives
+                them.
 
         Raises:
             DataError: there are none, or the model does not take one.
-            ConfigError: the model returns no logits (N, classes) or (N, classes, H, W): take a score of your own.
+            ConfigError: `original` is no module; or it returns no logits (N, classes) or (N, classes, H, W): take a
+                score of your own.
 
         Example:
             >>> import timm
@@ -75,13 +78,16 @@ class HeldOut:
             >>> len(HeldOut.by_outputs(model, [torch.randn(8, 3, 32, 32) for _ in range(4)]))
             4
         """
+        check_module("original", original)
         replica, parts = replicate(original, Slices({}, {})).eval(), []  # the model itself keeps its mode
         with torch.no_grad():
             for index, batch in enumerate(check_inputs(original, inputs)):
                 targets = detach(run_batch(replica, index, batch))
                 compare_logits(targets, targets)  # refuses what is none
                 parts.append((batch, targets))
-        return cls(parts, lambda subnet, part: compare_logits(run_model(subnet, part[0]), part[1]).item())
+        evaluate = cls(parts, lambda subnet, part: compare_logits(run_model(subnet, part[0]), part[1]).item())
+        evaluate.compares_outputs = True
+        return evaluate
 
     def __call__(self, subnet: Subnet) -> float:
         """Return the mean over all parts."""

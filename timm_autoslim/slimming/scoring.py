@@ -30,6 +30,11 @@ WARN_FROM, REFUSE_FROM = 0.05, 1 / 3
 # How far two scores of one subnet may differ, on another device or with other kernels, as a share of the larger one; of
 # counts, so many images.
 SAME_SCORE, SAME_IMAGES = 0.01, 2
+# Why a trained model may do worse than a slice of it.
+_UNFIT = (
+    "look at whether each batch has a hundred images or more, of most classes (its BatchNorm statistics count here, so "
+    "mix them), and whether mean, std, size and targets are those that the model was trained with"
+)
 
 
 # What `evaluate` returned for a subnet on one part, and how many images it ran on, by widths and part; for JSON.
@@ -190,8 +195,16 @@ class Scorer:
             got=f"{wide:.4g} for the widest subnet and {narrow:.4g} for the narrowest, as if the widest were worse",
             needed=f"numbers that are {way} for better subnets",
             remedy=f"if {other} is better in what it returns, as for {what}, {change}"
-            + ("; else the model is not trained for these inputs and targets" if trained else ""),
+            + (f"; else {_UNFIT}" if trained else ""),
         )
+        if isinstance(self.evaluate, HeldOut) and self.evaluate.compares_outputs:
+            error = EvaluationError.at(
+                "batches",
+                got=f"{wide:.4g} between the outputs of the original and of the widest subnet, which differs in its "
+                f"BatchNorm statistics alone, and {narrow:.4g} for the narrowest",
+                needed="a widest subnet that is near the original",
+                remedy=_UNFIT,
+            )
         counts = _counts_images(wide, of_wide) and _counts_images(narrow, of_narrow)
         if gap > REFUSE_FROM and (trained or counts):
             raise error

@@ -64,7 +64,8 @@ def slim(
         budget: a share of the MACs ("50%"), their number ("300M", 3e8), one or several limits
             ("macs=50%", "macs<=300M and latency_ms<=4"), {metric: amount} of one metric, or a `Budget`.
         batches: inputs (N, C, H, W) on the model's device, not augmented, or pairs of them and targets. They order the
-            channels, rank the subnets and reconstruct the layers. 500 to 5,000 images are good, in 8 batches or more.
+            channels, rank the subnets and reconstruct the layers. 500 to 5,000 images are good, in 8 batches or more,
+            each of which has images of most classes, as a shuffled loader gives them.
             Several inputs are a dict by name or, in a pair, a tuple: `((image, mask), targets)`. A batch of one image
             is joined to its neighbour where a BatchNorm needs two.
         loss: called with the model's outputs and the targets of a pair; returns a scalar, lower is better. None ranks
@@ -198,6 +199,10 @@ def _try_first(model: nn.Module, pair: Pair, loss: Loss | None) -> None:
     with torch.no_grad():
         try:
             outputs = run_model(model, inputs)
+        except TypeError as error:  # an input is missing
+            needed = "the inputs of the forward; slim reads a tuple of two as (inputs, targets)"
+            remedy = "give several inputs as a dict by name, or in a pair: ((image, mask), targets)"
+            raise DataError.at("batch 0", got=f"inputs with {error}", needed=needed, remedy=remedy) from error
         except Exception as error:  # a forward may raise anything
             raise make_input_error("batch 0", inputs, error) from error
         if loss is None:
@@ -239,19 +244,22 @@ def _check_pairs(model: nn.Module, batches: Iterable[Any], *, labelled: bool) ->
     Raises:
         DataError: there is none, or one is no pair of the model's inputs and targets.
     """
-    needed = "an iterable of pairs (inputs, targets), such as a DataLoader"
+    pair_of = "pairs (inputs, targets), such as a DataLoader"
+    needed = f"an iterable of {pair_of}" if labelled else f"an iterable of inputs (N, C, H, W), or of {pair_of}"
     if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
-        raise DataError.at("batches", got=f"a {type(batches).__name__}", needed=needed)
+        remedy = "pass [images] for a single batch, or images.split(100)" if isinstance(batches, Tensor) else ""
+        raise DataError.at("batches", got=f"a {type(batches).__name__}", needed=needed, remedy=remedy)
     pairs: list[Pair] = []
     for index, batch in enumerate(batches):
         pair = (batch, None) if isinstance(batch, Tensor | Mapping) and not labelled else batch
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            remedy = "give a loss only where there are targets" if isinstance(batch, Tensor | Mapping) else ""
+            remedy = "leave out the loss where there are no targets" if isinstance(batch, Tensor | Mapping) else ""
             raise DataError.at(f"batch {index}", got=f"a {type(batch).__name__}", needed=needed, remedy=remedy)
         pairs.append((pair[0], pair[1]))
     if not pairs:
-        raise DataError.at("batches", got="none", needed=needed)
-    remedy = "each batch of slim is a pair: (images, targets), or ((image, mask), targets) for several inputs"
+        remedy = "a generator that was read before is empty"
+        raise DataError.at("batches", got="none", needed=needed, remedy=remedy)
+    remedy = "a dict holds inputs of the forward alone, without labels; ((image, mask), targets) is a pair"
     for _ in check_inputs(model, [inputs for inputs, _ in pairs], remedy):
         pass
     return pairs

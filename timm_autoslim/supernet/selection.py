@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,15 +155,22 @@ class SelectionImportance:
 
     def __call__(self, group: Any) -> Tensor | None:
         """Return a score for each unit of a `tp.Group`: the number of units for the first, 1 for the last."""
-        readers: list[_Reader] = []
         count = 1 + max(max(item.root_idxs) for item in group)
-        for item in group:
-            name = item.dep.target.name.partition(" ")[0]
-            if item.dep.handler in READS and name in self.moments:
-                readers += self._make_reader(item.dep.target.module, self.moments[name].xx[0], item)
-        if not readers:
-            scores: Tensor | None = self.otherwise(group)
-            return scores
+        device = next((moments.xx.device for moments in self.moments.values()), torch.device("cpu"))
+        with torch.autocast(device.type, enabled=False):
+            readers: list[_Reader] = []
+            for item in group:
+                name = item.dep.target.name.partition(" ")[0]
+                if item.dep.handler in READS and name in self.moments:
+                    readers += self._make_reader(item.dep.target.module, self.moments[name].xx[0], item)
+            if readers:
+                return self._select(readers, count)
+        scores: Tensor | None = self.otherwise(group)
+        return scores
+
+    @staticmethod
+    def _select(readers: Sequence[_Reader], count: int) -> Tensor:
+        """Return the score of each of `count` units: which explains most of what those before it leave."""
         scores = torch.zeros(count)
         waiting = torch.ones(count, dtype=torch.bool)
         for rank in range(count, 0, -1):

@@ -35,7 +35,9 @@ DISTILL = Asked(
     "a loss of logits",
     "give distill= a function of your own, distill(outputs, teacher), of what the model returns",
 )
-_LOSS = Asked("loss", "none", "give a function of your own, loss(outputs, targets)")
+_LOSS = Asked(
+    "outputs", "no logits", "give a loss of your own: slim(..., loss), or HeldOut(batches, score) for a search"
+)
 
 
 def detach(outputs: Any) -> Any:
@@ -133,7 +135,7 @@ def _check_shapes(pairs: Sequence[tuple[Tensor, Tensor]], asked: Asked) -> None:
                 asked.name,
                 got=f"{asked.got}, and outputs of the shape {tuple(tensor.shape)} for {tuple(target.shape)}",
                 needed="a loss of features, whose width shrinks with the subnet",
-                remedy=f"{asked.remedy}, or keep the width by convert(..., keep_output=True)",
+                remedy=f"{asked.remedy}, or keep the width by keep_output=True",
             )
         if tensor.dim() == 3:
             got = f"{asked.got}, and outputs of the shape {tuple(tensor.shape)}"
@@ -142,4 +144,5 @@ def _check_shapes(pairs: Sequence[tuple[Tensor, Tensor]], asked: Asked) -> None:
         if tensor.dim() < 2 or tensor.shape[1] < 2:
             got = f"{asked.got}, and outputs of the shape {tuple(tensor.shape)}"
             needed = "logits (N, classes) of at least two classes: the softmax of one is always 1"
-            raise ConfigError.at(asked.name, got=got, needed=needed, remedy=asked.remedy)
+            more = "" if tensor.dim() else "; a loss among the outputs is left out where the inputs hold no labels"
+            raise ConfigError.at(asked.name, got=got, needed=needed, remedy=asked.remedy + more)

@@ -42,4 +42,4 @@ def set_layout(model: nn.Module, layout: torch.memory_format) -> None:
     """
     for parameter in model.parameters():
         if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=layout)
+            parameter.data = parameter.data.clone(memory_format=layout)  # `contiguous` keeps strides that fit both
