@@ -266,7 +266,7 @@ def test_a_score_of_a_trained_model_that_is_taken_for_a_loss_is_refused_before_t
     def score(outputs, targets):
         return scale * (outputs.argmax(1) == targets).float().mean()
 
-    needed = r"needed: numbers that are lower for better subnets; .*give maximize=True; else the model is not trained"
+    needed = r"needed: numbers that are lower for better subnets; .*give maximize=True; else look at whether each batch"
     with pytest.raises(EvaluationError, match=needed):
         slim(model, "50%", pairs, score, progress=False)
     with pytest.raises(EvaluationError, match="leave out maximize=True"):

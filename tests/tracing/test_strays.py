@@ -1,12 +1,15 @@
 """Weights that the code finds outside of the module tree are named, with what holds them."""
 
 import re
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.conversions import IMAGE, make_net
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from timm_autoslim import convert
 from timm_autoslim.errors import ModelChangedError, NothingToSlimError, TraceError
@@ -262,3 +265,103 @@ def test_a_hook_of_all_modules_that_reads_the_model_is_refused(late):
             supernet(IMAGE, supernet.space.min()) if late else convert(model, IMAGE)
     finally:
         handle.remove()
+
+
+# ---------------------------------------------------------------------------------- objects that only stand beside them
+
+
+def extract_features(model):
+    return create_feature_extractor(model, {"a": "first", "o": "last"})
+
+
+def look_at_gradients(model):
+    class Cam:
+        def __init__(self):
+            self.model = model
+
+        def save(self, module, args, out):
+            self.act = out.detach()
+
+        def __call__(self, images):
+            return self.model(images)
+
+    model.b.register_forward_hook(Cam().save)
+    return model
+
+
+@dataclass
+class State:
+    model: object
+    steps: int = 0
+
+    def hook(self, module, args, out):
+        self.steps += 1
+
+
+def count_in_a_dataclass(model):
+    model.b.register_forward_hook(State(model).hook)
+    return model
+
+
+def count_in_a_dataclass_by_a_closure(model):
+    state = State(model)
+
+    def hook(module, args, out):
+        state.steps += 1
+
+    model.b.register_forward_hook(hook)
+    return model
+
+
+def collect_in_an_outer_module(model):
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.features = model, {}
+
+        def make_hook(self, name):
+            def hook(module, args, out):
+                self.features[name] = out
+
+            return hook
+
+        def forward(self, images):
+            self.model(images)
+            return self.features
+
+    model.b.register_forward_hook(Features().make_hook("b"))
+    return model
+
+
+def look_at_gradients_of_all(model):
+    trainer = Trainer(model)
+    model.b.register_full_backward_hook(lambda *_: [p.grad for p in trainer.model.parameters()] and None)
+    return model
+
+
+BESIDE = [look_at_gradients, count_in_a_dataclass, count_in_a_dataclass_by_a_closure, collect_in_an_outer_module,
+          look_at_gradients_of_all]  # fmt: skip
+
+
+@pytest.mark.parametrize("stand", [extract_features, *BESIDE])
+def test_code_that_does_not_reach_for_the_model_of_its_object_holds_nothing(stand):
+    supernet = convert(stand(Net()), IMAGE)
+    assert len(supernet.space) == (1 if stand is extract_features else 2)  # whose first features are an output
+    assert not supernet.repairs
+
+
+@pytest.mark.parametrize("stand", BESIDE)
+def test_such_code_may_be_added_later(stand):
+    supernet = convert(Net(), IMAGE)
+    stand(supernet.model)
+    widths = supernet.space.min()
+    images = torch.ones(1, 3, 8, 8)
+    assert torch.equal(supernet.extract(widths)(images), supernet(images, widths))
+
+
+def test_what_a_forward_finds_is_looked_at_once(monkeypatch):
+    model = make_net(body=lambda s, x: s.logits(s.b(s.a(s.maps(x)).relu()) * s.settings.gain))
+    model.settings = SimpleNamespace(gain=2.0)
+    supernet = convert(model, IMAGE)
+    monkeypatch.setattr("timm_autoslim.tracing.strays.Walk", None)
+    supernet.subnet(supernet.space.min())

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from timm_autoslim.tracing.autocast import accept_autocast_on_meta
 from timm_autoslim.tracing.functions import FUNCTIONS, HOMES
 from timm_autoslim.tracing.holdings import list_attributes
-from timm_autoslim.tracing.reachable import CONTAINERS, LRU_CACHED, MISSING, Binding, Container, Walk
+from timm_autoslim.tracing.reachable import CONTAINERS, MISSING, Binding, Container, Walk
 from timm_autoslim.tracing.sizes import Size
+from timm_autoslim.utils.codes import LRU_CACHED
 from timm_autoslim.utils.meta import sharing_generators
 from timm_autoslim.utils.tensors import list_leaves
 

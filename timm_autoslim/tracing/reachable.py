@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import sys
@@ -15,6 +16,7 @@ from weakref import WeakKeyDictionary, WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from timm_autoslim.utils.codes import LRU_CACHED
 from timm_autoslim.utils.meta import is_generator
 from timm_autoslim.utils.tensors import list_leaves
 
@@ -25,7 +27,6 @@ _PLAIN = (int, float, bool, str, bytes, complex, type(None), torch.dtype, torch.
 _DICTS = (dict, OrderedDict, defaultdict)
 CONTAINERS = (*_DICTS, list, set, deque)
 _WRAPPED_DICTS = (UserDict, WeakKeyDictionary, WeakValueDictionary)
-LRU_CACHED = type(functools.lru_cache(lambda: None))
 _WRITES = frozenset({"setdefault", "update", "append", "appendleft", "extend", "insert", "add"})
 _STORES = frozenset({"STORE_GLOBAL", "STORE_ATTR", "STORE_DEREF"})
 _LARGE = 1000  # containers of more members are data, and not looked into
@@ -242,7 +243,9 @@ class Walk:
         elif isinstance(value, _WRAPPED_DICTS):
             self.add(vars(value)["data"])
         elif not isinstance(value, (nn.Module, Tensor)) and not _is_skipped(type(value).__module__):
-            attributes = getattr(value, "__dict__", {})  # of an object that keeps a cache
+            attributes: dict[str, Any] = {}
+            with contextlib.suppress(Exception):  # which an object's own `__getattr__` may raise
+                attributes = getattr(value, "__dict__", {})  # of an object that keeps a cache
             self._note_all(attributes, attributes)
             self.add(type(value))
 

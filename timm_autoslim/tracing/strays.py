@@ -26,8 +26,6 @@ _MOST_OBJECTS = 10_000
 _HOOKS = {
     "_forward_hooks": "a forward hook",
     "_forward_pre_hooks": "a forward pre-hook",
-    "_backward_hooks": "a backward hook",
-    "_backward_pre_hooks": "a backward pre-hook",
 }
 _FOLLOWED = "code that finds layers through modules, or through methods, closures, lists and dicts of them"
 _REMEDY = "let it take the layer from the module that it gets or close over the model itself, or remove it"
@@ -56,7 +54,9 @@ class Stray:
         return f"{self.path or 'the model'}: {self.code} can read {self.part} as {self.way}"
 
 
-def find_strays(copied: nn.Module, model: nn.Module, slices: Slices | None = None) -> list[Stray]:
+def find_strays(
+    copied: nn.Module, model: nn.Module, slices: Slices | None = None, *, hooks_only: bool = False
+) -> list[Stray]:
     """Return the ways from the hooks, functions and objects of a copy to the model that it was made of.
 
     Nothing runs: what code can read is told by the names in it.
@@ -65,6 +65,7 @@ def find_strays(copied: nn.Module, model: nn.Module, slices: Slices | None = Non
         copied: a copy of the model, or a subnet of it.
         model: the model.
         slices: those of the subnet; only what they change of the model counts. All of it counts for None.
+        hooks_only: look at hooks, and not at what forwards find.
 
     Example:
         >>> import copy
@@ -77,7 +78,7 @@ def find_strays(copied: nn.Module, model: nn.Module, slices: Slices | None = Non
         0: a forward hook (<lambda>) can read 0 as holder.layer
     """
     modules = list(copied.named_modules())
-    starts = [(path, *start) for path, module in modules for start in _list_starts(module)]
+    starts = [(path, *start) for path, module in modules for start in _list_starts(module, hooks_only)]
     starts += [("", f"a hook of all modules ({_name_code(hook)})", [(hook, "")], ()) for hook in list_global_hooks()]
     if not starts:
         return []
@@ -157,7 +158,7 @@ def check_subnet(subnet: nn.Module, model: nn.Module, slices: Slices | None) -> 
     Raises:
         ModelChangedError: its code may. It had no such way when the model was converted.
     """
-    for stray in find_strays(subnet, model, slices):
+    for stray in find_strays(subnet, model, slices, hooks_only=slices is not None):  # `convert` has seen the forwards
         raise ModelChangedError.at(
             stray.path or "the model",
             got=f"{stray.code} that can read {stray.part} of the original as {stray.way}, also in a subnet",
@@ -186,7 +187,7 @@ def _list_ends(model: nn.Module, slices: Slices | None) -> dict[int, str]:
     return {**ends, **{id(module): path for path, module in modules.items() if path in touched}}
 
 
-def _list_starts(module: nn.Module) -> Iterator[tuple[str, list[Way], Iterable[str]]]:
+def _list_starts(module: nn.Module, hooks_only: bool) -> Iterator[tuple[str, list[Way], Iterable[str]]]:
     """Yield the code that runs in a module, and what it starts from: a hook and the module, or the module's attributes.
 
     Each is in words, with the ways that it starts from, and the names that it mentions.
@@ -197,6 +198,8 @@ def _list_starts(module: nn.Module) -> Iterator[tuple[str, list[Way], Iterable[s
             if str(getattr(hook, "__module__", "")).partition(".")[0] == "timm_autoslim":  # counts the images of scores
                 continue
             yield f"{text} ({_name_code(hook)})", [(hook, ""), (module, "its module")], ()
+    if hooks_only:
+        return
     names = list_mentioned_names(type(module))
     mentioned = namespace.keys() if not names.isdisjoint(EVERY_ATTRIBUTE) else namespace.keys() & names
     ways = [

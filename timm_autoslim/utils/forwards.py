@@ -12,12 +12,11 @@ from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from timm_autoslim.utils.codes import list_codes, list_names, reach_names
+from timm_autoslim.utils.codes import ASIDE, list_codes, list_names, reach_names
 
 # the code of a class is looked at once
 _NAMES: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
 _MENTIONED: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
-_CONSTRUCTORS = frozenset({"__init__", "__new__", "__init_subclass__"})
 
 
 def list_stored_names(kind: type) -> frozenset[str]:
@@ -71,8 +70,8 @@ def _list_forward_codes(kind: type) -> list[CodeType]:
                 for function in map(inspect.unwrap, _list_functions(member)):
                     if isinstance(function, FunctionType):
                         codes[name].append(function.__code__)
-    starts = [name for name in codes if name == "forward" or (name.startswith("__") and name not in _CONSTRUCTORS)]
-    names = reach_names(starts, codes.keys() - _CONSTRUCTORS, lambda name: chain(*map(list_names, codes[name])))
+    starts = [name for name in codes if name == "forward" or (name.startswith("__") and name not in ASIDE)]
+    names = reach_names(starts, codes.keys() - ASIDE, lambda name: chain(*map(list_names, codes[name])))
     return [code for name in names for code in codes[name]]
 
 

@@ -10,12 +10,13 @@ import threading
 import types
 import weakref
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from timm_autoslim.utils.codes import list_globals, list_names
+from timm_autoslim.utils.codes import ASIDE, LRU_CACHED, list_globals, list_names, takes_attributes_alone
 from timm_autoslim.utils.redirecting import CONSTANTS, STORES, read_cell
 from timm_autoslim.utils.tensors import list_slots
 
@@ -36,9 +37,15 @@ _EVERY_PART = EVERY_ATTRIBUTE | {
 }  # fmt: skip
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _MOST_OBJECTS = 20_000  # more code than any model has
-_CONSTRUCTORS = {"__init__", "__new__", "__init_subclass__"}
 
 Way = tuple[Any, str]  # an object, and how it is found, such as "trainer.model"
+
+
+@dataclass(frozen=True, eq=False)
+class _Receiver:
+    """An object of which code only takes attributes: it is not called, and Python calls no method of it by itself."""
+
+    value: Any
 
 
 class Walk:
@@ -78,14 +85,16 @@ class Walk:
         self.names = mentioned = set(names)
         found: dict[str, str] = {}
         while len(mentioned) > before:  # code that is found late may mention an attribute of what was met early
-            before, waiting, met = len(mentioned), list(starts), dict[int, Way]()
+            before, waiting, met, receivers = len(mentioned), list(starts), dict[int, Way](), list[Any]()
             while waiting and len(met) < self.most:
                 value, way = waiting.pop()
                 if (type(value) in CONSTANTS and type(value) is not type) or id(value) in met:
                     continue
-                met[id(value)] = value, way
-                if id(value) in self.ends:
-                    found.setdefault(self.ends[id(value)], way)
+                content = value.value if isinstance(value, _Receiver) else value
+                receivers.append(value)  # which keep their ids
+                met[id(value)] = content, way
+                if id(content) in self.ends:
+                    found.setdefault(self.ends[id(content)], way)
                 else:
                     waiting += self._list_next(value, way, mentioned)
             self.met, self.is_whole = met, not waiting
@@ -95,7 +104,9 @@ class Walk:
 
     def _list_next(self, value: Any, way: str, names: set[str]) -> Iterator[Way]:
         """Yield what a value leads to; the names in code are added to `names`."""
-        if type(value) in weakref.ProxyTypes:  # it says that it is what it stands for
+        if isinstance(value, _Receiver):
+            yield from self._list_of_receiver(value.value, way, names)
+        elif type(value) in weakref.ProxyTypes:  # it says that it is what it stands for
             yield _read_proxy(value), way
         elif isinstance(value, types.FunctionType):
             yield from _list_of_function(value, way, names, self.installed)
@@ -114,7 +125,11 @@ class Walk:
             return
         elif isinstance(value, types.MethodType):
             yield value.__func__, type(value.__self__).__name__
-            yield value.__self__, type(value.__self__).__name__
+            code = getattr(value.__func__, "__code__", None)
+            alone = code is not None and code.co_argcount and takes_attributes_alone(code, code.co_varnames[0])
+            yield _receive(value.__self__) if alone else value.__self__, type(value.__self__).__name__
+        elif type(value) is LRU_CACHED:  # its keys are what it was called with, and returned to nobody
+            yield value.__wrapped__, way
         elif type(value).__module__ in _NAMELESS:
             yield from _list_members(value, way)
         else:
@@ -123,21 +138,30 @@ class Walk:
             yield from _pick(attributes, way, set(attributes) if _has_methods(type(value)) else names, EVERY_ATTRIBUTE)
             yield from self._list_of_class(type(value), way, names)
 
-    def _list_of_module(self, module: nn.Module, way: str, names: set[str]) -> Iterator[Way]:
+    def _list_of_receiver(self, value: Any, way: str, names: set[str]) -> Iterator[Way]:
+        way = way or type(value).__name__
+        if isinstance(value, nn.Module):
+            yield from self._list_of_module(value, way, names, called=False)
+        else:
+            yield from _pick(_read_attributes(value), way, names, EVERY_ATTRIBUTE)
+            yield from self._list_of_class(type(value), way, names, called=False)
+
+    def _list_of_module(self, module: nn.Module, way: str, names: set[str], called: bool = True) -> Iterator[Way]:
         namespace, kind, is_own = module.__dict__, type(module), id(module) in self.own
         mentioned = namespace.keys() if not names.isdisjoint(EVERY_ATTRIBUTE) else namespace.keys() & names
         yield from _pick(namespace, way, mentioned - _OF_EVERY_MODULE)
         every = is_skipped(kind.__module__) or "__getattr__" in vars(kind)  # a Sequential is indexed
         for store in STORES if not is_own else ("_modules",):
             yield from _pick(namespace[store], way, set(namespace[store]) if every else names, _EVERY_PART)
-        yield from self._list_of_class(kind, way, names if is_own or module is self.root else names | {"forward"})
+        called = called and not is_own and module is not self.root
+        yield from self._list_of_class(kind, way, names | {"forward"} if called else names, called or is_own)
 
-    def _list_of_class(self, kind: type, way: str, names: set[str]) -> Iterator[Way]:
+    def _list_of_class(self, kind: type, way: str, names: set[str], called: bool = True) -> Iterator[Way]:
         """Yield what a class defines under the names that code mentions, and the methods that Python calls itself."""
         if kind not in self._members:
             self._members[kind] = _collect_members(kind)
         members, implied = self._members[kind]
-        for name in members.keys() & names | implied:
+        for name in members.keys() & names | (implied if called else set()):
             for value in members[name]:
                 yield value, f"{way}.{name}"
 
@@ -149,7 +173,7 @@ def _collect_members(kind: type) -> tuple[dict[str, list[Any]], set[str]]:
     for base in kind.__mro__:
         for name, value in vars(base).items() if not is_skipped(base.__module__) else ():
             members.setdefault(name, []).append(value)
-            if name.startswith("__") and name not in _CONSTRUCTORS and isinstance(value, types.FunctionType):
+            if name.startswith("__") and name not in ASIDE and isinstance(value, types.FunctionType):
                 implied.add(name)
     return members, implied
 
@@ -174,7 +198,8 @@ def _list_of_function(function: types.FunctionType, way: str, names: set[str], i
             yield from _list_global_ways(code, function.__globals__, set(list_names(code)))
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         content = read_cell(cell)
-        yield content, way if name == "self" and way else name
+        alone = takes_attributes_alone(code, name)
+        yield _receive(content) if alone else content, way if name == "self" and way else name
     for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         yield value, ""
     yield from _pick(function.__dict__, function.__name__, set(function.__dict__))
@@ -191,6 +216,13 @@ def _list_global_ways(code: types.CodeType, scope: dict[str, Any], names: set[st
         elif id(value) not in met and not is_skipped(value.__name__):
             met.add(id(value))
             waiting += _pick(vars(value), way, names)
+
+
+def _receive(value: Any) -> Any:
+    """Return an object of which code only takes attributes, marked so; a container's methods return what it holds."""
+    kind = type(value)
+    plain = isinstance(value, nn.Module) or not (is_skipped(kind.__module__) or isinstance(value, _CONTAINERS))
+    return _Receiver(value) if plain and kind is not type else value
 
 
 def _list_members(value: Any, way: str) -> Iterator[Way]:
