@@ -339,6 +339,69 @@ def look_at_gradients_of_all(model):
     return model
 
 
+class Proxy:
+    """Finds layers by special methods."""
+
+    def __init__(self, model):
+        self.kept = model
+
+    def __getattr__(self, name):
+        return getattr(self.__dict__["kept"], name)
+
+    def __getitem__(self, name):
+        return self.kept.get_submodule(name)
+
+    def __call__(self):
+        return self.kept.a
+
+    def index(self):
+        return self["a"]
+
+    def call(self):
+        return self()
+
+    @property
+    def layer(self):
+        return self["a"]
+
+    def __enter__(self):
+        return self.kept.a
+
+    def __exit__(self, *error):
+        pass
+
+
+def hook_with_a_block(proxy):
+    def hook(module, args, out):
+        with proxy as layer:
+            return out * layer.weight.mean()
+
+    return hook
+
+
+PROXIES = {
+    "an attribute": lambda proxy: lambda module, args, out: out * proxy.a.weight.mean(),
+    "an index in a method": lambda proxy: lambda module, args, out: out * proxy.index().weight.mean(),
+    "a call in a method": lambda proxy: lambda module, args, out: out * proxy.call().weight.mean(),
+    "an index in a property": lambda proxy: lambda module, args, out: out * proxy.layer.weight.mean(),
+    "a block": hook_with_a_block,
+}
+
+
+@pytest.mark.parametrize("way", PROXIES)
+@pytest.mark.parametrize("late", [False, True])
+def test_special_methods_that_taking_an_attribute_leads_to_are_followed(way, late):
+    model = Net()
+    supernet = convert(model, IMAGE) if late else None
+    model.b.register_forward_hook(PROXIES[way](Proxy(model)))
+    if supernet:
+        with pytest.raises(ModelChangedError, match="can read a"):
+            supernet(torch.ones(1, 3, 8, 8), supernet.space.min())
+    else:
+        with pytest.raises(TraceError, match="can read a"):
+            convert(model, IMAGE)
+
+
 BESIDE = [look_at_gradients, count_in_a_dataclass, count_in_a_dataclass_by_a_closure, collect_in_an_outer_module,
           look_at_gradients_of_all]  # fmt: skip
 

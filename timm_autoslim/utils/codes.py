@@ -12,8 +12,8 @@ LRU_CACHED = type(lru_cache(lambda: None))
 ASIDE = frozenset(
     f"__{name}__"
     for name in (
-        "init", "new", "init_subclass", "post_init", "set_name", "repr", "str", "format", "eq", "ne", "hash", "del",
-        "getstate", "setstate", "reduce", "reduce_ex", "deepcopy", "copy", "sizeof", "dir", "enter", "exit",
+        "init", "new", "init_subclass", "post_init", "set_name", "del", "getstate", "setstate", "reduce", "reduce_ex",
+        "deepcopy", "copy", "sizeof", "dir",
     )
 )  # fmt: skip
 # Instructions: those that load a variable, those that take or set an attribute of what was loaded, and so on.

@@ -38,12 +38,14 @@ _EVERY_PART = EVERY_ATTRIBUTE | {
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _MOST_OBJECTS = 20_000  # more code than any model has
 
+_OF_ATTRIBUTES = {"__getattr__", "__getattribute__", "__setattr__", "__delattr__"}  # special methods
+
 Way = tuple[Any, str]  # an object, and how it is found, such as "trainer.model"
 
 
 @dataclass(frozen=True, eq=False)
 class _Receiver:
-    """An object of which code only takes attributes: it is not called, and Python calls no method of it by itself."""
+    """An object of which code only takes or sets attributes: Python calls those special methods alone by itself."""
 
     value: Any
 
@@ -85,13 +87,13 @@ class Walk:
         self.names = mentioned = set(names)
         found: dict[str, str] = {}
         while len(mentioned) > before:  # code that is found late may mention an attribute of what was met early
-            before, waiting, met, receivers = len(mentioned), list(starts), dict[int, Way](), list[Any]()
+            before, waiting, met, alive = len(mentioned), list(starts), dict[int, Way](), list[Any]()
             while waiting and len(met) < self.most:
                 value, way = waiting.pop()
                 if (type(value) in CONSTANTS and type(value) is not type) or id(value) in met:
                     continue
                 content = value.value if isinstance(value, _Receiver) else value
-                receivers.append(value)  # which keep their ids
+                alive.append(value)  # so that no other object gets its id
                 met[id(value)] = content, way
                 if id(content) in self.ends:
                     found.setdefault(self.ends[id(content)], way)
@@ -125,8 +127,7 @@ class Walk:
             return
         elif isinstance(value, types.MethodType):
             yield value.__func__, type(value.__self__).__name__
-            code = getattr(value.__func__, "__code__", None)
-            alone = code is not None and code.co_argcount and takes_attributes_alone(code, code.co_varnames[0])
+            alone = _takes_attributes_of_self(value.__func__)
             yield _receive(value.__self__) if alone else value.__self__, type(value.__self__).__name__
         elif type(value) is LRU_CACHED:  # its keys are what it was called with, and returned to nobody
             yield value.__wrapped__, way
@@ -139,12 +140,13 @@ class Walk:
             yield from self._list_of_class(type(value), way, names)
 
     def _list_of_receiver(self, value: Any, way: str, names: set[str]) -> Iterator[Way]:
-        way = way or type(value).__name__
+        way, members = way or type(value).__name__, self._find_members(type(value))[0]
+        called = not all(_takes_attributes_of_self(m) for name in members.keys() & names for m in members[name])
         if isinstance(value, nn.Module):
-            yield from self._list_of_module(value, way, names, called=False)
+            yield from self._list_of_module(value, way, names, called)
         else:
             yield from _pick(_read_attributes(value), way, names, EVERY_ATTRIBUTE)
-            yield from self._list_of_class(type(value), way, names, called=False)
+            yield from self._list_of_class(type(value), way, names, called)
 
     def _list_of_module(self, module: nn.Module, way: str, names: set[str], called: bool = True) -> Iterator[Way]:
         namespace, kind, is_own = module.__dict__, type(module), id(module) in self.own
@@ -158,12 +160,15 @@ class Walk:
 
     def _list_of_class(self, kind: type, way: str, names: set[str], called: bool = True) -> Iterator[Way]:
         """Yield what a class defines under the names that code mentions, and the methods that Python calls itself."""
-        if kind not in self._members:
-            self._members[kind] = _collect_members(kind)
-        members, implied = self._members[kind]
-        for name in members.keys() & names | (implied if called else set()):
+        members, implied = self._find_members(kind)
+        for name in members.keys() & names | (implied if called else implied & _OF_ATTRIBUTES):
             for value in members[name]:
                 yield value, f"{way}.{name}"
+
+    def _find_members(self, kind: type) -> tuple[dict[str, list[Any]], set[str]]:
+        if kind not in self._members:
+            self._members[kind] = _collect_members(kind)
+        return self._members[kind]
 
 
 def _collect_members(kind: type) -> tuple[dict[str, list[Any]], set[str]]:
@@ -216,6 +221,15 @@ def _list_global_ways(code: types.CodeType, scope: dict[str, Any], names: set[st
         elif id(value) not in met and not is_skipped(value.__name__):
             met.add(id(value))
             waiting += _pick(vars(value), way, names)
+
+
+def _takes_attributes_of_self(member: Any) -> bool:
+    """Whether a member of a class is no method, or one that only takes or sets attributes of its object."""
+    function = member.fget if isinstance(member, property) else member
+    if not isinstance(function, types.FunctionType):
+        return not hasattr(type(function), "__get__")  # as a class method or what a decorator made has
+    code = function.__code__
+    return bool(code.co_argcount) and takes_attributes_alone(code, code.co_varnames[0])
 
 
 def _receive(value: Any) -> Any:
